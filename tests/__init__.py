@@ -1,0 +1,1 @@
+"""Tests of cutset; the folders mirror the source."""

@@ -1,0 +1,1 @@
+"""Tests of the values that pass between the parts of the compiler."""
