@@ -1,0 +1,75 @@
+"""cutset: automatic graph partitioning for PyTorch (`auto_partition(model, devices)`).
+
+Public names are loaded on first use, so `import cutset` is instant and has no side effect:
+
+>>> import cutset
+>>> print(cutset.InfeasibleError("91.2 GiB needed, 79.6 available", where="cuda:1"))
+91.2 GiB needed, 79.6 available
+  at: cuda:1
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .compiler.api import Parallel, auto_partition, verify
+    from .compiler.ir.cluster import Cluster
+    from .compiler.ir.errors import (
+        CaptureError,
+        ClusterError,
+        CutsetError,
+        InfeasibleError,
+        PlanFormatError,
+        RuntimeFailure,
+        UsageError,
+        VerificationError,
+        WaitTimeout,
+        WorkerLost,
+    )
+    from .compiler.ir.plan import Plan
+
+__all__ = [
+    "CaptureError",
+    "Cluster",
+    "ClusterError",
+    "CutsetError",
+    "InfeasibleError",
+    "Parallel",
+    "Plan",
+    "PlanFormatError",
+    "RuntimeFailure",
+    "UsageError",
+    "VerificationError",
+    "WaitTimeout",
+    "WorkerLost",
+    "__version__",
+    "auto_partition",
+    "verify",
+]
+
+__version__ = "0.1.0"
+
+_API = frozenset({"Parallel", "auto_partition", "verify"})
+_VALUES = {"Cluster": "cluster", "Plan": "plan"}
+
+_root = Path(__file__).absolute().parent
+if not (_root / "compiler").is_dir():
+    __path__.append(str(_root.parent))  # a checkout: the four folders lie beside this one
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Load a public name from the module that defines it."""
+        if name in _API:
+            home = ".compiler.api"
+        elif name in __all__:
+            home = f".compiler.ir.{_VALUES.get(name, 'errors')}"
+        else:
+            raise AttributeError(f"module 'cutset' has no attribute {name!r}")
+        return getattr(import_module(home, __name__), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Decide: each module takes a plan and returns it with one more decision made."""
