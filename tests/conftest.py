@@ -1,0 +1,61 @@
+"""What all tests share: golden files, and property tests that are the same on every run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
+
+settings.register_profile(
+    "cutset",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("cutset")
+
+Golden = Callable[[str, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="rewrite tests/golden/ with what the tests now produce",
+    )
+
+
+@pytest.fixture
+def golden(pytestconfig: pytest.Config) -> Golden:
+    """`golden(name, text)` fails unless `text` is the content of tests/golden/`name`."""
+    update = bool(pytestconfig.getoption("--update-golden"))
+
+    def compare(name: str, text: str) -> None:
+        compare_golden(GOLDEN_FOLDER / name, text, update=update)
+
+    return compare
+
+
+def compare_golden(path: Path, text: str, *, update: bool) -> None:
+    """Compare `text` with the file, or write the file when `update` is set.
+
+    Text is compared with exactly one newline at its end.
+    """
+    text = text.rstrip("\n") + "\n"
+    if update:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return
+    if not path.is_file():
+        pytest.fail(f"{path} does not exist; make it with --update-golden and review it")
+    expected = path.read_text(encoding="utf-8")
+    if text != expected:
+        diff = difflib.unified_diff(
+            expected.splitlines(), text.splitlines(), f"golden/{path.name}", "now", lineterm=""
+        )
+        pytest.fail("\n".join(["differs from the golden file:", *diff]), pytrace=False)
