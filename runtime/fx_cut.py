@@ -1,0 +1,332 @@
+"""Surgery on joint forward-and-backward fx graphs: cut into F / B / W, accumulate, box arguments."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import CodeGen
+
+__all__ = [
+    "BackwardParts",
+    "boxed_module",
+    "cut_backward",
+    "mutates",
+    "simplify",
+    "split_joint_ops",
+    "use_addmm",
+]
+
+aten = torch.ops.aten
+Source = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardParts:
+    """The three graphs of a stage and what the backward ones read.
+
+    Sources are ("argument" | "saved" | "tangent" | "passed", index). `accumulated` are indices
+    into the weight gradients that exist; W takes their buffers last, in that order.
+    `zero_inputs` are indices into the input gradients that are structurally zero.
+    """
+
+    forward: fx.GraphModule
+    input: fx.GraphModule
+    weight: fx.GraphModule
+    input_sources: tuple[Source, ...]
+    weight_sources: tuple[Source, ...]
+    accumulated: tuple[int, ...]
+    zero_inputs: tuple[int, ...]
+
+
+def cut_backward(
+    joint: fx.GraphModule, *, num_arguments: int, num_outputs: int, num_input_gradients: int
+) -> BackwardParts:
+    """Cut a joint graph by reachability.
+
+    Args:
+        joint: placeholders are `num_arguments` arguments (the key first) and then tangents;
+            its flat outputs are outputs, input gradients, weight gradients (None if absent).
+    """
+    simplify(joint.graph)
+    split_joint_ops(joint.graph)
+    joint.graph.eliminate_dead_code()
+    nodes = list(joint.graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    flat = _flat_outputs(nodes[-1])
+    outputs = flat[:num_outputs]
+    input_grads = flat[num_outputs : num_outputs + num_input_gradients]
+    weight_grads = flat[num_outputs + num_input_gradients :]
+
+    boundary = set(placeholders)
+    forward_set = _ancestors(outputs) - boundary
+    input_set = _ancestors(input_grads) - forward_set - boundary
+    weight_set = _ancestors(weight_grads) - forward_set - input_set - boundary
+    order = {node: position for position, node in enumerate(nodes)}
+
+    backward = input_set | weight_set
+    saved = _ordered(
+        {
+            source
+            for node in backward
+            for source in node.all_input_nodes
+            if source in forward_set
+        }
+        | {grad for grad in _nodes(flat[num_outputs:]) if grad in forward_set},
+        order,
+    )
+    saved = [node for node in saved if _is_tensor(node)]
+    passed = _ordered(
+        {
+            source
+            for node in weight_set
+            for source in node.all_input_nodes
+            if source in input_set
+        }
+        | {grad for grad in _nodes(weight_grads) if grad in input_set},
+        order,
+    )
+    source_of: dict[fx.Node, Source] = {}
+    for position, node in enumerate(placeholders):
+        kind = "argument" if position < num_arguments else "tangent"
+        source_of[node] = (kind, position if kind == "argument" else position - num_arguments)
+    source_of |= {node: ("saved", position) for position, node in enumerate(saved)}
+    for position, node in enumerate(passed):
+        source_of.setdefault(node, ("passed", position))
+
+    accumulated = tuple(index for index, grad in enumerate(weight_grads) if grad is not None)
+    grads = [grad for grad in weight_grads if grad is not None]
+    input_reads = _reads(input_set, input_grads, source_of, order)
+    weight_reads = _reads(weight_set, grads, source_of, order)
+    kept_grads = [grad for grad in input_grads if grad is not None]
+    return BackwardParts(
+        forward=_extract(joint, forward_set, placeholders[:num_arguments], [*outputs, *saved]),
+        input=_extract(joint, input_set, input_reads, [*kept_grads, *passed]),
+        weight=_accumulating(joint, weight_set, weight_reads, grads),
+        input_sources=tuple(source_of[node] for node in input_reads),
+        weight_sources=tuple(source_of[node] for node in weight_reads),
+        accumulated=accumulated,
+        zero_inputs=tuple(i for i, grad in enumerate(input_grads) if grad is None),
+    )
+
+
+def _flat_outputs(node: fx.Node) -> list[Any]:
+    flat: list[Any] = []
+
+    def visit(item: Any) -> None:
+        if isinstance(item, (list, tuple)):
+            for entry in item:
+                visit(entry)
+        else:
+            flat.append(item)
+
+    visit(node.args[0])
+    return flat
+
+
+def _nodes(items: Iterable[Any]) -> list[fx.Node]:
+    return [item for item in items if isinstance(item, fx.Node)]
+
+
+def _ancestors(items: Iterable[Any]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = _nodes(items)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _ordered(nodes: Iterable[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
+    return sorted(nodes, key=order.__getitem__)
+
+
+def _reads(
+    inside: set[fx.Node],
+    results: Sequence[Any],
+    source_of: dict[fx.Node, Source],
+    order: dict[fx.Node, int],
+) -> list[fx.Node]:
+    """Nodes outside `inside` that it, or its results, read."""
+    read = {source for node in inside for source in node.all_input_nodes if source not in inside}
+    read |= {node for node in _nodes(results) if node not in inside}
+    missing = [node for node in read if node not in source_of]
+    assert not missing, f"backward reads {missing}, which nothing saves"
+    return _ordered(read, order)
+
+
+def _extract(
+    joint: fx.GraphModule,
+    inside: set[fx.Node],
+    inputs: Sequence[fx.Node],
+    results: Sequence[Any],
+) -> fx.GraphModule:
+    graph, table = _copy(joint, inside, inputs)
+    graph.output([table[item] if isinstance(item, fx.Node) else item for item in results])
+    return fx.GraphModule(joint, graph)
+
+
+def _copy(
+    joint: fx.GraphModule, inside: set[fx.Node], inputs: Sequence[fx.Node]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    graph = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        table[node] = graph.placeholder(node.name)
+        table[node].meta = dict(node.meta)
+    for node in joint.graph.nodes:
+        if node in inside and node not in table:
+            table[node] = graph.node_copy(node, lambda source: table[source])
+    return graph, table
+
+
+def _accumulating(
+    joint: fx.GraphModule,
+    inside: set[fx.Node],
+    inputs: Sequence[fx.Node],
+    grads: Sequence[fx.Node],
+) -> fx.GraphModule:
+    """W: every gradient is added to its buffer right after the node that computes it."""
+    graph, table = _copy(joint, inside, inputs)
+    last_placeholder = next(
+        (n for n in reversed(list(graph.nodes)) if n.op == "placeholder"), None
+    )
+    buffers = []
+    for index in range(len(grads)):
+        with graph.inserting_after(last_placeholder) if last_placeholder else _start(graph):
+            last_placeholder = graph.placeholder(f"buffer_{index}")
+        buffers.append(last_placeholder)
+    for buffer, grad in zip(buffers, grads, strict=True):
+        anchor = table[grad]
+        after = buffers[-1] if anchor.op == "placeholder" else anchor
+        with graph.inserting_after(after):
+            graph.call_function(aten.add_.Tensor, (buffer, anchor))
+    graph.output(())
+    return fx.GraphModule(joint, graph)
+
+
+def _start(graph: fx.Graph) -> Any:
+    return graph.inserting_before(next(iter(graph.nodes), None))
+
+
+def mutates(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes whose op writes to an argument; cutting by reachability needs a graph without them."""
+    return [
+        node
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    ]
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Drop `detach` (kernels run without autograd) and pairs of transposes."""
+    for node in list(graph.nodes):
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is aten.t.default and node.args[0].target is aten.t.default:
+            node.replace_all_uses_with(node.args[0].args[0])
+            graph.erase_node(node)
+
+
+def split_joint_ops(graph: fx.Graph) -> None:
+    """Replace ops that compute input and weight gradients at once by one op for each.
+
+    `convolution_backward(..., output_mask)` becomes two calls with complementary masks; kernels
+    compute the parts separately anyway, so nothing is computed twice.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.convolution_backward.default:
+            continue
+        mask = list(node.args[-1])
+        if not (mask[0] and (mask[1] or mask[2])):
+            continue
+        with graph.inserting_before(node):
+            only_input = graph.node_copy(node)
+            only_input.args = (*node.args[:-1], [True, False, False])
+            only_weight = graph.node_copy(node)
+            only_weight.args = (*node.args[:-1], [False, mask[1], mask[2]])
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_input_with(node, only_input if user.args[1] == 0 else only_weight)
+        graph.erase_node(node)
+
+
+def use_addmm(module: fx.GraphModule) -> None:
+    """Rewrite `buffer.add_(transposes(mm(a, b)))` to `buffer.addmm_(a, b)`.
+
+    One pass over memory less per weight and microbatch. With an odd number of transposes the
+    buffer's transposed view is updated.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.add_.Tensor:
+            continue
+        buffer, source = node.args[:2]
+        flips = 0
+        while source.target is aten.t.default and len(source.users) == 1:
+            source, flips = source.args[0], flips + 1
+        if source.target is not aten.mm.default or len(source.users) != 1:
+            continue
+        if _dtype(source) != _dtype(source.args[0]):
+            continue
+        with graph.inserting_before(node):
+            view = graph.call_function(aten.t.default, (buffer,)) if flips % 2 else buffer
+            graph.call_function(aten.addmm_.default, (view, *source.args))
+        graph.erase_node(node)
+    _erase_unused(graph)
+    module.recompile()
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _erase_unused(graph: fx.Graph) -> None:
+    """Dead-code elimination that keeps in-place ops (fx's own would as well, but only if pure)."""
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or node.users:
+            continue
+        if node.target in (aten.t.default, aten.mm.default):
+            graph.erase_node(node)
+
+
+class _Boxed(CodeGen):
+    """Generates `forward(self, arguments)`, which empties the list it is given."""
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
+        names = [name for name in free_vars if name != "self"]
+        lines = ["def forward(self, arguments):"]
+        if names:
+            bare = [name.split(":")[0].strip() for name in names]
+            lines.append(f"    {', '.join(bare)}, = arguments")
+        lines.append("    arguments.clear()")
+        return "\n".join(lines)
+
+    def process_inputs(self, *args: Any) -> Any:
+        return args
+
+
+def boxed_module(module: fx.GraphModule) -> Callable[[list[Tensor | None]], Sequence[Any]]:
+    """A callable of one list, run without autograd; a tensor dies after its last use."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    graph.set_codegen(_Boxed())
+    boxed = fx.GraphModule(module, graph)
+
+    def run(arguments: list[Tensor | None]) -> Sequence[Any]:
+        with torch.no_grad():
+            return boxed.forward(arguments)  # type: ignore[no-any-return]
+
+    return run

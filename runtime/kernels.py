@@ -1,0 +1,204 @@
+"""Turn one stage function into forward, input-gradient and weight-gradient kernels.
+
+The stage's forward and `torch.autograd.grad` of it are traced together by `make_fx` into one joint
+graph of functional ATen ops, on fake tensors of the rank's own device. The joint graph is then cut
+by reachability:
+
+    F = ancestors of the outputs
+    B = ancestors of the gradients of boundary inputs, without F
+    W = the rest: weight gradients
+
+so what F must keep for B and W is an explicit list of tensors. W adds each weight gradient to its
+buffer as soon as it exists (`addmm_` where the gradient is a matrix product), so no second copy of
+the gradients is ever alive. Ops that compute both kinds of gradient at once are split (`split_joint_ops`), or W would be empty for convolutions.
+
+All kernels take one list of tensors and empty it, so that a dead tensor is freed at once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..compiler.ir.graph import Graph, OutputKind, Value, ValueKind
+from .fx_cut import boxed_module, cut_backward, mutates, use_addmm
+
+__all__ = ["Kernel", "StageKernels", "StageSignature", "trace_inference", "trace_training"]
+
+Kernel = Callable[[list[Tensor | None]], Sequence[Tensor | None]]
+StageFunction = Callable[..., tuple[Tensor, ...]]
+
+
+class Source(enum.Enum):
+    """Where a saved or passed tensor of a backward kernel comes from."""
+
+    ARGUMENT = "argument"  # argument of the stage function
+    SAVED = "saved"  # extra result of F
+    TANGENT = "tangent"  # gradient of an output
+    PASSED = "passed"  # extra result of B, read by W
+
+
+@dataclass(frozen=True, slots=True)
+class StageSignature:
+    """Positions within a stage graph's arguments and outputs.
+
+    `arguments` are the values that the stage does not compute, in id order; `trained` the
+    positions (in `arguments`) of parameters with gradients, `differentiable` of boundary inputs
+    with gradients; `tangents` the positions (in the graph's outputs) that receive a gradient.
+    """
+
+    arguments: tuple[Value, ...]
+    trained: tuple[int, ...]
+    differentiable: tuple[int, ...]
+    tangents: tuple[int, ...]
+
+    @staticmethod
+    def of(graph: Graph) -> StageSignature:
+        arguments = tuple(value for value in graph.values if value.kind is not ValueKind.RESULT)
+        return StageSignature(
+            arguments=arguments,
+            trained=_positions(arguments, ValueKind.PARAMETER),
+            differentiable=_positions(arguments, ValueKind.BOUNDARY),
+            tangents=tuple(
+                position
+                for position, output in enumerate(graph.outputs)
+                if output.kind in (OutputKind.LOSS, OutputKind.BOUNDARY)
+                and graph.values[output.value].requires_grad
+            ),
+        )
+
+
+def _positions(arguments: tuple[Value, ...], kind: ValueKind) -> tuple[int, ...]:
+    return tuple(
+        position
+        for position, value in enumerate(arguments)
+        if value.kind is kind and value.requires_grad and value.type.is_float
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StageKernels:
+    """The kernels of one stage and how tensors travel between them.
+
+    * `forward([key, *arguments]) -> [*outputs, *saved]`
+    * `backward_input([...]) -> [*gradients of differentiable inputs, *passed]`
+    * `backward_weight([...])` adds to gradient buffers in place.
+
+    `input_sources` / `weight_sources` say, tensor by tensor, what the backward kernels read:
+    ("argument", i), ("saved", i), ("tangent", i) and for W ("passed", i). W reads the gradient
+    buffers of `accumulated` (positions in `arguments`) after those. `zero_inputs` are positions
+    within the differentiable inputs whose gradient is structurally zero.
+    """
+
+    signature: StageSignature
+    num_outputs: int
+    forward: Kernel
+    backward_input: Kernel | None = None
+    backward_weight: Kernel | None = None
+    input_sources: tuple[tuple[Source, int], ...] = ()
+    weight_sources: tuple[tuple[Source, int], ...] = ()
+    accumulated: tuple[int, ...] = ()
+    zero_inputs: tuple[int, ...] = ()
+    modules: dict[str, fx.GraphModule] = field(default_factory=dict)
+
+
+def trace_inference(function: StageFunction, graph: Graph, device: torch.device) -> StageKernels:
+    """Kernels of a forward-only stage: the stage function itself, without autograd."""
+
+    def forward(tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
+        key, *rest = tensors
+        tensors.clear()
+        with torch.no_grad():
+            return function(key, device, *rest)
+
+    return StageKernels(StageSignature.of(graph), len(graph.outputs), forward)
+
+
+def trace_training(function: StageFunction, graph: Graph, device: torch.device) -> StageKernels:
+    """F, B and W kernels of a training stage; see the module docstring.
+
+    Args:
+        function: the generated stage function.
+        graph: its graph: argument and output types are read.
+        device: where the stage runs (kernels chosen by torch depend on it).
+    """
+    signature = StageSignature.of(graph)
+    joint = _trace_joint(function, graph, signature, device)
+    parts = cut_backward(
+        joint,
+        num_arguments=1 + len(signature.arguments),
+        num_outputs=len(graph.outputs),
+        num_input_gradients=len(signature.differentiable),
+    )
+    use_addmm(parts.weight)
+    sources = {"argument": Source.ARGUMENT, "saved": Source.SAVED}
+    sources |= {"tangent": Source.TANGENT, "passed": Source.PASSED}
+    return StageKernels(
+        signature=signature,
+        num_outputs=len(graph.outputs),
+        forward=boxed_module(parts.forward),
+        backward_input=boxed_module(parts.input),
+        backward_weight=boxed_module(parts.weight),
+        input_sources=tuple((sources[kind], index) for kind, index in parts.input_sources),
+        weight_sources=tuple((sources[kind], index) for kind, index in parts.weight_sources),
+        accumulated=tuple(signature.trained[index] for index in parts.accumulated),
+        zero_inputs=parts.zero_inputs,
+        modules={"forward": parts.forward, "input": parts.input, "weight": parts.weight},
+    )
+
+
+def _trace_joint(
+    function: StageFunction, graph: Graph, signature: StageSignature, device: torch.device
+) -> fx.GraphModule:
+    """Graph of `(key, *arguments, *tangents) -> (*outputs, *input grads, *weight grads)`."""
+    wanted = {*signature.trained, *signature.differentiable}
+    order = [*signature.differentiable, *signature.trained]
+
+    def joint(
+        key: Tensor, arguments: list[Tensor], tangents: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        leaves = [
+            tensor.detach().requires_grad_() if position in wanted else tensor
+            for position, tensor in enumerate(arguments)
+        ]
+        with torch.enable_grad():
+            outputs = function(key, device, *leaves)
+        pairs = [
+            (outputs[position], tangent)
+            for position, tangent in zip(signature.tangents, tangents, strict=True)
+            if outputs[position].requires_grad
+        ]
+        gradients: Sequence[Tensor | None] = [None] * len(order)
+        if pairs and order:
+            gradients = torch.autograd.grad(
+                [output for output, _ in pairs],
+                [leaves[position] for position in order],
+                [tangent for _, tangent in pairs],
+                allow_unused=True,
+            )
+        return [output.detach() for output in outputs], list(gradients)
+
+    with FakeTensorMode():
+        key = torch.zeros((), dtype=torch.int64, device=device)
+        arguments = [_example(value, device) for value in signature.arguments]
+        tangents = [
+            _example(graph.values[graph.outputs[position].value], device)
+            for position in signature.tangents
+        ]
+        traced = make_fx(joint)(key, arguments, tangents)
+        if mutates(traced.graph):
+            traced = make_fx(functionalize(joint))(key, arguments, tangents)
+    left = mutates(traced.graph)
+    assert not left, f"in-place ops survive functionalisation: {left}"
+    return traced
+
+
+def _example(value: Value, device: torch.device) -> Tensor:
+    return torch.empty(value.type.shape, dtype=value.type.dtype, device=device)
