@@ -1,0 +1,443 @@
+"""Execute one rank's instruction list.
+
+The executor plans nothing: it follows the instructions, keeps every pending communication, and
+waits only where a value is read. `advance` executes at most one instruction and reports whether it
+could, so that several ranks can be run in one process by turns over a simulated network; `run`
+waits and executes to the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..compiler.ir.graph import OutputKind, Value, ValueKind
+from ..compiler.ir.program import (
+    GRADIENT_NORM,
+    AllReduce,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    ClipGradients,
+    Forward,
+    Free,
+    GradientNorm,
+    Instruction,
+    OptimizerStep,
+    Program,
+    Recv,
+    Register,
+    Send,
+)
+from .communicator import Communicator, Pending
+from .kernels import Source, StageKernels
+
+__all__ = ["Executor", "InstructionTime", "Step", "StepResult"]
+
+
+class Optimizer(Protocol):
+    """What the executor needs of an optimizer: one update from accumulated gradients."""
+
+    def __call__(self, gradients: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Inputs of one step.
+
+    Args:
+        inputs: user inputs by origin, whole batch (split here along their batch dim).
+        weights: per microbatch, the factor of its loss and gradients.
+        keys: per microbatch, the 0-dim int64 key of its random streams.
+    """
+
+    inputs: Mapping[str, Tensor]
+    weights: tuple[float, ...]
+    keys: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionTime:
+    """When an instruction ran, in seconds since the step began (waiting excluded from compute)."""
+
+    instruction: str
+    begin_seconds: float
+    end_seconds: float
+    waited_seconds: float
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a rank has after a step: the weighted loss if it holds it, user outputs by target."""
+
+    loss: Tensor | None = None
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    times: list[InstructionTime] = field(default_factory=list)
+
+
+class _Context:
+    """Tensors that backward of one (stage, microbatch) still needs."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[Source, int], Tensor | None] = {}
+
+
+class Executor:
+    """Runs steps of one program. Parameters, buffers and gradient buffers are owned outside.
+
+    Args:
+        program: what to run.
+        kernels: by stage index.
+        tensors: parameters, buffers and constants by name; buffers are replaced as they change.
+        gradients: gradient buffers by parameter name; empty for inference.
+        communicator: how registers travel.
+        device: where this rank computes.
+        timeout_seconds: longest wait for one register or collective.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        kernels: Mapping[int, StageKernels],
+        *,
+        tensors: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        communicator: Communicator,
+        device: torch.device,
+        timeout_seconds: float,
+    ) -> None:
+        self._program = program
+        self._kernels = kernels
+        self._tensors = tensors
+        self._gradients = gradients
+        self._communicator = communicator
+        self._device = device
+        self._timeout = timeout_seconds
+        self._stages = {stage.index: stage for stage in program.stages}
+        self._consumers = {stage.index: dict(stage.consumers) for stage in program.stages}
+        self._local = frozenset(self._stages)
+        self.touched: set[str] = set()
+        self._step: Step | None = None
+        self._optimize: Optimizer | None = None
+
+    def begin(
+        self,
+        step: Step,
+        *,
+        optimize: Optimizer | None = None,
+        record: bool = False,
+        keep: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Prepare a step; `advance` or `run` executes it.
+
+        Args:
+            optimize: called at `OptimizerStep` with the gradients.
+            record: note when every instruction ran.
+            keep: receives copies of the gradients as they are before clipping.
+        """
+        self._step = step
+        self._keep = keep
+        self._optimize = optimize
+        self._record = record
+        self._position = 0
+        self._registers: dict[Register, Tensor | Pending] = {}
+        self._contexts: dict[tuple[int, int], _Context] = {}
+        self._draining: list[Pending] = []
+        self._sends: dict[Register, list[Pending]] = {}
+        self._collective: Pending | None = None
+        self._norm = torch.zeros((), dtype=torch.float64)
+        self.touched = set()
+        self.result = StepResult()
+        self._microbatches = {
+            value.origin: _split(value, step.inputs[value.origin], len(step.weights))
+            for stage in self._program.stages
+            for value in stage.graph.values_of(ValueKind.INPUT)
+        }
+        for gradient in self._gradients.values():
+            gradient.zero_()
+        self._began = time.perf_counter()
+
+    def run(self) -> StepResult:
+        """Execute all instructions, waiting as needed."""
+        while not self.finished:
+            for pending in self._awaited(self._program.instructions[self._position]):
+                pending.wait(self._timeout)
+            self.advance()
+        return self.result
+
+    @property
+    def finished(self) -> bool:
+        return self._position >= len(self._program.instructions) and self._drained()
+
+    def advance(self) -> bool:
+        """Execute the next instruction unless it must wait; whether anything was done."""
+        if self._position >= len(self._program.instructions):
+            return self._drained()
+        instruction = self._program.instructions[self._position]
+        if any(not pending.done() for pending in self._awaited(instruction)):
+            return False
+        begin = time.perf_counter()
+        self._execute(instruction)
+        if self._record:
+            self._note(instruction, begin)
+        self._position += 1
+        return True
+
+    def _note(self, instruction: Instruction, begin: float) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        times = self.result.times
+        previous = times[-1].end_seconds if times else 0.0
+        start = begin - self._began
+        end = time.perf_counter() - self._began
+        times.append(InstructionTime(str(instruction), start, end, max(0.0, start - previous)))
+
+    def _drained(self) -> bool:
+        for pending in self._draining:
+            pending.wait(self._timeout)
+        self._draining.clear()
+        return True
+
+    # -- what an instruction waits for ---------------------------------------------------------
+
+    def _awaited(self, instruction: Instruction) -> list[Pending]:
+        """Communications that must be complete before `instruction` can execute."""
+        match instruction:
+            case Forward(stage, microbatch):
+                read = [
+                    Register(name, microbatch) for name, _ in self._stages[stage].producers
+                ]
+            case BackwardInput(stage, microbatch) | Backward(stage, microbatch):
+                read = [r for reads in self._tangents(stage, microbatch) for r in reads]
+            case AllReduce():
+                return [self._start_collective(instruction)]
+            case _:
+                return []
+        held = (self._registers.get(register) for register in read)
+        return [item for item in held if item is not None and not isinstance(item, Tensor)]
+
+    def _start_collective(self, instruction: AllReduce) -> Pending:
+        if self._collective is None:
+            target = instruction.target
+            tensor = self._norm if target == GRADIENT_NORM else self._gradients[target]
+            self._collective = self._communicator.start_all_reduce(
+                tensor, instruction.ranks, instruction.reduction, label=f"all-reduce of {target}"
+            )
+        return self._collective
+
+    def _tangents(self, stage: int, microbatch: int) -> list[list[Register]]:
+        """Per tangent of the stage, the gradient registers that are summed (none: the loss)."""
+        graph = self._stages[stage].graph
+        table = []
+        for position in self._kernels[stage].signature.tangents:
+            output = graph.outputs[position]
+            consumers: tuple[int, ...] = ()
+            if output.kind is OutputKind.BOUNDARY:
+                consumers = self._consumers[stage][output.target]
+            table.append([Register(output.target, microbatch, c) for c in consumers])
+        return table
+
+    # -- instructions --------------------------------------------------------------------------
+
+    def _execute(self, instruction: Instruction) -> None:
+        match instruction:
+            case Forward(stage, microbatch):
+                self._forward(stage, microbatch)
+            case BackwardInput(stage, microbatch):
+                self._backward_input(stage, microbatch)
+            case BackwardWeight(stage, microbatch):
+                self._backward_weight(stage, microbatch)
+            case Backward(stage, microbatch):
+                self._backward_input(stage, microbatch)
+                self._backward_weight(stage, microbatch)
+            case Send():
+                self._send(instruction)
+            case Recv(register, peer, tag, type):
+                self._registers[register] = self._communicator.recv(
+                    type, peer, tag, label=self._label(register)
+                )
+            case Free(registers):
+                self._free(registers)
+            case GradientNorm(parameters):
+                self._keep_gradients()
+                self._square_norm(parameters)
+            case AllReduce(target=target, ranks=ranks):
+                assert self._collective is not None and ranks
+                self._collective.wait(self._timeout)
+                self._collective = None
+                self.touched.update({target} - {GRADIENT_NORM})
+            case ClipGradients(max_norm):
+                self._clip(max_norm)
+            case OptimizerStep():
+                self._keep_gradients()
+                if self._optimize is not None:
+                    self._optimize({name: self._gradients[name] for name in sorted(self.touched)})
+
+    def _read(self, register: Register) -> Tensor:
+        held = self._registers[register]
+        if isinstance(held, Tensor):
+            return held
+        tensor = held.wait(self._timeout)
+        assert tensor is not None
+        self._registers[register] = tensor
+        return tensor
+
+    def _arguments(self, stage: int, microbatch: int) -> list[Tensor]:
+        arguments = []
+        for value in self._kernels[stage].signature.arguments:
+            if value.kind is ValueKind.BOUNDARY:
+                arguments.append(self._read(Register(value.name, microbatch)))
+            elif value.kind is ValueKind.INPUT:
+                arguments.append(self._microbatches[value.origin][microbatch])
+            else:
+                arguments.append(self._tensors[value.origin])
+        return arguments
+
+    def _forward(self, stage: int, microbatch: int) -> None:
+        assert self._step is not None
+        kernels = self._kernels[stage]
+        key = self._step.keys[microbatch]
+        arguments: list[Tensor | None] = [key, *self._arguments(stage, microbatch)]
+        context = _Context()
+        needed = {*kernels.input_sources, *kernels.weight_sources}
+        for kind, index in needed:
+            if kind is Source.ARGUMENT:
+                context.kept[kind, index] = arguments[index]
+        results = list(kernels.forward(arguments))
+        for index, tensor in enumerate(results[kernels.num_outputs :]):
+            context.kept[Source.SAVED, index] = tensor
+        del results[kernels.num_outputs :]
+        if kernels.backward_input is not None:
+            self._contexts[stage, microbatch] = context
+        self._store_outputs(stage, microbatch, results)
+
+    def _store_outputs(
+        self, stage: int, microbatch: int, results: Sequence[Tensor | None]
+    ) -> None:
+        assert self._step is not None
+        outputs = self._stages[stage].graph.outputs
+        for output, tensor in zip(outputs, results, strict=True):
+            assert tensor is not None
+            match output.kind:
+                case OutputKind.BOUNDARY:
+                    self._registers[Register(output.target, microbatch)] = tensor
+                case OutputKind.BUFFER:
+                    self._tensors[output.target] = tensor
+                case OutputKind.USER:
+                    self.result.outputs.setdefault(output.target, []).append(tensor)
+                case OutputKind.LOSS:
+                    term = tensor.double() * self._step.weights[microbatch]
+                    self.result.loss = term if self.result.loss is None else self.result.loss + term
+
+    def _backward_input(self, stage: int, microbatch: int) -> None:
+        kernels = self._kernels[stage]
+        assert kernels.backward_input is not None
+        context = self._contexts[stage, microbatch]
+        for index, reads in enumerate(self._tangents(stage, microbatch)):
+            context.kept[Source.TANGENT, index] = self._tangent(stage, index, reads, microbatch)
+        later = set(kernels.weight_sources)
+        arguments = [
+            context.kept[source] if source in later else context.kept.pop(source)
+            for source in kernels.input_sources
+        ]
+        for source in [source for source in context.kept if source not in later]:
+            del context.kept[source]
+        results = list(kernels.backward_input(arguments))
+        gradients = _with_zeros(kernels, results, self._device)
+        for index, tensor in enumerate(results):
+            context.kept[Source.PASSED, index] = tensor
+        for position, gradient in zip(kernels.signature.differentiable, gradients, strict=True):
+            name = kernels.signature.arguments[position].name
+            self._registers[Register(name, microbatch, stage)] = gradient
+
+    def _tangent(
+        self, stage: int, index: int, reads: list[Register], microbatch: int
+    ) -> Tensor:
+        graph = self._stages[stage].graph
+        output = graph.outputs[self._kernels[stage].signature.tangents[index]]
+        if output.kind is OutputKind.LOSS:
+            assert self._step is not None
+            dtype = graph.values[output.value].type.dtype
+            return torch.full(
+                (), self._step.weights[microbatch], dtype=dtype, device=self._device
+            )
+        total = self._read(reads[0])
+        for register in reads[1:]:
+            total = total + self._read(register)
+        return total
+
+    def _backward_weight(self, stage: int, microbatch: int) -> None:
+        kernels = self._kernels[stage]
+        assert kernels.backward_weight is not None
+        context = self._contexts.pop((stage, microbatch))
+        names = [kernels.signature.arguments[i].origin for i in kernels.accumulated]
+        arguments = [context.kept[source] for source in kernels.weight_sources]
+        context.kept.clear()
+        kernels.backward_weight([*arguments, *(self._gradients[name] for name in names)])
+        self.touched.update(names)
+
+    def _send(self, send: Send) -> None:
+        tensor = self._read(send.register)
+        pending = self._communicator.send(
+            tensor, send.peer, send.tag, label=self._label(send.register)
+        )
+        self._sends.setdefault(send.register, []).append(pending)
+
+    def _free(self, registers: tuple[Register, ...]) -> None:
+        """Drop registers; tensors on their way stay alive until they have left."""
+        for register in registers:
+            self._registers.pop(register, None)
+            self._draining.extend(self._sends.pop(register, ()))
+        self._draining = [pending for pending in self._draining if not pending.done()]
+
+    def _keep_gradients(self) -> None:
+        if self._keep is not None:
+            self._keep.clear()
+            self._keep.update({name: self._gradients[name].clone() for name in self.touched})
+            self._keep = None
+
+    def _square_norm(self, parameters: tuple[str, ...]) -> None:
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for name in parameters:
+            if name in self.touched:
+                total += self._gradients[name].double().square().sum()
+        self._norm = total
+
+    def _clip(self, max_norm: float) -> None:
+        factor = float(max_norm / (self._norm.sqrt() + 1e-6))
+        if factor < 1.0:
+            for name in self.touched:
+                self._gradients[name].mul_(factor)
+
+    def _label(self, register: Register) -> str:
+        kind = "gradient of" if register.is_gradient else "value"
+        return f"{kind} %{register.value} of microbatch {register.microbatch}"
+
+
+def _with_zeros(
+    kernels: StageKernels, results: list[Tensor | None], device: torch.device
+) -> list[Tensor]:
+    """Input gradients in order, zeros where structurally absent; removes them from `results`."""
+    signature = kernels.signature
+    gradients = []
+    for index, position in enumerate(signature.differentiable):
+        if index in kernels.zero_inputs:
+            type = signature.arguments[position].type
+            gradients.append(torch.zeros(type.shape, dtype=type.dtype, device=device))
+        else:
+            tensor = results.pop(0)
+            assert tensor is not None
+            gradients.append(tensor)
+    return gradients
+
+
+def _split(value: Value, tensor: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Microbatches of a user input (the same tensor each time if it has no batch dim)."""
+    if value.batch_dim is None:
+        return (tensor,) * count
+    return tensor.split(value.type.shape[value.batch_dim], dim=value.batch_dim)

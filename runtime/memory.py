@@ -1,0 +1,65 @@
+"""Measure the memory of a step: allocator statistics on CUDA, allocator events on CPU.
+
+torch's CPU allocator keeps no peak counter, but reports every allocation and release to its
+profiler; the running sum of those events is the live memory relative to the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["measure_peak", "resident_bytes", "storage_bytes"]
+
+T = TypeVar("T")
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+    }
+    return sum(sizes.values())
+
+
+def measure_peak(
+    run: Callable[[], T], device: torch.device, held: Iterable[Tensor]
+) -> tuple[T, int]:
+    """Result of `run()` and the peak bytes allocated while it ran, `held` tensors included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = run()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device)
+    base = storage_bytes(held)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    live = peak = 0
+    for event in _allocator_events(profiler):
+        live += event
+        peak = max(peak, live)
+    return result, base + peak
+
+
+def _allocator_events(profiler: profile) -> list[int]:
+    """Signed sizes of CPU allocations and releases, in time order."""
+    results = profiler.profiler.kineto_results
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
+    ]
+    return [size for _, size in sorted(events, key=lambda item: item[0])]
+
+
+def resident_bytes() -> int:
+    """Resident set size of this process."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[1])
+    return pages * 4096

@@ -1,0 +1,161 @@
+"""Optimizers across ranks: any `torch.optim` class, described by name and numbers, never pickled.
+
+The driver calls the user's factory on the model's own parameters. That *mirror* optimizer never
+steps; learning-rate schedulers act on its `param_groups`, and each step the groups'
+hyperparameters travel to the ranks, which hold the real optimizers of their own parameters.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.ir.errors import UsageError
+
+__all__ = [
+    "Hyperparameters",
+    "OptimizerSpec",
+    "RankOptimizer",
+    "current_hyperparameters",
+    "describe_optimizer",
+]
+
+Hyperparameters = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """An optimizer as data: `module:class` and, per group, parameter names and hyperparameters."""
+
+    class_name: str
+    groups: tuple[tuple[tuple[str, ...], Hyperparameters], ...]
+
+    def restricted(self, names: Iterable[str]) -> OptimizerSpec:
+        """The same groups with only the parameters in `names` (empty groups stay)."""
+        wanted = set(names)
+        return OptimizerSpec(
+            self.class_name,
+            tuple(
+                (tuple(name for name in members if name in wanted), options)
+                for members, options in self.groups
+            ),
+        )
+
+
+def describe_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> OptimizerSpec:
+    """The spec of a mirror optimizer; `names` maps `id(parameter)` to its name.
+
+    Raises:
+        UsageError: its class cannot be imported by name, or it holds foreign parameters.
+    """
+    kind = type(optimizer)
+    groups = []
+    for group in optimizer.param_groups:
+        members = []
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise UsageError(
+                    f"the optimizer holds a tensor of shape {tuple(parameter.shape)} that is no "
+                    "parameter of the model",
+                    where=f"optimizer {kind.__name__}",
+                    ways_out=("build the optimizer from the parameters the factory is given",),
+                )
+            members.append(names[id(parameter)])
+        groups.append((tuple(members), _options(group)))
+    spec = OptimizerSpec(f"{kind.__module__}:{kind.__qualname__}", tuple(groups))
+    if _import_class(spec.class_name) is not kind:
+        raise UsageError(
+            f"optimizer class {spec.class_name} cannot be imported by name on the workers",
+            ways_out=("use a class of torch.optim", "move the class to an importable module"),
+        )
+    return spec
+
+
+def current_hyperparameters(optimizer: torch.optim.Optimizer) -> tuple[Hyperparameters, ...]:
+    """Per group, what a scheduler may have changed since the last step."""
+    return tuple(_options(group) for group in optimizer.param_groups)
+
+
+def _options(group: dict[str, Any]) -> Hyperparameters:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _import_class(name: str) -> Any:
+    module, _, qualname = name.partition(":")
+    if module == "__main__" or "<locals>" in qualname:
+        return None
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+class RankOptimizer:
+    """The real optimizer of the parameters that one rank holds."""
+
+    def __init__(self, spec: OptimizerSpec, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        kind = _import_class(spec.class_name)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise UsageError(f"{spec.class_name} is no torch.optim.Optimizer")
+        local = spec.restricted(parameters)
+        self._kept = [i for i, (members, _) in enumerate(local.groups) if members]
+        self._parameters = parameters
+        self._optimizer: torch.optim.Optimizer | None = None
+        if self._kept:
+            groups = [
+                {"params": [parameters[name] for name in local.groups[i][0]], **local.groups[i][1]}
+                for i in self._kept
+            ]
+            self._optimizer = kind(groups)
+
+    def step(
+        self, gradients: Mapping[str, Tensor], hyperparameters: tuple[Hyperparameters, ...]
+    ) -> None:
+        """Update the parameters that have a gradient (others keep `grad` None, as in torch)."""
+        if self._optimizer is None:
+            return
+        for index, group in zip(self._kept, self._optimizer.param_groups, strict=True):
+            group.update(hyperparameters[index])
+        for name, parameter in self._parameters.items():
+            parameter.grad = gradients.get(name)
+        self._optimizer.step()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state by parameter name."""
+        if self._optimizer is None:
+            return {}
+        states = self._optimizer.state
+        return {
+            name: dict(states[parameter])
+            for name, parameter in self._parameters.items()
+            if parameter in states
+        }
+
+    def load_state(self, state: Mapping[str, dict[str, Any]]) -> None:
+        """Inverse of `state`; parameters that are not held here are ignored."""
+        if self._optimizer is None:
+            return
+        for name, parameter in self._parameters.items():
+            if name in state:
+                self._optimizer.state[parameter] = {
+                    key: value.clone() if isinstance(value, Tensor) else value
+                    for key, value in state[name].items()
+                }
+
+    def state_bytes(self) -> int:
+        """Bytes of state tensors."""
+        return sum(
+            value.numel() * value.element_size()
+            for entries in self.state().values()
+            for value in entries.values()
+            if isinstance(value, Tensor)
+        )

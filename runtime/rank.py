@@ -1,0 +1,276 @@
+"""What one rank holds and does: tensors, loaded programs, gradients, optimizer.
+
+The same object serves every mode: in a worker process its methods are called by the driver over
+RPC, under `torchrun` directly by the user's process. Method arguments and replies are plain data
+and tensors.
+"""
+
+from __future__ import annotations
+
+import linecache
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.ir.graph import Mode, Output, OutputKind, ValueKind
+from ..compiler.ir.program import Program
+from ..compiler.ir.text import parse_program
+from .communicator import Communicator
+from .executor import Executor, Step, StepResult
+from .kernels import StageKernels, trace_inference, trace_training
+from .memory import measure_peak, resident_bytes, storage_bytes
+from .optimizer import Hyperparameters, OptimizerSpec, RankOptimizer
+from .rng import make_key
+
+__all__ = ["Rank"]
+
+
+class Rank:
+    """State and methods of one rank.
+
+    Args:
+        rank: position in the plan's device order.
+        num_ranks: ranks in the job.
+        device: where this rank computes.
+        communicator: to the other ranks.
+        timeout_seconds: longest wait for another rank.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+        communicator: Communicator,
+        timeout_seconds: float = 300.0,
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.device = device
+        self._communicator = communicator
+        self._timeout = timeout_seconds
+        self._tensors: dict[str, Tensor] = {}
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._kept_gradients: dict[str, Tensor] = {}
+        self._optimizer: RankOptimizer | None = None
+        self._executors: dict[str, Executor] = {}
+        self._programs: dict[str, Program] = {}
+
+    # -- set-up --------------------------------------------------------------------------------
+
+    def load(
+        self, *, key: str, program: str, source: str, compile: bool = False
+    ) -> dict[str, float]:
+        """Make the program with text form `program` and stage functions `source` runnable.
+
+        Returns:
+            `trace_seconds`, the time to derive the kernels.
+        """
+        began = time.perf_counter()
+        parsed = parse_program(program)
+        functions = _functions(source, f"<cutset rank {self.rank} {key}>")
+        kernels = {
+            stage.index: self._kernels(functions[f"stage_{stage.index}"], parsed, stage.index)
+            for stage in parsed.stages
+        }
+        if compile:
+            kernels = {index: entry.compiled() for index, entry in kernels.items()}
+        if parsed.mode is Mode.TRAIN:
+            self._allocate_gradients(parsed)
+        self._communicator.prepare(parsed)
+        self._programs[key] = parsed
+        self._executors[key] = Executor(
+            parsed,
+            kernels,
+            tensors=self._tensors,
+            gradients=self._gradients if parsed.mode is Mode.TRAIN else {},
+            communicator=self._communicator,
+            device=self.device,
+            timeout_seconds=self._timeout,
+        )
+        return {"trace_seconds": time.perf_counter() - began}
+
+    def _kernels(self, function: Any, program: Program, stage: int) -> StageKernels:
+        trace = trace_training if program.mode is Mode.TRAIN else trace_inference
+        return trace(function, program.stage(stage).graph, self.device)
+
+    def _allocate_gradients(self, program: Program) -> None:
+        for stage in program.stages:
+            for value in stage.graph.values_of(ValueKind.PARAMETER):
+                if value.requires_grad and value.origin not in self._gradients:
+                    self._gradients[value.origin] = torch.zeros(
+                        value.type.shape, dtype=value.type.dtype, device=self.device
+                    )
+
+    def set_tensors(self, *, tensors: Mapping[str, Tensor], parameters: list[str]) -> None:
+        """Take copies of parameters, buffers and constants by name; `parameters` names the first.
+
+        A parameter that is already here keeps its storage, which the optimizer knows.
+        """
+        for name, tensor in tensors.items():
+            value = tensor.detach().to(self.device)
+            if name in self._parameters:
+                self._parameters[name].data.copy_(value)
+                continue
+            value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
+            self._tensors[name] = value
+            if name in parameters:
+                self._parameters[name] = torch.nn.Parameter(
+                    value, requires_grad=value.is_floating_point()
+                )
+                self._tensors[name] = self._parameters[name].detach()
+
+    def configure_optimizer(self, *, spec: OptimizerSpec) -> None:
+        """Build the optimizer of the parameters held here."""
+        self._optimizer = RankOptimizer(spec, self._parameters)
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def begin_train_step(
+        self,
+        *,
+        key: str,
+        inputs: Mapping[str, Tensor],
+        weights: tuple[float, ...],
+        seed: int,
+        step: int,
+        hyperparameters: tuple[Hyperparameters, ...],
+        keep_gradients: bool = False,
+        record: bool = False,
+    ) -> Executor:
+        """Prepare a training step; the caller runs the executor it returns."""
+
+        def optimize(gradients: Mapping[str, Tensor]) -> None:
+            if self._optimizer is not None:
+                self._optimizer.step(gradients, hyperparameters)
+
+        executor = self._executors[key]
+        executor.begin(
+            self._step(inputs, weights, seed, step),
+            optimize=optimize,
+            record=record,
+            keep=self._kept_gradients if keep_gradients else None,
+        )
+        return executor
+
+    def train_step(
+        self, *, measure_memory: bool = False, **arguments: Any
+    ) -> dict[str, Any]:
+        """Forward, backward, gradient sync and optimizer; arguments of `begin_train_step`.
+
+        Returns:
+            `loss` (float, or None on ranks that do not hold it), `seconds`, `times`, and with
+            `measure_memory` `peak_bytes`.
+        """
+        executor = self.begin_train_step(**arguments)
+        return self._run(executor, measure_memory)
+
+    def infer(
+        self,
+        *,
+        key: str,
+        inputs: Mapping[str, Tensor],
+        weights: tuple[float, ...],
+        seed: int = 0,
+        step: int = 0,
+        record: bool = False,
+        measure_memory: bool = False,
+    ) -> dict[str, Any]:
+        """Forward only. Returns `outputs` by target, microbatches joined."""
+        executor = self._executors[key]
+        executor.begin(self._step(inputs, weights, seed, step), record=record)
+        return self._run(executor, measure_memory) | {"outputs": self.outputs(key)}
+
+    def outputs(self, key: str) -> dict[str, Tensor]:
+        """User outputs of the last inference step of program `key`, microbatches joined."""
+        found = self._executors[key].result.outputs
+        table = {
+            output.target: output
+            for stage in self._programs[key].stages
+            for output in stage.graph.outputs
+            if output.kind is OutputKind.USER
+        }
+        return {target: _joined(table[target], tensors) for target, tensors in found.items()}
+
+    def _step(
+        self, inputs: Mapping[str, Tensor], weights: tuple[float, ...], seed: int, step: int
+    ) -> Step:
+        return Step(
+            inputs={name: tensor.to(self.device) for name, tensor in inputs.items()},
+            weights=tuple(weights),
+            keys=tuple(
+                make_key(seed, step, microbatch).to(self.device)
+                for microbatch in range(len(weights))
+            ),
+        )
+
+    def _run(self, executor: Executor, measure_memory: bool) -> dict[str, Any]:
+        began = time.perf_counter()
+        peak = None
+        if measure_memory:
+            result, peak = measure_peak(executor.run, self.device, self._held_tensors())
+        else:
+            result = executor.run()
+        loss = self.loss_of(result)
+        return {
+            "loss": loss,
+            "seconds": time.perf_counter() - began,
+            "times": [(t.instruction, t.begin_seconds, t.end_seconds) for t in result.times],
+            "peak_bytes": peak,
+        }
+
+    @staticmethod
+    def loss_of(result: StepResult) -> float | None:
+        return None if result.loss is None else float(result.loss)
+
+    def _held_tensors(self) -> list[Tensor]:
+        """Tensors alive between steps: parameters, buffers, gradients, optimizer states."""
+        held = [*self._tensors.values(), *self._gradients.values()]
+        if self._optimizer is not None:
+            for entries in self._optimizer.state().values():
+                held.extend(value for value in entries.values() if isinstance(value, Tensor))
+        return held
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def tensors(self, *, names: list[str]) -> dict[str, Tensor]:
+        """Those of the named parameters and buffers that are held here."""
+        return {name: self._tensors[name] for name in names if name in self._tensors}
+
+    def gradients(self, *, names: list[str]) -> dict[str, Tensor]:
+        """Gradients kept by the last step that ran with `keep_gradients`."""
+        kept = self._kept_gradients
+        return {name: kept[name] for name in names if name in kept}
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        return {} if self._optimizer is None else self._optimizer.state()
+
+    def load_optimizer_state(self, *, state: Mapping[str, dict[str, Any]]) -> None:
+        if self._optimizer is not None:
+            self._optimizer.load_state(state)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held between steps, and the resident size of the process."""
+        held = storage_bytes(self._held_tensors())
+        return {"held_bytes": held, "resident_bytes": resident_bytes()}
+
+
+def _functions(source: str, filename: str) -> dict[str, Any]:
+    """Execute generated source; its lines stay visible in tracebacks."""
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace
+
+
+def _joined(output: Output, tensors: list[Tensor]) -> Tensor:
+    """One user output from its microbatches."""
+    if output.batch_dim is not None:
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=output.batch_dim)
+    if tensors[0].ndim == 0 and tensors[0].is_floating_point():
+        return torch.stack(tensors).mean()
+    return tensors[-1]
