@@ -1,1 +1,1 @@
-"""Predict: seconds and bytes of a graph, a plan or a program on a cluster."""
+"""Predictions: what ops, links, memory, the optimizer and whole programs will cost."""

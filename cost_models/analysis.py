@@ -1,0 +1,208 @@
+"""What follows from a forward graph alone and several cost models need.
+
+* Batch dependence: which values grow with the number of rows of a microbatch.
+* Weight-like values: those computed from parameters alone (a transposed or cast weight). Their
+  adjoints are weight gradients; all other adjoints are input gradients.
+* Storages: views share the storage of what they view, so memory is counted by storage. Strides
+  of views are found by running the view on tensors without data (`meta`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..compiler.ir.graph import Attribute, Graph, Node, Operand, Value, ValueKind, operands
+from ..compiler.ir.ops import Category, resolve
+from ..compiler.ir.types import TensorType
+
+__all__ = ["Storages", "batch_rows", "batch_values", "find_storages", "weight_like_values"]
+
+
+def batch_rows(graph: Graph) -> int:
+    """Rows of the batch that `graph` was captured at; 1 when no input is batched."""
+    for index in graph.inputs:
+        value = graph.values[index]
+        if value.batch_dim is not None:
+            return value.type.shape[value.batch_dim]
+    return 1
+
+
+def batch_values(graph: Graph) -> frozenset[int]:
+    """Ids of the values whose size is proportional to the rows of the microbatch.
+
+    A value grows if its size is a multiple of the rows and it is computed from one that depends on
+    a batched input, or if it comes from nowhere (a factory) with the rows as its first dim. A
+    stage graph's boundary values count as batched under the same condition.
+    """
+    rows = batch_rows(graph)
+    dependent: set[int] = set()
+    grows: set[int] = set()
+    for value in graph.values:
+        if value.kind is ValueKind.INPUT and value.batch_dim is not None:
+            dependent.add(value.id)
+            grows.add(value.id)
+        elif value.kind is ValueKind.BOUNDARY:
+            dependent.add(value.id)
+            if _multiple(value.type, rows):
+                grows.add(value.id)
+    for node in graph.nodes:
+        reached = any(index in dependent for index in node.inputs)
+        for index in node.outputs:
+            type = graph.values[index].type
+            if reached:
+                dependent.add(index)
+                if _multiple(type, rows):
+                    grows.add(index)
+            elif not node.inputs and rows > 1 and type.shape[:1] == (rows,):
+                dependent.add(index)
+                grows.add(index)
+    return frozenset(grows)
+
+
+def _multiple(type: TensorType, rows: int) -> bool:
+    return bool(type.shape) and type.numel >= rows and type.numel % rows == 0
+
+
+def weight_like_values(graph: Graph) -> frozenset[int]:
+    """Ids of values that require a gradient and are computed without any input of the graph."""
+    fed: set[int] = {
+        value.id for value in graph.values if value.kind in (ValueKind.INPUT, ValueKind.BOUNDARY)
+    }
+    weights: set[int] = {value.id for value in graph.values_of(ValueKind.PARAMETER)}
+    for node in graph.nodes:
+        if any(index in fed for index in node.inputs) or node.op.random:
+            fed.update(node.outputs)
+        elif any(index in weights for index in node.inputs):
+            weights.update(index for index in node.outputs if graph.values[index].requires_grad)
+    return frozenset(index for index in weights if graph.values[index].requires_grad)
+
+
+@dataclass(frozen=True, slots=True)
+class Storages:
+    """Storage of every value of a graph.
+
+    Args:
+        root: value id -> id of the value that owns its storage (itself unless it is a view).
+        strides: value id -> strides in elements.
+        root_bytes: value id -> bytes of the storage that it owns, 0 for views.
+    """
+
+    root: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    root_bytes: tuple[int, ...]
+
+    def contiguous(self, value: Value) -> bool:
+        """Whether `value` lies in memory in the order of its dims."""
+        return _is_contiguous(value.type.shape, self.strides[value.id])
+
+
+def find_storages(graph: Graph) -> Storages:
+    """Storages of all values, see `Storages`."""
+    count = len(graph.values)
+    root = list(range(count))
+    strides = [_dense_strides(value.type.shape) for value in graph.values]
+    owned = [value.type.num_bytes for value in graph.values]
+    for node in graph.nodes:
+        if node.op.category is Category.VIEW and node.inputs:
+            _follow_view(graph, node, root, strides, owned)
+        elif node.op.category is Category.ATTENTION:
+            for index in node.outputs:
+                strides[index] = _heads_last_strides(graph.values[index].type.shape)
+        elif node.op.category is Category.ELEMENTWISE:
+            _keep_layout(graph, node, strides)
+    return Storages(tuple(root), tuple(strides), tuple(owned))
+
+
+def _follow_view(
+    graph: Graph,
+    node: Node,
+    root: list[int],
+    strides: list[tuple[int, ...]],
+    owned: list[int],
+) -> None:
+    base = node.inputs[0]
+    layouts = _view_strides(graph, node, strides[base])
+    for position, index in enumerate(node.outputs):
+        layout = layouts[position] if layouts is not None else None
+        if layout is not None:
+            root[index] = root[base]
+            strides[index] = layout
+            owned[index] = 0
+
+
+def _view_strides(
+    graph: Graph, node: Node, base_strides: tuple[int, ...]
+) -> list[tuple[int, ...] | None] | None:
+    """Strides of the views that `node` makes, None where it has to copy."""
+    base = graph.values[node.inputs[0]].type
+    span = 1 + sum((n - 1) * s for n, s in zip(base.shape, base_strides, strict=True) if n > 0)
+    storage = torch.empty(max(span, 0), dtype=base.dtype, device="meta")
+    tensor = storage.as_strided(base.shape, base_strides)
+
+    def fill(item: Attribute) -> object:
+        if isinstance(item, Operand):
+            other = graph.values[node.inputs[item.index]].type
+            if item.index == 0:
+                return tensor
+            return torch.empty(other.shape, dtype=other.dtype, device="meta")
+        if isinstance(item, tuple):
+            return [fill(part) for part in item]
+        return item
+
+    if not any(operand.index == 0 for operand in operands(node.args)):
+        return None
+    try:
+        kwargs = {key: fill(item) for key, item in node.kwargs}
+        result = resolve(node.op)(*[fill(item) for item in node.args], **kwargs)
+    except (RuntimeError, TypeError, ValueError):
+        return None  # illegal on these strides: functional graphs then hold an explicit copy
+    results = [result] if isinstance(result, torch.Tensor) else list(result)
+    return [
+        tuple(out.stride()) if out._is_view() or out is tensor else None for out in results
+    ]
+
+
+def _keep_layout(graph: Graph, node: Node, strides: list[tuple[int, ...]]) -> None:
+    """Elementwise ops keep the order of dims in memory of their first operand of full size."""
+    for index in node.outputs:
+        shape = graph.values[index].type.shape
+        for operand in node.inputs:
+            same = graph.values[operand].type.shape == shape
+            if same and _is_dense(shape, strides[operand]):
+                strides[index] = strides[operand]
+                break
+
+
+def _dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for dim in reversed(range(len(shape) - 1)):
+        strides[dim] = strides[dim + 1] * max(shape[dim + 1], 1)
+    return tuple(strides)
+
+
+def _heads_last_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Fused attention returns [batch, heads, rows, size] as a view of [batch, rows, heads, size]."""
+    if len(shape) != 4:
+        return _dense_strides(shape)
+    batch, heads, rows, size = shape
+    first, second, third, fourth = _dense_strides((batch, rows, heads, size))
+    return first, third, second, fourth
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    dense = _dense_strides(shape)
+    return all(n == 1 or s == d for n, s, d in zip(shape, strides, dense, strict=True))
+
+
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements fill memory without gap or overlap, in any order of dims."""
+    order = sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1)
+    expected = 1
+    for stride, size in order:
+        if stride != expected:
+            return False
+        expected *= size
+    return expected == math.prod(shape)

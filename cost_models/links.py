@@ -1,0 +1,83 @@
+"""Time of transfers between devices: alpha-beta for one link, ring algorithms for groups.
+
+A message of n bytes takes `latency + n / bandwidth`. A ring of p devices runs at the pace of its
+slowest link: all-reduce makes 2 (p - 1) steps of n / p bytes, reduce-scatter, all-gather and
+all-to-all p - 1 steps (Thakur, Rabenseifner and Gropp, 2005), broadcast and reduce one pipelined
+pass over n bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from ..compiler.ir.cluster import Cluster, Link
+
+__all__ = [
+    "all_gather_seconds",
+    "all_reduce_seconds",
+    "all_to_all_seconds",
+    "broadcast_seconds",
+    "group_link",
+    "reduce_scatter_seconds",
+    "transfer_seconds",
+]
+
+
+def transfer_seconds(cluster: Cluster, source: int, target: int, num_bytes: float) -> float:
+    """Seconds of sending `num_bytes` from device `source` to `target`; 0 within one device."""
+    return 0.0 if source == target else cluster.link(source, target).seconds(num_bytes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ring_link(cluster: Cluster, devices: tuple[int, ...]) -> Link:
+    pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
+    links = [cluster.link(first, second) for first, second in pairs if first != second]
+    return Link(
+        max(link.latency_seconds for link in links), min(link.bytes_per_second for link in links)
+    )
+
+
+def group_link(cluster: Cluster, devices: Sequence[int]) -> Link:
+    """The worst latency and bandwidth around the ring of `devices` (ordered by node)."""
+    ordered = sorted(set(devices), key=lambda index: (cluster.devices[index].node, index))
+    return _ring_link(cluster, tuple(ordered))
+
+
+def _ring_seconds(
+    cluster: Cluster, devices: Sequence[int], rounds_per_hop: float, num_bytes: float
+) -> float:
+    size = len(set(devices))
+    if size < 2:
+        return 0.0
+    link = group_link(cluster, devices)
+    return rounds_per_hop * (size - 1) * link.seconds(num_bytes / size)
+
+
+def all_reduce_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
+    """Ring all-reduce of a tensor of `num_bytes` held by each of `devices`."""
+    return _ring_seconds(cluster, devices, 2.0, num_bytes)
+
+
+def reduce_scatter_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
+    """Ring reduce-scatter; `num_bytes` is the size of the whole tensor on each device before."""
+    return _ring_seconds(cluster, devices, 1.0, num_bytes)
+
+
+def all_gather_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
+    """Ring all-gather; `num_bytes` is the size of the whole tensor on each device after."""
+    return _ring_seconds(cluster, devices, 1.0, num_bytes)
+
+
+def all_to_all_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
+    """All-to-all; `num_bytes` is what each device holds, of which 1/p stays."""
+    return _ring_seconds(cluster, devices, 1.0, num_bytes)
+
+
+def broadcast_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
+    """Pipelined broadcast (or reduce) of `num_bytes` along the ring."""
+    size = len(set(devices))
+    if size < 2:
+        return 0.0
+    link = group_link(cluster, devices)
+    return (size - 1) * link.latency_seconds + num_bytes / link.bytes_per_second

@@ -1,0 +1,353 @@
+"""Clusters that a user can name without measuring: presets, local clusters, `--devices` values.
+
+Rates of accelerators are *sustained* ones (about 70-80 % of a data sheet's peak for matrix
+products; measured figures on H200: 797 TFLOP/s bf16, 4.2 TB/s copy, 359 GB/s over NVLink), and the
+memory leaves room for the driver's context and the allocator's rounding. `tpu-like` and `npu-like`
+are shapes of machine to plan for, not products. `cpu-core` is one core of a recent x86 server
+running torch with one thread; links inside a CPU host are gloo over loopback.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
+from ..compiler.ir.errors import ClusterError
+from .cluster_file import read_cluster
+
+__all__ = [
+    "device_type",
+    "limit_memory",
+    "local_cluster",
+    "local_cpu_cluster",
+    "local_cuda_cluster",
+    "make_cluster",
+    "parse_devices",
+    "preset",
+    "preset_names",
+]
+
+GIB = 1 << 30
+MICROSECOND = 1e-6
+GIGA = 1e9
+TERA = 1e12
+
+_TYPES: tuple[DeviceType, ...] = (
+    DeviceType(
+        "a100",
+        "cuda",
+        75 * GIB,
+        1.6 * TERA,
+        (("bf16", 240 * TERA), ("f16", 240 * TERA), ("f32", 17 * TERA), ("f64", 15 * TERA)),
+        6 * MICROSECOND,
+    ),
+    DeviceType(
+        "h100",
+        "cuda",
+        75 * GIB,
+        2.8 * TERA,
+        (("bf16", 650 * TERA), ("f16", 650 * TERA), ("f32", 50 * TERA), ("f64", 50 * TERA)),
+        5 * MICROSECOND,
+    ),
+    DeviceType(
+        "h200",
+        "cuda",
+        134 * GIB,
+        4.0 * TERA,
+        (("bf16", 700 * TERA), ("f16", 700 * TERA), ("f32", 50 * TERA), ("f64", 50 * TERA)),
+        5 * MICROSECOND,
+    ),
+    DeviceType(
+        "tpu-like",
+        "tpu",
+        90 * GIB,
+        2.3 * TERA,
+        (("bf16", 350 * TERA), ("f32", 60 * TERA)),
+        2 * MICROSECOND,
+        ("aten.linalg_eigh.default", "aten.linalg_svd.default", "aten.nonzero.default"),
+    ),
+    DeviceType(
+        "npu-like",
+        "npu",
+        60 * GIB,
+        1.2 * TERA,
+        (("bf16", 250 * TERA), ("f16", 280 * TERA), ("f32", 60 * TERA)),
+        10 * MICROSECOND,
+        ("aten.linalg_eigh.default", "aten.linalg_svd.default"),
+    ),
+    DeviceType(
+        "cpu-core",
+        "cpu",
+        4 * GIB,
+        10 * GIGA,
+        (("f32", 90 * GIGA), ("f64", 45 * GIGA), ("bf16", 50 * GIGA), ("f16", 80 * GIGA)),
+        6 * MICROSECOND,
+    ),
+    DeviceType(
+        "cpu-host",
+        "cpu",
+        480 * GIB,
+        300 * GIGA,
+        (("f32", 3 * TERA), ("f64", 1.5 * TERA), ("bf16", 6 * TERA)),
+        10 * MICROSECOND,
+    ),
+)
+
+_NVLINK_A100 = Link(8 * MICROSECOND, 230 * GIGA)
+_NVLINK_H100 = Link(8 * MICROSECOND, 350 * GIGA)
+_INFINIBAND_200 = Link(12 * MICROSECOND, 22 * GIGA)
+_INFINIBAND_400 = Link(12 * MICROSECOND, 45 * GIGA)
+_TORUS = Link(3 * MICROSECOND, 90 * GIGA)
+_NPU_MESH = Link(10 * MICROSECOND, 25 * GIGA)
+_PCIE = Link(12 * MICROSECOND, 22 * GIGA)
+_ETHERNET_100 = Link(40 * MICROSECOND, 11 * GIGA)
+_LOOPBACK = Link(120 * MICROSECOND, 2 * GIGA)
+
+# device type -> (devices in a node, link inside a node, link between nodes)
+_MACHINES: tuple[tuple[str, int, Link, Link], ...] = (
+    ("a100", 8, _NVLINK_A100, _INFINIBAND_200),
+    ("h100", 8, _NVLINK_H100, _INFINIBAND_400),
+    ("h200", 8, _NVLINK_H100, _INFINIBAND_400),
+    ("tpu-like", 4, _TORUS, _TORUS),
+    ("npu-like", 8, _NPU_MESH, _INFINIBAND_200),
+    ("cpu-core", 2, _LOOPBACK, _ETHERNET_100),
+    ("cpu-host", 1, _LOOPBACK, _ETHERNET_100),
+)
+
+# preset -> (device type, devices)
+_PRESETS: tuple[tuple[str, str, int], ...] = (
+    ("a100-node", "a100", 8),
+    ("h100-node", "h100", 8),
+    ("h200-node", "h200", 8),
+    ("a100x64", "a100", 64),
+    ("h100x64", "h100", 64),
+    ("h200x64", "h200", 64),
+    ("tpu-like-slice", "tpu-like", 16),
+    ("npu-like-node", "npu-like", 8),
+    ("cpu-node", "cpu-core", 2),
+    ("cpu-hosts", "cpu-host", 4),
+)
+
+
+def device_type(name: str) -> DeviceType:
+    """The built-in device type called `name`. Raises ClusterError for an unknown one."""
+    for entry in _TYPES:
+        if entry.name == name:
+            return entry
+    raise ClusterError(
+        f"unknown device type {name!r}",
+        ways_out=(f"one of: {', '.join(entry.name for entry in _TYPES)}", "a cluster file"),
+    )
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names that `preset` accepts."""
+    return (*(name for name, _, _ in _PRESETS), "mixed-node")
+
+
+def preset(name: str) -> Cluster:
+    """The built-in cluster called `name` (see `preset_names`).
+
+    Raises:
+        ClusterError: there is no such preset.
+    """
+    if name == "mixed-node":
+        return _mixed_node()
+    for entry, kind, count in _PRESETS:
+        if entry == name:
+            return make_cluster(kind, count, name=name)
+    raise ClusterError(
+        f"unknown cluster preset {name!r}",
+        ways_out=(
+            f"one of: {', '.join(preset_names())}",
+            "a device type and a count, such as h100:64",
+            "the path of a .toml or .json cluster file",
+        ),
+    )
+
+
+def make_cluster(
+    kind: str, count: int, *, devices_per_node: int | None = None, name: str | None = None
+) -> Cluster:
+    """`count` devices of built-in type `kind`, filled node by node.
+
+    Args:
+        kind: a device type of the table above (`h100`).
+        count: number of devices, at least 1.
+        devices_per_node: devices in a node; by default that of the usual machine (8 for h100).
+        name: of the cluster; by default `h100x64`.
+
+    Raises:
+        ClusterError: unknown type or a count below 1.
+    """
+    entry = device_type(kind)
+    machine = next(machine for machine in _MACHINES if machine[0] == kind)
+    per_node = machine[1] if devices_per_node is None else devices_per_node
+    if count < 1 or per_node < 1:
+        raise ClusterError(
+            f"a cluster of {count} devices, {per_node} in a node, is not possible",
+            ways_out=("give counts of at least 1",),
+        )
+    devices = tuple(Device(index, kind, f"node{index // per_node}") for index in range(count))
+    links = (LinkRule(machine[2], same_node=True), LinkRule(machine[3], same_node=False))
+    return Cluster(name or f"{kind}x{count}", (entry,), devices, links)
+
+
+def _mixed_node() -> Cluster:
+    """Two generations of GPU (NVLink within each) and a CPU host, joined by PCIe."""
+    kinds = ["h100"] * 4 + ["a100"] * 4 + ["cpu-host"]
+    nodes = {"h100": "gpu-new", "a100": "gpu-old", "cpu-host": "host"}
+    devices = tuple(Device(index, kind, nodes[kind]) for index, kind in enumerate(kinds))
+    links = (
+        LinkRule(_NVLINK_H100, "gpu-new", "gpu-new", True),
+        LinkRule(_NVLINK_A100, "gpu-old", "gpu-old", True),
+        LinkRule(_LOOPBACK, "host", "host", True),
+        LinkRule(_PCIE),
+    )
+    types = tuple(device_type(kind) for kind in dict.fromkeys(kinds))
+    return Cluster("mixed-node", types, devices, links)
+
+
+def local_cpu_cluster(count: int, memory_limit_bytes: int | None = None) -> Cluster:
+    """`count` CPU worker processes of this machine, one core each, on gloo over loopback.
+
+    Args:
+        memory_limit_bytes: what a plan may use on each; by default that of `cpu-core`.
+    """
+    return _local("cpu", count, _with_memory(device_type("cpu-core"), memory_limit_bytes))
+
+
+def local_cuda_cluster(count: int, memory_limit_bytes: int | None = None) -> Cluster:
+    """The first `count` CUDA devices of this machine, which are asked for name and memory.
+
+    Raises:
+        ClusterError: this machine has fewer.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > available:
+        raise ClusterError(
+            f"{count} CUDA devices are wanted, this machine has {available}",
+            ways_out=(f"use at most {available} devices", "use CPU workers: devices='cpu:N'"),
+        )
+    properties = torch.cuda.get_device_properties(0)
+    known = [entry for entry in _TYPES if entry.backend == "cuda"]
+    lowered = properties.name.lower()
+    base = next((entry for entry in known if entry.name in lowered), device_type("a100"))
+    limit = int(properties.total_memory * 0.95)
+    return _local("cuda", count, _with_memory(base, memory_limit_bytes or limit))
+
+
+def local_cluster(count: int, memory_limit_bytes: int | None = None) -> Cluster:
+    """`count` workers on this machine: CUDA if it has that many GPUs, else CPU processes."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= count:
+        return local_cuda_cluster(count, memory_limit_bytes)
+    return local_cpu_cluster(count, memory_limit_bytes)
+
+
+def _with_memory(entry: DeviceType, limit: int | None) -> DeviceType:
+    return DeviceType(
+        name=entry.name,
+        backend=entry.backend,
+        memory_bytes=entry.memory_bytes if limit is None else limit,
+        memory_bytes_per_second=entry.memory_bytes_per_second,
+        flops_per_second=entry.flops_per_second,
+        overhead_seconds=entry.overhead_seconds,
+        unsupported_ops=entry.unsupported_ops,
+    )
+
+
+def _local(backend: str, count: int, entry: DeviceType) -> Cluster:
+    if count < 1:
+        raise ClusterError(
+            f"{count} devices is not possible", ways_out=("give a count of at least 1",)
+        )
+    if entry.memory_bytes < 1:
+        raise ClusterError(
+            f"a memory limit of {entry.memory_bytes} bytes is not possible",
+            ways_out=("give a limit of at least one byte",),
+        )
+    devices = tuple(Device(index, entry.name, "localhost") for index in range(count))
+    inner = next(machine[2] for machine in _MACHINES if machine[0] == entry.name)
+    return Cluster(f"local-{backend}x{count}", (entry,), devices, (LinkRule(inner),), local=True)
+
+
+def parse_devices(
+    spec: int | str | Path | Cluster | Sequence[torch.device | str],
+    memory_limit_bytes: int | None = None,
+) -> Cluster:
+    """The cluster that a user's `devices` argument (or `--devices`) names.
+
+    Args:
+        spec: a number of local workers (`4`, `"4"`), local workers of a kind (`"cpu:4"`,
+            `"cuda:2"`), a list of `torch.device`s, a preset (`"h100-node"`), a device type and
+            count (`"h100:64"`), the path of a `.toml` or `.json` cluster file, or a `Cluster`.
+        memory_limit_bytes: lowers the memory a plan may use on every device.
+
+    Raises:
+        ClusterError: none of these, or more devices than this machine has.
+    """
+    if isinstance(spec, Cluster):
+        return limit_memory(spec, memory_limit_bytes)
+    if isinstance(spec, bool) or not isinstance(spec, int | str | Path | Sequence):
+        raise ClusterError(
+            f"devices = {spec!r} names no devices",
+            ways_out=("a count, a list of torch.device, a preset, a cluster file or a Cluster",),
+        )
+    if isinstance(spec, int):
+        return local_cluster(spec, memory_limit_bytes)
+    if isinstance(spec, str | Path):
+        return _parse_text(str(spec), memory_limit_bytes)
+    return _parse_list([torch.device(item) for item in spec], memory_limit_bytes)
+
+
+def limit_memory(cluster: Cluster, memory_limit_bytes: int | None) -> Cluster:
+    """`cluster` with every device's memory lowered to `memory_limit_bytes` (None: unchanged)."""
+    if memory_limit_bytes is None:
+        return cluster
+    types = tuple(
+        _with_memory(entry, min(entry.memory_bytes, memory_limit_bytes)) for entry in cluster.types
+    )
+    return Cluster(cluster.name, types, cluster.devices, cluster.links, cluster.local)
+
+
+def _parse_text(spec: str, limit: int | None) -> Cluster:
+    if spec.isdigit():
+        return local_cluster(int(spec), limit)
+    if spec.endswith((".toml", ".json")):
+        return limit_memory(read_cluster(spec), limit)
+    kind, colon, count = spec.partition(":")
+    if not colon:
+        return limit_memory(preset(spec), limit)
+    if re.fullmatch(r"[1-9]\d*", count) is None:
+        raise ClusterError(
+            f"{count!r} in devices = {spec!r} is not a number of devices",
+            ways_out=(f"write for example {kind}:4",),
+        )
+    if kind == "cpu":
+        return local_cpu_cluster(int(count), limit)
+    if kind == "cuda":
+        return local_cuda_cluster(int(count), limit)
+    base = next((entry[1] for entry in _PRESETS if entry[0] == kind), kind)
+    return limit_memory(make_cluster(base, int(count)), limit)
+
+
+def _parse_list(devices: Sequence[torch.device], limit: int | None) -> Cluster:
+    kinds = sorted({device.type for device in devices})
+    if len(kinds) != 1 or kinds[0] not in ("cpu", "cuda"):
+        raise ClusterError(
+            f"devices of kinds {kinds or 'none'} cannot form a local cluster",
+            ways_out=("give devices that are all cpu or all cuda", "describe them in a file"),
+        )
+    if kinds[0] == "cpu":
+        return local_cpu_cluster(len(devices), limit)
+    indices = [device.index or 0 for device in devices]
+    if sorted(indices) != list(range(len(indices))):
+        raise ClusterError(
+            f"CUDA devices {indices} are not 0 to {len(indices) - 1}, each once",
+            ways_out=("choose devices with CUDA_VISIBLE_DEVICES and give a count",),
+        )
+    return local_cuda_cluster(len(devices), limit)
