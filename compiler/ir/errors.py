@@ -77,13 +77,13 @@ class ClusterError(CutsetError, ValueError):
 
 
 class PlanFormatError(CutsetError, ValueError):
-    """A plan file is truncated, edited, of another version, or made for another model or cluster."""
+    """A plan file is truncated, edited, of another version, or of another model or cluster."""
 
     exit_code = 2
 
 
 class InfeasibleError(CutsetError):
-    """No plan satisfies the constraints; the cause names the constraint and by how much it fails."""
+    """No plan satisfies the constraints; the cause names one that fails and by how much."""
 
 
 class VerificationError(CutsetError):
