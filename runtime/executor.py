@@ -9,9 +9,9 @@ waits and executes to the end.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ from ..compiler.ir.program import (
     Send,
 )
 from .communicator import Communicator, Pending
-from .kernels import Source, StageKernels
+from .cuda_graphs import GraphSlots
+from .kernels import Kernel, Source, StageKernels
 
 __all__ = ["Executor", "InstructionTime", "Step", "StepResult"]
 
@@ -85,6 +86,15 @@ class _Context:
 
     def __init__(self) -> None:
         self.kept: dict[tuple[Source, int], Tensor | None] = {}
+        self.slot: Any = None  # of CUDA graphs, where they are used
+
+    def keep(
+        self, sources: Iterable[tuple[Source, int]], arguments: list[Tensor | None]
+    ) -> None:
+        """Keep those arguments of F that backward reads."""
+        for kind, index in sources:
+            if kind is Source.ARGUMENT:
+                self.kept[kind, index] = arguments[index]
 
 
 class Executor:
@@ -98,6 +108,7 @@ class Executor:
         communicator: how registers travel.
         device: where this rank computes.
         timeout_seconds: longest wait for one register or collective.
+        cuda_graphs: replay kernels as CUDA graphs (on CUDA devices only).
     """
 
     def __init__(
@@ -110,6 +121,7 @@ class Executor:
         communicator: Communicator,
         device: torch.device,
         timeout_seconds: float,
+        cuda_graphs: bool = True,
     ) -> None:
         self._program = program
         self._kernels = kernels
@@ -120,7 +132,9 @@ class Executor:
         self._timeout = timeout_seconds
         self._stages = {stage.index: stage for stage in program.stages}
         self._consumers = {stage.index: dict(stage.consumers) for stage in program.stages}
-        self._local = frozenset(self._stages)
+        self._slots: dict[int, GraphSlots] = {}
+        if cuda_graphs and device.type == "cuda":
+            self._slots = {index: GraphSlots(entry) for index, entry in kernels.items()}
         self.touched: set[str] = set()
         self._step: Step | None = None
         self._optimize: Optimizer | None = None
@@ -305,15 +319,21 @@ class Executor:
         arguments: list[Tensor | None] = [key, *self._arguments(stage, microbatch)]
         context = _Context()
         needed = {*kernels.input_sources, *kernels.weight_sources}
-        for kind, index in needed:
-            if kind is Source.ARGUMENT:
-                context.kept[kind, index] = arguments[index]
-        results = list(kernels.forward(arguments))
+        slots = self._slots.get(stage)
+        if slots is None:
+            context.keep(needed, arguments)
+            results = list(kernels.forward(arguments))
+        else:
+            results, context.slot = slots.forward(
+                arguments, lambda staged: context.keep(needed, staged)
+            )
         for index, tensor in enumerate(results[kernels.num_outputs :]):
             context.kept[Source.SAVED, index] = tensor
         del results[kernels.num_outputs :]
         if kernels.backward_input is not None:
             self._contexts[stage, microbatch] = context
+        elif slots is not None:
+            slots.release(context.slot)
         self._store_outputs(stage, microbatch, results)
 
     def _store_outputs(
@@ -347,13 +367,26 @@ class Executor:
         ]
         for source in [source for source in context.kept if source not in later]:
             del context.kept[source]
-        results = list(kernels.backward_input(arguments))
+        results = self._call(stage, context, "input", kernels.backward_input, arguments)
         gradients = _with_zeros(kernels, results, self._device)
         for index, tensor in enumerate(results):
             context.kept[Source.PASSED, index] = tensor
         for position, gradient in zip(kernels.signature.differentiable, gradients, strict=True):
             name = kernels.signature.arguments[position].name
             self._registers[Register(name, microbatch, stage)] = gradient
+
+    def _call(
+        self,
+        stage: int,
+        context: _Context,
+        name: str,
+        kernel: Kernel,
+        arguments: list[Tensor | None],
+    ) -> list[Tensor | None]:
+        slots = self._slots.get(stage)
+        if slots is None:
+            return list(kernel(arguments))
+        return slots.backward(context.slot, name, kernel, arguments)
 
     def _tangent(
         self, stage: int, index: int, reads: list[Register], microbatch: int
@@ -378,7 +411,8 @@ class Executor:
         names = [kernels.signature.arguments[i].origin for i in kernels.accumulated]
         arguments = [context.kept[source] for source in kernels.weight_sources]
         context.kept.clear()
-        kernels.backward_weight([*arguments, *(self._gradients[name] for name in names)])
+        buffers = [self._gradients[name] for name in names]
+        self._call(stage, context, "weight", kernels.backward_weight, [*arguments, *buffers])
         self.touched.update(names)
 
     def _send(self, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Surgery on joint forward-and-backward fx graphs: cut into F / B / W, accumulate, box arguments."""
+"""Surgery on joint forward-and-backward fx graphs: cut into F / B / W, accumulate, box."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ by reachability:
 
 so what F must keep for B and W is an explicit list of tensors. W adds each weight gradient to its
 buffer as soon as it exists (`addmm_` where the gradient is a matrix product), so no second copy of
-the gradients is ever alive. Ops that compute both kinds of gradient at once are split (`split_joint_ops`), or W would be empty for convolutions.
+the gradients is ever alive. Ops that compute both kinds of gradient at once are split
+(`split_joint_ops`), or W would be empty for convolutions.
 
 All kernels take one list of tensors and empty it, so that a dead tensor is freed at once.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -107,6 +108,42 @@ class StageKernels:
     accumulated: tuple[int, ...] = ()
     zero_inputs: tuple[int, ...] = ()
     modules: dict[str, fx.GraphModule] = field(default_factory=dict)
+
+    def compiled(self) -> StageKernels:
+        """The same kernels through Inductor (compiled at their first call)."""
+        if not self.modules:
+            return replace(self, forward=_compiled(self.forward))
+        return replace(
+            self,
+            forward=_compiled_module(self.modules["forward"]),
+            backward_input=_compiled_module(self.modules["input"]),
+            backward_weight=_compiled_module(self.modules["weight"]),
+        )
+
+
+def _compiled(kernel: Kernel) -> Kernel:
+    compiled = torch.compile(kernel, dynamic=False)
+
+    def run(tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
+        arguments = list(tensors)
+        tensors.clear()
+        return compiled(arguments)
+
+    return run
+
+
+def _compiled_module(module: fx.GraphModule) -> Kernel:
+    if not any(node.op == "call_function" for node in module.graph.nodes):
+        return boxed_module(module)
+    compiled = torch.compile(module, dynamic=False)
+
+    def run(tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
+        arguments = tuple(tensors)
+        tensors.clear()
+        with torch.no_grad():
+            return compiled(*arguments)  # type: ignore[no-any-return]
+
+    return run
 
 
 def trace_inference(function: StageFunction, graph: Graph, device: torch.device) -> StageKernels:

@@ -1,0 +1,258 @@
+"""One call: `auto_partition(model, devices)`. Capture, plan, generate, verify, run.
+
+`plan_model` stops before running: it works on models that live on `meta` and clusters that are not
+here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cost_models import parse_devices
+from ..passes.pipeline import PlanOptions, plan_graph
+from ..runtime.session import Session
+from .batch import Call, batch_size, divisors, take_rows
+from .capture import Captured, capture
+from .codegen.programs import generate_programs
+from .ir.cluster import Cluster
+from .ir.errors import UsageError
+from .ir.fingerprint import fingerprint, plan_hash
+from .ir.graph import Mode
+from .ir.plan import OptimizerModel, Plan
+from .ir.program import Program
+from .ir.verify import verify_programs
+from .parallel import OptimizerFactory, Parallel, RunOptions
+from .plan_json import check_plan_matches, load_plan
+
+__all__ = ["PlannedModel", "auto_partition", "plan_model"]
+
+Devices = int | str | PathLike[str] | Cluster | Sequence[torch.device]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A captured model with its verified plan and programs, not yet running."""
+
+    model: nn.Module
+    captured: Captured
+    plan: Plan
+    programs: tuple[Program, ...]
+
+
+def plan_model(
+    model: nn.Module,
+    devices: Devices,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    mode: str = "train",
+    optimizer_model: OptimizerModel | None = None,
+    num_microbatches: int | None = None,
+    num_stages: int | None = None,
+    schedule: str | None = None,
+    memory_limit_bytes: int | None = None,
+    constraints: Mapping[str, int] | None = None,
+    clip_grad_norm: float | None = None,
+    plan: Plan | str | PathLike[str] | None = None,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> PlannedModel:
+    """Capture `model`, choose the fastest plan that fits, generate and verify its programs.
+
+    Args:
+        model: any `nn.Module`; parameters may be on `meta`.
+        devices: number of local workers, list of `torch.device`, `Cluster`, preset name or file.
+        example_inputs, example_kwargs: one call with the global batch (see `compiler/batch.py`).
+            With a `loss_fn` of several arguments the last ones are targets.
+        loss_fn: makes the loss from the model's output (and targets); None: the model returns it.
+        mode: `train` or `infer`.
+        optimizer_model: what planning assumes of the optimizer; None: AdamW.
+        num_microbatches, num_stages, schedule: pin a decision; None: chosen.
+        memory_limit_bytes: memory of every device, overriding the cluster's.
+        constraints: module path pattern -> stage that must hold it.
+        clip_grad_norm: clip the global gradient norm before the optimizer step.
+        plan: use this plan (or plan file) instead of searching one.
+        check: compare the captured gradients with the model's own.
+        progress: receives one line per phase.
+
+    Raises:
+        CaptureError: the model cannot be captured, or its gradients would be wrong.
+        InfeasibleError: nothing fits; names the constraint.
+        PlanFormatError: `plan` is malformed or for another model or cluster.
+    """
+    say = progress or (lambda line: None)
+    if example_inputs is None and not example_kwargs:
+        raise UsageError(
+            "no example inputs: the model is captured by running it on them",
+            where="auto_partition",
+            ways_out=("pass example_inputs=(tensor, ...) and/or example_kwargs={...}",),
+        )
+    call: Call = (_as_tuple(example_inputs), dict(example_kwargs or {}))
+    cluster = _cluster(devices, memory_limit_bytes)
+    given = _given_plan(plan)
+    rows = batch_size(*call)
+    modes = Mode(mode)
+    options = PlanOptions(
+        num_stages=num_stages,
+        num_microbatches=given.num_microbatches if given else num_microbatches,
+        schedule=schedule,
+        optimizer=optimizer_model or OptimizerModel("adamw", 2.0),
+        pins=tuple(sorted((constraints or {}).items())),
+    )
+    count = _microbatch_count(rows, options.num_microbatches, modes, cluster)
+
+    def captured_at(number: int) -> Captured:
+        args, kwargs = take_rows(call, rows // number)
+        say(f"capture {type(model).__name__} at {rows // number} rows a microbatch")
+        return capture(model, args, kwargs, mode=modes, loss_fn=loss_fn, check=check)
+
+    captured = captured_at(count)
+    if given is not None:
+        check_plan_matches(given, fingerprint(captured.graph, captured.name), cluster)
+        chosen = replace(given, cluster=cluster)
+    else:
+        chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=options)
+        if chosen.num_microbatches != count:
+            captured = captured_at(chosen.num_microbatches)
+            pinned = replace(options, num_microbatches=chosen.num_microbatches)
+            chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=pinned)
+    say("generate and verify programs")
+    programs = build_programs(captured, chosen, clip_grad_norm)
+    return PlannedModel(model, captured, chosen, programs)
+
+
+def auto_partition(
+    model: nn.Module,
+    devices: Devices,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    mode: str = "train",
+    optimizer: OptimizerFactory | None = None,
+    compile: bool = False,
+    seed: int = 0,
+    keep_gradients: bool = False,
+    timeout_seconds: float = 300.0,
+    clip_grad_norm: float | None = None,
+    session: Session | None = None,
+    **planning: Any,
+) -> Parallel:
+    """Partition `model` over `devices` and return it ready to train and infer.
+
+    Args:
+        optimizer: called with the model's parameters, returns a `torch.optim.Optimizer`;
+            None: AdamW with learning rate 1e-3.
+        compile: run stage graphs through Inductor.
+        seed: of all randomness; the same seed trains the same weights under any plan.
+        keep_gradients: keep each step's gradients for `Parallel.gradients()`.
+        timeout_seconds: longest wait for another rank before the run is given up.
+        session: run on these ranks instead of starting local workers.
+        planning: further arguments of `plan_model`.
+
+    Raises:
+        See `plan_model`. Workers start on first use of the result, not here.
+    """
+    factory = optimizer or _default_optimizer
+    planned = plan_model(
+        model,
+        devices,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        loss_fn=loss_fn,
+        mode=mode,
+        clip_grad_norm=clip_grad_norm,
+        optimizer_model=planning.pop("optimizer_model", None) or optimizer_model_of(factory, model),
+        **planning,
+    )
+    options = RunOptions(
+        loss_fn=loss_fn,
+        optimizer=factory,
+        compile=compile,
+        seed=seed,
+        keep_gradients=keep_gradients,
+        timeout_seconds=timeout_seconds,
+        clip_grad_norm=clip_grad_norm,
+    )
+    return Parallel(model, planned.captured, planned.plan, planned.programs, options, session)
+
+
+def build_programs(
+    captured: Captured, plan: Plan, clip_grad_norm: float | None = None
+) -> tuple[Program, ...]:
+    """Programs of a plan, proved safe. Raises VerificationError."""
+    programs = generate_programs(
+        captured.graph, plan, plan_hash=plan_hash(plan), clip_grad_norm=clip_grad_norm
+    )
+    verify_programs(programs)
+    return programs
+
+
+def optimizer_model_of(factory: OptimizerFactory, model: nn.Module) -> OptimizerModel:
+    """What planning must assume of the optimizer that `factory` makes, by trying it once.
+
+    One step on a small parameter shows how many bytes of state a parameter byte costs.
+    """
+    probe = nn.Parameter(torch.zeros(256, 256))
+    with contextlib.suppress(Exception):
+        optimizer = factory([probe])
+        probe.grad = torch.zeros_like(probe)
+        optimizer.step()
+        state = optimizer.state[probe].values()
+        tensors = [entry for entry in state if isinstance(entry, torch.Tensor) and entry.ndim]
+        num_bytes = sum(entry.numel() * entry.element_size() for entry in tensors)
+        ratio = num_bytes / (probe.numel() * probe.element_size())
+        return OptimizerModel(type(optimizer).__name__.lower(), ratio)
+    return OptimizerModel("unknown", 2.0)
+
+
+def _default_optimizer(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def _as_tuple(inputs: Any) -> tuple[Any, ...]:
+    if inputs is None:
+        return ()
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def _cluster(devices: Devices, memory_limit_bytes: int | None) -> Cluster:
+    cluster = parse_devices(devices)
+    if memory_limit_bytes is None:
+        return cluster
+    types = tuple(
+        replace(entry, memory_bytes=min(entry.memory_bytes, memory_limit_bytes))
+        for entry in cluster.types
+    )
+    return replace(cluster, types=types)
+
+
+def _given_plan(plan: Plan | str | PathLike[str] | None) -> Plan | None:
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    return load_plan(plan)
+
+
+def _microbatch_count(rows: int, wanted: int | None, mode: Mode, cluster: Cluster) -> int:
+    """The count to capture at: the one asked for, or a first guess of about four a device."""
+    legal = divisors(rows)
+    if wanted is None:
+        target = len(cluster.devices) * (4 if mode is Mode.TRAIN else 1)
+        return max(count for count in legal if count <= max(1, target))
+    if wanted not in legal:
+        raise UsageError(
+            f"num_microbatches = {wanted} does not divide the batch of {rows} rows "
+            f"({rows} % {wanted} = {rows % wanted})" if wanted > 0 else
+            f"num_microbatches = {wanted} is not positive",
+            ways_out=(f"legal counts here: {', '.join(map(str, legal))}",),
+        )
+    return wanted

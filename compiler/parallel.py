@@ -1,0 +1,433 @@
+"""A partitioned model as the user drives it: steps, inference, state.
+
+`Parallel` owns a session (local workers or this job's ranks) and, for each kind of call it has
+seen (training or inference, input shapes, train/eval flag), a *variant*: the model captured for
+that call, the plan's stages carried over to it, programs, all verified. The first variant comes
+from `auto_partition`; others are captured when first needed, and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..passes.schedule import build_schedule
+from ..passes.transfer import transfer
+from ..runtime.launcher import launch_local, spmd_session, under_torchrun
+from ..runtime.optimizer import current_hyperparameters, describe_optimizer
+from ..runtime.session import Session
+from .batch import Call, batch_size, divisors, signature_of, take_rows
+from .capture import Captured, capture
+from .codegen.programs import generate_programs
+from .codegen.python import emit_python
+from .ir.errors import UsageError
+from .ir.fingerprint import fingerprint, plan_hash
+from .ir.graph import Mode, ValueKind
+from .ir.plan import Plan
+from .ir.program import Program
+from .ir.text import print_program
+from .ir.verify import verify_programs
+
+__all__ = ["OptimizerFactory", "Parallel", "RunOptions"]
+
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run; see `auto_partition`."""
+
+    loss_fn: Callable[..., Tensor] | None
+    optimizer: OptimizerFactory
+    compile: bool = False
+    seed: int = 0
+    keep_gradients: bool = False
+    timeout_seconds: float = 300.0
+    clip_grad_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """The model captured for one kind of call, with programs for it."""
+
+    key: str
+    captured: Captured
+    plan: Plan
+    programs: tuple[Program, ...]
+
+
+class Parallel:
+    """A model running on several devices. Use as a context manager, or `close()` it.
+
+    `parallel.plan` is the plan, `parallel.optimizer` the mirror optimizer to attach learning-rate
+    schedulers to.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        plan: Plan,
+        programs: tuple[Program, ...],
+        options: RunOptions,
+        session: Session | None = None,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.optimizer = options.optimizer(model.parameters())
+        self._options = options
+        self._names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
+        self._spec = describe_optimizer(self.optimizer, self._names)
+        self._planned = (captured, programs)
+        self._variants: dict[str, Variant] = {}
+        self._homes: dict[str, tuple[int, ...]] = {}
+        self._session = session
+        self._owns_session = session is None
+        self._step = 0
+        self._measure = False
+        self._peaks: list[int] = []
+        self._closed = False
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward, backward, gradient synchronisation and optimizer update on one batch.
+
+        Takes what the example call took (another batch size or sequence length is captured once
+        and cached). Returns the loss, 0-dim, float64: the mean over microbatches.
+        """
+        if self.plan.mode is not Mode.TRAIN:
+            raise UsageError(
+                "this plan is for inference",
+                ways_out=("plan with mode='train'",),
+            )
+        call = (args, kwargs)
+        variant = self._variant(Mode.TRAIN, call)
+        replies = self._run(
+            "train_step",
+            variant,
+            call,
+            hyperparameters=current_hyperparameters(self.optimizer),
+            keep_gradients=self._options.keep_gradients,
+        )
+        self._step += 1
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it
+        (loss,) = [reply["loss"] for reply in replies if reply["loss"] is not None]
+        return torch.tensor(loss, dtype=torch.float64)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Inference in eval mode, without gradients: the value that the model returns."""
+        call = (args, kwargs)
+        variant = self._variant(Mode.INFER, call)
+        replies = self._run("infer", variant, call)
+        outputs: dict[str, Tensor] = {}
+        for reply in replies:
+            outputs.update(reply["outputs"])
+        return variant.captured.restore_outputs(outputs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Whether `train_step` runs dropout and updates BatchNorm statistics."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """As `train(False)`."""
+        return self.train(False)
+
+    def _run(self, method: str, variant: Variant, call: Call, **extra: Any) -> list[Any]:
+        session = self._started()
+        inputs = variant.captured.bind(*call)
+        count = variant.plan.num_microbatches
+        shared = {
+            "key": variant.key,
+            "weights": (1.0 / count,) * count,
+            "seed": self._options.seed,
+            "step": self._step,
+            "measure_memory": self._measure,
+            **extra,
+        }
+        arguments = [
+            shared | {"inputs": {name: inputs[name] for name in _inputs_of(program)}}
+            for program in variant.programs
+        ]
+        replies = session.call(method, arguments, timeout=self._options.timeout_seconds)
+        if self._measure:
+            self._peaks = [reply["peak_bytes"] for reply in replies]
+            self._measure = False
+        self.last_replies = replies
+        return replies
+
+    # -- variants ------------------------------------------------------------------------------
+
+    def _variant(self, mode: Mode, call: Call) -> Variant:
+        key = f"{mode.value} training={self.model.training} {signature_of(call)}"
+        if key not in self._variants:
+            variant = self._first_variant(mode, call, key) or self._new_variant(mode, call, key)
+            self._load(variant)
+            self._variants[key] = variant
+        return self._variants[key]
+
+    def _first_variant(self, mode: Mode, call: Call, key: str) -> Variant | None:
+        """The planned variant, if it is for this kind of call."""
+        captured, programs = self._planned
+        rows = self.plan.batch_size
+        if mode is not captured.graph.mode or batch_size(*call) != rows:
+            return None
+        if captured.training != self.model.training and mode is Mode.TRAIN:
+            return None
+        micro = take_rows(call, rows // self.plan.num_microbatches)
+        if signature_of(micro) != captured.signature:
+            return None
+        return Variant(key, captured, self.plan, programs)
+
+    def _new_variant(self, mode: Mode, call: Call, key: str) -> Variant:
+        """Capture for a new kind of call and carry the plan's stages over."""
+        rows = batch_size(*call)
+        count = self._microbatch_count(rows, mode)
+        args, kwargs = take_rows(call, rows // count)
+        loss_fn = self._options.loss_fn if mode is Mode.TRAIN else None
+        captured = capture(self.model, args, kwargs, mode=mode, loss_fn=loss_fn, check=False)
+        stages = transfer(self.plan, self._planned[0].graph, captured.graph)
+        plan = replace(
+            self.plan,
+            fingerprint=fingerprint(captured.graph, captured.name),
+            mode=mode,
+            batch_size=rows,
+            num_microbatches=count,
+            stages=stages,
+            schedule=build_schedule(
+                self.plan.schedule.name if mode is Mode.TRAIN and self.plan.schedule else "forward",
+                num_stages=len(stages),
+                num_microbatches=count,
+                devices=tuple(stage.device for stage in stages),
+            ),
+            prediction=None,
+            certificate=None,
+        )
+        programs = generate_programs(
+            captured.graph,
+            plan,
+            plan_hash=plan_hash(plan),
+            clip_grad_norm=self._options.clip_grad_norm if mode is Mode.TRAIN else None,
+        )
+        verify_programs(programs)
+        return Variant(key, captured, plan, programs)
+
+    def _microbatch_count(self, rows: int, mode: Mode) -> int:
+        """Fewest equal microbatches that are no larger than the planned ones."""
+        largest = max(1, self.plan.batch_size // self.plan.num_microbatches)
+        return min(count for count in divisors(rows) if rows // count <= largest)
+
+    def _load(self, variant: Variant) -> None:
+        session = self._started()
+        self._place_tensors(variant)
+        session.call(
+            "load",
+            [
+                {
+                    "key": variant.key,
+                    "program": print_program(program),
+                    "source": emit_python(program),
+                    "compile": self._options.compile,
+                }
+                for program in variant.programs
+            ],
+            timeout=self._options.timeout_seconds,
+        )
+
+    def _place_tensors(self, variant: Variant) -> None:
+        """Send every rank the parameters, buffers and constants it lacks, with today's values."""
+        session = self._started()
+        missing: list[list[str]] = []
+        for program in variant.programs:
+            needed = _tensors_of(program)
+            missing.append([n for n in needed if program.rank not in self._homes.get(n, ())])
+        if not any(missing):
+            return
+        moved = sorted({name for names in missing for name in names if name in self._homes})
+        current = self._gather("tensors", moved) if moved else {}
+        source = {**variant.captured.tensors, **current}
+        parameters = [value.origin for value in _parameters(variant)]
+        session.call(
+            "set_tensors",
+            [
+                {"tensors": {name: source[name] for name in names}, "parameters": parameters}
+                for names in missing
+            ],
+            timeout=self._options.timeout_seconds,
+        )
+        for program, names in zip(variant.programs, missing, strict=True):
+            for name in names:
+                self._homes[name] = (*self._homes.get(name, ()), program.rank)
+        if self.plan.mode is Mode.TRAIN:
+            self._configure_optimizer()
+
+    def _configure_optimizer(self) -> None:
+        state = self._merged("optimizer_state", [{}] * self._started().num_ranks)
+        self._started().call("configure_optimizer", {"spec": self._spec})
+        if state:
+            self._started().call("load_optimizer_state", {"state": state})
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's `state_dict()` with today's values, on the CPU; tied names share a tensor."""
+        own = self.model.state_dict()
+        canonical = _canonical_names(self.model)
+        current = self._gather("tensors", sorted(self._homes)) if self._homes else {}
+        return {
+            name: current.get(canonical.get(name, name), tensor) for name, tensor in own.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """As `nn.Module.load_state_dict`, on every rank."""
+        self.model.load_state_dict(state, strict=strict)
+        if not self._homes:
+            return
+        values = dict(self.model.state_dict(keep_vars=False))
+        values |= dict(self.model.named_buffers())
+        names = [name for name in self._homes if name in values]
+        arguments = [
+            {
+                "tensors": {name: values[name] for name in names if rank in self._homes[name]},
+                "parameters": [],
+            }
+            for rank in range(self._started().num_ranks)
+        ]
+        self._started().call("set_tensors", arguments, timeout=self._options.timeout_seconds)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the last training step, before clipping, by parameter name.
+
+        Needs `keep_gradients=True`. Parameters without a gradient are missing.
+        """
+        return self._gather("gradients", sorted(self._homes))
+
+    def optimizer_state_dict(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state by parameter name."""
+        return self._merged("optimizer_state", [{}] * self._started().num_ranks)
+
+    def load_optimizer_state_dict(self, state: Mapping[str, dict[str, Any]]) -> None:
+        """Inverse of `optimizer_state_dict`, also from a run under another plan."""
+        self._started().call("load_optimizer_state", {"state": dict(state)})
+
+    def measure_memory(self) -> None:
+        """Measure the peak memory of the next step (see `peak_memory_bytes`); it runs slower."""
+        self._measure = True
+
+    def peak_memory_bytes(self) -> list[int]:
+        """Peak bytes per rank of the last measured step; empty if none was measured."""
+        return list(self._peaks)
+
+    def _gather(self, method: str, names: list[str]) -> dict[str, Tensor]:
+        """Named tensors from the lowest rank that holds each."""
+        arguments = [
+            {"names": [name for name in names if self._homes.get(name, (0,))[0] == rank]}
+            for rank in range(self._started().num_ranks)
+        ]
+        return {name: tensor.cpu() for name, tensor in self._merged(method, arguments).items()}
+
+    def _merged(self, method: str, arguments: list[dict[str, Any]]) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        replies = self._started().call(
+            method, arguments, timeout=self._options.timeout_seconds
+        )
+        for reply in replies:
+            for name, item in reply.items():
+                merged.setdefault(name, item)
+        return merged
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def _started(self) -> Session:
+        if self._closed:
+            raise UsageError("this Parallel is closed", ways_out=("call auto_partition again",))
+        if self._session is None:
+            self._session = self._start()
+        return self._session
+
+    def _start(self) -> Session:
+        if not self.plan.cluster.local:
+            raise UsageError(
+                f"cluster {self.plan.cluster.name!r} is not this machine: it is planned for, "
+                "not run",
+                ways_out=("pass a number of local devices", "start the script under torchrun"),
+            )
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise UsageError(
+                "the model's parameters are on meta: it can be planned, not run",
+                ways_out=("give it values: model.to_empty(device='cpu'), then load them",),
+            )
+        num_ranks = max(stage.device for stage in self.plan.stages) + 1
+        backends = [self.plan.cluster.type_of(rank).backend for rank in range(num_ranks)]
+        if under_torchrun():
+            return spmd_session(backends=backends, timeout_seconds=self._options.timeout_seconds)
+        return launch_local(
+            num_ranks, backends=backends, timeout_seconds=self._options.timeout_seconds
+        )
+
+    def save_programs(self, directory: str | Path) -> None:
+        """Write the generated Python and instruction lists of every rank, to read."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for program in self._planned[1]:
+            (folder / f"rank{program.rank}.py").write_text(emit_python(program))
+            (folder / f"rank{program.rank}.program").write_text(print_program(program))
+
+    def explain(self) -> str:
+        """The plan in words and pictures."""
+        from .explain import explain
+
+        return explain(self.plan, self._planned[0].graph)
+
+    def close(self) -> None:
+        """End the workers that this object started."""
+        if not self._closed and self._session is not None and self._owns_session:
+            self._session.close()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _inputs_of(program: Program) -> list[str]:
+    return sorted(
+        {
+            value.origin
+            for stage in program.stages
+            for value in stage.graph.values_of(ValueKind.INPUT)
+        }
+    )
+
+
+def _tensors_of(program: Program) -> list[str]:
+    kinds = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
+    return sorted(
+        {value.origin for stage in program.stages for kind in kinds
+         for value in stage.graph.values_of(kind)}
+    )
+
+
+def _parameters(variant: Variant) -> Iterator[Any]:
+    return iter(variant.captured.graph.values_of(ValueKind.PARAMETER))
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter and buffer name -> the first name of the same tensor."""
+    first: dict[int, str] = {}
+    table: dict[str, str] = {}
+    pairs = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in pairs:
+        table[name] = first.setdefault(id(tensor), name)
+    return table

@@ -1,0 +1,154 @@
+"""Replay a stage's kernels as CUDA graphs.
+
+A CUDA graph reads and writes fixed addresses, while a pipeline keeps several microbatches in
+flight. So each stage owns *slots*: a slot holds static tensors and F, B and W graphs for one
+microbatch in flight, and is reused when that microbatch's W is done. A slot runs eagerly on its
+first use (which warms libraries up), is captured on its second, and replayed from then on.
+
+Graphs of one slot share a memory pool; slots do not share one, because a replay of one slot would
+overwrite temporaries that another slot still keeps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..compiler.ir.graph import ValueKind
+from .kernels import Kernel, Source, StageKernels
+
+__all__ = ["GraphSlots"]
+
+_PERSISTENT = (ValueKind.PARAMETER, ValueKind.CONSTANT)
+
+
+class _GraphedKernel:
+    """One kernel on static inputs; `dynamic` are positions of inputs that change address."""
+
+    def __init__(self, kernel: Kernel, dynamic: frozenset[int], pool: object) -> None:
+        self._kernel = kernel
+        self._dynamic = dynamic
+        self._pool = pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._static: list[Tensor | None] = []
+        self._results: Sequence[Tensor | None] = ()
+
+    def stage(self, arguments: list[Tensor | None]) -> list[Tensor | None]:
+        """Static tensors with the content of `arguments`."""
+        if not self._static:
+            self._static = [
+                tensor.clone() if tensor is not None and position in self._dynamic else tensor
+                for position, tensor in enumerate(arguments)
+            ]
+        else:
+            for position in self._dynamic:
+                static, tensor = self._static[position], arguments[position]
+                if static is not None and tensor is not None:
+                    static.copy_(tensor)
+        return list(self._static)
+
+    def __call__(self) -> Sequence[Tensor | None]:
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                self._graph, pool=self._pool, capture_error_mode="thread_local"
+            ):
+                self._results = self._kernel(list(self._static))
+        self._graph.replay()
+        return self._results
+
+
+class _Slot:
+    """Graphs of one microbatch in flight."""
+
+    def __init__(self, kernels: StageKernels) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        arguments = kernels.signature.arguments
+        dynamic = {0} | {
+            position + 1
+            for position, value in enumerate(arguments)
+            if value.kind not in _PERSISTENT
+        }
+        self.uses = 0
+        self.forward = _GraphedKernel(kernels.forward, frozenset(dynamic), pool)
+        self.backward: dict[str, _GraphedKernel] = {}
+        for name, kernel, sources in (
+            ("input", kernels.backward_input, kernels.input_sources),
+            ("weight", kernels.backward_weight, kernels.weight_sources),
+        ):
+            if kernel is not None:
+                tangents = {i for i, (kind, _) in enumerate(sources) if kind is Source.TANGENT}
+                self.backward[name] = _GraphedKernel(kernel, frozenset(tangents), pool)
+
+
+class GraphSlots:
+    """Runs a stage's kernels through slots; falls back to plain kernels with a warning.
+
+    `forward` returns the slot used, to be given to the backward calls of the same microbatch.
+    """
+
+    def __init__(self, kernels: StageKernels) -> None:
+        self._kernels = kernels
+        self._num_gradients = len(kernels.signature.differentiable) - len(kernels.zero_inputs)
+        self._free: list[_Slot] = []
+        self._broken = False
+
+    def forward(
+        self, arguments: list[Tensor | None], keep: Callable[[list[Tensor | None]], None]
+    ) -> tuple[list[Tensor | None], _Slot | None]:
+        """Results of F; `keep` is shown the arguments that backward will read."""
+        if self._broken:
+            keep(arguments)
+            return list(self._kernels.forward(arguments)), None
+        slot = self._free.pop() if self._free else _Slot(self._kernels)
+        slot.uses += 1
+        if slot.uses == 1:
+            keep(arguments)
+            return list(self._kernels.forward(arguments)), slot
+        static = slot.forward.stage(arguments)
+        keep(static)
+        try:
+            results = list(slot.forward())
+        except RuntimeError as error:
+            self._give_up(error)
+            keep(arguments)
+            return list(self._kernels.forward(arguments)), None
+        count = self._kernels.num_outputs
+        return [_copy(tensor) for tensor in results[:count]] + results[count:], slot
+
+    def backward(
+        self, slot: _Slot | None, name: str, kernel: Kernel, arguments: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Results of B (`name` = `input`) or W (`weight`); releases the slot after W."""
+        if slot is None or slot.uses == 1:
+            results = list(kernel(arguments))
+        else:
+            graphed = slot.backward[name]
+            graphed.stage(arguments)
+            results = list(graphed())
+            if name == "input":
+                count = self._num_gradients
+                results = [_copy(tensor) for tensor in results[:count]] + results[count:]
+        if slot is not None and name == "weight":
+            self._free.append(slot)
+        return results
+
+    def release(self, slot: _Slot | None) -> None:
+        """Return a slot that will see no backward."""
+        if slot is not None:
+            self._free.append(slot)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        self._broken = True
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"stage runs without CUDA graphs, because capturing one failed: {reason}",
+            stacklevel=2,
+        )
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
