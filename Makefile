@@ -33,7 +33,7 @@ check: $(STAMP) ## lint, format, types, import contracts, doctests
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $(COPY) .
 	cd $(COPY) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache -p cutset
-	cd $(COPY) && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml \
+	cd $(COPY) && $(CURDIR)/$(BIN)/lint-imports --no-logo --config $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.import_linter_cache
 	cd $(COPY) && $(CURDIR)/$(BIN)/python -m pytest -q --doctest-modules --noconftest \
 	    -c $(CURDIR)/pyproject.toml --rootdir . -p no:cacheprovider cutset

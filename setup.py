@@ -14,16 +14,20 @@ from setuptools import setup
 
 HERE = Path(__file__).absolute().parent
 
-# package -> folder, every package that has modules of its own
+# package -> folder, every package
 PACKAGE_FOLDERS = {
     "cutset": "cutset",
     "cutset.compiler": "compiler",
     "cutset.compiler.capture": "compiler/capture",
+    "cutset.compiler.cli": "compiler/cli",
     "cutset.compiler.codegen": "compiler/codegen",
     "cutset.compiler.export": "compiler/export",
     "cutset.compiler.ir": "compiler/ir",
+    "cutset.compiler.ir.text": "compiler/ir/text",
+    "cutset.compiler.ir.verify": "compiler/ir/verify",
     "cutset.cost_models": "cost_models",
     "cutset.passes": "passes",
+    "cutset.passes.partition": "passes/partition",
     "cutset.runtime": "runtime",
 }
 
@@ -67,7 +71,7 @@ setup(
     python_requires=">=3.11",
     packages=sorted(PACKAGE_FOLDERS),
     package_dir=PACKAGE_FOLDERS,
-    package_data={"": ["*.json", "*.toml"], "cutset": ["py.typed"]},
+    package_data={"": ["*.json", "*/*.json", "*.toml", "py.typed"]},
     zip_safe=False,
     install_requires=REQUIRED,
     extras_require={
