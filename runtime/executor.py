@@ -185,6 +185,11 @@ class Executor:
         return self.result
 
     @property
+    def position(self) -> int:
+        """Index of the next instruction."""
+        return self._position
+
+    @property
     def finished(self) -> bool:
         return self._position >= len(self._program.instructions) and self._drained()
 

@@ -19,7 +19,7 @@ from ..compiler.ir.graph import Mode, Output, OutputKind, ValueKind
 from ..compiler.ir.program import Program
 from ..compiler.ir.text import parse_program
 from .communicator import Communicator
-from .executor import Executor, Step, StepResult
+from .executor import Executor, Step
 from .kernels import StageKernels, trace_inference, trace_training
 from .memory import measure_peak, resident_bytes, storage_bytes
 from .optimizer import Hyperparameters, OptimizerSpec, RankOptimizer
@@ -157,19 +157,7 @@ class Rank:
         )
         return executor
 
-    def train_step(
-        self, *, measure_memory: bool = False, **arguments: Any
-    ) -> dict[str, Any]:
-        """Forward, backward, gradient sync and optimizer; arguments of `begin_train_step`.
-
-        Returns:
-            `loss` (float, or None on ranks that do not hold it), `seconds`, `times`, and with
-            `measure_memory` `peak_bytes`.
-        """
-        executor = self.begin_train_step(**arguments)
-        return self._run(executor, measure_memory)
-
-    def infer(
+    def begin_infer(
         self,
         *,
         key: str,
@@ -178,12 +166,24 @@ class Rank:
         seed: int = 0,
         step: int = 0,
         record: bool = False,
-        measure_memory: bool = False,
-    ) -> dict[str, Any]:
-        """Forward only. Returns `outputs` by target, microbatches joined."""
+    ) -> Executor:
+        """Prepare a forward-only step; the caller runs the executor it returns."""
         executor = self._executors[key]
         executor.begin(self._step(inputs, weights, seed, step), record=record)
-        return self._run(executor, measure_memory) | {"outputs": self.outputs(key)}
+        return executor
+
+    def train_step(self, *, measure_memory: bool = False, **arguments: Any) -> dict[str, Any]:
+        """Forward, backward, gradient sync and optimizer; arguments of `begin_train_step`.
+
+        Returns:
+            `loss` (float, or None on ranks that do not hold it), `seconds`, `times` (instruction,
+            begin, end) if recorded, `outputs`, and with `measure_memory` `peak_bytes`.
+        """
+        return self._run(self.begin_train_step(**arguments), arguments["key"], measure_memory)
+
+    def infer(self, *, measure_memory: bool = False, **arguments: Any) -> dict[str, Any]:
+        """Forward only; arguments of `begin_infer`, reply as of `train_step`."""
+        return self._run(self.begin_infer(**arguments), arguments["key"], measure_memory)
 
     def outputs(self, key: str) -> dict[str, Tensor]:
         """User outputs of the last inference step of program `key`, microbatches joined."""
@@ -208,24 +208,23 @@ class Rank:
             ),
         )
 
-    def _run(self, executor: Executor, measure_memory: bool) -> dict[str, Any]:
+    def _run(self, executor: Executor, key: str, measure_memory: bool) -> dict[str, Any]:
         began = time.perf_counter()
         peak = None
         if measure_memory:
-            result, peak = measure_peak(executor.run, self.device, self._held_tensors())
+            _, peak = measure_peak(executor.run, self.device, self._held_tensors())
         else:
-            result = executor.run()
-        loss = self.loss_of(result)
-        return {
-            "loss": loss,
-            "seconds": time.perf_counter() - began,
-            "times": [(t.instruction, t.begin_seconds, t.end_seconds) for t in result.times],
-            "peak_bytes": peak,
-        }
+            executor.run()
+        return self.reply(key) | {"seconds": time.perf_counter() - began, "peak_bytes": peak}
 
-    @staticmethod
-    def loss_of(result: StepResult) -> float | None:
-        return None if result.loss is None else float(result.loss)
+    def reply(self, key: str) -> dict[str, Any]:
+        """Results of the finished step of program `key`."""
+        result = self._executors[key].result
+        return {
+            "loss": None if result.loss is None else float(result.loss),
+            "outputs": self.outputs(key),
+            "times": [(t.instruction, t.begin_seconds, t.end_seconds) for t in result.times],
+        }
 
     def _held_tensors(self) -> list[Tensor]:
         """Tensors alive between steps: parameters, buffers, gradients, optimizer states."""
