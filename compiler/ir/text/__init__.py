@@ -1,0 +1,21 @@
+"""Text forms that print and parse back: print followed by parse is the identity."""
+
+from __future__ import annotations
+
+from .graph import parse_graph, print_graph, print_node
+from .plan import format_ranges, parse_plan, parse_ranges, print_cluster, print_plan
+from .program import parse_program, print_instruction, print_program
+
+__all__ = [
+    "format_ranges",
+    "parse_graph",
+    "parse_plan",
+    "parse_program",
+    "parse_ranges",
+    "print_cluster",
+    "print_graph",
+    "print_instruction",
+    "print_node",
+    "print_plan",
+    "print_program",
+]

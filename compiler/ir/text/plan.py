@@ -1,0 +1,243 @@
+"""Text form of a `Plan` and of a `Cluster`.
+
+plan train batch_size=8 num_microbatches=4 mesh="pipeline=2"
+model name="GPT2" graph_hash="91ab.." structure_hash="7e0c.." num_parameters=10 ...
+optimizer name="adamw" state_bytes_per_parameter_byte=2.0
+cluster workers local=true {
+  type name="cpu" backend="cpu" memory_bytes=8000000000 ...
+  devices 0-1 type="cpu" node="host"
+  link latency_seconds=1e-05 bytes_per_second=5000000000.0 a="*" b="*" same_node=none
+}
+stage 0 device=0 nodes=0-17,19
+layout %h "[S(0),R]"
+schedule 1f1b stages=2 microbatches=4
+  0: F0.0 F0.1 ...
+prediction step_seconds=0.25 ...
+memory device=0 parameters_bytes=4096 ...
+certificate objective=0.25 lower_bound=0.25 ...
+warning "..."
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from ..cluster import Cluster, Device, DeviceType, Link, LinkRule
+from ..graph import Mode
+from ..mesh import Layout, Mesh
+from ..plan import (
+    Certificate,
+    Fingerprint,
+    MemoryPrediction,
+    OptimizerModel,
+    Plan,
+    Prediction,
+    Stage,
+    ValueLayout,
+)
+from ..schedule import Schedule
+from .scan import Line, Scanner, print_literal, print_name, print_text, read_enum
+
+__all__ = [
+    "format_ranges",
+    "parse_plan",
+    "parse_ranges",
+    "print_cluster",
+    "print_plan",
+]
+
+_Record = TypeVar("_Record")
+_MOST_IDS = 10_000_000
+
+
+def format_ranges(ids: tuple[int, ...]) -> str:
+    """Non-negative ids as runs: (0, 1, 2, 5) as `0-2,5`. The order is kept."""
+    runs: list[tuple[int, int]] = []
+    for number in ids:
+        if runs and runs[-1][1] + 1 == number:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """Inverse of `format_ranges`. Raises ValueError on malformed text."""
+    ids: list[int] = []
+    for run in text.split(",") if text else ():
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", run, re.ASCII)
+        if match is None:
+            raise ValueError(f"not a range of ids: {run!r} (expected e.g. 4 or 0-17)")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first + len(ids) > _MOST_IDS:
+            raise ValueError(f"not a range of ids: {run!r}")
+        ids.extend(range(first, last + 1))
+    return tuple(ids)
+
+
+def print_plan(plan: Plan) -> str:
+    """The text of `plan`, one decision a line."""
+    return "".join(f"{line}\n" for line in _plan_lines(plan))
+
+
+def _plan_lines(plan: Plan) -> Iterator[str]:
+    yield (
+        f"plan {plan.mode.value} batch_size={plan.batch_size} "
+        f"num_microbatches={plan.num_microbatches} mesh={print_literal(str(plan.mesh))}"
+    )
+    yield _record("model", plan.fingerprint)
+    yield _record("optimizer", plan.optimizer)
+    yield from print_cluster(plan.cluster).splitlines()
+    for stage in plan.stages:
+        nodes = print_text(format_ranges(stage.nodes))
+        yield f"stage {stage.index} device={stage.device} nodes={nodes}"
+    for entry in plan.layouts:
+        yield f"layout {print_name(entry.value)} {print_literal(str(entry.layout))}"
+    if plan.schedule is not None:
+        head, *rows = str(plan.schedule).splitlines()
+        yield from [head, *(f"  {row}" for row in rows)]
+    if plan.prediction is not None:
+        yield _record("prediction", plan.prediction, skip=("memory",))
+        yield from (_record("memory", entry) for entry in plan.prediction.memory)
+    if plan.certificate is not None:
+        yield _record("certificate", plan.certificate)
+    yield from (f"warning {print_literal(text)}" for text in plan.warnings)
+
+
+def print_cluster(cluster: Cluster) -> str:
+    """The text of `cluster`, as it stands inside the text of a plan."""
+    local = print_literal(cluster.local)
+    lines = [f"cluster {print_text(cluster.name)} local={local} {{"]
+    lines += [f"  {_record('type', entry)}" for entry in cluster.types]
+    runs: list[list[Device]] = []
+    for device in cluster.devices:
+        if runs and replace(runs[-1][-1], index=device.index) == device:
+            runs[-1].append(device)
+        else:
+            runs.append([device])
+    for run in runs:
+        indices = print_text(format_ranges(tuple(device.index for device in run)))
+        lines.append(f"  {_record(f'devices {indices}', run[0], skip=('index',))}")
+    for rule in cluster.links:
+        link = _record("link", rule.link)
+        lines.append(f"  {_record(link, rule, skip=('link',))}")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _record(head: str, record: Any, *, skip: tuple[str, ...] = ()) -> str:
+    """`head field=literal ...` for the fields of a flat dataclass."""
+    names = (field.name for field in fields(record) if field.name not in skip)
+    return " ".join([head, *(f"{name}={print_literal(getattr(record, name))}" for name in names)])
+
+
+def _read_record(line: Line, kind: type[_Record], **given: object) -> _Record:
+    """Inverse of `_record`; fields in `given` are not in the text."""
+    options: dict[str, object] = dict(given)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in given:
+            line.expect(field.name, "=")
+            options[field.name] = line.literal()
+    return kind(**options)
+
+
+def parse_plan(text: str) -> Plan:
+    """Inverse of `print_plan`. Raises ValueError, naming the line, on malformed text."""
+    scanner = Scanner(text)
+    head = scanner.line()
+    head.expect("plan")
+    mode = read_enum(head, Mode)
+    head.expect("batch_size", "=")
+    batch_size = head.integer()
+    head.expect("num_microbatches", "=")
+    num_microbatches = head.integer()
+    head.expect("mesh", "=")
+    mesh = Mesh.parse(head.string())
+    head.end()
+    plan = Plan(
+        fingerprint=_read_line(scanner, "model", Fingerprint),
+        optimizer=_read_line(scanner, "optimizer", OptimizerModel),
+        cluster=_read_cluster(scanner),
+        mode=mode,
+        batch_size=batch_size,
+        num_microbatches=num_microbatches,
+        mesh=mesh,
+        stages=tuple(_read_all(scanner, "stage", _read_stage)),
+        layouts=tuple(_read_all(scanner, "layout", _read_layout)),
+        schedule=_read_schedule(scanner) if scanner.peek() == "schedule" else None,
+    )
+    if scanner.peek() == "prediction":
+        plan = replace(plan, prediction=_read_prediction(scanner))
+    if scanner.peek() == "certificate":
+        plan = replace(plan, certificate=_read_line(scanner, "certificate", Certificate))
+    plan = replace(plan, warnings=tuple(_read_all(scanner, "warning", Line.string)))
+    scanner.end()
+    return plan
+
+
+def _read_line(scanner: Scanner, head: str, kind: type[_Record], **given: object) -> _Record:
+    line = scanner.line()
+    line.expect(head)
+    record = _read_record(line, kind, **given)
+    line.end()
+    return record
+
+
+def _read_all(scanner: Scanner, head: str, read: Any) -> Iterator[Any]:
+    """What `read` makes of every following line that starts with `head`."""
+    while scanner.peek() == head:
+        line = scanner.line()
+        line.expect(head)
+        yield read(line)
+        line.end()
+
+
+def _read_cluster(scanner: Scanner) -> Cluster:
+    head = scanner.line()
+    head.expect("cluster")
+    name = head.string()
+    head.expect("local", "=")
+    local = head.literal() is True
+    head.expect("{")
+    types = tuple(_read_all(scanner, "type", lambda line: _read_record(line, DeviceType)))
+    devices = [item for run in _read_all(scanner, "devices", _read_devices) for item in run]
+    links = tuple(_read_all(scanner, "link", _read_link))
+    scanner.line().expect("}")
+    return Cluster(name, types, tuple(devices), links, local)
+
+
+def _read_devices(line: Line) -> list[Device]:
+    indices = parse_ranges(line.string())
+    first = _read_record(line, Device, index=0)
+    return [replace(first, index=index) for index in indices]
+
+
+def _read_link(line: Line) -> LinkRule:
+    return _read_record(line, LinkRule, link=_read_record(line, Link))
+
+
+def _read_stage(line: Line) -> Stage:
+    index = line.integer()
+    line.expect("device", "=")
+    device = line.integer()
+    line.expect("nodes", "=")
+    return Stage(index, device, parse_ranges(line.string()))
+
+
+def _read_layout(line: Line) -> ValueLayout:
+    return ValueLayout(line.name(), Layout.parse(line.string()))
+
+
+def _read_schedule(scanner: Scanner) -> Schedule:
+    rows = [scanner.raw()]
+    while scanner.peek().isdigit():
+        rows.append(scanner.raw())
+    return Schedule.parse("\n".join(rows))
+
+
+def _read_prediction(scanner: Scanner) -> Prediction:
+    figures = _read_line(scanner, "prediction", Prediction, memory=())
+    rows = _read_all(scanner, "memory", lambda line: _read_record(line, MemoryPrediction))
+    return replace(figures, memory=tuple(rows))

@@ -1,0 +1,200 @@
+"""Text form of a `Program`: header, stages with their graphs inline, one instruction a line.
+
+program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_hash=5f.. {
+  stage_ranks (0, 1)
+  stage 0 {
+    to %h (1,)
+    graph mlp.stage0 train {
+      ...
+    }
+  }
+  Forward 0.0
+  Send %h@0 -> 1 tag=0 f32[4,8]
+  Recv %h@0!1 <- 1 tag=2 f32[4,8]
+  Free %h@0
+  ...
+  OptimizerStep
+}
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from ..graph import Mode
+from ..program import (
+    AllReduce,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    ClipGradients,
+    Forward,
+    Free,
+    GradientNorm,
+    Instruction,
+    OptimizerStep,
+    Program,
+    Recv,
+    Register,
+    Send,
+    StageProgram,
+)
+from .graph import print_graph, read_graph
+from .scan import Line, Scanner, print_literal, print_name, print_text, read_enum, read_strings
+
+__all__ = ["parse_program", "print_instruction", "print_program", "print_register"]
+
+_COMPUTE = {kind.__name__: kind for kind in (Forward, Backward, BackwardInput, BackwardWeight)}
+
+
+def print_program(program: Program) -> str:
+    """The text of `program`."""
+    head = (
+        f"program {program.mode.value} rank={program.rank} num_ranks={program.num_ranks} "
+        f"num_microbatches={program.num_microbatches} "
+        f"memory_limit_bytes={program.memory_limit_bytes} "
+        f"plan_hash={print_text(program.plan_hash)} {{"
+    )
+    lines = [head, f"  stage_ranks {print_literal(program.stage_ranks)}"]
+    for stage in program.stages:
+        lines.append(f"  stage {stage.index} {{")
+        lines += [f"    to {print_name(name)} {print_literal(to)}" for name, to in stage.consumers]
+        lines += [f"    from {print_name(name)} {source}" for name, source in stage.producers]
+        lines += textwrap.indent(print_graph(stage.graph), "    ").splitlines()
+        lines.append("  }")
+    lines += [f"  {print_instruction(item)}" for item in program.instructions]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def print_register(register: Register) -> str:
+    """A register: `%h@2`, or `%h@2!3` for the gradient from stage 3."""
+    suffix = "" if register.consumer is None else f"!{register.consumer}"
+    return f"{print_name(register.value)}@{register.microbatch}{suffix}"
+
+
+def print_instruction(item: Instruction) -> str:
+    """One instruction as one line."""
+    kind = type(item).__name__
+    match item:
+        case Forward() | Backward() | BackwardInput() | BackwardWeight():
+            return f"{kind} {item.stage}.{item.microbatch}"
+        case Send() | Recv():
+            arrow = "->" if isinstance(item, Send) else "<-"
+            register = print_register(item.register)
+            return f"{kind} {register} {arrow} {item.peer} tag={item.tag} {item.type}"
+        case Free():
+            return " ".join([kind, *map(print_register, item.registers)])
+        case GradientNorm():
+            return f"{kind} {print_literal(item.parameters)}"
+        case AllReduce():
+            target = print_text(item.target)
+            return f"{kind} {target} {print_literal(item.ranks)} {print_text(item.reduction)}"
+        case ClipGradients():
+            return f"{kind} {print_literal(item.max_norm)}"
+        case OptimizerStep():
+            return kind
+
+
+def parse_program(text: str) -> Program:
+    """Inverse of `print_program`. Raises ValueError, naming the line, on malformed text."""
+    scanner = Scanner(text)
+    head = scanner.line()
+    head.expect("program")
+    mode = read_enum(head, Mode)
+    numbers = {}
+    for key in ("rank", "num_ranks", "num_microbatches", "memory_limit_bytes"):
+        head.expect(key, "=")
+        numbers[key] = head.integer()
+    head.expect("plan_hash", "=")
+    plan_hash = head.string()
+    head.expect("{")
+    ranks = scanner.line()
+    ranks.expect("stage_ranks")
+    program = Program(
+        mode=mode,
+        **numbers,
+        stage_ranks=_integers(ranks),
+        stages=tuple(_read_stages(scanner)),
+        instructions=tuple(_read_instructions(scanner)),
+        plan_hash=plan_hash,
+    )
+    scanner.line().expect("}")
+    scanner.end()
+    return program
+
+
+def _integers(line: Line) -> tuple[int, ...]:
+    items = line.literal()
+    if not isinstance(items, tuple):
+        raise line.error("expected a tuple of integers")
+    return tuple(item for item in items if isinstance(item, int))
+
+
+def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
+    while scanner.peek() == "stage":
+        head = scanner.line()
+        head.expect("stage")
+        index = head.integer()
+        head.expect("{")
+        consumers: list[tuple[str, tuple[int, ...]]] = []
+        producers: list[tuple[str, int]] = []
+        while scanner.peek() in ("to", "from"):
+            line = scanner.line()
+            if line.accept("to"):
+                consumers.append((line.name(), _integers(line)))
+            else:
+                line.expect("from")
+                producers.append((line.name(), line.integer()))
+            line.end()
+        graph = read_graph(scanner)
+        scanner.line().expect("}")
+        yield StageProgram(index, graph, tuple(consumers), tuple(producers))
+
+
+def _read_instructions(scanner: Scanner) -> Iterator[Instruction]:
+    while scanner.peek() != "}":
+        line = scanner.line()
+        yield _read_instruction(line)
+        line.end()
+
+
+def _read_instruction(line: Line) -> Instruction:
+    kind = line.string()
+    if kind in _COMPUTE:
+        stage, dot, microbatch = line.string().partition(".")
+        if not (dot and stage.isdigit() and microbatch.isdigit()):
+            raise line.error("expected stage.microbatch")
+        return _COMPUTE[kind](int(stage), int(microbatch))
+    match kind:
+        case "Send" | "Recv":
+            register = _read_register(line)
+            line.expect("->" if kind == "Send" else "<-")
+            peer = line.integer()
+            line.expect("tag", "=")
+            transfer = Send if kind == "Send" else Recv
+            return transfer(register, peer, line.integer(), line.type())
+        case "Free":
+            registers = []
+            while line.peek():
+                registers.append(_read_register(line))
+            return Free(tuple(registers))
+        case "GradientNorm":
+            return GradientNorm(read_strings(line))
+        case "AllReduce":
+            return AllReduce(line.string(), _integers(line), line.string())
+        case "ClipGradients":
+            norm = line.literal()
+            if not isinstance(norm, (int, float)):
+                raise line.error("expected a number")
+            return ClipGradients(norm)
+        case "OptimizerStep":
+            return OptimizerStep()
+    raise line.error(f"{kind!r} is not an instruction")
+
+
+def _read_register(line: Line) -> Register:
+    value = line.name()
+    line.expect("@")
+    microbatch = line.integer()
+    return Register(value, microbatch, line.integer() if line.accept("!") else None)
