@@ -251,8 +251,9 @@ def _microbatch_count(rows: int, wanted: int | None, mode: Mode, cluster: Cluste
     if wanted not in legal:
         raise UsageError(
             f"num_microbatches = {wanted} does not divide the batch of {rows} rows "
-            f"({rows} % {wanted} = {rows % wanted})" if wanted > 0 else
-            f"num_microbatches = {wanted} is not positive",
+            f"({rows} % {wanted} = {rows % wanted})"
+            if wanted > 0
+            else f"num_microbatches = {wanted} is not positive",
             ways_out=(f"legal counts here: {', '.join(map(str, legal))}",),
         )
     return wanted

@@ -334,9 +334,7 @@ class Parallel:
 
     def _merged(self, method: str, arguments: list[dict[str, Any]]) -> dict[str, Any]:
         merged: dict[str, Any] = {}
-        replies = self._started().call(
-            method, arguments, timeout=self._options.timeout_seconds
-        )
+        replies = self._started().call(method, arguments, timeout=self._options.timeout_seconds)
         for reply in replies:
             for name, item in reply.items():
                 merged.setdefault(name, item)
@@ -411,8 +409,12 @@ def _inputs_of(program: Program) -> list[str]:
 def _tensors_of(program: Program) -> list[str]:
     kinds = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
     return sorted(
-        {value.origin for stage in program.stages for kind in kinds
-         for value in stage.graph.values_of(kind)}
+        {
+            value.origin
+            for stage in program.stages
+            for kind in kinds
+            for value in stage.graph.values_of(kind)
+        }
     )
 
 

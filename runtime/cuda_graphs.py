@@ -53,9 +53,7 @@ class _GraphedKernel:
     def __call__(self) -> Sequence[Tensor | None]:
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                self._graph, pool=self._pool, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._results = self._kernel(list(self._static))
         self._graph.replay()
         return self._results

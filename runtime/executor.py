@@ -88,9 +88,7 @@ class _Context:
         self.kept: dict[tuple[Source, int], Tensor | None] = {}
         self.slot: Any = None  # of CUDA graphs, where they are used
 
-    def keep(
-        self, sources: Iterable[tuple[Source, int]], arguments: list[Tensor | None]
-    ) -> None:
+    def keep(self, sources: Iterable[tuple[Source, int]], arguments: list[Tensor | None]) -> None:
         """Keep those arguments of F that backward reads."""
         for kind, index in sources:
             if kind is Source.ARGUMENT:
@@ -228,9 +226,7 @@ class Executor:
         """Communications that must be complete before `instruction` can execute."""
         match instruction:
             case Forward(stage, microbatch):
-                read = [
-                    Register(name, microbatch) for name, _ in self._stages[stage].producers
-                ]
+                read = [Register(name, microbatch) for name, _ in self._stages[stage].producers]
             case BackwardInput(stage, microbatch) | Backward(stage, microbatch):
                 read = [r for reads in self._tangents(stage, microbatch) for r in reads]
             case AllReduce():
@@ -341,9 +337,7 @@ class Executor:
             slots.release(context.slot)
         self._store_outputs(stage, microbatch, results)
 
-    def _store_outputs(
-        self, stage: int, microbatch: int, results: Sequence[Tensor | None]
-    ) -> None:
+    def _store_outputs(self, stage: int, microbatch: int, results: Sequence[Tensor | None]) -> None:
         assert self._step is not None
         outputs = self._stages[stage].graph.outputs
         for output, tensor in zip(outputs, results, strict=True):
@@ -393,17 +387,13 @@ class Executor:
             return list(kernel(arguments))
         return slots.backward(context.slot, name, kernel, arguments)
 
-    def _tangent(
-        self, stage: int, index: int, reads: list[Register], microbatch: int
-    ) -> Tensor:
+    def _tangent(self, stage: int, index: int, reads: list[Register], microbatch: int) -> Tensor:
         graph = self._stages[stage].graph
         output = graph.outputs[self._kernels[stage].signature.tangents[index]]
         if output.kind is OutputKind.LOSS:
             assert self._step is not None
             dtype = graph.values[output.value].type.dtype
-            return torch.full(
-                (), self._step.weights[microbatch], dtype=dtype, device=self._device
-            )
+            return torch.full((), self._step.weights[microbatch], dtype=dtype, device=self._device)
         total = self._read(reads[0])
         for register in reads[1:]:
             total = total + self._read(register)

@@ -63,30 +63,20 @@ def cut_backward(
     weight_grads = flat[num_outputs + num_input_gradients :]
 
     boundary = set(placeholders)
-    forward_set = _ancestors(outputs) - boundary
-    input_set = _ancestors(input_grads) - forward_set - boundary
+    forward_set = _with_items(_ancestors(outputs) - boundary)
+    input_set = _with_items(_ancestors(input_grads) - forward_set - boundary)
     weight_set = _ancestors(weight_grads) - forward_set - input_set - boundary
     order = {node: position for position, node in enumerate(nodes)}
 
     backward = input_set | weight_set
     saved = _ordered(
-        {
-            source
-            for node in backward
-            for source in node.all_input_nodes
-            if source in forward_set
-        }
+        {source for node in backward for source in node.all_input_nodes if source in forward_set}
         | {grad for grad in _nodes(flat[num_outputs:]) if grad in forward_set},
         order,
     )
     saved = [node for node in saved if _is_tensor(node)]
     passed = _ordered(
-        {
-            source
-            for node in weight_set
-            for source in node.all_input_nodes
-            if source in input_set
-        }
+        {source for node in weight_set for source in node.all_input_nodes if source in input_set}
         | {grad for grad in _nodes(weight_grads) if grad in input_set},
         order,
     )
@@ -141,6 +131,13 @@ def _ancestors(items: Iterable[Any]) -> set[fx.Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
+
+
+def _with_items(nodes: set[fx.Node]) -> set[fx.Node]:
+    """`nodes` and the `getitem`s that unpack their results: tuples never cross a cut."""
+    return nodes | {
+        user for node in nodes for user in node.users if user.target is operator.getitem
+    }
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -198,9 +195,7 @@ def _accumulating(
 ) -> fx.GraphModule:
     """W: every gradient is added to its buffer right after the node that computes it."""
     graph, table = _copy(joint, inside, inputs)
-    last_placeholder = next(
-        (n for n in reversed(list(graph.nodes)) if n.op == "placeholder"), None
-    )
+    last_placeholder = next((n for n in reversed(list(graph.nodes)) if n.op == "placeholder"), None)
     buffers = []
     for index in range(len(grads)):
         with graph.inserting_after(last_placeholder) if last_placeholder else _start(graph):

@@ -47,9 +47,7 @@ class OptimizerSpec:
         )
 
 
-def describe_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
-) -> OptimizerSpec:
+def describe_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> OptimizerSpec:
     """The spec of a mirror optimizer; `names` maps `id(parameter)` to its name.
 
     Raises:

@@ -210,9 +210,7 @@ def _instructions(
         yield from tail.instructions(rank)
 
 
-def _receives_by_action(
-    actions: tuple[Action, ...], edges: _Edges, rank: int
-) -> list[list[Recv]]:
+def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -> list[list[Recv]]:
     """Receives that each action needs and no earlier action of this rank has posted."""
     seen: set[Register] = set()
     table: list[list[Recv]] = []
@@ -269,4 +267,3 @@ class _Tail:
                 yield AllReduce(GRADIENT_NORM, self.all_ranks)
             yield ClipGradients(self.clip)
         yield OptimizerStep()
-

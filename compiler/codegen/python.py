@@ -16,10 +16,11 @@ import torch
 from ..ir.graph import Attribute, Graph, Node, Operand, ValueKind
 from ..ir.program import Program
 
-__all__ = ["emit_python", "stage_function_name"]
+__all__ = ["emit_python", "stage_function_name", "stage_source"]
 
 
 def stage_function_name(index: int) -> str:
+    """Name of the generated function of stage `index`."""
     return f"stage_{index}"
 
 
@@ -32,12 +33,13 @@ def emit_python(program: Program) -> str:
         f'{program.plan_hash[:12]}; do not edit."""',
         "import torch\n\nfrom cutset.runtime import rng\n\naten = torch.ops.aten",
     ]
-    parts += [_stage_source(stage.index, stage.graph) for stage in program.stages]
+    parts += [stage_source(stage.index, stage.graph) for stage in program.stages]
     parts.append("\n".join(["# Instructions of one step:", *_instruction_comments(program)]))
     return "\n\n\n".join(parts) + "\n"
 
 
-def _stage_source(index: int, graph: Graph) -> str:
+def stage_source(index: int, graph: Graph) -> str:
+    """The function of one stage; see the module docstring."""
     arguments = [value for value in graph.values if value.kind is not ValueKind.RESULT]
     lines = [f"def {stage_function_name(index)}(", "    key,", "    device,"]
     for value in arguments:
