@@ -17,7 +17,7 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,15 +25,17 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..runtime.rng import ReplayRandomness, make_key
+from .batch import Call, batch_size, divisors, microbatches_of
 from .ir.errors import UsageError
 
 __all__ = [
     "KINDS",
     "ReferenceRun",
     "WorstError",
+    "flatten_outputs",
     "relative_error",
     "relative_errors",
-    "split_batch",
+    "split_state",
     "train_reference",
 ]
 
@@ -52,7 +54,7 @@ class ReferenceRun:
         losses: loss of every step.
         outputs: inference outputs with the initial weights, flattened and numbered.
         gradients: of the first step, before clipping, by parameter name.
-        weights: the state dict after the last step, parameters and buffers.
+        weights, buffers: the state dict after the last step.
         step_seconds: median time of a step; the first is left out if there are more.
     """
 
@@ -60,6 +62,7 @@ class ReferenceRun:
     outputs: Mapping[str, torch.Tensor]
     gradients: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
     step_seconds: float
 
 
@@ -71,20 +74,13 @@ class WorstError:
     value: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Microbatch:
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
-    weight: float
-
-
 @dataclass(slots=True)
 class _Trainer:
     """Plain training of one model; its parameters change in place."""
 
     model: nn.Module
     loss_fn: LossFunction | None
-    microbatches: tuple[_Microbatch, ...]
+    microbatches: tuple[Call, ...]
     optimizer: torch.optim.Optimizer
     seed: int
     clip_grad_norm: float | None
@@ -96,7 +92,7 @@ class _Trainer:
         total = 0.0
         for position, microbatch in enumerate(self.microbatches):
             with ReplayRandomness(make_key(self.seed, number, position)):
-                loss = microbatch.weight * _loss(self.model, self.loss_fn, microbatch)
+                loss = _loss(self.model, self.loss_fn, microbatch) / len(self.microbatches)
                 loss.backward()
             total += float(loss.detach())
         if number == 0:
@@ -140,7 +136,7 @@ def train_reference(
     """
     model = copy.deepcopy(model)
     make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
-    microbatches = split_batch(args, dict(kwargs or {}), num_microbatches)
+    microbatches = _split((args, dict(kwargs or {})), num_microbatches)
     outputs = _infer(model, loss_fn, microbatches)
     trainer = _Trainer(model, loss_fn, microbatches, make(model.parameters()), seed, clip_grad_norm)
     losses, seconds = [], []
@@ -152,43 +148,30 @@ def train_reference(
         losses=tuple(losses),
         outputs=outputs,
         gradients=trainer.gradients,
-        weights=dict(model.state_dict()),
+        **split_state(model, model.state_dict()),
         step_seconds=statistics.median(seconds[1:] or seconds or [0.0]),
     )
 
 
-def split_batch(
-    args: tuple[object, ...], kwargs: dict[str, object], num_microbatches: int
-) -> tuple[_Microbatch, ...]:
-    """Microbatches of a batch: every tensor whose dim 0 is the batch size is split along it.
+def split_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """A state dict of `model` as `weights` and `buffers`, which are kinds of their own."""
+    names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {
+        "weights": {name: item for name, item in state.items() if name not in names},
+        "buffers": {name: item for name, item in state.items() if name in names},
+    }
 
-    The batch size is dim 0 of the first tensor with a dim, positional arguments first.
 
-    Raises:
-        UsageError: there is no such tensor, or it has fewer rows than microbatches are wanted.
-    """
-    leaves, tree = pytree.tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
-    rows = tensors[0].shape[0] if tensors else 0
-    if num_microbatches < 1 or rows < num_microbatches:
+def _split(call: Call, num_microbatches: int) -> tuple[Call, ...]:
+    rows = batch_size(*call)
+    if num_microbatches not in divisors(rows):
         raise UsageError(
-            f"a batch of {rows} rows cannot be split into {num_microbatches} microbatches",
-            where="example inputs",
-            ways_out=(f"use 1 to {max(rows, 1)} microbatches", "use a larger batch"),
+            f"a batch of {rows} rows cannot be split into {num_microbatches} equal microbatches",
+            ways_out=(f"legal counts here: {', '.join(map(str, divisors(rows)))}",),
         )
-    size = -(-rows // num_microbatches)
-    parts = []
-    for begin in range(0, rows, size):
-        end = min(begin + size, rows)
-        cut = [
-            leaf[begin:end]
-            if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
-            else leaf
-            for leaf in leaves
-        ]
-        part_args, part_kwargs = pytree.tree_unflatten(cut, tree)
-        parts.append(_Microbatch(part_args, part_kwargs, (end - begin) / rows))
-    return tuple(parts)
+    return tuple(microbatches_of(call, rows // num_microbatches))
 
 
 def _num_targets(loss_fn: LossFunction | None) -> int:
@@ -205,15 +188,16 @@ def _num_targets(loss_fn: LossFunction | None) -> int:
     return max(len(required) - 1, 0)
 
 
-def _call(model: nn.Module, loss_fn: LossFunction | None, batch: _Microbatch) -> object:
-    num_inputs = len(batch.args) - _num_targets(loss_fn)
-    return model(*batch.args[:num_inputs], **batch.kwargs)
+def _call(model: nn.Module, loss_fn: LossFunction | None, call: Call) -> object:
+    args, kwargs = call
+    return model(*args[: len(args) - _num_targets(loss_fn)], **kwargs)
 
 
-def _loss(model: nn.Module, loss_fn: LossFunction | None, batch: _Microbatch) -> torch.Tensor:
-    output = _call(model, loss_fn, batch)
+def _loss(model: nn.Module, loss_fn: LossFunction | None, call: Call) -> torch.Tensor:
+    output = _call(model, loss_fn, call)
     if loss_fn is not None:
-        return loss_fn(output, *batch.args[len(batch.args) - _num_targets(loss_fn) :])
+        args, _ = call
+        return loss_fn(output, *args[len(args) - _num_targets(loss_fn) :])
     candidates = [output, getattr(output, "loss", None)]
     if isinstance(output, Mapping):
         candidates.append(output.get("loss"))
@@ -229,39 +213,35 @@ def _loss(model: nn.Module, loss_fn: LossFunction | None, batch: _Microbatch) ->
 
 
 def _infer(
-    model: nn.Module, loss_fn: LossFunction | None, microbatches: tuple[_Microbatch, ...]
+    model: nn.Module, loss_fn: LossFunction | None, microbatches: tuple[Call, ...]
 ) -> dict[str, torch.Tensor]:
     """Outputs in eval mode, microbatches joined as the partitioned run joins them."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
-        parts = [_tensors(_call(model, loss_fn, batch)) for batch in microbatches]
+        parts = [flatten_outputs(_call(model, loss_fn, call)) for call in microbatches]
     for module, training in modes.items():
         module.training = training
-    weights = [batch.weight for batch in microbatches]
-    rows = [next(_rows(batch)) for batch in microbatches]
-    columns = zip(*parts, strict=True)
-    return {str(number): _join(column, weights, rows) for number, column in enumerate(columns)}
+    rows = batch_size(*microbatches[0])
+    return {name: _join([part[name] for part in parts], rows) for name in parts[0]}
 
 
-def _tensors(output: object) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+def flatten_outputs(output: object) -> dict[str, torch.Tensor]:
+    """Tensors in what a model returns, by path (`.logits`, `[0]`)."""
+    leaves, _ = pytree.tree_flatten_with_path(output)
+    return {
+        pytree.keystr(path) or "output": leaf
+        for path, leaf in leaves
+        if isinstance(leaf, torch.Tensor)
+    }
 
 
-def _rows(batch: _Microbatch) -> Iterator[int]:
-    for leaf in pytree.tree_leaves((batch.args, batch.kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
-            yield leaf.shape[0]
-
-
-def _join(parts: tuple[torch.Tensor, ...], weights: list[float], rows: list[int]) -> torch.Tensor:
+def _join(parts: list[torch.Tensor], rows: int) -> torch.Tensor:
     if len(parts) == 1:
         return parts[0]
     if parts[0].ndim == 0:
-        return torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum(0)
-    if all(part.shape[0] == size for part, size in zip(parts, rows, strict=True)):
-        return torch.cat(parts)
-    return parts[-1]
+        return torch.stack(parts).mean(0)
+    return torch.cat(parts) if parts[0].shape[0] == rows else parts[-1]
 
 
 def relative_error(
@@ -286,12 +266,14 @@ def relative_error(
 
 
 def relative_errors(ours: ReferenceRun, reference: ReferenceRun) -> dict[str, WorstError]:
-    """The worst tensor of each kind in `KINDS`; buffers count among the weights."""
+    """The worst tensor of each kind in `KINDS`; buffers, with a floor of their own, as weights."""
+    weights = relative_error(ours.weights, reference.weights)
+    buffers = relative_error(ours.buffers, reference.buffers)
     return {
         "loss": relative_error(_by_step(ours.losses), _by_step(reference.losses)),
         "outputs": relative_error(ours.outputs, reference.outputs),
         "gradients": relative_error(ours.gradients, reference.gradients),
-        "weights": relative_error(ours.weights, reference.weights),
+        "weights": weights if weights.value >= buffers.value else buffers,
     }
 
 

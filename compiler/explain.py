@@ -1,0 +1,318 @@
+"""A plan as a person reads it, and the same as JSON.
+
+From a plan, and the graph it was made for where there is one, to: the stages with their modules,
+memory and times, the schedule as a timeline, the predicted figures, what binds, the certificate
+and the warnings. Without the graph (a plan file alone) modules and boundaries are not known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from .ir.graph import Graph, ValueKind, producers, users
+from .ir.plan import MemoryPrediction, Plan, Stage
+from .module_names import modules_of_stages
+from .timeline import draw_timeline, ideal_timeline
+
+__all__ = ["Boundary", "StageSummary", "binding", "explain", "explain_json", "summarize"]
+
+_BOXES = 8  # more stages than this are listed one a line
+_WIDTH = 76
+_NEARLY_FULL = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """Values that one microbatch carries from one stage to another."""
+
+    source: int
+    target: int
+    values: tuple[str, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """What is shown of one stage; figures that are not known are None."""
+
+    index: int
+    device: int
+    device_name: str
+    modules: tuple[str, ...]
+    num_nodes: int
+    num_parameters: int | None
+    forward_seconds: float | None
+    backward_seconds: float | None
+    memory: MemoryPrediction | None
+    memory_limit_bytes: int
+
+
+def summarize(plan: Plan, graph: Graph | None = None) -> tuple[StageSummary, ...]:
+    """One summary a stage."""
+    modules = modules_of_stages(graph, plan.stages) if graph else ((),) * len(plan.stages)
+    prediction = plan.prediction
+    memory = {entry.device: entry for entry in prediction.memory} if prediction else {}
+    summaries = []
+    for stage in plan.stages:
+        device = plan.cluster.devices[stage.device]
+        summaries.append(
+            StageSummary(
+                index=stage.index,
+                device=stage.device,
+                device_name=f"{device.type} on {device.node}",
+                modules=modules[stage.index],
+                num_nodes=len(stage.nodes),
+                num_parameters=_num_parameters(graph, stage) if graph else None,
+                forward_seconds=_entry(prediction and prediction.stage_forward_seconds, stage),
+                backward_seconds=_entry(prediction and prediction.stage_backward_seconds, stage),
+                memory=memory.get(stage.device),
+                memory_limit_bytes=plan.cluster.type_of(stage.device).memory_bytes,
+            )
+        )
+    return tuple(summaries)
+
+
+def _entry(times: tuple[float, ...] | None, stage: Stage) -> float | None:
+    return times[stage.index] if times and stage.index < len(times) else None
+
+
+def _num_parameters(graph: Graph, stage: Stage) -> int:
+    held = {value for node in stage.nodes for value in graph.nodes[node].inputs}
+    return sum(
+        value.type.numel for value in graph.values_of(ValueKind.PARAMETER) if value.id in held
+    )
+
+
+def boundaries(plan: Plan, graph: Graph) -> tuple[Boundary, ...]:
+    """What crosses between stages, by source, then target. Nodes held by several stages send
+    nothing."""
+    homes: dict[int, list[int]] = {}
+    for stage in plan.stages:
+        for node in stage.nodes:
+            homes.setdefault(node, []).append(stage.index)
+    readers = users(graph)
+    crossing: dict[tuple[int, int], list[int]] = {}
+    for value, producer in sorted(producers(graph).items()):
+        held = homes.get(producer, [])
+        targets = {stage for user in readers[value] for stage in homes.get(user, [])}
+        for target in sorted(targets - set(held)):
+            if held:
+                crossing.setdefault((held[0], target), []).append(value)
+    return tuple(
+        Boundary(
+            source,
+            target,
+            tuple(graph.values[value].name for value in values),
+            sum(graph.values[value].type.num_bytes for value in values),
+        )
+        for (source, target), values in sorted(crossing.items())
+    )
+
+
+def binding(plan: Plan) -> tuple[str, ...]:
+    """Sentences that say what keeps the plan from being faster."""
+    prediction = plan.prediction
+    if prediction is None:
+        return ()
+    pairs = zip(prediction.stage_forward_seconds, prediction.stage_backward_seconds, strict=True)
+    times = [forward + backward for forward, backward in pairs]
+    sentences = []
+    if times:
+        worst = max(range(len(times)), key=times.__getitem__)
+        share = times[worst] * len(times) / sum(times) if sum(times) else 1.0
+        sentences.append(
+            f"the slowest stage is {worst}: {_seconds(times[worst])} a microbatch, "
+            f"{share:.2f} times the mean"
+        )
+    if prediction.memory:
+        fullest = max(prediction.memory, key=lambda entry: _fullness(plan, entry))
+        limit = plan.cluster.type_of(fullest.device).memory_bytes
+        verb = "is close to its limit" if _fullness(plan, fullest) > _NEARLY_FULL else "has room"
+        sentences.append(
+            f"memory {verb}: the fullest device is {fullest.device} with "
+            f"{_bytes(fullest.total_bytes)} of {_bytes(limit)} ({_fullness(plan, fullest):.0%})"
+        )
+    sentences.append(
+        f"the pipeline is idle {prediction.bubble_fraction:.0%} of the time with "
+        f"{plan.num_microbatches} microbatches"
+    )
+    return tuple(sentences)
+
+
+def _fullness(plan: Plan, entry: MemoryPrediction) -> float:
+    return entry.total_bytes / plan.cluster.type_of(entry.device).memory_bytes
+
+
+def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
+    """Everything that `explain` shows, as plain data."""
+    prediction = plan.prediction
+    return {
+        "model": asdict(plan.fingerprint),
+        "mode": plan.mode.value,
+        "batch_size": plan.batch_size,
+        "num_microbatches": plan.num_microbatches,
+        "optimizer": plan.optimizer.name,
+        "cluster": {"name": plan.cluster.name, "num_devices": len(plan.cluster.devices)},
+        "mesh": str(plan.mesh),
+        "stages": [_stage_json(summary) for summary in summarize(plan, graph)],
+        "boundaries": [asdict(item) for item in boundaries(plan, graph)] if graph else None,
+        "schedule": str(plan.schedule) if plan.schedule else None,
+        "step_seconds": prediction.step_seconds if prediction else None,
+        "bubble_fraction": prediction.bubble_fraction if prediction else None,
+        "binding": list(binding(plan)),
+        "certificate": asdict(plan.certificate) if plan.certificate else None,
+        "warnings": list(plan.warnings),
+    }
+
+
+def _stage_json(summary: StageSummary) -> dict[str, object]:
+    entry = asdict(summary)
+    if summary.memory is not None:
+        entry["memory"]["total_bytes"] = summary.memory.total_bytes
+    return entry
+
+
+def explain(plan: Plan, graph: Graph | None = None) -> str:
+    """The plan in words and pictures, in plain ASCII, some 80 columns wide."""
+    parts = [_head(plan), _stages_text(plan, graph)]
+    if plan.schedule is not None:
+        parts.append(_schedule_text(plan))
+    parts.append(_figures_text(plan))
+    if plan.warnings:
+        parts.append("warnings\n" + "\n".join(f"  - {line}" for line in plan.warnings))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(plan: Plan) -> str:
+    model = plan.fingerprint
+    kinds = Counter(device.type for device in plan.cluster.devices)
+    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    work = f"training with {plan.optimizer.name}" if plan.mode.value == "train" else "inference"
+    return (
+        f"{model.name}: {_count(model.num_parameters)} parameters "
+        f"({_bytes(model.parameter_bytes)}), {work}, batch of {plan.batch_size} in "
+        f"{plan.num_microbatches} microbatches\n"
+        f"on {plan.cluster.name}: {devices}; {len(plan.stages)} stages"
+    )
+
+
+def _stages_text(plan: Plan, graph: Graph | None) -> str:
+    summaries = summarize(plan, graph)
+    if len(summaries) > _BOXES:
+        return "stages\n" + "\n".join(f"  {_stage_line(item)}" for item in summaries)
+    sent = boundaries(plan, graph) if graph else ()
+    lines: list[str] = []
+    for summary in summaries:
+        lines.extend(_box(summary))
+        lines.extend(_arrows(summary.index, sent, last=summary.index + 1 == len(summaries)))
+    return "\n".join(lines)
+
+
+def _box(summary: StageSummary) -> list[str]:
+    title = f"- stage {summary.index} on device {summary.device} ({summary.device_name}) "
+    body = [", ".join(summary.modules)] if summary.modules else []
+    body.append(_work_text(summary))
+    if summary.memory is not None:
+        body.append(_memory_bar(summary.memory.total_bytes, summary.memory_limit_bytes))
+    inner = _WIDTH - 4
+    rows = [f"| {_clip(line, inner):<{inner}} |" for line in body]
+    return [f"+{title[: _WIDTH - 2]:-<{_WIDTH - 2}}+", *rows, f"+{'-' * (_WIDTH - 2)}+"]
+
+
+def _stage_line(summary: StageSummary) -> str:
+    used = summary.memory.total_bytes / summary.memory_limit_bytes if summary.memory else None
+    memory = f"memory {used:4.0%}" if used is not None else ""
+    modules = _clip(", ".join(summary.modules), 40)
+    return (
+        f"{summary.index:>3} device {summary.device:<3} {_times(summary):<34} {memory}  {modules}"
+    ).rstrip()
+
+
+def _work_text(summary: StageSummary) -> str:
+    parts = [f"{summary.num_nodes} ops"]
+    if summary.num_parameters is not None:
+        parts.append(f"{_count(summary.num_parameters)} parameters")
+    return "   ".join([*parts, *filter(None, [_times(summary)])])
+
+
+def _times(summary: StageSummary) -> str:
+    parts = []
+    if summary.forward_seconds is not None:
+        parts.append(f"forward {_seconds(summary.forward_seconds)}")
+    if summary.backward_seconds:
+        parts.append(f"backward {_seconds(summary.backward_seconds)}")
+    return "   ".join(parts)
+
+
+def _memory_bar(used: int, limit: int) -> str:
+    cells = 30
+    filled = min(cells, round(used / limit * cells)) if limit else cells
+    bar = "#" * filled + "." * (cells - filled)
+    return f"memory [{bar}] {_bytes(used)} of {_bytes(limit)} ({used / limit:.0%})"
+
+
+def _arrows(stage: int, sent: tuple[Boundary, ...], *, last: bool) -> list[str]:
+    if last:
+        return []
+    notes = [
+        f"{_bytes(item.num_bytes)} to stage {item.target}" for item in sent if item.source == stage
+    ]
+    note = f"  {'; '.join(notes)} a microbatch" if notes else ""
+    return [f"    |{_clip(note, _WIDTH - 6)}", "    v"]
+
+
+def _schedule_text(plan: Plan) -> str:
+    assert plan.schedule is not None
+    head = f"schedule {plan.schedule.name} (ideal: stage times alone, no communication)"
+    if plan.prediction is None:
+        return f"{head}\n{plan.schedule}"
+    spans = ideal_timeline(
+        plan.schedule,
+        plan.prediction.stage_forward_seconds,
+        plan.prediction.stage_backward_seconds,
+    )
+    return f"{head}\n{draw_timeline(spans, width=_WIDTH)}"
+
+
+def _figures_text(plan: Plan) -> str:
+    lines = []
+    if plan.prediction is not None:
+        seconds = plan.prediction.step_seconds
+        rate = plan.batch_size / seconds if seconds > 0 else 0.0
+        lines.append(f"predicted step  {_seconds(seconds)}, {rate:.3g} rows a second")
+    lines.extend(f"what binds      {sentence}" for sentence in binding(plan))
+    if plan.certificate is not None:
+        proof = plan.certificate
+        lines.append(
+            f"certificate     objective {_seconds(proof.objective)}, nothing below "
+            f"{_seconds(proof.lower_bound)} (gap {proof.gap:.2%})"
+        )
+        lines.append(f"                searched: {proof.search_space}")
+        lines.append(f"                by {proof.solver} in {proof.solver_seconds:.2f} s")
+    return "\n".join(lines)
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _count(number: int) -> str:
+    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for factor, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number} B"
+
+
+def _seconds(number: float) -> str:
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.3g} s"
