@@ -39,7 +39,7 @@ check: $(STAMP) ## lint, format, types, import contracts, doctests
 	    -c $(CURDIR)/pyproject.toml --rootdir . -p no:cacheprovider cutset
 
 golden: $(STAMP) ## rewrite the golden files; review the diff before committing it
-	$(BIN)/python -m pytest -q -m "not slow" --update-golden
+	$(BIN)/python -m pytest -q --update-golden
 
 bench: $(STAMP) ## print the tables of benchmarks/ and write their JSON to out/
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done

@@ -30,6 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --update-golden, run the tests that have golden files and no others."""
+    if not config.getoption("--update-golden"):
+        return
+    by_use: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        by_use["golden" in getattr(item, "fixturenames", ())].append(item)
+    items[:] = by_use[True]
+    config.hook.pytest_deselected(items=by_use[False])
+
+
 @pytest.fixture
 def golden(pytestconfig: pytest.Config) -> Golden:
     """`golden(name, text)` fails unless `text` is the content of tests/golden/`name`."""
