@@ -85,14 +85,14 @@ class Storages:
     """Storage of every value of a graph.
 
     Args:
-        root: value id -> id of the value that owns its storage (itself unless it is a view).
+        base: value id -> id of the value that it is a view of (itself unless it is a view).
+        root: value id -> id of the value that owns its storage, at the end of the bases.
         strides: value id -> strides in elements.
-        root_bytes: value id -> bytes of the storage that it owns, 0 for views.
     """
 
+    base: tuple[int, ...]
     root: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
-    root_bytes: tuple[int, ...]
 
     def contiguous(self, value: Value) -> bool:
         """Whether `value` lies in memory in the order of its dims."""
@@ -102,35 +102,33 @@ class Storages:
 def find_storages(graph: Graph) -> Storages:
     """Storages of all values, see `Storages`."""
     count = len(graph.values)
-    root = list(range(count))
+    base, root = list(range(count)), list(range(count))
     strides = [_dense_strides(value.type.shape) for value in graph.values]
-    owned = [value.type.num_bytes for value in graph.values]
     for node in graph.nodes:
         if node.op.category is Category.VIEW and node.inputs:
-            _follow_view(graph, node, root, strides, owned)
+            _follow_view(graph, node, base, root, strides)
         elif node.op.category is Category.ATTENTION:
             for index in node.outputs:
                 strides[index] = _heads_last_strides(graph.values[index].type.shape)
         elif node.op.category is Category.ELEMENTWISE:
             _keep_layout(graph, node, strides)
-    return Storages(tuple(root), tuple(strides), tuple(owned))
+    return Storages(tuple(base), tuple(root), tuple(strides))
 
 
 def _follow_view(
     graph: Graph,
     node: Node,
+    base: list[int],
     root: list[int],
     strides: list[tuple[int, ...]],
-    owned: list[int],
 ) -> None:
-    base = node.inputs[0]
-    layouts = _view_strides(graph, node, strides[base])
+    viewed = node.inputs[0]
+    layouts = _view_strides(graph, node, strides[viewed])
     for position, index in enumerate(node.outputs):
         layout = layouts[position] if layouts is not None else None
         if layout is not None:
-            root[index] = root[base]
+            base[index], root[index] = viewed, root[viewed]
             strides[index] = layout
-            owned[index] = 0
 
 
 def _view_strides(
@@ -184,7 +182,7 @@ def _dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _heads_last_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Fused attention returns [batch, heads, rows, size] as a view of [batch, rows, heads, size]."""
+    """Fused attention returns [batch, heads, rows, size] stored as [batch, rows, heads, size]."""
     if len(shape) != 4:
         return _dense_strides(shape)
     batch, heads, rows, size = shape

@@ -9,7 +9,6 @@ require no gradient have none.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from ..compiler.ir.cluster import DeviceType
@@ -57,7 +56,6 @@ class _Pricing:
         return value.type.num_bytes * scale
 
 
-@functools.lru_cache(maxsize=64)
 def price(
     graph: Graph, device_type: DeviceType, *, batch_fraction: float = 1.0
 ) -> tuple[NodeCost, ...]:

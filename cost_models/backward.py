@@ -1,0 +1,302 @@
+"""The kernels of a set of nodes, forward and backward, as steps over storages.
+
+From a graph, a set of its nodes and the rules in `adjoints.py` to three step lists that mirror
+what a rank runs for one stage and microbatch:
+
+* F, the forward;
+* B, the steps that gradients of the stage's differentiable boundary inputs depend on;
+* W, the rest: weight gradients, each added to its buffer at once.
+
+Storages are named by numbers: a value's root storage by the value's id, everything else (saved
+extras, gradients) by numbers above all value ids.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..compiler.ir.graph import Graph, Mode, Node, OutputKind, ValueKind
+from .adjoints import Adjoint
+from .analysis import Storages
+from .liveness import Step
+
+__all__ = ["StageSteps", "stage_steps"]
+
+_HELD = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT, ValueKind.INPUT)
+_ACCUMULATED_IN_PLACE = ("linear", "addmm", "mm")
+
+
+@dataclass(frozen=True, slots=True)
+class StageSteps:
+    """Steps and storages of one stage and one microbatch.
+
+    Args:
+        forward, backward_input, backward_weight: see the module docstring.
+        received: boundary values that the stage reads, storage -> bytes.
+        outputs: storages that the stage returns (boundary, loss, buffers, user outputs).
+        sent_bytes: bytes of its boundary outputs.
+        arriving: gradients of its outputs, storage -> bytes (all consumers' registers).
+        returned: storages of gradients of its boundary inputs, with bytes.
+        saved: storages made or received in forward that a backward step reads, with bytes.
+        passed: storages made in B (or arriving) that W reads, with bytes.
+        user_outputs_bytes: results for the user.
+    """
+
+    forward: tuple[Step, ...]
+    backward_input: tuple[Step, ...]
+    backward_weight: tuple[Step, ...]
+    received: dict[int, float]
+    outputs: frozenset[int]
+    sent_bytes: float
+    arriving: dict[int, float]
+    returned: dict[int, float]
+    saved: dict[int, float]
+    passed: dict[int, float]
+    user_outputs_bytes: float
+
+
+@dataclass(slots=True)
+class _Build:
+    """Working state of `stage_steps`."""
+
+    graph: Graph
+    nodes: tuple[Node, ...]
+    adjoints: Sequence[Adjoint]
+    root: Mapping[int, int]
+    sizes: Sequence[float]
+    next_storage: int
+    backward: list[Step] = field(default_factory=list)
+    gradient: dict[int, int] = field(default_factory=dict)
+    contributions: Counter[int] = field(default_factory=Counter)
+
+    def new(self) -> int:
+        self.next_storage += 1
+        return self.next_storage - 1
+
+    def roots(self, values: Iterable[int]) -> tuple[int, ...]:
+        """Storages of `values` that are not held between steps anyway."""
+        found = dict.fromkeys(self.root[index] for index in values)
+        return tuple(r for r in found if self.graph.values[r].kind not in _HELD)
+
+    def extra(self, node: Node) -> int:
+        return len(self.graph.values) + node.id
+
+
+def stage_steps(
+    graph: Graph,
+    nodes: Iterable[int],
+    *,
+    adjoints: Sequence[Adjoint],
+    storages: Storages,
+    sizes: Sequence[float],
+) -> StageSteps:
+    """Steps of the stage that consists of `nodes` of `graph` (a whole graph or a stage's own).
+
+    Args:
+        adjoints: by node id.
+        sizes: bytes by value id.
+    """
+    ordered = tuple(graph.nodes[index] for index in sorted(nodes))
+    made = {value for node in ordered for value in node.outputs}
+    read = {value for node in ordered for value in node.inputs}
+    received = {
+        value: sizes[value]
+        for value in sorted(read - made)
+        if graph.values[value].kind in (ValueKind.RESULT, ValueKind.BOUNDARY)
+    }
+    build = _Build(
+        graph=graph,
+        nodes=ordered,
+        adjoints=adjoints,
+        root={value: _root(value, storages.base, received) for value in (*read, *made)},
+        sizes=sizes,
+        next_storage=len(graph.values) + len(graph.nodes),
+    )
+    sent = _sent_values(graph, ordered, made)
+    ends = {output.value for output in graph.outputs if output.value in made}
+    forward = _forward_steps(build)
+    arriving = _arriving(build, sent, ends) if graph.mode is Mode.TRAIN else {}
+    returned = _backward_steps(build, received) if arriving else {}
+    first, second = _split(build.backward, returned)
+    made_in_b = {storage: size for step in first for storage, size in step.writes}
+    return StageSteps(
+        forward=forward,
+        backward_input=first,
+        backward_weight=second,
+        received=received,
+        outputs=frozenset(build.roots(sent | _returned_values(graph, ends))),
+        sent_bytes=sum(sizes[value] for value in sent),
+        arriving=arriving,
+        returned=returned,
+        saved=_crossing([forward], [first, second], received),
+        passed=_crossing([first], [second], {**arriving, **made_in_b}),
+        user_outputs_bytes=sum(
+            sizes[output.value]
+            for output in graph.outputs
+            if output.kind is OutputKind.USER and output.value in ends
+        ),
+    )
+
+
+def _root(value: int, base: Sequence[int], received: Mapping[int, float]) -> int:
+    """The value that owns the storage within the stage: received tensors stand alone."""
+    while value not in received and base[value] != value:
+        value = base[value]
+    return value
+
+
+def _returned_values(graph: Graph, ends: set[int]) -> set[int]:
+    """Values that the stage returns; a training step returns nothing to the user but the loss."""
+    train = graph.mode is Mode.TRAIN
+    return {
+        output.value
+        for output in graph.outputs
+        if output.value in ends and not (train and output.kind is OutputKind.USER)
+    }
+
+
+def _sent_values(graph: Graph, nodes: tuple[Node, ...], made: set[int]) -> set[int]:
+    """Values of `made` that a node outside reads, or that the graph sends to other stages."""
+    inside = {node.id for node in nodes}
+    sent = {o.value for o in graph.outputs if o.kind is OutputKind.BOUNDARY and o.value in made}
+    if len(inside) < len(graph.nodes):
+        for node in graph.nodes:
+            if node.id not in inside:
+                sent.update(value for value in node.inputs if value in made)
+    return sent
+
+
+def _forward_steps(build: _Build) -> tuple[Step, ...]:
+    steps = []
+    for node in build.nodes:
+        rule = build.adjoints[node.id]
+        writes = [
+            (value, build.sizes[value])
+            for value in node.outputs
+            if build.root[value] == value
+        ]
+        if rule.extra_bytes:
+            writes.append((build.extra(node), rule.extra_bytes))
+        reads = build.roots(node.inputs)
+        steps.append(Step(node.id, reads, tuple(writes), rule.forward_temporary_bytes))
+    return tuple(steps)
+
+
+def _arriving(build: _Build, sent: set[int], ends: set[int]) -> dict[int, float]:
+    """Gradients that the stage is given, one storage each; the loss's is a scalar."""
+    table: dict[int, float] = {}
+    losses = {o.value for o in build.graph.outputs if o.kind is OutputKind.LOSS} & ends
+    for value in sorted(sent | losses):
+        if build.graph.values[value].requires_grad:
+            storage = build.new()
+            build.gradient[value] = storage
+            table[storage] = build.sizes[value]
+    return table
+
+
+def _backward_steps(build: _Build, received: dict[int, float]) -> dict[int, float]:
+    """Fill `build.backward`; returns the gradients of boundary inputs, storage -> bytes."""
+    for node in build.nodes:
+        build.contributions.update(index for index, _ in build.adjoints[node.id].reads)
+    for node in reversed(build.nodes):
+        arrivals = [build.gradient[value] for value in node.outputs if value in build.gradient]
+        if arrivals:
+            _node_backward(build, node, tuple(dict.fromkeys(arrivals)))
+    _finish_parameters(build)
+    return {
+        build.gradient[value]: build.sizes[value] for value in received if value in build.gradient
+    }
+
+
+def _node_backward(build: _Build, node: Node, arrivals: tuple[int, ...]) -> None:
+    rule = build.adjoints[node.id]
+    extra = (build.extra(node),) if rule.extra_bytes else ()
+    if rule.joint:
+        reads = build.roots(value for _, values in rule.reads for value in values)
+        fresh = {index: build.new() for index, _ in rule.reads}
+        writes = tuple((storage, build.sizes[index]) for index, storage in fresh.items())
+        build.backward.append(
+            Step(node.id, (*arrivals, *reads, *extra), writes, rule.backward_temporary_bytes)
+        )
+        for index, storage in fresh.items():
+            _contribute(build, node, index, storage)
+        return
+    for index, values in rule.reads:
+        if index in rule.aliased and len(arrivals) == 1:
+            _contribute(build, node, index, arrivals[0])
+            continue
+        reads = (*arrivals, *build.roots(values), *extra)
+        if _in_place(build, node, index):
+            build.backward.append(Step(node.id, reads, (), 0.0))
+            build.contributions[index] = 0
+            continue
+        storage = build.new()
+        build.backward.append(
+            Step(
+                node.id, reads, ((storage, build.sizes[index]),), rule.backward_temporary_bytes
+            )
+        )
+        _contribute(build, node, index, storage)
+
+
+def _in_place(build: _Build, node: Node, index: int) -> bool:
+    """Whether the weight gradient is a product that is added to its buffer as it is computed."""
+    return (
+        build.graph.values[index].kind is ValueKind.PARAMETER
+        and node.op.packet in _ACCUMULATED_IN_PLACE
+        and len(build.graph.values[index].type.shape) == 2
+        and build.contributions[index] == 1
+    )
+
+
+def _contribute(build: _Build, node: Node, index: int, storage: int) -> None:
+    """Add `storage` to the gradient of value `index`."""
+    if index in build.gradient:
+        total = build.new()
+        build.backward.append(
+            Step(node.id, (build.gradient[index], storage), ((total, build.sizes[index]),))
+        )
+        storage = total
+    build.gradient[index] = storage
+    build.contributions[index] -= 1
+    if build.graph.values[index].kind is ValueKind.PARAMETER and not build.contributions[index]:
+        build.backward.append(Step(node.id, (build.gradient.pop(index),), ()))
+
+
+def _finish_parameters(build: _Build) -> None:
+    """Parameters some of whose readers had no gradient to contribute."""
+    for value in build.graph.values_of(ValueKind.PARAMETER):
+        if value.id in build.gradient:
+            build.backward.append(Step(build.nodes[0].id, (build.gradient.pop(value.id),), ()))
+
+
+def _split(
+    steps: Sequence[Step], returned: dict[int, float]
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """B: the steps that the returned gradients depend on. W: all others."""
+    needed = set(returned)
+    inside = set()
+    for position in reversed(range(len(steps))):
+        step = steps[position]
+        if any(storage in needed for storage, _ in step.writes):
+            inside.add(position)
+            needed.update(step.reads)
+    first = tuple(step for position, step in enumerate(steps) if position in inside)
+    second = tuple(step for position, step in enumerate(steps) if position not in inside)
+    return first, second
+
+
+def _crossing(
+    before: Sequence[Sequence[Step]],
+    after: Sequence[Sequence[Step]],
+    given: dict[int, float],
+) -> dict[int, float]:
+    """Storages written in `before` (or `given`) that `after` reads, with their bytes."""
+    sizes = dict(given)
+    sizes.update(
+        (storage, size) for steps in before for step in steps for storage, size in step.writes
+    )
+    read = {storage for steps in after for step in steps for storage in step.reads}
+    return {storage: size for storage, size in sizes.items() if storage in read}

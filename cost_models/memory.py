@@ -1,0 +1,273 @@
+"""Memory of a rank: an upper bound that stays close to what is measured.
+
+What a rank holds while a step runs:
+
+* parameters, buffers, constants; gradient buffers; optimizer states;
+* per microbatch in flight, what its backward will read (`saved`), each storage once;
+* while F, B or W of one microbatch runs, its transients: activations and gradients that live a
+  while, results, and gradients that B leaves for W;
+* messages: receives posted one action ahead, sends under way; the whole batch of user inputs;
+* at the optimizer step, when no activation is left, the optimizer's own temporaries.
+
+`stage_memory` counts these by liveness of the stage's steps. `memory_profile` gives additive
+figures per node for a planner that does not know the stages yet:
+
+    stage peak <= static + in_flight * (sum saved + received) + sum deferred + max transient
+
+where `received` are bytes of boundary values read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..compiler.ir.graph import Graph, Mode, ValueKind
+from ..compiler.ir.plan import MemoryPrediction, OptimizerModel
+from .adjoints import Adjoint, NodeContext, adjoint
+from .analysis import Storages, batch_values, find_storages, weight_like_values
+from .backward import StageSteps, stage_steps
+from .liveness import live_bytes
+
+__all__ = ["MemoryModel", "NodeMemory", "memory_model", "memory_profile", "stage_memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMemory:
+    """Additive memory figures of one node, one microbatch; see the module docstring.
+
+    Args:
+        saved_bytes: storages made by this node that some backward reads.
+        transient_bytes: what else is live while the node or its backward runs.
+        deferred_bytes: gradients that wait for its weight gradient, from B to W.
+    """
+
+    saved_bytes: int
+    transient_bytes: int
+    deferred_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """What memory prediction derives once from a graph; make it with `memory_model`."""
+
+    graph: Graph
+    backend: str
+    sizes: tuple[float, ...]
+    storages: Storages
+    adjoints: tuple[Adjoint, ...]
+    weights: frozenset[int]
+
+    def steps(self, nodes: Iterable[int]) -> StageSteps:
+        """Kernels of the stage made of `nodes`."""
+        return stage_steps(
+            self.graph,
+            nodes,
+            adjoints=self.adjoints,
+            storages=self.storages,
+            sizes=self.sizes,
+        )
+
+
+def memory_model(
+    graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu"
+) -> MemoryModel:
+    """Prepare memory prediction of `graph`.
+
+    Args:
+        batch_fraction: predict for this multiple of the microbatch it was captured at.
+        backend: torch device type that runs it; kernels differ in what they save.
+    """
+    batched = batch_values(graph)
+    sizes = tuple(
+        value.type.num_bytes * (batch_fraction if value.id in batched else 1.0)
+        for value in graph.values
+    )
+    storages = find_storages(graph)
+    adjoints = tuple(
+        adjoint(NodeContext(graph, node, storages, sizes, backend)) for node in graph.nodes
+    )
+    return MemoryModel(graph, backend, sizes, storages, adjoints, weight_like_values(graph))
+
+
+def memory_profile(
+    graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu"
+) -> tuple[NodeMemory, ...]:
+    """Additive memory figures of every node of `graph`, in node order."""
+    model = memory_model(graph, batch_fraction=batch_fraction, backend=backend)
+    steps = model.steps(range(len(graph.nodes)))
+    maker = {storage: step.node for step in steps.forward for storage, _ in step.writes}
+    saved = [0.0] * len(graph.nodes)
+    for storage, size in steps.saved.items():
+        if storage in maker:
+            saved[maker[storage]] += size
+    deferred = _deferred(model, steps)
+    transient = _transients(steps, len(graph.nodes))
+    return tuple(
+        NodeMemory(math.ceil(saved[i]), math.ceil(transient[i]), math.ceil(deferred[i]))
+        for i in range(len(graph.nodes))
+    )
+
+
+def _deferred(model: MemoryModel, steps: StageSteps) -> list[float]:
+    """Per node, arriving gradients that its weight gradient reads (less what B has freed)."""
+    table = [0.0] * len(model.graph.nodes)
+    gradients = {
+        storage: size
+        for step in (*steps.backward_input, *steps.backward_weight)
+        for storage, size in step.writes
+    }
+    readers: set[tuple[int, int]] = set()
+    for step in (*steps.backward_input, *steps.backward_weight):
+        if not _is_weight_step(model, step.node):
+            continue
+        for storage in step.reads:
+            if storage in gradients and (step.node, storage) not in readers:
+                readers.add((step.node, storage))
+                table[step.node] += gradients[storage]
+    return table
+
+
+def _is_weight_step(model: MemoryModel, node: int) -> bool:
+    return any(index in model.weights for index in model.graph.nodes[node].inputs)
+
+
+def _transients(steps: StageSteps, count: int) -> list[float]:
+    """Per node, live bytes beside saved ones while its forward or backward runs."""
+    table = [0.0] * count
+    forward = live_bytes(steps.forward, steps.received, steps.outputs | set(steps.saved))
+    saved_so_far = 0.0
+    for step, live in zip(steps.forward, forward.at_step, strict=True):
+        saved_so_far += sum(steps.saved[s] for s, _ in step.writes if s in steps.saved)
+        table[step.node] = max(table[step.node], live - saved_so_far)
+    backward = (*steps.backward_input, *steps.backward_weight)
+    gradients = live_bytes(backward, steps.arriving, set(steps.returned))
+    for step, live in zip(backward, gradients.at_step, strict=True):
+        table[step.node] = max(table[step.node], live)
+    return table
+
+
+def stage_memory(
+    graph: Graph | MemoryModel,
+    nodes: Iterable[int],
+    *,
+    in_flight: int,
+    optimizer: OptimizerModel,
+    mode: Mode | None = None,
+    device: int = 0,
+    num_microbatches: int = 1,
+    batch_fraction: float = 1.0,
+    backend: str = "cpu",
+) -> MemoryPrediction:
+    """Upper bound of the memory of a rank that runs the stage made of `nodes`.
+
+    Args:
+        graph: the whole captured graph, or `memory_model` of it when many stages are asked for
+            (`batch_fraction` and `backend` are then those of the model).
+        nodes: node ids of the stage, replicated ones included.
+        in_flight: microbatches whose saved tensors are alive at once under the schedule.
+        optimizer: states per parameter byte.
+        mode: TRAIN or INFER; by default that of the graph.
+        device: index stored in the prediction.
+        num_microbatches: of a step: user inputs and outputs of all of them are held.
+    """
+    model = (
+        graph
+        if isinstance(graph, MemoryModel)
+        else memory_model(graph, batch_fraction=batch_fraction, backend=backend)
+    )
+    chosen = tuple(sorted(nodes))
+    steps = model.steps(chosen)
+    train = (mode or model.graph.mode) is Mode.TRAIN
+    trained, held = _parameters(model, chosen, train)
+    parameters = sum(trained) + held
+    saved = sum(steps.saved.values()) if train else 0.0
+    transient = _stage_transient(steps, saved, train)
+    activations = saved * max(in_flight, 1) if train else 0.0
+    messages = _messages(
+        model, steps, chosen, in_flight=in_flight, num_microbatches=num_microbatches
+    )
+    closing = _optimizer_temporaries(optimizer, trained, model.backend) if train else 0.0
+    transient = max(transient, closing - activations)
+    return MemoryPrediction(
+        device=device,
+        parameters_bytes=math.ceil(parameters),
+        gradients_bytes=math.ceil(sum(trained)),
+        optimizer_bytes=math.ceil(sum(trained) * optimizer.state_bytes_per_parameter_byte),
+        activations_bytes=math.ceil(activations),
+        transients_bytes=math.ceil(transient),
+        communication_bytes=math.ceil(messages),
+    )
+
+
+def _parameters(
+    model: MemoryModel, nodes: tuple[int, ...], train: bool
+) -> tuple[list[float], float]:
+    """Bytes of each parameter with a gradient, and of all other held tensors, that `nodes` read."""
+    read = sorted({value for node in nodes for value in model.graph.nodes[node].inputs})
+    trained, held = [], 0.0
+    for index in read:
+        value = model.graph.values[index]
+        if value.kind is ValueKind.PARAMETER and value.requires_grad and train:
+            trained.append(float(value.type.num_bytes))
+        elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
+            held += value.type.num_bytes
+    return trained, held
+
+
+def _stage_transient(steps: StageSteps, saved: float, train: bool) -> float:
+    """Most that is live beside the saved tensors of the microbatches in flight."""
+    received = set(steps.received)
+    keep = steps.outputs | received | (set(steps.saved) if train else set())
+    forward = live_bytes(steps.forward, steps.received, keep)
+    if not train:
+        return forward.peak_bytes
+    peaks = [forward.peak_bytes]
+    start = {**steps.saved, **steps.arriving}
+    later = {storage for step in steps.backward_weight for storage in step.reads}
+    keep_b = (later & {*start, *steps.passed}) | set(steps.arriving) | set(steps.returned)
+    first = live_bytes(steps.backward_input, start, keep_b)
+    peaks.append(first.peak_bytes)
+    left = {storage: size for storage, size in first.end.items() if storage in later}
+    peaks.append(live_bytes(steps.backward_weight, left, ()).peak_bytes)
+    return max(max(peaks) - saved, 0.0)
+
+
+def _messages(
+    model: MemoryModel,
+    steps: StageSteps,
+    nodes: tuple[int, ...],
+    *,
+    in_flight: int,
+    num_microbatches: int,
+) -> float:
+    """Receives posted ahead, sends under way, user inputs and outputs of the whole batch."""
+    ahead = max(sum(steps.received.values()), sum(steps.arriving.values()))
+    under_way = steps.sent_bytes * max(in_flight - 1, 1) + sum(steps.returned.values())
+    read = {value for node in nodes for value in model.graph.nodes[node].inputs}
+    inputs = sum(
+        model.sizes[index] * (num_microbatches if value.batch_dim is not None else 1)
+        for index in read
+        if (value := model.graph.values[index]).kind is ValueKind.INPUT
+    )
+    outputs = 0.0
+    if model.graph.mode is Mode.INFER:
+        outputs = 2 * steps.user_outputs_bytes * num_microbatches  # parts, then joined
+    return ahead + under_way + inputs + outputs
+
+
+def _optimizer_temporaries(
+    optimizer: OptimizerModel, trained: list[float], backend: str
+) -> float:
+    """Temporaries of the update, and of the gradient norm in float64 before it.
+
+    On CUDA torch updates all parameters at once (`foreach`): one temporary as large as all of
+    them. On CPU one after the other: twice the largest.
+    """
+    if not trained:
+        return 0.0
+    largest = 4 * max(trained)  # norm: the gradient and its square in float64
+    if backend == "cpu" or not optimizer.state_bytes_per_parameter_byte:
+        return largest
+    return max(largest, sum(trained))
