@@ -116,9 +116,17 @@ class Parallel:
             keep_gradients=self._options.keep_gradients,
         )
         self._step += 1
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it
+        self._tick_mirror()
         (loss,) = [reply["loss"] for reply in replies if reply["loss"] is not None]
         return torch.tensor(loss, dtype=torch.float64)
+
+    def _tick_mirror(self) -> None:
+        """Count the step on the mirror, so that schedulers see steps in their order.
+
+        Without gradients an optimizer's step changes nothing.
+        """
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            self.optimizer.step()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Inference in eval mode, without gradients: the value that the model returns."""
