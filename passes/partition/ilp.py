@@ -1,0 +1,466 @@
+"""The stage problem as an integer linear program, for CP-SAT: build, solve, decode.
+
+For S stages, units v, edges u -> v, device classes c:
+
+    y[v,s] in {0,1}     v is in stage <= s;  y[v,s-1] <= y[v,s], y[v,s] <= y[u,s]   `_prefixes`
+    x[v,s] = y[v,s] - y[v,s-1]; sum_v x[v,s] >= 1; windows fix x outside            `_prefixes`
+    z[s,c] in {0,1}     stage s runs on class c: sum_c z = 1, sum_s z <= count       `_classes`
+    w[v,s,c]            x[v,s] and z[s,c]: sum_c w[v,s,c] = x[v,s], w <= z           `_members`
+    r[p,s] >= x[v,s]    stage s holds what its units share (parameter, mask)         `_members`
+    k[f,s] >= x[v,s] - x[u,s]   value f of u comes into stage s for its consumer v   `_crossings`
+    h[f,s,l]            it comes over a link l that is slower than the fastest one   `_slow_links`
+    T[s], R[s], G[s]    compute, receive and return seconds, linear in w, r, k, h    `_times`
+    B >= T[s], R[s], G[s];  O >= optimizer seconds of every stage                    `_times`
+    static + in_flight saved + transient + buffers <= memory                         `_memory`
+    minimise sum T + (m - 1) B + sum (R + G) + O + sync                              `_objective`
+
+Prefix variables are those of DESIGN 4.3: they make precedence a set of two-variable inequalities
+and remove the symmetry of stages. A unit's window follows from the work of its ancestors and
+descendants: under a cutoff on the step time the bottleneck is at most B_max, and stages 0 .. s
+hold at most (s + 1) B_max of work (`unit_windows`). Seconds are rounded down to ticks of 1e-8 of
+the cutoff, so the program's optimum never exceeds the true one; bytes are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .objective import sync_seconds, transfer
+from .problem import Assignment, StageProblem
+
+__all__ = ["StageProgramModel", "SolveOutcome", "build", "decode", "solve", "unit_windows"]
+
+_TICKS = 1 << 27  # ticks in the cutoff (or in the scale, without one)
+Linear = Any  # an OR-Tools linear expression, or an int
+
+
+@dataclass(frozen=True, slots=True)
+class SolveOutcome:
+    """Result of one solve.
+
+    Args:
+        status: `optimal`, `feasible`, `infeasible` or `unknown`.
+        bound_seconds: no partition that the program describes is faster; infinite if infeasible.
+        assignment: the best partition found.
+        work: deterministic time that the solver spent.
+    """
+
+    status: str
+    bound_seconds: float
+    assignment: Assignment | None
+    work: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgramModel:
+    """A built program and its variables, by name of the module docstring."""
+
+    model: Any
+    problem: StageProblem
+    num_stages: int
+    ticks_per_second: float
+    y: dict[tuple[int, int], Linear]
+    z: dict[tuple[int, int], Linear]
+
+
+def unit_windows(
+    problem: StageProblem, num_stages: int, bottleneck_seconds: float
+) -> tuple[tuple[int, int], ...] | None:
+    """First and last stage of every unit if no stage takes longer than the bottleneck.
+
+    None when some unit has no stage left, which proves that no partition is that fast.
+    """
+    count = len(problem.units)
+    before, after = _closures(problem)
+    work = [
+        min(f + b for f, b in zip(unit.forward_seconds, unit.backward_seconds, strict=True))
+        for unit in problem.units
+    ]
+    memory = max(entry.memory_bytes for entry in problem.classes)
+    windows = []
+    pins = dict(problem.stage_pins)
+    for unit in range(count):
+        lead = _stages_needed(problem, work, before[unit], bottleneck_seconds, memory)
+        tail = _stages_needed(problem, work, after[unit], bottleneck_seconds, memory)
+        first, last = lead - 1, num_stages - tail
+        if unit in pins:
+            first, last = max(first, pins[unit]), min(last, pins[unit])
+        windows.append((max(first, 0), last))
+    for source, target in sorted(problem.edges(), key=lambda edge: bin(before[edge[1]]).count("1")):
+        windows[target] = max(windows[target][0], windows[source][0]), windows[target][1]
+    for source, target in sorted(problem.edges(), key=lambda edge: bin(after[edge[0]]).count("1")):
+        windows[source] = windows[source][0], min(windows[source][1], windows[target][1])
+    return tuple(windows) if all(first <= last for first, last in windows) else None
+
+
+def _stages_needed(
+    problem: StageProblem, work: list[float], members: int, bottleneck: float, memory: int
+) -> int:
+    """Least number of stages that hold the units of the bit set `members`."""
+    units = [unit for unit in range(len(work)) if members >> unit & 1]
+    seconds = sum(work[unit] for unit in units)
+    static = sum(problem.units[unit].static_bytes for unit in units)
+    if bottleneck <= 0:
+        return len(work) + 1
+    by_time = math.ceil(seconds / bottleneck * (1 - 1e-9))
+    return max(1, by_time, -(-static // memory) if memory > 0 else 1)
+
+
+def _closures(problem: StageProblem) -> tuple[list[int], list[int]]:
+    """Bit sets of each unit with its ancestors, and with its descendants."""
+    from .problem import topological_order
+
+    edges = problem.edges()
+    order = topological_order(len(problem.units), edges, lambda unit: unit)
+    before = [1 << unit for unit in range(len(problem.units))]
+    after = list(before)
+    position = {unit: index for index, unit in enumerate(order)}
+    for source, target in sorted(edges, key=lambda edge: position[edge[0]]):
+        before[target] |= before[source]
+    for source, target in sorted(edges, key=lambda edge: -position[edge[1]]):
+        after[source] |= after[target]
+    return before, after
+
+
+class _Builder:
+    """State while a program is built; every method adds what its name says."""
+
+    def __init__(
+        self,
+        problem: StageProblem,
+        num_stages: int,
+        windows: Sequence[tuple[int, int]],
+        fixed: tuple[int, ...] | None,
+        ticks_per_second: float,
+    ) -> None:
+        from ortools.sat.python import cp_model
+
+        self.model = cp_model.CpModel()
+        self.problem = problem
+        self.num_stages = num_stages
+        self.stages = range(num_stages)
+        self.units = range(len(problem.units))
+        self.windows = windows
+        self.fixed = fixed
+        self.scale = ticks_per_second
+        self.horizon = 1 << 40
+        self.y: dict[tuple[int, int], Linear] = {}
+        self.x: dict[tuple[int, int], Linear] = {}
+        self.z: dict[tuple[int, int], Linear] = {}
+        self.w: dict[tuple[int, int, int], Linear] = {}
+        self.r: dict[tuple[int, int, int], Linear] = {}
+        self.k: dict[tuple[int, int], Linear] = {}
+        self.h: dict[tuple[int, int, int], Linear] = {}
+
+    def ticks(self, seconds: float) -> int:
+        return math.floor(seconds * self.scale)
+
+    def options(self, stage: int) -> Sequence[int]:
+        """Classes that stage may run on."""
+        return range(len(self.problem.classes)) if self.fixed is None else (self.fixed[stage],)
+
+    def prefixes(self) -> None:
+        for unit in self.units:
+            first, last = self.windows[unit]
+            for stage in range(-1, self.num_stages):
+                if stage < first:
+                    self.y[unit, stage] = 0
+                elif stage >= last:
+                    self.y[unit, stage] = 1
+                else:
+                    self.y[unit, stage] = self.model.new_bool_var(f"y[{unit},{stage}]")
+            for stage in self.stages:
+                self.x[unit, stage] = self.y[unit, stage] - self.y[unit, stage - 1]
+                if first <= stage <= last and stage > first:
+                    self.model.add(self.y[unit, stage - 1] <= self.y[unit, stage])
+        for source, target in self.problem.edges():
+            for stage in self.stages:
+                if not (_is(self.y[target, stage], 0) or _is(self.y[source, stage], 1)):
+                    self.model.add(self.y[target, stage] <= self.y[source, stage])
+        for stage in self.stages:
+            self.model.add(sum(self.x[unit, stage] for unit in self.units) >= 1)
+
+    def within(self, unit: int, stage: int) -> bool:
+        return self.windows[unit][0] <= stage <= self.windows[unit][1]
+
+    def classes(self) -> None:
+        for stage in self.stages:
+            options = self.options(stage)
+            for cls in options:
+                single = len(options) == 1
+                self.z[stage, cls] = 1 if single else self.model.new_bool_var(f"z[{stage},{cls}]")
+            if len(options) > 1:
+                self.model.add_exactly_one(self.z[stage, cls] for cls in options)
+        if self.fixed is None and len(self.problem.classes) > 1:
+            for cls, entry in enumerate(self.problem.classes):
+                used = sum(self.z[stage, cls] for stage in self.stages)
+                self.model.add(used <= len(entry.devices))
+
+    def members(self) -> None:
+        for unit in self.units:
+            for stage in self.stages:
+                if self.within(unit, stage):
+                    self._member(unit, stage)
+        for cls_unit, cls in self.problem.class_pins:
+            for stage in self.stages:
+                if self.within(cls_unit, stage):
+                    allowed = self.w.get((cls_unit, stage, cls), 0)
+                    self.model.add(self.x[cls_unit, stage] == allowed)
+        for number, shared in enumerate(self.problem.shared):
+            for stage in self.stages:
+                users = [user for user in shared.users if self.within(user, stage)]
+                for cls in self.options(stage) if users else ():
+                    held = self.model.new_bool_var(f"r[{number},{stage},{cls}]")
+                    self.r[number, stage, cls] = held
+                    for user in users:
+                        self.model.add(held >= self.w[user, stage, cls])
+
+    def _member(self, unit: int, stage: int) -> None:
+        options = self.options(stage)
+        if len(options) == 1:
+            self.w[unit, stage, options[0]] = self.x[unit, stage]
+        else:
+            for cls in options:
+                chosen = self.model.new_bool_var(f"w[{unit},{stage},{cls}]")
+                self.w[unit, stage, cls] = chosen
+                self.model.add(chosen <= self.z[stage, cls])
+            whole = sum(self.w[unit, stage, cls] for cls in options)
+            self.model.add(whole == self.x[unit, stage])
+        for cls in options:
+            entry = self.problem.classes[cls]
+            if math.isinf(self.problem.units[unit].forward_seconds[entry.type]):
+                self.model.add(self.w[unit, stage, cls] == 0)
+
+    def crossings(self) -> None:
+        for number, flow in enumerate(self.problem.flows):
+            for stage in range(1, self.num_stages):
+                users = [u for u in flow.consumers if u != flow.producer and self.within(u, stage)]
+                if not users or self.windows[flow.producer][0] >= stage:
+                    continue
+                crosses = self.model.new_bool_var(f"k[{number},{stage}]")
+                self.k[number, stage] = crosses
+                for user in users:
+                    present = self.x[flow.producer, stage]
+                    self.model.add(crosses >= self.x[user, stage] - present)
+                self._slow_links(number, stage, crosses)
+
+    def _slow_links(self, number: int, stage: int, crosses: Linear) -> None:
+        """h[f,s,l] for every link of the cluster over which f is slower than over the fastest."""
+        flow = self.problem.flows[number]
+        links = self._links()
+        if len(links) == 1:
+            return
+        for position, link in enumerate(links):
+            if self._flow_ticks(number, link) == self._least_ticks(number):
+                continue
+            slow = self.model.new_bool_var(f"h[{number},{stage},{position}]")
+            self.h[number, stage, position] = slow
+            for target in self.options(stage):
+                for origin in range(len(self.problem.classes)):
+                    if self.problem.links[origin][target] != link:
+                        continue
+                    sent = sum(
+                        self.w[flow.producer, earlier, origin]
+                        for earlier in range(stage)
+                        if (flow.producer, earlier, origin) in self.w
+                    )
+                    self.model.add(slow >= crosses + sent + self.z[stage, target] - 2)
+
+    def _links(self) -> list[Any]:
+        count = len(self.problem.classes)
+        return list(dict.fromkeys(self.problem.links[a][b] for a in range(count) for b in range(count)))
+
+    def _flow_ticks(self, number: int, link: Any) -> tuple[int, int]:
+        flow = self.problem.flows[number]
+        return (
+            self.ticks(transfer(link, flow.forward_bytes)),
+            self.ticks(transfer(link, flow.gradient_bytes)),
+        )
+
+    def _least_ticks(self, number: int) -> tuple[int, int]:
+        ways = [self._flow_ticks(number, link) for link in self._links()]
+        return min(way[0] for way in ways), min(way[1] for way in ways)
+
+    def times(self) -> tuple[list[Linear], list[Linear], Linear, Linear]:
+        """T[s], R[s] + G[s], B and O."""
+        compute = [self._compute(stage) for stage in self.stages]
+        bottleneck = self.model.new_int_var(0, self.horizon, "B")
+        exposed = []
+        for stage in self.stages:
+            ways = [self._communication(stage, way) for way in (0, 1)]
+            exposed.append(sum(ways))
+            for part in (compute[stage], *ways):
+                self.model.add(bottleneck >= part)
+        self.model.add(self.num_stages * bottleneck >= sum(compute))
+        updates = self.model.new_int_var(0, self.horizon, "O")
+        for stage in self.stages:
+            self.model.add(updates >= self._figure(stage, "optimizer_seconds"))
+        return compute, exposed, bottleneck, updates
+
+    def _compute(self, stage: int) -> Linear:
+        terms = []
+        for (unit, place, cls), chosen in self.w.items():
+            if place == stage:
+                kind, item = self.problem.classes[cls].type, self.problem.units[unit]
+                seconds = item.forward_seconds[kind] + item.backward_seconds[kind]
+                terms.append((0 if math.isinf(seconds) else self.ticks(seconds)) * chosen)
+        for (number, place, cls), held in self.r.items():
+            if place == stage:
+                kind, shared = self.problem.classes[cls].type, self.problem.shared[number]
+                terms.append(self.ticks(shared.forward_seconds[kind]) * held)
+        return sum(terms)
+
+    def _figure(self, stage: int, name: str) -> Linear:
+        """Sum over what `stage` holds of a tuple of seconds by device type."""
+        total: Linear = 0
+        for table, items in ((self.w, self.problem.units), (self.r, self.problem.shared)):
+            for (index, place, cls), chosen in table.items():
+                figures = getattr(items[index], name)
+                if place == stage and figures:
+                    total += self.ticks(figures[self.problem.classes[cls].type]) * chosen
+        return total
+
+    def _communication(self, stage: int, way: int) -> Linear:
+        links = self._links()
+        total: Linear = 0
+        for (number, place), crosses in self.k.items():
+            if place == stage:
+                total += self._least_ticks(number)[way] * crosses
+        for (number, place, position), slow in self.h.items():
+            if place == stage:
+                ticks = self._flow_ticks(number, links[position])[way]
+                total += (ticks - self._least_ticks(number)[way]) * slow
+        return total
+
+    def memory(self) -> None:
+        for stage in self.stages:
+            in_flight = self.problem.in_flight(self.num_stages, stage)
+            need: Linear = 0
+            peaks: list[tuple[int, Linear]] = []
+            for table, items in ((self.w, self.problem.units), (self.r, self.problem.shared)):
+                for (index, place, _), chosen in table.items():
+                    if place == stage:
+                        item = items[index]
+                        need += (item.static_bytes + in_flight * item.saved_bytes) * chosen
+                        peaks.append((item.transient_bytes, chosen))
+            for (number, place), crosses in self.k.items():
+                if place == stage:
+                    flow = self.problem.flows[number]
+                    buffers = flow.forward_bytes + flow.gradient_bytes
+                    need += self.problem.buffer_copies * buffers * crosses
+            largest = max((size for size, _ in peaks), default=0)
+            if largest:
+                peak = self.model.new_int_var(0, largest, f"transient[{stage}]")
+                for size, chosen in peaks:
+                    if size:
+                        self.model.add(peak >= size * chosen)
+                need += peak
+            limit = sum(
+                self.problem.classes[cls].memory_bytes * self.z[stage, cls]
+                for cls in self.options(stage)
+            )
+            self.model.add(need <= limit)
+
+    def sync(self) -> Linear:
+        """Seconds of reducing tied gradients: a step for each further stage that holds a copy."""
+        total: Linear = 0
+        for number, shared in enumerate(self.problem.shared):
+            if not shared.reduced_bytes:
+                continue
+            held = [bit for (index, _, _), bit in self.r.items() if index == number]
+            for copies in range(2, min(len(shared.users), self.num_stages) + 1):
+                further = self.model.new_bool_var(f"copies[{number},{copies}]")
+                self.model.add(sum(held) - (copies - 1) <= self.num_stages * further)
+                step = sync_seconds(self.problem, shared, copies)
+                step -= sync_seconds(self.problem, shared, copies - 1)
+                total += self.ticks(step) * further
+        return total
+
+
+def _is(expression: Linear, constant: int) -> bool:
+    return isinstance(expression, int) and expression == constant
+
+
+def build(
+    problem: StageProblem,
+    num_stages: int,
+    windows: Sequence[tuple[int, int]],
+    *,
+    scale_seconds: float,
+    cutoff_seconds: float = math.inf,
+    fixed_classes: tuple[int, ...] | None = None,
+) -> StageProgramModel:
+    """The program for exactly `num_stages` stages.
+
+    Args:
+        windows: first and last stage of every unit.
+        scale_seconds: an upper estimate of the step time, which sets the resolution.
+        cutoff_seconds: only partitions at least this fast are of interest.
+        fixed_classes: the class of every stage, or None to decide it.
+    """
+    builder = _Builder(problem, num_stages, windows, fixed_classes, _TICKS / scale_seconds)
+    builder.prefixes()
+    builder.classes()
+    builder.members()
+    builder.crossings()
+    compute, exposed, bottleneck, updates = builder.times()
+    builder.memory()
+    total = sum(compute) + sum(exposed) + updates + builder.sync()
+    total += (problem.num_microbatches - 1) * bottleneck
+    if cutoff_seconds < math.inf:
+        builder.model.add(total <= builder.ticks(cutoff_seconds))
+    builder.model.minimize(total)
+    return StageProgramModel(
+        builder.model, problem, num_stages, builder.scale, builder.y, builder.z
+    )
+
+
+def solve(
+    program: StageProgramModel, *, hint: Assignment | None, time_limit: float, seed: int
+) -> SolveOutcome:
+    """Solve with one worker, a fixed seed and a deterministic time limit (about seconds)."""
+    from ortools.sat.python import cp_model
+
+    if hint is not None:
+        for (unit, stage), variable in program.y.items():
+            if not isinstance(variable, int):
+                program.model.add_hint(variable, int(hint.stages[unit] <= stage))
+        for (stage, cls), variable in program.z.items():
+            if not isinstance(variable, int):
+                program.model.add_hint(variable, int(hint.classes[stage] == cls))
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = seed
+    solver.parameters.max_deterministic_time = time_limit
+    status = solver.solve(program.model)
+    work = float(solver.response_proto.deterministic_time)
+    if status == cp_model.INFEASIBLE:
+        return SolveOutcome("infeasible", math.inf, None, work)
+    bound = solver.best_objective_bound / program.ticks_per_second
+    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        name = "optimal" if status == cp_model.OPTIMAL else "feasible"
+        return SolveOutcome(name, bound, decode(program, solver), work)
+    assert status == cp_model.UNKNOWN, solver.status_name(status)
+    return SolveOutcome("unknown", bound, None, work)
+
+
+def decode(program: StageProgramModel, solver: Any) -> Assignment:
+    """The partition in a solved program."""
+
+    def value(variable: Linear) -> int:
+        return variable if isinstance(variable, int) else int(solver.value(variable))
+
+    stages = tuple(
+        next(
+            stage for stage in range(program.num_stages) if value(program.y[unit, stage])
+        )
+        for unit in range(len(program.problem.units))
+    )
+    classes = tuple(
+        next(cls for (place, cls), bit in program.z.items() if place == stage and value(bit))
+        for stage in range(program.num_stages)
+    )
+    return Assignment(stages, classes)

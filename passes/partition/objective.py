@@ -1,0 +1,146 @@
+"""What a partition costs and needs: the one definition that search, bounds and tests share.
+
+    step = sum_s t_s + (m - 1) max(max_s t_s, max_s r_s, max_s g_s) + sum_s (r_s + g_s)
+           + max_s o_s + sync
+
+with t_s the forward plus backward seconds of one microbatch in stage s, r_s the seconds of
+receiving its boundary values, g_s those of returning their gradients (both links run at the same
+time as computation and as each other, so they only bound the steady state, but fill and drain
+expose them once), o_s the optimizer's seconds and sync the reduction of tied gradients. This is
+the latency of 1F1B and GPipe without interleaving (Narayanan et al., PipeDream-2BW, 2021; Zheng
+et al., Alpa, 2022), with communication added.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ...compiler.ir.cluster import Link
+from .problem import Assignment, Flow, Shared, StageProblem, Unit
+
+__all__ = ["StageFigures", "excess_bytes", "is_legal", "stage_figures", "step_seconds", "sync_seconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageFigures:
+    """Cost and need of one stage; seconds are of one microbatch but for the optimizer's."""
+
+    compute_seconds: float
+    receive_seconds: float
+    return_seconds: float
+    optimizer_seconds: float
+    memory_bytes: int
+    limit_bytes: int
+
+
+def stage_figures(problem: StageProblem, assignment: Assignment) -> tuple[StageFigures, ...]:
+    """Figures of every stage of `assignment`."""
+    members: list[list[Unit | Shared]] = [[] for _ in assignment.classes]
+    for index, unit in enumerate(problem.units):
+        members[assignment.stages[index]].append(unit)
+    for shared in problem.shared:
+        for stage in sorted({assignment.stages[user] for user in shared.users}):
+            members[stage].append(shared)
+    crossing = [_incoming(problem, assignment, stage) for stage in range(len(members))]
+    return tuple(
+        _figures(problem, assignment, stage, members[stage], crossing[stage])
+        for stage in range(len(members))
+    )
+
+
+def _incoming(problem: StageProblem, assignment: Assignment, stage: int) -> list[tuple[Flow, int]]:
+    """Flows that cross into `stage`, each with the class of its producer's device."""
+    found = []
+    for flow in problem.flows:
+        origin = assignment.stages[flow.producer]
+        if origin != stage and any(assignment.stages[user] == stage for user in flow.consumers):
+            found.append((flow, assignment.classes[origin]))
+    return found
+
+
+def _figures(
+    problem: StageProblem,
+    assignment: Assignment,
+    stage: int,
+    members: list[Unit | Shared],
+    crossing: list[tuple[Flow, int]],
+) -> StageFigures:
+    own = assignment.classes[stage]
+    device = problem.classes[own]
+    in_flight = problem.in_flight(assignment.num_stages, stage)
+    compute = sum(item.forward_seconds[device.type] for item in members)
+    compute += sum(
+        item.backward_seconds[device.type] for item in members if isinstance(item, Unit)
+    )
+    memory = sum(item.static_bytes + in_flight * item.saved_bytes for item in members)
+    memory += max((item.transient_bytes for item in members), default=0)
+    memory += problem.buffer_copies * sum(
+        flow.forward_bytes + flow.gradient_bytes for flow, _ in crossing
+    )
+    return StageFigures(
+        compute_seconds=compute,
+        receive_seconds=sum(
+            transfer(problem.links[origin][own], flow.forward_bytes) for flow, origin in crossing
+        ),
+        return_seconds=sum(
+            transfer(problem.links[own][origin], flow.gradient_bytes) for flow, origin in crossing
+        ),
+        optimizer_seconds=sum(
+            item.optimizer_seconds[device.type] for item in members if item.optimizer_seconds
+        ),
+        memory_bytes=memory,
+        limit_bytes=device.memory_bytes,
+    )
+
+
+def transfer(link: Link, num_bytes: int) -> float:
+    """Seconds of one message; a flow without gradient returns none."""
+    return link.seconds(num_bytes) if num_bytes else 0.0
+
+
+def sync_seconds(problem: StageProblem, shared: Shared, copies: int) -> float:
+    """Ring all-reduce of a tied gradient over the `copies` stages that hold the parameter."""
+    if copies < 2 or not shared.reduced_bytes:
+        return 0.0
+    return 2.0 * (copies - 1) * problem.sync_link.seconds(shared.reduced_bytes / copies)
+
+
+def step_seconds(problem: StageProblem, assignment: Assignment) -> float:
+    """Predicted seconds of one step, see the module docstring."""
+    figures = stage_figures(problem, assignment)
+    exposed = sum(item.receive_seconds + item.return_seconds for item in figures)
+    bottleneck = max(
+        max(item.compute_seconds, item.receive_seconds, item.return_seconds) for item in figures
+    )
+    sync = sum(
+        sync_seconds(problem, shared, len({assignment.stages[user] for user in shared.users}))
+        for shared in problem.shared
+    )
+    return (
+        sum(item.compute_seconds for item in figures)
+        + (problem.num_microbatches - 1) * bottleneck
+        + exposed
+        + max(item.optimizer_seconds for item in figures)
+        + sync
+    )
+
+
+def excess_bytes(problem: StageProblem, assignment: Assignment) -> int:
+    """By how much the stage that is shortest of memory exceeds its device; <= 0 if all fit."""
+    figures = stage_figures(problem, assignment)
+    return max(item.memory_bytes - item.limit_bytes for item in figures)
+
+
+def is_legal(problem: StageProblem, assignment: Assignment) -> bool:
+    """Monotone along every edge, no stage empty, devices not reused, pins held, memory kept."""
+    stages = assignment.stages
+    used = Counter(assignment.classes)
+    return (
+        all(stages[source] <= stages[target] for source, target in problem.edges())
+        and set(stages) == set(range(assignment.num_stages))
+        and all(used[index] <= len(item.devices) for index, item in enumerate(problem.classes))
+        and all(stages[unit] == stage for unit, stage in problem.stage_pins)
+        and all(assignment.classes[stages[unit]] == cls for unit, cls in problem.class_pins)
+        and excess_bytes(problem, assignment) <= 0
+    )

@@ -1,0 +1,317 @@
+"""Search for the fastest legal partition, with a proof of how far from optimal it can be.
+
+For every number of stages that could still win: dynamic programming over several topological
+orders gives partitions (upper bounds) and, on chains, lower bounds; then the integer program is
+asked for anything better than the best so far. *Infeasible* is the proof of optimality.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ...compiler.ir.cluster import Link
+from .ilp import SolveOutcome, build, solve, unit_windows
+from .intervals import DeviceOrders, Intervals, search_intervals
+from .objective import step_seconds
+from .problem import Assignment, DeviceClass, StageProblem, topological_order
+
+__all__ = ["SearchLimits", "Solution", "device_orders", "estimate", "search"]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchLimits:
+    """How hard to search.
+
+    Args:
+        tolerance: relative gap at which a partition counts as optimal.
+        time_limit: deterministic seconds for all integer programs together.
+        seed: of the solver and the random topological orders.
+        num_orders: topological orders tried by dynamic programming.
+        max_program: units x stages x classes above which device classes are fixed beforehand.
+        max_work: arcs x units^2 above which not every device sequence is enumerated.
+    """
+
+    tolerance: float = 1e-6
+    time_limit: float = 30.0
+    seed: int = 0
+    num_orders: int = 8
+    max_program: int = 6000
+    max_work: int = 60_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The best partition, its step time, a bound on all others, and how both were found."""
+
+    assignment: Assignment | None
+    seconds: float
+    lower_bound: float
+    methods: tuple[str, ...]
+    device_orders_complete: bool
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """One number of stages, with what is known about it."""
+
+    num_stages: int
+    lower_bound: float
+    best: Assignment | None = None
+    seconds: float = math.inf
+
+
+def search(
+    problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
+) -> Solution:
+    """The fastest legal partition into one of `stage_counts` stages."""
+    candidates = _by_intervals(problem, stage_counts, limits)
+    best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
+    methods = ["interval dynamic programming"]
+    budget = limits.time_limit
+    complete = True
+    for candidate in sorted(candidates, key=lambda item: (item.lower_bound, item.num_stages)):
+        if candidate is not best and candidate.lower_bound >= best.seconds * (1 - limits.tolerance):
+            continue
+        outcome, covered = _by_program(problem, candidate, best, budget, limits)
+        complete = complete and covered
+        methods = ["interval dynamic programming", "integer program (CP-SAT)"]
+        budget = max(budget - outcome.work, 0.05 * limits.time_limit)
+        bound = min(outcome.bound_seconds, best.seconds) if covered else 0.0
+        candidate.lower_bound = max(candidate.lower_bound, bound)
+        found = outcome.assignment
+        if found is not None and (seconds := step_seconds(problem, found)) < candidate.seconds:
+            candidate.best, candidate.seconds = found, seconds
+            if seconds < best.seconds:
+                best = candidate
+    bound = min([item.lower_bound for item in candidates] + [best.seconds])
+    return Solution(best.best, best.seconds, bound, tuple(methods), complete)
+
+
+def estimate(
+    problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
+) -> Solution:
+    """The fastest partition that dynamic programming finds; quick, often optimal, not proven."""
+    candidates = _by_intervals(problem, stage_counts, limits)
+    best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
+    bound = min([item.lower_bound for item in candidates] + [best.seconds])
+    return Solution(best.best, best.seconds, bound, ("interval dynamic programming",), False)
+
+
+def _by_intervals(
+    problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
+) -> list[_Candidate]:
+    """Best interval partition for every stage count that may still win."""
+    relaxed = _relaxed(problem)
+    orders = _topological_orders(problem, limits)
+    tables = [Intervals(problem, order) for order in orders]
+    chain = tables[0] if tables[0].is_chain() else None
+    relaxed_chain = chain if relaxed is problem else None
+    if chain is not None and relaxed is not problem:
+        relaxed_chain = Intervals(relaxed, orders[0])
+    candidates = [_Candidate(count, simple_bound(problem, count)) for count in stage_counts]
+    least = math.inf
+    for candidate in sorted(candidates, key=lambda item: (item.lower_bound, -item.num_stages)):
+        if candidate.lower_bound >= least * (1 - limits.tolerance):
+            continue
+        for table in tables:
+            for devices in device_orders(problem, candidate.num_stages, limits, table.size):
+                found = search_intervals(table, candidate.num_stages, devices, least)
+                if found.seconds < candidate.seconds:
+                    candidate.best, candidate.seconds = found.assignment, found.seconds
+                if table is relaxed_chain and devices.complete:
+                    _raise_bound(problem, candidate, found.lower_bound)
+        if relaxed_chain is not None and relaxed_chain is not chain:
+            whole = DeviceOrders.of_sequence((0,) * candidate.num_stages)
+            found = search_intervals(relaxed_chain, candidate.num_stages, whole, least)
+            _raise_bound(problem, candidate, found.lower_bound)
+        least = min(least, candidate.seconds)
+    return candidates
+
+
+def _raise_bound(problem: StageProblem, candidate: _Candidate, bound: float) -> None:
+    whole = bound + _update_seconds(problem, candidate.num_stages)
+    candidate.lower_bound = max(candidate.lower_bound, whole)
+
+
+def simple_bound(problem: StageProblem, num_stages: int) -> float:
+    """Step time if work were divisible: all compute once, and m - 1 times its even share."""
+    work = [
+        min(f + b for f, b in zip(unit.forward_seconds, unit.backward_seconds, strict=True))
+        for unit in problem.units
+    ]
+    bottleneck = max(sum(work) / num_stages, max(work))
+    total = sum(work) + (problem.num_microbatches - 1) * bottleneck
+    return total + _update_seconds(problem, num_stages)
+
+
+def _update_seconds(problem: StageProblem, num_stages: int) -> float:
+    """Least optimizer seconds of the stage that has most of them."""
+    updates = [min(unit.optimizer_seconds, default=0.0) for unit in problem.units]
+    return max(sum(updates) / num_stages, max(updates))
+
+
+def _relaxed(problem: StageProblem) -> StageProblem:
+    """The problem on devices of one kind that are each as good as any, over the best link.
+
+    The problem itself if its devices and links are all alike.
+    """
+    links = {link for row in problem.links for link in row}
+    if len(problem.classes) == 1:
+        return problem
+    link = Link(
+        min(entry.latency_seconds for entry in links), max(e.bytes_per_second for e in links)
+    )
+    units = tuple(
+        replace(
+            unit,
+            forward_seconds=(min(unit.forward_seconds),),
+            backward_seconds=(min(unit.backward_seconds),),
+            optimizer_seconds=(min(unit.optimizer_seconds, default=0.0),),
+        )
+        for unit in problem.units
+    )
+    shared = tuple(
+        replace(
+            item,
+            forward_seconds=(min(item.forward_seconds),),
+            optimizer_seconds=(min(item.optimizer_seconds, default=0.0),),
+        )
+        for item in problem.shared
+    )
+    devices = tuple(device for entry in problem.classes for device in entry.devices)
+    memory = max(entry.memory_bytes for entry in problem.classes)
+    return replace(
+        problem,
+        units=units,
+        shared=shared,
+        classes=(DeviceClass(0, memory, devices),),
+        links=((link,),),
+        class_pins=(),
+    )
+
+
+def _topological_orders(problem: StageProblem, limits: SearchLimits) -> list[tuple[int, ...]]:
+    """Program order, orders by distance from sources and to sinks, and random ones; distinct."""
+    count, edges = len(problem.units), problem.edges()
+    program = topological_order(count, edges, lambda unit: unit)
+    if set(zip(program, program[1:], strict=False)) <= set(edges):
+        return [program]
+    early, late = _levels(count, edges, program)
+    ranks: list[Callable[[int], object]] = [lambda unit: early[unit], lambda unit: late[unit]]
+    orders = [program, *(topological_order(count, edges, rank) for rank in ranks)]
+    for number in range(limits.num_orders - len(orders)):
+        numbers = random.Random(limits.seed * 1000 + number).sample(range(count), count)
+        orders.append(topological_order(count, edges, lambda unit, r=numbers: r[unit]))
+    return list(dict.fromkeys(orders))
+
+
+def _levels(
+    count: int, edges: tuple[tuple[int, int], ...], order: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    """Longest path from a source to each unit, and minus that from each unit to a sink."""
+    early, late = [0] * count, [0] * count
+    position = {unit: index for index, unit in enumerate(order)}
+    for source, target in sorted(edges, key=lambda edge: position[edge[0]]):
+        early[target] = max(early[target], early[source] + 1)
+    for source, target in sorted(edges, key=lambda edge: -position[edge[1]]):
+        late[source] = min(late[source], late[target] - 1)
+    return early, late
+
+
+def device_orders(
+    problem: StageProblem, num_stages: int, limits: SearchLimits, num_units: int
+) -> tuple[DeviceOrders, ...]:
+    """All device sequences if they are few enough, else some good ones.
+
+    The good ones keep devices of a class together: by index, fastest first or last, most memory
+    first (early stages keep more microbatches in flight).
+    """
+    if len(problem.classes) == 1:
+        return (DeviceOrders.of_sequence((0,) * num_stages),)
+    counts = tuple(len(entry.devices) for entry in problem.classes)
+    most = max(limits.max_work // (num_units + 1) ** 2, 1)
+    every = DeviceOrders.all(counts, num_stages, most)
+    if every is not None:
+        return (every,)
+    by_index = sorted(
+        (device, cls) for cls, entry in enumerate(problem.classes) for device in entry.devices
+    )
+    speed = [
+        sum(unit.forward_seconds[entry.type] for unit in problem.units)
+        for entry in problem.classes
+    ]
+    memory = [entry.memory_bytes for entry in problem.classes]
+    ranks: tuple[Callable[[tuple[int, int]], tuple[float, int]], ...] = (
+        lambda item: (0.0, item[0]),
+        lambda item: (speed[item[1]], item[0]),
+        lambda item: (-speed[item[1]], item[0]),
+        lambda item: (-memory[item[1]], item[0]),
+    )
+    chosen = []
+    for rank in ranks:
+        ordered = sorted(by_index, key=rank)
+        chosen.append(tuple(cls for _, cls in ordered[:num_stages]))
+    sequences = dict.fromkeys([*chosen, *(tuple(reversed(item)) for item in chosen)])
+    return tuple(DeviceOrders.of_sequence(item) for item in sequences)
+
+
+def _by_program(
+    problem: StageProblem,
+    candidate: _Candidate,
+    best: _Candidate,
+    time_limit: float,
+    limits: SearchLimits,
+) -> tuple[SolveOutcome, bool]:
+    """Ask for a partition into the candidate's stages that beats the best; whether all device
+    orders were covered by the question."""
+    num_stages = candidate.num_stages
+    cutoff = best.seconds * (1 - limits.tolerance)
+    size = len(problem.units) * num_stages * len(problem.classes)
+    decide = len(problem.classes) == 1 or size <= limits.max_program
+    windows = unit_windows(problem, num_stages, _largest_bottleneck(problem, num_stages, cutoff))
+    if windows is None:
+        return SolveOutcome("infeasible", math.inf, None, 0.0), True
+    fixed = None
+    if not decide:
+        fixed = (candidate.best or best.best or _any_classes(problem, num_stages)).classes
+        if len(fixed) != num_stages:
+            fixed = _any_classes(problem, num_stages).classes
+    program = build(
+        problem,
+        num_stages,
+        windows,
+        scale_seconds=best.seconds if best.best else _loose_seconds(problem),
+        cutoff_seconds=cutoff,
+        fixed_classes=fixed,
+    )
+    hint = candidate.best if candidate.best is not None else None
+    return solve(program, hint=hint, time_limit=time_limit, seed=limits.seed), decide
+
+
+def _any_classes(problem: StageProblem, num_stages: int) -> Assignment:
+    by_index = sorted(
+        (device, cls) for cls, entry in enumerate(problem.classes) for device in entry.devices
+    )
+    return Assignment((), tuple(cls for _, cls in by_index[:num_stages]))
+
+
+def _loose_seconds(problem: StageProblem) -> float:
+    """An upper estimate of any partition's step time."""
+    slowest = sum(
+        max(s for s in map(sum, zip(u.forward_seconds, u.backward_seconds, strict=True)) if s < math.inf)
+        for u in problem.units
+    )
+    recomputed = problem.num_devices * sum(max(s.forward_seconds) for s in problem.shared)
+    return max((slowest + recomputed) * (problem.num_microbatches + 1), 1e-9)
+
+
+def _largest_bottleneck(problem: StageProblem, num_stages: int, cutoff: float) -> float:
+    """A bottleneck above which the step takes longer than `cutoff`."""
+    if math.isinf(cutoff):
+        return math.inf
+    repeats = problem.num_microbatches - 1
+    others = simple_bound(replace(problem, num_microbatches=1), num_stages)
+    return (cutoff - others) / repeats if repeats else cutoff
