@@ -17,10 +17,12 @@ import torch.distributed as dist
 
 from ..compiler.ir.errors import RuntimeFailure, UsageError
 from .processes import WorkerProcesses
-from .service import WorkerSpec
+from .service import WorkerSpec, load_factory
 from .session import LocalSession
+from .spmd import SpmdSession
+from .torch_communicator import TorchCommunicator
 
-__all__ = ["RANK_FACTORY", "launch_local", "under_torchrun"]
+__all__ = ["RANK_FACTORY", "launch_local", "spmd_session", "under_torchrun"]
 
 RANK_FACTORY = "cutset.runtime.rank:Rank"
 _PRELOAD = ("torch._dynamo",)  # the first optimizer or make_fx of a process imports it (1.7 s)
@@ -42,6 +44,7 @@ def launch_local(
     start_seconds: float = 120.0,
     master_port: int = 0,
     factory: str = RANK_FACTORY,
+    wait: bool = True,
 ) -> LocalSession:
     """Start `num_ranks` workers on this machine and connect them.
 
@@ -55,6 +58,8 @@ def launch_local(
         master_port: TCP port where ranks find each other; 0: a free one.
         factory: `module:Class` of the rank objects, called as
             `Class(rank, num_ranks, device, communicator, timeout_seconds)`.
+        wait: return when the workers are ready; False: at once, and the first call waits, so
+            that the caller can plan while they start.
 
     Raises:
         UsageError: arguments contradict each other.
@@ -70,7 +75,6 @@ def launch_local(
     processes = WorkerProcesses(
         num_ranks, _environment(threads), (*_PRELOAD, factory.partition(":")[0])
     )
-    session = LocalSession(processes, keep_alive=store)
     specs = [
         WorkerSpec(
             rank=rank,
@@ -85,8 +89,90 @@ def launch_local(
         )
         for rank, device in enumerate(places)
     ]
-    session.request([("start", spec) for spec in specs], "start", start_seconds)
+    session = LocalSession(processes, specs, keep_alive=store, start_seconds=start_seconds)
+    if wait:
+        session.wait_ready()
     return session
+
+
+def spmd_session(
+    *,
+    backend: str | None = None,
+    device: torch.device | None = None,
+    timeout_seconds: float = 300.0,
+    factory: str = RANK_FACTORY,
+) -> SpmdSession:
+    """The session of a process that `torchrun` has started as one rank; every rank calls this.
+
+    Joins the job (unless the caller has initialised `torch.distributed`).
+
+    Args:
+        backend: default: `nccl` where ranks have CUDA devices of their own, else `gloo`.
+        device: of this rank; default: the CUDA device with number LOCAL_RANK if there is one for
+            every rank of this machine, else the CPU.
+        timeout_seconds, factory: as in `launch_local`.
+
+    Raises:
+        UsageError: not started by `torchrun`.
+        RuntimeFailure: the ranks do not find each other, or the port is in use.
+    """
+    if not under_torchrun():
+        raise UsageError(
+            "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are not set",
+            ways_out=("start the script with torchrun", "use local workers"),
+        )
+    place = device or _own_device()
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    store, gloo = _join(timedelta(seconds=timeout_seconds))
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    communicator = TorchCommunicator(
+        rank,
+        num_ranks,
+        place,
+        backend=backend or ("nccl" if place.type == "cuda" else "gloo"),
+        store=store,
+        gloo=gloo,
+        timeout_seconds=timeout_seconds,
+    )
+    target = load_factory(factory)(rank, num_ranks, place, communicator, timeout_seconds)
+    return SpmdSession(target, rank, num_ranks, store=store, gloo=gloo)
+
+
+def _own_device() -> torch.device:
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if torch.cuda.is_available() and torch.cuda.device_count() >= ranks_here:
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def _join(limit: timedelta) -> tuple[dist.Store, object]:
+    """A store and a gloo group of all ranks (None: the default group)."""
+    if not dist.is_initialized():
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        try:
+            store, rank, num_ranks = next(dist.rendezvous("env://", timeout=limit))
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("cutset/group", store),
+                rank=rank,
+                world_size=num_ranks,
+                timeout=limit,
+            )
+        except (RuntimeError, OSError) as error:
+            raise RuntimeFailure(
+                f"cannot join the job at {address}: {str(error).splitlines()[0]}",
+                ways_out=("name a free MASTER_PORT", "check that all ranks were started"),
+            ) from error
+        return store, None
+    gloo = dist.new_group(backend="gloo", timeout=limit)
+    host = os.environ["MASTER_ADDR"]
+    is_first = dist.get_rank() == 0
+    own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if is_first else None
+    port = [own.port if own is not None else 0]
+    dist.broadcast_object_list(port, src=0, group=gloo)
+    return own or dist.TCPStore(host, port[0], is_master=False, timeout=limit), gloo
 
 
 def _store(port: int, timeout_seconds: float) -> dist.TCPStore:

@@ -143,9 +143,7 @@ class LocalCommunicator:
                 raise VerificationError(f"received {TensorType.of(tensor)} for {description}")
             return tensor.to(self._device)
 
-        return _Awaited(
-            self._network, ready=lambda: bool(box), take=take, description=description
-        )
+        return _Awaited(self._network, ready=lambda: bool(box), take=take, description=description)
 
     def start_all_reduce(
         self, tensor: torch.Tensor, ranks: Sequence[int], reduction: str, *, label: str

@@ -104,8 +104,7 @@ def encode(message: object) -> list[memoryview]:
     pickler = _Pickler(file)
     pickler.dump(message)
     rows = [
-        [dtype_name(tensor.dtype), list(tensor.shape), tensor.is_meta]
-        for tensor in pickler.tensors
+        [dtype_name(tensor.dtype), list(tensor.shape), tensor.is_meta] for tensor in pickler.tensors
     ]
     table = json.dumps(rows, separators=(",", ":")).encode()
     body = file.getbuffer()

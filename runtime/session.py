@@ -12,6 +12,8 @@ unless every rank refused the call in the same way (errors of the caller).
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 import weakref
@@ -22,14 +24,23 @@ from ..compiler.ir.errors import CutsetError, RuntimeFailure, UsageError, WaitTi
 from .communicator import PeerLost
 from .processes import Ended, WorkerProcesses
 from .rpc import ConnectionLost
-from .service import Failure
+from .service import Failure, WorkerSpec
 
-__all__ = ["Arguments", "LocalSession", "RemoteTraceback", "Session", "raise_first"]
+__all__ = [
+    "Arguments",
+    "LocalSession",
+    "RemoteTraceback",
+    "Session",
+    "is_callers_fault",
+    "per_rank",
+    "raise_first",
+]
 
 Arguments = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 _GRACE_SECONDS = 3.0  # after the first failure, for others to tell theirs
 _POLL_SECONDS = 2.0
+_STACK_SECONDS = 0.3  # for a worker to print where it is
 
 
 class Session(Protocol):
@@ -126,11 +137,22 @@ class LocalSession:
     Workers end with `close`, with the last reference to the session, and with this process.
     """
 
-    def __init__(self, processes: WorkerProcesses, keep_alive: object) -> None:
+    def __init__(
+        self,
+        processes: WorkerProcesses,
+        specs: Sequence[WorkerSpec],
+        *,
+        keep_alive: object,
+        start_seconds: float,
+    ) -> None:
         self._processes = processes
         self._keep_alive = keep_alive  # the store that the ranks use to find each other
         self._broken = ""
         self._finalizer = weakref.finalize(self, processes.stop, politely=True)
+        self._pids: list[int] = []
+        self._start_seconds = start_seconds
+        self._starting = True
+        self._send([("start", spec) for spec in specs], None)
 
     @property
     def num_ranks(self) -> int:
@@ -155,24 +177,32 @@ class LocalSession:
         self._broken = self._broken or "it was closed"
         self._finalizer()
 
+    def wait_ready(self) -> None:
+        """Wait until all workers have started; the first call does it by itself."""
+        if self._starting:
+            self._starting = False
+            self._pids = self._finish("start", self._start_seconds)
+
     def call(
         self, method: str, arguments: Arguments = (), *, timeout_seconds: float | None = None
     ) -> list[Any]:
-        rows = per_rank(arguments, self.num_ranks)
-        return self.request([("call", method, row) for row in rows], method, timeout_seconds)
-
-    def request(
-        self, requests: Sequence[tuple[Any, ...]], name: str, timeout_seconds: float | None
-    ) -> list[Any]:
-        """Send one request to each rank and collect the answers; see `service`."""
         if not self.is_open:
             raise RuntimeFailure(
-                f"{name} was called on a session that has ended: {self._broken}",
+                f"{method} was called on a session that has ended: {self._broken}",
                 ways_out=("start a new session",),
             )
+        rows = per_rank(arguments, self.num_ranks)
+        self.wait_ready()
         try:
-            for rank, request in enumerate(requests):
-                self._send(rank, request, timeout_seconds)
+            self._send([("call", method, row) for row in rows], timeout_seconds)
+        except BaseException as error:
+            self._end(f"{type(error).__name__} during {method}")
+            raise
+        return self._finish(method, timeout_seconds)
+
+    def _finish(self, name: str, timeout_seconds: float | None) -> list[Any]:
+        """The answers to the requests that were sent last; ends the session if it must."""
+        try:
             replies, failures = self._collect(name, timeout_seconds)
         except BaseException as error:  # Ctrl-C too: the ranks are in the middle of something
             self._end(f"{type(error).__name__} during {name}")
@@ -189,15 +219,17 @@ class LocalSession:
         self._finalizer.detach()
         self._processes.stop()
 
-    def _send(self, rank: int, request: tuple[Any, ...], timeout_seconds: float | None) -> None:
-        try:
-            self._processes.channels[rank].send(request, timeout_seconds)
-        except ConnectionLost:
-            pass  # `_collect` finds out how the worker has ended
-        except TimeoutError:
-            raise WaitTimeout(
-                f"rank {rank} did not take its request within {timeout_seconds:g} s"
-            ) from None
+    def _send(self, requests: Sequence[tuple[Any, ...]], timeout_seconds: float | None) -> None:
+        """Send one request to each rank; see `service`."""
+        for rank, request in enumerate(requests):
+            try:
+                self._processes.channels[rank].send(request, timeout_seconds)
+            except ConnectionLost:
+                continue  # `_collect` finds out how the worker has ended
+            except TimeoutError:
+                raise WaitTimeout(
+                    f"rank {rank} did not take its request within {timeout_seconds:g} s"
+                ) from None
 
     def _collect(
         self, name: str, timeout_seconds: float | None
@@ -221,9 +253,18 @@ class LocalSession:
         if waiting and not failures:
             raise WaitTimeout(
                 f"rank {', '.join(map(str, waiting))} did not answer {name} within "
-                f"{timeout_seconds:g} s"
+                f"{timeout_seconds:g} s{self._whereabouts(waiting[0])}"
             )
         return replies, failures
+
+    def _whereabouts(self, rank: int) -> str:
+        """Where a worker that does not answer is: the stacks that it prints on SIGUSR1."""
+        if not self._pids:
+            return ""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pids[rank], signal.SIGUSR1)
+        time.sleep(_STACK_SECONDS)
+        return f"; rank {rank} is at:\n{self._processes.output(rank)}"
 
     def _receive(self, waiting: list[int], timeout_seconds: float) -> list[tuple[int, str, Any]]:
         """(rank, kind, answer) of those that have something to say."""

@@ -161,8 +161,7 @@ class TorchCommunicator:
                 self._store.wait([key], timedelta(seconds=self._timeout))
             except RuntimeError as error:
                 raise WaitTimeout(
-                    f"waited {self._timeout:g} s for rank {rank} to load plan "
-                    f"{own.plan_hash[:12]}"
+                    f"waited {self._timeout:g} s for rank {rank} to load plan {own.plan_hash[:12]}"
                 ) from error
             contracts.append(_contract(json.loads(self._store.get(key))))
         return contracts
@@ -311,9 +310,7 @@ class TorchCommunicator:
         try:
             work = start()
         except RuntimeError as error:
-            raise PeerLost(
-                f"the connection broke before {label} (on rank {self._rank})"
-            ) from error
+            raise PeerLost(f"the connection broke before {label} (on rank {self._rank})") from error
         assert work is not None, "this rank is not a member of the group"
         return work
 

@@ -30,14 +30,10 @@ class FakeRank:
         """Passes the rank on to the right and reduces what came from the left."""
         right = (self.rank + 1) % self.num_ranks
         left = (self.rank - 1) % self.num_ranks
-        pending = self.communicator.recv(
-            TensorType((2,), torch.float32), left, 7, label="token"
-        )
+        pending = self.communicator.recv(TensorType((2,), torch.float32), left, 7, label="token")
         sent = self.communicator.send(torch.full((2,), float(self.rank)), right, 7, label="token")
         received = pending.wait()
         sent.wait()
         assert received is not None
-        total = self.communicator.all_reduce(
-            received, range(self.num_ranks), "sum", label="tokens"
-        )
+        total = self.communicator.all_reduce(received, range(self.num_ranks), "sum", label="tokens")
         return total.tolist()
