@@ -20,7 +20,7 @@ where `received` are bytes of boundary values read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..compiler.ir.graph import Graph, Mode, ValueKind
@@ -30,7 +30,16 @@ from .analysis import Storages, batch_values, find_storages, weight_like_values
 from .backward import StageSteps, stage_steps
 from .liveness import live_bytes
 
-__all__ = ["MemoryModel", "NodeMemory", "memory_model", "memory_profile", "stage_memory"]
+__all__ = [
+    "ActionMemory",
+    "MemoryModel",
+    "NodeMemory",
+    "action_memory",
+    "memory_model",
+    "memory_profile",
+    "optimizer_temporaries",
+    "stage_memory",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,42 @@ class NodeMemory:
     saved_bytes: int
     transient_bytes: int
     deferred_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActionMemory:
+    """Memory of one stage's actions on one microbatch, in bytes.
+
+    Args:
+        received_bytes: boundary values, which are among the forward's.
+        saved_bytes: kept from the end of the forward to the backward.
+        left_bytes: kept between input gradients and weight gradients.
+        forward_bytes: peak of the forward, what it saves included.
+        backward_input_bytes: peak of the input gradients above `saved_bytes`.
+        backward_weight_bytes: peak of the weight gradients above `left_bytes`.
+    """
+
+    received_bytes: float
+    saved_bytes: float
+    left_bytes: float
+    forward_bytes: float
+    backward_input_bytes: float
+    backward_weight_bytes: float
+
+    @property
+    def peak_bytes(self) -> float:
+        """Most that is live, what is saved of this microbatch included."""
+        return max(
+            self.forward_bytes,
+            self.saved_bytes + self.backward_input_bytes,
+            self.left_bytes + self.backward_weight_bytes,
+        )
+
+    @property
+    def backward_bytes(self) -> float:
+        """Peak of the whole backward above `saved_bytes`."""
+        later = self.left_bytes + self.backward_weight_bytes - self.saved_bytes
+        return max(self.backward_input_bytes, later)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +227,14 @@ def stage_memory(
     train = (mode or model.graph.mode) is Mode.TRAIN
     trained, held = _parameters(model, chosen, train)
     parameters = sum(trained) + held
-    saved = sum(steps.saved.values()) if train else 0.0
-    transient = _stage_transient(steps, saved, train)
+    actions = _action_memory(steps, train)
+    saved = actions.saved_bytes
     activations = saved * max(in_flight, 1) if train else 0.0
     messages = _messages(
         model, steps, chosen, in_flight=in_flight, num_microbatches=num_microbatches
     )
-    closing = _optimizer_temporaries(optimizer, trained, model.backend) if train else 0.0
-    transient = max(transient, closing - activations)
+    closing = optimizer_temporaries(optimizer, trained, model.backend) if train else 0.0
+    transient = max(actions.peak_bytes - saved, closing - activations)
     return MemoryPrediction(
         device=device,
         parameters_bytes=math.ceil(parameters),
@@ -216,22 +261,33 @@ def _parameters(
     return trained, held
 
 
-def _stage_transient(steps: StageSteps, saved: float, train: bool) -> float:
-    """Most that is live beside the saved tensors of the microbatches in flight."""
+def action_memory(model: MemoryModel, nodes: Iterable[int] | None) -> ActionMemory:
+    """Memory of each action of the stage made of `nodes` (None: all nodes of the graph)."""
+    chosen = range(len(model.graph.nodes)) if nodes is None else nodes
+    return _action_memory(model.steps(chosen), model.graph.mode is Mode.TRAIN)
+
+
+def _action_memory(steps: StageSteps, train: bool) -> ActionMemory:
     received = set(steps.received)
     keep = steps.outputs | received | (set(steps.saved) if train else set())
     forward = live_bytes(steps.forward, steps.received, keep)
     if not train:
-        return forward.peak_bytes
-    peaks = [forward.peak_bytes]
+        return ActionMemory(sum(steps.received.values()), 0.0, 0.0, forward.peak_bytes, 0.0, 0.0)
+    saved = sum(steps.saved.values())
     start = {**steps.saved, **steps.arriving}
     later = {storage for step in steps.backward_weight for storage in step.reads}
     keep_b = (later & {*start, *steps.passed}) | set(steps.arriving) | set(steps.returned)
     first = live_bytes(steps.backward_input, start, keep_b)
-    peaks.append(first.peak_bytes)
     left = {storage: size for storage, size in first.end.items() if storage in later}
-    peaks.append(live_bytes(steps.backward_weight, left, ()).peak_bytes)
-    return max(max(peaks) - saved, 0.0)
+    second = live_bytes(steps.backward_weight, left, ())
+    return ActionMemory(
+        received_bytes=sum(steps.received.values()),
+        saved_bytes=saved,
+        left_bytes=sum(left.values()),
+        forward_bytes=forward.peak_bytes,
+        backward_input_bytes=first.peak_bytes - saved,
+        backward_weight_bytes=second.peak_bytes - sum(left.values()),
+    )
 
 
 def _messages(
@@ -257,8 +313,8 @@ def _messages(
     return ahead + under_way + inputs + outputs
 
 
-def _optimizer_temporaries(
-    optimizer: OptimizerModel, trained: list[float], backend: str
+def optimizer_temporaries(
+    optimizer: OptimizerModel, trained: Sequence[float], backend: str
 ) -> float:
     """Temporaries of the update, and of the gradient norm in float64 before it.
 

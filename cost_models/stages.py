@@ -1,0 +1,76 @@
+"""Seconds of a stage's actions and of the optimizer, from the prices of its nodes.
+
+The backward of a stage runs as B, what its returned gradients depend on, and W, the rest. A
+node's input gradient therefore counts in W when no differentiable boundary input lies before it
+(all of the first stage).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compiler.ir.cluster import DeviceType
+from ..compiler.ir.graph import Graph, Mode, ValueKind
+from ..compiler.ir.plan import OptimizerModel
+from .ops import price
+
+__all__ = ["StageSeconds", "optimizer_seconds", "stage_seconds"]
+
+_OPTIMIZER_KERNELS = 12  # launches of one update of AdamW
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Seconds of one microbatch through one stage."""
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+
+    @property
+    def backward(self) -> float:
+        return self.backward_input + self.backward_weight
+
+
+def stage_seconds(
+    graph: Graph, device_type: DeviceType, *, batch_fraction: float = 1.0
+) -> StageSeconds:
+    """Predicted seconds of the stage graph `graph` on `device_type`, one microbatch."""
+    costs = price(graph, device_type, batch_fraction=batch_fraction)
+    forward = sum(cost.forward_seconds for cost in costs)
+    if graph.mode is Mode.INFER:
+        return StageSeconds(forward, 0.0, 0.0)
+    reached = {
+        value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad
+    }
+    first, second = 0.0, 0.0
+    for node, cost in zip(graph.nodes, costs, strict=True):
+        second += cost.backward_weight_seconds
+        if any(value in reached for value in node.inputs):
+            reached.update(node.outputs)
+            first += cost.backward_input_seconds
+        else:
+            second += cost.backward_input_seconds
+    return StageSeconds(forward, first, second)
+
+
+def optimizer_seconds(
+    device_type: DeviceType,
+    optimizer: OptimizerModel,
+    *,
+    parameter_bytes: float,
+    num_parameters: int = 1,
+) -> float:
+    """Seconds of one update of parameters of `parameter_bytes` in `num_parameters` tensors.
+
+    Memory-bound: gradient, parameter and states are read, parameter and states written, the
+    gradient is zeroed. CUDA updates all tensors in a few launches, a CPU one after the other.
+    """
+    if not parameter_bytes:
+        return 0.0
+    moved = parameter_bytes * (4 + 2 * optimizer.state_bytes_per_parameter_byte)
+    launches = num_parameters if device_type.backend == "cpu" else 1
+    return (
+        moved / device_type.memory_bytes_per_second
+        + launches * _OPTIMIZER_KERNELS * device_type.overhead_seconds
+    )
