@@ -13,7 +13,6 @@ from dividing noise by noise.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import statistics
 import time
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ..runtime.rng import ReplayRandomness, make_key
 from .batch import Call, batch_size, divisors, microbatches_of
+from .capture.signature import find_loss, num_targets
 from .ir.errors import UsageError
 
 __all__ = [
@@ -132,7 +132,8 @@ def train_reference(
         clip_grad_norm: clip the global norm of the gradients to this.
 
     Raises:
-        UsageError: the batch cannot be split, or no loss is found in what the model returns.
+        UsageError: the batch cannot be split.
+        CaptureError: there is no loss in what the model returns.
     """
     model = copy.deepcopy(model)
     make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
@@ -174,42 +175,17 @@ def _split(call: Call, num_microbatches: int) -> tuple[Call, ...]:
     return tuple(microbatches_of(call, rows // num_microbatches))
 
 
-def _num_targets(loss_fn: LossFunction | None) -> int:
-    """Trailing positional arguments of the batch that are targets of `loss_fn`."""
-    if loss_fn is None:
-        return 0
-    call = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
-    required = [
-        parameter
-        for parameter in inspect.signature(call).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    return max(len(required) - 1, 0)
-
-
 def _call(model: nn.Module, loss_fn: LossFunction | None, call: Call) -> object:
     args, kwargs = call
-    return model(*args[: len(args) - _num_targets(loss_fn)], **kwargs)
+    return model(*args[: len(args) - num_targets(loss_fn)], **kwargs)
 
 
 def _loss(model: nn.Module, loss_fn: LossFunction | None, call: Call) -> torch.Tensor:
     output = _call(model, loss_fn, call)
     if loss_fn is not None:
         args, _ = call
-        return loss_fn(output, *args[len(args) - _num_targets(loss_fn) :])
-    candidates = [output, getattr(output, "loss", None)]
-    if isinstance(output, Mapping):
-        candidates.append(output.get("loss"))
-    if isinstance(output, (tuple, list)) and output:
-        candidates.append(output[0])
-    for candidate in candidates:
-        if isinstance(candidate, torch.Tensor) and candidate.ndim == 0:
-            return candidate
-    raise UsageError(
-        f"the model returns {type(output).__name__}, in which there is no loss",
-        ways_out=("pass loss_fn", "return a scalar, or an object with .loss, or (loss, ...)"),
-    )
+        return loss_fn(output, *args[len(args) - num_targets(loss_fn) :])
+    return find_loss(output)
 
 
 def _infer(

@@ -1,0 +1,87 @@
+"""From command-line arguments to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ..ir.errors import CutsetError, RuntimeFailure
+from . import explain, export, plan, run, simulate, verify
+from .command import Command
+from .console import Console
+
+__all__ = ["COMMANDS", "build_parser", "main"]
+
+COMMANDS: tuple[Command, ...] = (
+    plan.COMMAND,
+    explain.COMMAND,
+    verify.COMMAND,
+    simulate.COMMAND,
+    export.COMMAND,
+    run.COMMAND,
+)
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+    """
+    try:
+        options = build_parser().parse_args(argv)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 2
+    console = Console(json_wanted=options.json)
+    try:
+        # A model that prints must not spoil the JSON on stdout.
+        with contextlib.redirect_stdout(sys.stderr):
+            options.command.run(options, console)
+    except KeyboardInterrupt:
+        console.note("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc(file=console.err)
+        known = error if isinstance(error, CutsetError) else _unexpected(error)
+        console.error(known)
+        return known.exit_code
+    return 0
+
+
+def _unexpected(error: Exception) -> CutsetError:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return RuntimeFailure(
+        f"{type(error).__name__}: {error}",
+        where=f"{frame.filename}:{frame.lineno}, in {frame.name}",
+        ways_out=("run again with --debug to see the traceback",),
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; `options.command` is the verb's `Command`."""
+    parser = argparse.ArgumentParser(
+        prog="cutset",
+        description="Partition PyTorch models over devices: plan, inspect, prove, run.",
+        epilog="exit codes: 0 success, 1 infeasible or failed, 2 bad usage or input",
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for command in COMMANDS:
+        verb = verbs.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary,
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.configure(verb)
+        verb.add_argument("--json", action="store_true", help="print the result as JSON")
+        verb.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        verb.set_defaults(command=command)
+    return parser

@@ -1,0 +1,98 @@
+"""`cutset plan`: search a plan for a model and a cluster."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .command import (
+    Command,
+    add_model_arguments,
+    add_optimizer_arguments,
+    positive_float,
+    positive_int,
+)
+from .console import Console
+
+__all__ = ["COMMAND", "planning_arguments"]
+
+_GIB = 1 << 30
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="FILE.py:FACTORY", help="what to plan; also package.module:factory"
+    )
+    parser.add_argument(
+        "--devices",
+        required=True,
+        metavar="N|CLUSTER",
+        help="a number of local workers, a cluster file (.toml, .json), or a preset",
+    )
+    parser.add_argument("--mode", choices=("train", "infer"), default="train")
+    parser.add_argument(
+        "--microbatches", type=positive_int, metavar="M", help="default: chosen by the planner"
+    )
+    parser.add_argument("--schedule", metavar="NAME", help="1f1b or gpipe (default: chosen)")
+    parser.add_argument(
+        "--stages", type=positive_int, metavar="S", help="default: chosen by the planner"
+    )
+    parser.add_argument(
+        "--memory-limit", type=positive_float, metavar="GIB", help="memory of every device"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="PLAN", help="write the plan here")
+    add_model_arguments(parser)
+    add_optimizer_arguments(parser)
+
+
+def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `plan_model` that the command line pins."""
+    limit = options.memory_limit
+    return {
+        "mode": options.mode,
+        "num_microbatches": options.microbatches,
+        "num_stages": options.stages,
+        "schedule": options.schedule,
+        "memory_limit_bytes": None if limit is None else int(limit * _GIB),
+    }
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    from ..api import optimizer_model_of, plan_model
+    from ..explain import explain, explain_json
+    from ..plan_json import save_plan
+    from .model_loader import choose_optimizer, load_model
+
+    console.progress(f"load {options.model}")
+    loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
+    factory = choose_optimizer(loaded, options.optimizer, options.lr)
+    planned = plan_model(
+        loaded.model,
+        int(options.devices) if options.devices.isdigit() else options.devices,
+        example_inputs=loaded.args,
+        example_kwargs=loaded.kwargs,
+        loss_fn=loaded.loss_fn,
+        optimizer_model=optimizer_model_of(factory, loaded.model),
+        progress=console.progress,
+        **planning_arguments(options),
+    )
+    data = explain_json(planned.plan, planned.captured.graph)
+    if options.output is not None:
+        save_plan(planned.plan, options.output)
+        console.note(f"wrote {options.output}")
+        data["path"] = str(options.output)
+    console.result(data, explain(planned.plan, planned.captured.graph))
+
+
+COMMAND = Command(
+    name="plan",
+    summary="find the fastest plan that fits, with a certificate of how good it is",
+    examples=(
+        "cutset plan model.py:build --devices 4 -o plan.json",
+        "cutset plan model.py:build --devices cluster.toml --memory-limit 70 --json",
+        "cutset plan my.models:llama --devices 8 --microbatches 16 --schedule 1f1b -o plan.json",
+    ),
+    configure=_configure,
+    run=_run,
+)

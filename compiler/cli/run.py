@@ -1,0 +1,192 @@
+"""`cutset run`: train a model with a plan, and compare it with the unpartitioned model.
+
+With `--compare` the same steps are taken by plain eager autograd (`compiler/reference.py`), from
+the same values and under the same random streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..ir.errors import UsageError
+from .command import (
+    Command,
+    add_model_arguments,
+    add_optimizer_arguments,
+    positive_float,
+    positive_int,
+)
+from .console import Console
+
+if TYPE_CHECKING:
+    from ..measure import MeasuredRun
+    from ..reference import ReferenceRun
+    from .model_loader import LoadedModel
+
+__all__ = ["COMMAND"]
+
+_MIB = 1 << 20
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="FILE.py:FACTORY")
+    parser.add_argument("--plan", required=True, type=Path, metavar="PLAN")
+    parser.add_argument("--steps", type=positive_int, default=3, metavar="N")
+    parser.add_argument(
+        "--compare", action="store_true", help="also train the unpartitioned model; show the errors"
+    )
+    parser.add_argument(
+        "--clip-grad-norm", type=positive_float, metavar="NORM", help="clip the global norm"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="run the stage graphs through Inductor"
+    )
+    parser.add_argument(
+        "--timeout", type=positive_float, default=300.0, metavar="SECONDS", help="of every wait"
+    )
+    add_model_arguments(parser)
+    add_optimizer_arguments(parser)
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    from ..api import auto_partition
+    from ..measure import measure_training
+    from ..plan_json import load_plan
+    from ..reference import train_reference
+    from .model_loader import choose_optimizer
+
+    plan = load_plan(options.plan)
+    if plan.mode.value != "train":
+        raise UsageError(
+            "this plan is for inference: there are no steps to train",
+            where=str(options.plan),
+            ways_out=("plan with --mode train",),
+        )
+    loaded = _loaded(options, console)
+    factory = choose_optimizer(loaded, options.optimizer, options.lr)
+    pristine = copy.deepcopy(loaded.model) if options.compare else None
+    with auto_partition(
+        loaded.model,
+        plan.cluster,
+        example_inputs=loaded.args,
+        example_kwargs=loaded.kwargs,
+        loss_fn=loaded.loss_fn,
+        optimizer=factory,
+        plan=plan,
+        compile=options.compile,
+        seed=options.seed,
+        clip_grad_norm=options.clip_grad_norm,
+        keep_gradients=options.compare,
+        timeout_seconds=options.timeout,
+        progress=console.progress,
+    ) as parallel:
+        measured = measure_training(
+            parallel,
+            loaded.args,
+            loaded.kwargs,
+            loss_fn=loaded.loss_fn,
+            steps=options.steps,
+            compare=options.compare,
+            progress=console.progress,
+        )
+    reference = None
+    if pristine is not None:
+        console.progress("train the unpartitioned model")
+        reference = train_reference(
+            pristine,
+            loaded.args,
+            loaded.kwargs,
+            loss_fn=loaded.loss_fn,
+            optimizer=factory,
+            num_microbatches=plan.num_microbatches,
+            steps=options.steps,
+            seed=options.seed,
+            clip_grad_norm=options.clip_grad_norm,
+        )
+    predicted = plan.prediction.step_seconds if plan.prediction else None
+    console.result(
+        _as_json(measured, reference, predicted), _as_text(measured, reference, predicted)
+    )
+
+
+def _loaded(options: argparse.Namespace, console: Console) -> LoadedModel:
+    from .model_loader import load_model
+
+    console.progress(f"load {options.model}")
+    loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
+    if loaded.is_meta:
+        raise UsageError(
+            "the model or its inputs are on the meta device: they can be planned, not run",
+            where=options.model,
+            ways_out=("make them on the cpu", "use `cutset plan` and `cutset simulate`"),
+        )
+    return loaded
+
+
+def _as_json(
+    measured: MeasuredRun, reference: ReferenceRun | None, predicted: float | None
+) -> dict[str, object]:
+    from ..reference import relative_errors
+
+    data: dict[str, object] = {
+        "losses": list(measured.run.losses),
+        "step_seconds": measured.run.step_seconds,
+        "predicted_step_seconds": predicted,
+        "peak_memory_bytes": list(measured.peak_memory_bytes),
+    }
+    if reference is None:
+        return data
+    errors = relative_errors(measured.run, reference)
+    return {
+        "max_relative_error": {kind: _finite(worst.value) for kind, worst in errors.items()},
+        "worst": {kind: worst.tensor for kind, worst in errors.items()},
+        **data,
+        "reference_losses": list(reference.losses),
+        "reference_step_seconds": reference.step_seconds,
+    }
+
+
+def _finite(error: float) -> float | None:
+    """JSON has no infinity: null says that a tensor cannot be compared (NaN, another shape)."""
+    return error if math.isfinite(error) else None
+
+
+def _as_text(measured: MeasuredRun, reference: ReferenceRun | None, predicted: float | None) -> str:
+    from ..reference import relative_errors
+
+    losses = measured.run.losses
+    lines = [
+        f"{len(losses)} steps, loss {losses[0]:.6g} -> {losses[-1]:.6g}",
+        f"seconds a step: {measured.run.step_seconds:.4g} measured"
+        + (f", {predicted:.4g} predicted" if predicted is not None else "")
+        + (f", {reference.step_seconds:.4g} unpartitioned" if reference else ""),
+        "peak memory: "
+        + ", ".join(
+            f"rank {rank} {peak / _MIB:.1f} MiB"
+            for rank, peak in enumerate(measured.peak_memory_bytes)
+        ),
+    ]
+    if reference is not None:
+        lines.append("largest relative error against the unpartitioned model:")
+        lines.extend(
+            f"  {kind:<10} {worst.value:.2e}  {worst.tensor}"
+            for kind, worst in relative_errors(measured.run, reference).items()
+        )
+    return "\n".join(lines)
+
+
+COMMAND = Command(
+    name="run",
+    summary="train a model with a plan over local processes, or as ranks of torchrun",
+    examples=(
+        "cutset run model.py:build --plan plan.json --steps 5",
+        "cutset run model.py:build --plan plan.json --steps 3 --compare --dtype float64 --json",
+        "torchrun --nproc-per-node 4 -m cutset run model.py:build --plan plan.json --steps 5",
+    ),
+    configure=_configure,
+    run=_run,
+)
