@@ -1,1 +1,7 @@
-"""From an unmodified `nn.Module` and example inputs to its forward graph, tensors and loss."""
+"""From an unmodified `nn.Module` and example inputs to a graph of ATen ops (`capture`)."""
+
+from __future__ import annotations
+
+from .capture import Captured, capture
+
+__all__ = ["Captured", "capture"]

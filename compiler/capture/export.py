@@ -1,0 +1,176 @@
+"""From an unmodified module to an exported program of functional ATen ops.
+
+`torch.export` (non-strict) runs the model's Python once on fake tensors. A wrapper takes the tensor
+leaves of the call one by one, rebuilds the call, runs the model under a watch for whatever export
+would drop in silence, and picks the loss. Regions without gradients are marked by `detach` before
+`run_decompositions({})` makes the graph functional. Where export refuses, the model is traced
+symbolically first and the trace exported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ir.errors import CaptureError, CutsetError
+from ..ir.graph import Mode
+from .gradients import Watch, detach_no_grad_regions, refuse_python_functions
+from .locate import explain_failure
+from .signature import InputSignature, LossFunction, OutputSignature, find_loss
+from .symbolic import trace_symbolically
+
+__all__ = ["MODEL_PREFIX", "Exported", "call_model", "export_model", "mode_of"]
+
+MODEL_PREFIX = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An exported program; its outputs are the loss, if the mode is TRAIN, then USER outputs."""
+
+    program: torch.export.ExportedProgram
+    outputs: OutputSignature
+
+
+def call_model(
+    model: Callable[..., Any],
+    inputs: InputSignature,
+    tensors: list[Tensor],
+    *,
+    mode: Mode,
+    loss_fn: LossFunction | None,
+) -> tuple[Tensor | None, Any]:
+    """`(loss, result)` of the model on the tensors of a call; the loss is None in INFER mode."""
+    args, kwargs, targets = inputs.unflatten(tensors)
+    result = model(*args, **kwargs)
+    if mode is Mode.INFER:
+        return None, result
+    loss = find_loss(result) if loss_fn is None else loss_fn(result, *targets)
+    if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
+        raise CaptureError(
+            "the loss function does not return a scalar float tensor",
+            where="loss_fn",
+            ways_out=("reduce it by mean() or sum()",),
+        )
+    if not loss.requires_grad:
+        raise CaptureError(
+            "the loss does not depend on any parameter that requires a gradient",
+            where="the model's loss",
+            ways_out=("set requires_grad on the parameters to train", "capture for inference"),
+        )
+    return loss, result
+
+
+@dataclass(slots=True)
+class _Trace:
+    """What the wrapper is told and what it learns; opaque to `nn.Module`."""
+
+    inputs: InputSignature
+    mode: Mode
+    loss_fn: LossFunction | None
+    keep_outputs: bool
+    outputs: OutputSignature | None = None
+
+
+class _Call(nn.Module):
+    """The model as a function of the tensor leaves of a call."""
+
+    def __init__(self, model: nn.Module, trace: _Trace) -> None:
+        super().__init__()
+        self.add_module(MODEL_PREFIX, model)
+        self._trace = trace
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        trace, model = self._trace, self.get_submodule(MODEL_PREFIX)
+        with Watch(model):
+            loss, result = call_model(
+                model, trace.inputs, list(tensors), mode=trace.mode, loss_fn=trace.loss_fn
+            )
+        trace.outputs, found = OutputSignature.of(result, trace.inputs.rows)
+        if loss is None:
+            return tuple(found)
+        kept = found if trace.keep_outputs else []
+        refuse_python_functions([loss, *kept])
+        return (loss, *kept)
+
+
+@contextlib.contextmanager
+def mode_of(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """The model as `mode` runs it: as it is to train; evaluating, without gradients, to infer."""
+    if mode is Mode.TRAIN:
+        with torch.enable_grad():
+            yield
+        return
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def export_model(
+    model: nn.Module,
+    inputs: InputSignature,
+    tensors: list[Tensor],
+    *,
+    mode: Mode,
+    loss_fn: LossFunction | None = None,
+    keep_outputs: bool = True,
+) -> Exported:
+    """Export `model`, called as `inputs` says, to functional ATen ops.
+
+    Args:
+        tensors: example tensors, on the device of the model.
+        keep_outputs: in TRAIN mode, return the model's outputs besides the loss.
+
+    Raises:
+        CaptureError: neither export nor symbolic tracing gets through, or what they would
+            return computes other gradients than the model.
+    """
+    trace = _Trace(inputs, mode, loss_fn, keep_outputs)
+    with mode_of(model, mode), _quiet():
+        try:
+            program = _export(model, trace, tensors)
+        except CutsetError:
+            raise
+        except Exception as error:
+            program = _export_traced(model, trace, tensors, error)
+        if mode is Mode.TRAIN:
+            detach_no_grad_regions(program.graph_module)
+        program = program.run_decompositions({})
+    assert trace.outputs is not None
+    return Exported(program, trace.outputs)
+
+
+def _export(model: nn.Module, trace: _Trace, tensors: list[Tensor]) -> torch.export.ExportedProgram:
+    return torch.export.export(_Call(model, trace), tuple(tensors), strict=False)
+
+
+def _export_traced(
+    model: nn.Module, trace: _Trace, tensors: list[Tensor], refusal: Exception
+) -> torch.export.ExportedProgram:
+    """The fallback. Raises CaptureError about `refusal` when it fails as well."""
+    try:
+        traced = trace_symbolically(model, *trace.inputs.unflatten(tensors)[:2])
+        return _export(traced, trace, tensors)
+    except CutsetError:
+        raise
+    except Exception as error:
+        raise explain_failure(model, refusal, error) from refusal
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings, which are about its own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,191 @@
+"""What would change gradients in silence: found during capture and handled or refused by name.
+
+* `torch.no_grad()` regions survive export as `wrap_with_set_grad_enabled` nodes, and decomposition
+  inlines these without their effect: `detach_no_grad_regions` detaches what leaves such a region.
+* An own `autograd.Function` is traced through and its backward lost. The traced fake tensors have
+  an autograd graph all the same: a node of it that was defined in Python is refused by name.
+* Hooks on tensors, parameters and modules are dropped: they are seen while the model runs
+  (`Watch`), or found on the module tree (`refuse_hooks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+
+from ..ir.errors import CaptureError
+from .locate import current_place
+
+__all__ = ["Watch", "detach_no_grad_regions", "refuse_hooks", "refuse_python_functions"]
+
+
+class Watch(TorchFunctionMode):
+    """Refuses, while a model runs, calls whose effect on gradients a graph would not have."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._refused: dict[object, tuple[str, str]] = {
+            Tensor.register_hook: ("a gradient hook", "register_hook"),
+            Tensor.register_post_accumulate_grad_hook: (
+                "a gradient hook",
+                "register_post_accumulate_grad_hook",
+            ),
+            Tensor.backward: ("a backward pass of its own", "backward"),
+            torch.autograd.grad: ("a gradient inside the forward pass", "autograd.grad"),
+            torch.autograd.backward: ("a backward pass of its own", "autograd.backward"),
+        }
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        refused = self._refused.get(func)
+        if refused is not None and torch.is_grad_enabled():
+            what, name = refused
+            raise CaptureError(
+                f"the model's forward pass uses {what} ({name}), which the graph would lose",
+                where=current_place(self._model),
+                ways_out=(
+                    "scale or clip activations instead of their gradients: h = h * s + "
+                    "(h - h * s).detach() has h's value and s times its gradient",
+                    "remove the hook; gradients can be clipped by the optimizer step",
+                ),
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Refuse backward hooks on modules and gradient hooks on parameters.
+
+    Raises:
+        CaptureError: names the first module or parameter that has one.
+    """
+    for path, module in model.named_modules():
+        for table in ("_backward_hooks", "_backward_pre_hooks"):
+            hooks = getattr(module, table, None)
+            if hooks:
+                raise _hook_error(
+                    f"module {path or '(the model)'} ({type(module).__name__})", hooks
+                )
+    for name, parameter in model.named_parameters():
+        for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            hooks = getattr(parameter, table, None)
+            if hooks:
+                raise _hook_error(f"parameter {name}", hooks)
+
+
+def _hook_error(place: str, hooks: dict[int, Any]) -> CaptureError:
+    names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks.values())
+    return CaptureError(
+        f"a backward hook is registered ({names}), which the graph would lose",
+        where=place,
+        ways_out=("remove the hook before partitioning",),
+    )
+
+
+def refuse_python_functions(tensors: Iterable[Tensor]) -> None:
+    """Refuse `autograd.Function`s in the autograd graph behind `tensors`.
+
+    Raises:
+        CaptureError: names the class.
+    """
+    seen: set[object] = set()
+    stack = [tensor.grad_fn for tensor in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            raise _function_error(node._forward_cls)  # type: ignore[attr-defined]
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _function_error(function: type) -> CaptureError:
+    name = f"{function.__module__}.{function.__qualname__}"
+    if function.__module__.startswith("torch.utils.checkpoint"):
+        return CaptureError(
+            "reentrant activation checkpointing is used, whose backward the graph would lose",
+            where=name,
+            ways_out=("pass use_reentrant=False to torch.utils.checkpoint.checkpoint",),
+        )
+    return CaptureError(
+        f"the model uses its own autograd.Function {function.__name__}, whose backward the graph "
+        "would lose",
+        where=name,
+        ways_out=(
+            "write the same gradient with detach: g(x) + (f(x) - g(x)).detach() has the value of f "
+            "and the gradient of g; a straight-through estimator is x + (f(x) - x).detach()",
+        ),
+    )
+
+
+def detach_no_grad_regions(module: fx.GraphModule) -> None:
+    """Insert `detach` where values leave regions without gradients, in place, recursively.
+
+    Ordinary nodes of such a region have no gradient; what a nested region with gradients computes
+    inside it has one, if its own inputs have. So a value is detached where an ordinary node of a
+    region without gradients hands it to the region's output or to a nested region.
+    """
+    _detach_region(module, grad_enabled=True)
+
+
+def _detach_region(module: fx.GraphModule, *, grad_enabled: bool) -> None:
+    for node in list(module.graph.nodes):
+        nested = _nested_region(node, grad_enabled)
+        if nested is not None:
+            submodule, inner = nested
+            _detach_region(module.get_submodule(submodule), grad_enabled=inner)
+    if grad_enabled:
+        return
+    ends = {
+        node
+        for node in module.graph.nodes
+        if node.op == "output" or _nested_region(node, grad_enabled) is not None
+    }
+    for node in list(module.graph.nodes):
+        if _is_plain_float(node) and any(user in ends for user in node.users):
+            with module.graph.inserting_after(node):
+                detached = module.graph.call_function(torch.ops.aten.detach.default, (node,))
+            detached.meta = dict(node.meta)
+            for user in [user for user in node.users if user in ends]:
+                user.replace_input_with(node, detached)
+    module.recompile()
+
+
+def _nested_region(node: fx.Node, grad_enabled: bool) -> tuple[str, bool] | None:
+    """Name of the submodule that `node` calls as a region, and its gradient mode."""
+    if node.op != "call_function":
+        return None
+    kind = getattr(node.target, "__name__", "")
+    if kind == "wrap_with_set_grad_enabled":
+        enabled, submodule = node.args[0], node.args[1]
+    elif kind == "wrap_with_autocast":
+        enabled, submodule = grad_enabled, node.args[4]
+    else:
+        return None
+    assert isinstance(submodule, fx.Node) and submodule.op == "get_attr"
+    return str(submodule.target), bool(enabled)
+
+
+def _is_plain_float(node: fx.Node) -> bool:
+    """A float tensor that an ordinary call computes here; a `getitem` of a region is none."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, Tensor):
+        return False
+    source: object = node
+    while isinstance(source, fx.Node) and getattr(source.target, "__name__", "") == "getitem":
+        source = source.args[0]
+    assert isinstance(source, fx.Node)
+    if _nested_region(source, False) is not None:
+        return False
+    return value.is_floating_point() or value.is_complex()

@@ -1,0 +1,77 @@
+"""Run a graph on tensors with plain autograd: the oracle of capture's self-check and of tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...runtime.rng import random_op
+from ..ir.errors import UsageError
+from ..ir.graph import Attribute, Graph, Node, Operand, ValueKind
+from ..ir.ops import resolve
+
+__all__ = ["run_graph"]
+
+
+def run_graph(
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    *,
+    key: Tensor | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, ...]:
+    """The graph's outputs, in order. Autograd records as it would for the model.
+
+    Args:
+        tensors: what the graph does not compute, by value name or by origin.
+        key: of the random streams, from `make_key`; needed if the graph draws.
+        device: stands in for every device in the graph; by default that of the first tensor.
+
+    Raises:
+        UsageError: a tensor or the key is missing.
+    """
+    values: dict[int, Tensor] = {}
+    for value in graph.values:
+        if value.kind is ValueKind.RESULT:
+            continue
+        tensor = tensors.get(value.name, tensors.get(value.origin))
+        if tensor is None:
+            raise UsageError(f"no tensor for {value.kind.value} {value.origin or value.name}")
+        values[value.id] = tensor
+    if device is None:
+        device = next((tensor.device for tensor in values.values()), torch.device("cpu"))
+    last = {value: node.id for node in graph.nodes for value in node.inputs}
+    last.update({output.value: len(graph.nodes) for output in graph.outputs})
+    for node in graph.nodes:
+        inputs = [values[value] for value in node.inputs]
+        values.update(zip(node.outputs, _execute(node, inputs, key, device), strict=True))
+        for value in {*node.inputs, *node.outputs}:
+            if last.get(value, node.id) == node.id:
+                del values[value]
+    return tuple(values[output.value] for output in graph.outputs)
+
+
+def _execute(
+    node: Node, inputs: list[Tensor], key: Tensor | None, device: torch.device
+) -> list[Tensor]:
+    def fill(item: Attribute) -> Any:
+        if isinstance(item, Operand):
+            return inputs[item.index]
+        if isinstance(item, tuple):
+            return [fill(entry) for entry in item]
+        return device if isinstance(item, torch.device) else item
+
+    args = [fill(item) for item in node.args]
+    kwargs = {name: fill(item) for name, item in node.kwargs}
+    if node.random_draw is None:
+        result = resolve(node.op)(*args, **kwargs)
+    elif key is None:
+        raise UsageError(f"the graph draws random numbers (node {node.name}) and needs a key")
+    else:
+        result = random_op(node.op.name)(key, node.random_draw, *args, **kwargs)
+    if isinstance(result, Tensor):
+        return [result]
+    return [item for item in result if isinstance(item, Tensor)]

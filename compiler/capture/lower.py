@@ -1,0 +1,391 @@
+"""From an exported program to the IR: a `Graph` of typed values and table operators.
+
+Every call becomes a `Node` (`getitem` of a multi-output call names one of its outputs). Random ops
+are numbered in program order before dead code is removed, since the eager model makes the dead
+draws too. A device in a call is always written `cpu`: it stands for the device of the rank
+that runs the stage, and interpreter and codegen put that in its place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.export.graph_signature import OutputKind as ExportedKind
+
+from ...runtime.rng import draws_inside, num_draws, random_op
+from ..ir.errors import CaptureError
+from ..ir.graph import Attribute, Graph, Mode, Node, Operand, Output, OutputKind, Value, ValueKind
+from ..ir.ops import op_named
+from ..ir.types import DTYPE_NAMES, TensorType
+from .export import MODEL_PREFIX, Exported
+from .locate import last_user_line
+from .names import Names, canonical_names, identifier
+from .signature import InputSignature, TensorLeaf
+
+__all__ = ["DEVICE", "Lowered", "lower"]
+
+DEVICE = torch.device("cpu")
+"""Stands in a graph for the device of whoever runs it."""
+
+_CHECKS = frozenset(
+    "_assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range "
+    "sym_constrain_range_for_size".split()
+)
+# Operators whose float results carry no gradient though their inputs may; and those of which only
+# the first result does.
+_NO_GRADIENT = frozenset(
+    "detach zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros "
+    "new_ones new_full new_empty new_empty_strided bernoulli uniform exponential random "
+    "normal_functional".split()
+)
+_FIRST_ONLY = frozenset(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
+    "_native_batch_norm_legit_no_training _batch_norm_with_update_functional "
+    "rrelu_with_noise_functional".split()
+)
+_KINDS = {
+    InputKind.PARAMETER: (ValueKind.PARAMETER, "p_"),
+    InputKind.BUFFER: (ValueKind.BUFFER, "b_"),
+    InputKind.CONSTANT_TENSOR: (ValueKind.CONSTANT, "c_"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A graph, the parameters, buffers and constants it reads by name, and how much it draws."""
+
+    graph: Graph
+    tensors: Mapping[str, Tensor]
+    num_draws: int
+
+
+def lower(
+    exported: Exported, model: nn.Module, inputs: InputSignature, *, mode: Mode, name: str
+) -> Lowered:
+    """Lower an exported program.
+
+    Args:
+        model: tells which of the parameters and buffers are one tensor under several names.
+
+    Raises:
+        CaptureError: the program changes an input or a parameter, has a shape that depends on
+            data, or uses an operator that the IR has no place for; names node and source line.
+    """
+    return _Lowering(exported, model, inputs, mode).run(name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    packet: str
+    args: tuple[Attribute, ...]
+    kwargs: tuple[tuple[str, Attribute], ...]
+    inputs: tuple[int, ...]
+
+
+class _Lowering:
+    def __init__(
+        self, exported: Exported, model: nn.Module, inputs: InputSignature, mode: Mode
+    ) -> None:
+        self.program, self.results = exported.program, exported.outputs
+        self.mode, self.rows = mode, inputs.rows
+        self.canonical = canonical_names(model)
+        self.origins = iter(inputs.tensor_leaves)
+        self.model_tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.names = Names()
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.given: dict[str, int] = {}  # canonical name -> value
+        self.single: dict[fx.Node, int] = {}
+        self.multiple: dict[fx.Node, tuple[int, ...]] = {}
+        self.draws = 0
+
+    def run(self, name: str) -> Lowered:
+        specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        outputs: tuple[Output, ...] = ()
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.placeholder(node, specs[node.name])
+            elif node.op == "output":
+                outputs = tuple(self.outputs(node))
+            elif node.op == "call_function":
+                self.call(node)
+            elif node.users:
+                raise _refusal(node, f"the traced module's attribute {node.target} is used")
+        graph = Graph(
+            name=name,
+            mode=self.mode,
+            values=tuple(self.values),
+            nodes=tuple(self.nodes),
+            inputs=tuple(value.id for value in self.values if value.kind is ValueKind.INPUT),
+            outputs=outputs,
+        )
+        return Lowered(_without_dead_code(graph), self.tensors, self.draws)
+
+    def placeholder(self, node: fx.Node, spec: InputSpec) -> None:
+        if spec.kind is InputKind.USER_INPUT:
+            leaf = next(self.origins)
+            self.single[node] = self.add_input(leaf)
+            return
+        if spec.kind not in _KINDS:
+            raise _refusal(node, f"an input of kind {spec.kind.name} is needed")
+        kind, prefix = _KINDS[spec.kind]
+        path = str(spec.target).removeprefix(f"{MODEL_PREFIX}.")
+        origin, aliases = self.canonical.get(path, (path, ()))
+        if origin not in self.given:
+            self.given[origin] = len(self.values)
+            tensor = self.tensors[origin] = self.tensor(origin, str(spec.target))
+            trained = kind is ValueKind.PARAMETER and self.mode is Mode.TRAIN
+            self.values.append(
+                Value(
+                    id=len(self.values),
+                    name=self.names.take(prefix + identifier(origin)),
+                    type=TensorType.of(tensor),
+                    kind=kind,
+                    origin=origin,
+                    requires_grad=trained and tensor.requires_grad,
+                    aliases=aliases,
+                )
+            )
+        self.single[node] = self.given[origin]
+
+    def add_input(self, leaf: TensorLeaf) -> int:
+        name = self.names.take(identifier(leaf.origin.removeprefix("kwargs.")))
+        self.values.append(
+            Value(
+                id=len(self.values),
+                name=name,
+                type=leaf.type,
+                kind=ValueKind.INPUT,
+                origin=leaf.origin,
+                batch_dim=leaf.batch_dim,
+            )
+        )
+        return len(self.values) - 1
+
+    def tensor(self, origin: str, target: str) -> Tensor:
+        places = (self.model_tensors, self.program.constants, self.program.state_dict)
+        names = (origin, target, target)
+        pairs = zip(places, names, strict=True)
+        found = next(place[name] for place, name in pairs if name in place)
+        assert isinstance(found, Tensor)
+        return found
+
+    def call(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, fx.Node) and isinstance(index, int)
+            self.single[node] = self.multiple[source][index]
+            return
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            raise _refusal(node, f"{target} is not an ATen operator")
+        packet = target.overloadpacket.__name__
+        if packet in _CHECKS:
+            return
+        inputs: list[int] = []
+        args = tuple(self.attribute(node, item, inputs) for item in node.args)
+        kwargs = tuple(
+            (name, self.attribute(node, item, inputs))
+            for name, item in node.kwargs.items()
+            if not (name == "pin_memory" and not item)
+        )
+        call = _Call(packet, args, kwargs, tuple(inputs))
+        self.add_node(node, target, call)
+
+    def add_node(self, node: fx.Node, target: torch._ops.OpOverload, call: _Call) -> None:
+        result = node.meta.get("val")
+        if isinstance(result, (list, tuple)) and len(result) == 1:
+            target, call = _one_of_one(node, call)
+        name = self.names.take(identifier(node.name))
+        draw = self.draw(node, target, call.packet)
+        op = op_named(str(target))
+        self.nodes.append(
+            Node(
+                id=len(self.nodes),
+                name=name,
+                op=op,
+                inputs=call.inputs,
+                args=call.args,
+                kwargs=call.kwargs,
+                outputs=self.add_results(node, name, call),
+                module_path=_module_path(node),
+                source=last_user_line(node.meta.get("stack_trace")),
+                random_draw=draw,
+            )
+        )
+
+    def draw(self, node: fx.Node, target: torch._ops.OpOverload, packet: str) -> int | None:
+        """Ordinal of the call's first draw, if it draws."""
+        if torch.Tag.nondeterministic_seeded not in target.tags and not draws_inside(packet):
+            return None
+        draws = num_draws(packet, node.args, node.kwargs)
+        if not draws:
+            return None
+        try:
+            random_op(str(target))
+        except CaptureError as error:
+            raise CaptureError(error.cause, where=_where(node), ways_out=error.ways_out) from None
+        self.draws += draws
+        return self.draws - draws
+
+    def add_results(self, node: fx.Node, name: str, call: _Call) -> tuple[int, ...]:
+        result = node.meta.get("val")
+        tensors = [result] if isinstance(result, Tensor) else result
+        if not isinstance(tensors, (list, tuple)) or not all(
+            isinstance(tensor, Tensor) for tensor in tensors
+        ):
+            raise _refusal(node, f"a result is not a tensor but a {type(result).__name__}")
+        grad = call.packet not in _NO_GRADIENT and any(
+            self.values[value].requires_grad for value in call.inputs
+        )
+        ids = []
+        for position, tensor in enumerate(tensors):
+            type_ = _type_of(node, tensor)
+            counts = type_.is_float and not (position and call.packet in _FIRST_ONLY)
+            unique = name if len(tensors) == 1 else self.names.take(f"{name}_{position}")
+            ids.append(len(self.values))
+            self.values.append(
+                Value(ids[-1], unique, type_, ValueKind.RESULT, requires_grad=grad and counts)
+            )
+        if isinstance(result, Tensor):
+            self.single[node] = ids[0]
+        else:
+            self.multiple[node] = tuple(ids)
+        return tuple(ids)
+
+    def attribute(self, node: fx.Node, item: Any, inputs: list[int]) -> Attribute:
+        """An argument as the IR has it; values it refers to are added to `inputs`."""
+        if isinstance(item, fx.Node):
+            if item not in self.single:
+                raise _refusal(node, f"its argument {item.name} is not a tensor")
+            value = self.single[item]
+            if value not in inputs:
+                inputs.append(value)
+            return Operand(inputs.index(value))
+        if isinstance(item, (list, tuple)):
+            return tuple(self.attribute(node, entry, inputs) for entry in item)
+        if isinstance(item, torch.device):
+            return DEVICE
+        plain = (bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
+        if item is None or isinstance(item, plain):
+            return item
+        raise _refusal(node, f"its argument {item!r} is a {type(item).__name__}")
+
+    def outputs(self, node: fx.Node) -> Iterator[Output]:
+        """Typed outputs: the loss first, then those of the user, then new contents of buffers."""
+        specs = self.program.graph_signature.output_specs
+        (results,) = node.args
+        assert isinstance(results, (list, tuple))
+        leaves = iter(leaf for leaf in self.results.leaves if isinstance(leaf, TensorLeaf))
+        changed: list[Output] = []
+        loss_found = self.mode is Mode.INFER
+        for result, spec in zip(results, specs, strict=True):
+            assert isinstance(result, fx.Node)
+            value = self.single[result]
+            if spec.kind is ExportedKind.BUFFER_MUTATION:
+                path = str(spec.target).removeprefix(f"{MODEL_PREFIX}.")
+                target = self.canonical.get(path, (path, ()))[0]
+                changed.append(Output(OutputKind.BUFFER, value, target))
+            elif spec.kind is not ExportedKind.USER_OUTPUT:
+                raise _mutation_error(result, spec)
+            elif not loss_found:
+                loss_found = True
+                yield Output(OutputKind.LOSS, value)
+            else:
+                leaf = next(leaves)
+                yield Output(OutputKind.USER, value, leaf.origin, leaf.batch_dim)
+        yield from changed
+
+
+def _type_of(node: fx.Node, tensor: Tensor) -> TensorType:
+    if not all(isinstance(size, int) for size in tensor.shape):
+        raise _refusal(
+            node,
+            f"its shape {tuple(tensor.shape)} depends on data",
+            "replace boolean indexing, nonzero and .item() sizes by masks or torch.where",
+        )
+    if tensor.dtype not in DTYPE_NAMES:
+        raise _refusal(node, f"its element type {tensor.dtype} is not supported")
+    return TensorType.of(tensor)
+
+
+def _one_of_one(node: fx.Node, call: _Call) -> tuple[torch._ops.OpOverload, _Call]:
+    """A call that returns a list of one tensor, as one that returns the tensor."""
+    if call.packet == "unbind":
+        dim = call.args[1] if len(call.args) > 1 else 0
+        args = (call.args[0], dim, 0)
+        return torch.ops.aten.select.int, replace(call, packet="select", args=args)
+    if call.packet in ("split", "split_with_sizes", "chunk", "tensor_split"):
+        call = replace(call, packet="alias", args=call.args[:1], kwargs=())
+        return torch.ops.aten.alias.default, call
+    raise _refusal(node, "it returns a list of one tensor")
+
+
+def _where(node: fx.Node) -> str:
+    line = last_user_line(node.meta.get("stack_trace"))
+    path = _module_path(node) or "(the model)"
+    return f"node {node.name} of module {path}" + (f", {line}" if line else "")
+
+
+def _refusal(node: fx.Node, cause: str, *ways_out: str) -> CaptureError:
+    return CaptureError(
+        f"{node.target} has no place in the graph: {cause}",
+        where=_where(node),
+        ways_out=ways_out or ("write this part of the model with other operators",),
+    )
+
+
+def _mutation_error(node: fx.Node, spec: Any) -> CaptureError:
+    what = {"USER_INPUT_MUTATION": "input", "PARAMETER_MUTATION": "parameter"}
+    kind = what.get(spec.kind.name, spec.kind.name.lower().replace("_", " "))
+    return CaptureError(
+        f"the model changes its {kind} {spec.target} in place",
+        where=_where(node),
+        ways_out=("change a copy: x = x.clone()", "keep what changes in a buffer"),
+    )
+
+
+def _module_path(node: fx.Node) -> str:
+    """Path of the innermost module, without the wrapper; a second call's mark `@1` is dropped."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    if path != MODEL_PREFIX and not path.startswith(f"{MODEL_PREFIX}."):
+        return ""
+    return ".".join(part.partition("@")[0] for part in path.split(".")[1:])
+
+
+def _without_dead_code(graph: Graph) -> Graph:
+    """Only nodes and values that an output depends on, and all inputs; ids stay dense."""
+    needed = {output.value for output in graph.outputs}
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if any(value in needed for value in node.outputs):
+            needed.update(node.inputs)
+            needed.update(node.outputs)
+            kept.append(node)
+    alive = [value for value in graph.values if value.id in needed or value.kind is ValueKind.INPUT]
+    number = {value.id: position for position, value in enumerate(alive)}
+    return replace(
+        graph,
+        values=tuple(replace(value, id=number[value.id]) for value in alive),
+        nodes=tuple(
+            replace(
+                node,
+                id=position,
+                inputs=tuple(number[value] for value in node.inputs),
+                outputs=tuple(number[value] for value in node.outputs),
+            )
+            for position, node in enumerate(reversed(kept))
+        ),
+        inputs=tuple(number[value] for value in graph.inputs),
+        outputs=tuple(replace(output, value=number[output.value]) for output in graph.outputs),
+    )
