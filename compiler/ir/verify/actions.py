@@ -1,0 +1,127 @@
+"""Rules of one rank's instruction list on its own: registers and actions.
+
+A register is defined once, by a computation or a `Recv`, before it is read, and not read after
+`Free`; what is defined is also read or freed. Every stage of the rank runs forward once per
+microbatch and, when training, backward once: whole, or input half and then weight half.
+"""
+
+from __future__ import annotations
+
+from ..graph import Mode
+from ..program import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Free,
+    Program,
+    Recv,
+    Register,
+    Send,
+)
+from .registers import Registers
+from .report import check, fail_at
+
+__all__ = ["verify_actions"]
+
+_Compute = Forward | Backward | BackwardInput | BackwardWeight
+
+
+def verify_actions(program: Program, registers: Registers) -> None:
+    """Check every rule of the module docstring. Raises VerificationError."""
+    _verify_registers(program, registers)
+    _verify_complete(program)
+
+
+def _verify_registers(program: Program, registers: Registers) -> None:
+    defined: dict[Register, int] = {}
+    freed: dict[Register, int] = {}
+    read: set[Register] = set()
+    for position, item in enumerate(program.instructions):
+        needed = item.registers if isinstance(item, Free) else registers.reads(item)
+        for register in needed:
+            if register in freed:
+                fail_at(
+                    program,
+                    position,
+                    f"{register} is used after instruction {freed[register]} freed it",
+                )
+            if register not in defined:
+                fail_at(program, position, f"{register} is used before it is defined")
+            read.add(register)
+        if isinstance(item, Free):
+            freed.update(dict.fromkeys(item.registers, position))
+            if len(set(item.registers)) < len(item.registers):
+                fail_at(program, position, "a register is freed twice")
+        if isinstance(item, (Send, Recv)):
+            _verify_transfer(program, position, item, registers)
+        made = (item.register,) if isinstance(item, Recv) else registers.defines(item)
+        for register in made:
+            if register in defined:
+                fail_at(
+                    program,
+                    position,
+                    f"{register} is defined again (first by instruction {defined[register]})",
+                )
+            defined[register] = position
+    for register, position in defined.items():
+        if register not in read:
+            fail_at(program, position, f"{register} is defined but neither used nor freed")
+
+
+def _verify_transfer(
+    program: Program, position: int, item: Send | Recv, registers: Registers
+) -> None:
+    if item.peer == program.rank or item.peer not in range(program.num_ranks):
+        fail_at(program, position, f"rank {item.peer} is not another rank of this run")
+    expected = registers.type_of(item.register)
+    if expected is None:
+        fail_at(program, position, f"no stage sends or receives %{item.register.value}")
+    if item.type != expected:
+        fail_at(program, position, f"{item.register} is {expected}, not {item.type}")
+    if item.register.microbatch not in range(program.num_microbatches):
+        fail_at(program, position, f"there are {program.num_microbatches} microbatches")
+
+
+def _verify_complete(program: Program) -> None:
+    places: dict[_Compute, int] = {}
+    own = {stage.index for stage in program.stages}
+    for position, item in enumerate(program.instructions):
+        if not isinstance(item, _Compute):
+            continue
+        if item.stage not in own:
+            fail_at(program, position, f"rank {program.rank} does not hold stage {item.stage}")
+        if item.microbatch not in range(program.num_microbatches):
+            fail_at(program, position, f"there are {program.num_microbatches} microbatches")
+        if program.mode is Mode.INFER and not isinstance(item, Forward):
+            fail_at(program, position, "an inference program runs backward")
+        if item in places:
+            fail_at(program, position, f"instruction {places[item]} does the same")
+        places[item] = position
+    for stage in sorted(own):
+        for microbatch in range(program.num_microbatches):
+            _verify_action_order(program, places, stage, microbatch)
+
+
+def _verify_action_order(
+    program: Program, places: dict[_Compute, int], stage: int, microbatch: int
+) -> None:
+    order: list[_Compute] = [Forward(stage, microbatch)]
+    if program.mode is Mode.TRAIN:
+        whole = Backward(stage, microbatch)
+        halves = BackwardInput(stage, microbatch), BackwardWeight(stage, microbatch)
+        check(
+            not (whole in places and any(half in places for half in halves)),
+            f"stage {stage} runs backward of microbatch {microbatch} whole and in halves",
+            f"program {program.rank}",
+        )
+        order += [whole] if whole in places else halves
+    for item in order:
+        check(
+            item in places,
+            f"{type(item).__name__} of stage {stage} on microbatch {microbatch} is missing",
+            f"program {program.rank}",
+        )
+    for first, second in zip(order, order[1:], strict=False):
+        if places[second] < places[first]:
+            fail_at(program, places[second], f"it comes before its {type(first).__name__}")

@@ -1,0 +1,113 @@
+"""Rules of clusters, meshes and layouts."""
+
+from __future__ import annotations
+
+import math
+
+from ..cluster import Cluster, DeviceType
+from ..errors import ClusterError, VerificationError
+from ..mesh import Layout, Mesh, Shard
+from ..types import DTYPES_BY_NAME, TensorType
+from .report import check, first_repeated
+
+__all__ = ["verify_cluster", "verify_layout", "verify_mesh"]
+
+BACKENDS = ("cpu", "cuda")
+
+
+def verify_cluster(cluster: Cluster) -> None:
+    """Device types with positive figures, devices numbered 0, 1, ... of known types, and a link
+    between every two devices.
+
+    Raises:
+        VerificationError: the first rule that is broken.
+    """
+    here = f"cluster {cluster.name!r}"
+    check(bool(cluster.devices), "the cluster has no devices", here)
+    repeated = first_repeated(entry.name for entry in cluster.types)
+    check(repeated is None, f"two device types are called {repeated!r}", here)
+    for entry in cluster.types:
+        _verify_device_type(entry, f"device type {entry.name!r} of {here}")
+    known = {entry.name for entry in cluster.types}
+    for position, device in enumerate(cluster.devices):
+        place = f"device {position} of {here}"
+        check(device.index == position, f"its index is {device.index}, not {position}", place)
+        check(device.type in known, f"it is of unknown type {device.type!r}", place)
+    for rule in cluster.links:
+        _positive("bytes_per_second", rule.link.bytes_per_second, f"link {rule} of {here}")
+        _not_negative("latency_seconds", rule.link.latency_seconds, f"link {rule} of {here}")
+    _verify_links(cluster)
+
+
+def _positive(name: str, figure: float, here: str) -> None:
+    check(math.isfinite(figure) and figure > 0, f"{name} is {figure}, not positive", here)
+
+
+def _not_negative(name: str, figure: float, here: str) -> None:
+    check(math.isfinite(figure) and figure >= 0, f"{name} is {figure}, negative or no number", here)
+
+
+def _verify_device_type(entry: DeviceType, here: str) -> None:
+    check(
+        entry.backend in BACKENDS,
+        f"backend {entry.backend!r} is not one of {', '.join(BACKENDS)}",
+        here,
+    )
+    _positive("memory_bytes", entry.memory_bytes, here)
+    _positive("memory_bytes_per_second", entry.memory_bytes_per_second, here)
+    _not_negative("overhead_seconds", entry.overhead_seconds, here)
+    check(bool(entry.flops_per_second), "it has no rate", here)
+    for dtype, rate in entry.flops_per_second:
+        check(dtype in DTYPES_BY_NAME, f"{dtype!r} is not a dtype", here)
+        _positive(f"flops_per_second of {dtype}", rate, here)
+
+
+def _verify_links(cluster: Cluster) -> None:
+    """One pair of devices stands for all pairs on the same two nodes."""
+    seen: set[tuple[str, str]] = set()
+    first: dict[str, int] = {}
+    for device in cluster.devices:
+        for node, other in first.items():
+            pair = (node, device.node)
+            if pair in seen:
+                continue
+            seen.add(pair)
+            for source, target in ((other, device.index), (device.index, other)):
+                try:
+                    cluster.link(source, target)
+                except ClusterError as error:
+                    raise VerificationError(
+                        error.cause, where=error.where, ways_out=error.ways_out
+                    ) from error
+        first.setdefault(device.node, device.index)
+
+
+def verify_mesh(mesh: Mesh) -> None:
+    """Axes have distinct names and at least one device each. Raises VerificationError."""
+    here = f"mesh {mesh}"
+    repeated = first_repeated(axis.name for axis in mesh.axes)
+    check(repeated is None, f"two axes are called {repeated!r}", here)
+    for axis in mesh.axes:
+        check(bool(axis.name), "an axis has no name", here)
+        check(axis.size >= 1, f"axis {axis.name} has size {axis.size}", here)
+
+
+def verify_layout(layout: Layout, type: TensorType, mesh: Mesh, *, where: str = "") -> None:
+    """One placement per mesh axis, sharding dims that exist. Raises VerificationError.
+
+    Sharded dims need not divide evenly, and one dim may be sharded over several axes.
+    """
+    here = where or f"layout {layout}"
+    check(
+        len(layout.placements) == len(mesh.axes),
+        f"layout {layout} has {len(layout.placements)} placements, mesh {mesh} has "
+        f"{len(mesh.axes)} axes",
+        here,
+    )
+    for placement, axis in zip(layout.placements, mesh.axes, strict=True):
+        if isinstance(placement, Shard):
+            check(
+                0 <= placement.dim < len(type.shape),
+                f"axis {axis.name} shards dim {placement.dim}, which {type} does not have",
+                here,
+            )

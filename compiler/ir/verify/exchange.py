@@ -1,0 +1,125 @@
+"""Rules between ranks: transfers match in pairs, collectives in groups, nobody waits for ever.
+
+NCCL has no tags: between two ranks the n-th send meets the n-th receive whatever they carry. So
+the two sides of each directed pair must list the same registers, tags and types in the same order.
+"""
+
+from __future__ import annotations
+
+from ..errors import VerificationError
+from ..program import AllReduce, Program, Recv, Send
+from ..text import print_instruction
+from .report import fail_at
+from .waits import find_deadlock, program_waits
+
+__all__ = ["verify_collectives", "verify_no_deadlock", "verify_transfers"]
+
+
+def verify_transfers(programs: tuple[Program, ...]) -> None:
+    """Sends and receives of each directed pair are equal one by one. Raises VerificationError."""
+    sends: dict[tuple[int, int], list[int]] = {}
+    receives: dict[tuple[int, int], list[int]] = {}
+    for program in programs:
+        for position, item in enumerate(program.instructions):
+            if isinstance(item, Send):
+                sends.setdefault((program.rank, item.peer), []).append(position)
+            elif isinstance(item, Recv):
+                receives.setdefault((item.peer, program.rank), []).append(position)
+    for pair in sorted({*sends, *receives}):
+        _verify_pair(programs, pair, sends.get(pair, []), receives.get(pair, []))
+
+
+def _verify_pair(
+    programs: tuple[Program, ...], pair: tuple[int, int], sends: list[int], receives: list[int]
+) -> None:
+    source, target = programs[pair[0]], programs[pair[1]]
+    tags: dict[int, int] = {}
+    for turn, (here, there) in enumerate(zip(sends, receives, strict=False)):
+        send, recv = source.instructions[here], target.instructions[there]
+        assert isinstance(send, Send) and isinstance(recv, Recv)
+        for field in ("register", "tag", "type"):
+            mine, other = getattr(send, field), getattr(recv, field)
+            if mine != other:
+                fail_at(
+                    source,
+                    here,
+                    f"transfer {turn} from rank {pair[0]} to rank {pair[1]} does not match: "
+                    f"the send has {field} {mine}, instruction {there} of rank {pair[1]} "
+                    f"({print_instruction(recv)}) has {other}",
+                )
+        if tags.setdefault(send.tag, here) != here:
+            fail_at(source, here, f"tag {send.tag} is that of instruction {tags[send.tag]} too")
+    if len(sends) > len(receives):
+        fail_at(source, sends[len(receives)], f"rank {pair[1]} never receives this")
+    if len(receives) > len(sends):
+        fail_at(target, receives[len(sends)], f"rank {pair[0]} never sends this")
+
+
+def verify_collectives(programs: tuple[Program, ...]) -> None:
+    """Every member of a group issues the same collectives on it, in the same order.
+
+    Raises:
+        VerificationError: the first collective that differs.
+    """
+    issued: dict[tuple[int, ...], dict[int, list[int]]] = {}
+    for program in programs:
+        for position, item in enumerate(program.instructions):
+            if isinstance(item, AllReduce):
+                _verify_group(programs, program, position, item.ranks)
+                members = issued.setdefault(item.ranks, {})
+                members.setdefault(program.rank, []).append(position)
+    for group, members in issued.items():
+        for rank in group[1:]:
+            _verify_same_calls(programs, (group[0], rank), members)
+
+
+def _verify_group(
+    programs: tuple[Program, ...], program: Program, position: int, ranks: tuple[int, ...]
+) -> None:
+    if list(ranks) != sorted(set(ranks)) or not set(ranks) <= set(range(len(programs))):
+        fail_at(program, position, f"{ranks} is not an ascending group of ranks of this run")
+    if program.rank not in ranks:
+        fail_at(program, position, f"rank {program.rank} is not a member of its group {ranks}")
+
+
+def _verify_same_calls(
+    programs: tuple[Program, ...], pair: tuple[int, int], members: dict[int, list[int]]
+) -> None:
+    first, second = (programs[rank] for rank in pair)
+    mine, others = (members.get(rank, []) for rank in pair)
+    for turn, (here, there) in enumerate(zip(mine, others, strict=False)):
+        if first.instructions[here] != second.instructions[there]:
+            fail_at(
+                second,
+                there,
+                f"collective {turn} of the group differs from that of rank {pair[0]}: "
+                f"{print_instruction(first.instructions[here])}",
+            )
+    if len(mine) > len(others):
+        fail_at(first, mine[len(others)], f"rank {pair[1]} does not take part")
+    if len(others) > len(mine):
+        fail_at(second, others[len(mine)], f"rank {pair[0]} does not take part")
+
+
+def verify_no_deadlock(programs: tuple[Program, ...]) -> None:
+    """All ranks reach their end, even if every send blocked until its receive is posted.
+
+    Raises:
+        VerificationError: the cycle, rank by rank: where each stands and what it waits for.
+    """
+    cycle = find_deadlock(program_waits(programs))
+    if not cycle:
+        return
+    lines = []
+    for entry in cycle:
+        text = print_instruction(programs[entry.rank].instructions[entry.position])
+        lines.append(
+            f"rank {entry.rank} at instruction {entry.position} ({text}) waits for "
+            f"{entry.wait.reason}"
+        )
+    ranks = sorted({entry.rank for entry in cycle})
+    raise VerificationError(
+        "the programs deadlock, each rank waiting for the next:\n  " + "\n  ".join(lines),
+        where=f"programs of ranks {', '.join(map(str, ranks))}",
+        ways_out=("post the receives earlier", "run another schedule"),
+    )

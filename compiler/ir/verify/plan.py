@@ -1,0 +1,215 @@
+"""Rules of a `Plan`. Passes fill plans in bit by bit: what is not decided yet is not checked."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import VerificationError
+from ..graph import Graph, producers
+from ..plan import Plan, Prediction
+from ..replicable import replicable_nodes
+from .cluster import verify_cluster, verify_layout, verify_mesh
+from .report import check, fail_node, first_repeated
+from .schedule import verify_schedule
+
+__all__ = ["verify_plan"]
+
+_ROUNDING = 1e-9
+
+
+def verify_plan(plan: Plan, graph: Graph | None = None) -> None:
+    """Check every rule of the level.
+
+    Stages are numbered 0, 1, ... and stand on devices of the cluster, one stage a device unless
+    the schedule runs several there. With `graph`: each node is in a stage, in exactly one unless
+    it may be replicated, and no stage reads what a later one computes. The schedule is legal and
+    runs each stage on the stage's device. Predicted memory fits the devices.
+
+    Raises:
+        VerificationError: the first rule that is broken.
+    """
+    verify_cluster(plan.cluster)
+    verify_mesh(plan.mesh)
+    check(plan.batch_size >= 1, f"batch_size is {plan.batch_size}", "plan")
+    check(
+        0 <= plan.num_microbatches <= plan.batch_size,
+        f"num_microbatches is {plan.num_microbatches} for a batch of {plan.batch_size}",
+        "plan",
+    )
+    _verify_stages(plan)
+    if graph is not None:
+        check(
+            graph.mode is plan.mode,
+            f"a plan to {plan.mode.value} for a graph to {graph.mode.value}",
+            "plan",
+        )
+        if plan.stages:
+            _verify_cover(plan, graph)
+            _verify_edges(plan, graph)
+    _verify_layouts(plan, graph)
+    if plan.schedule is not None:
+        _verify_plan_schedule(plan)
+    if plan.prediction is not None:
+        _verify_prediction(plan, plan.prediction)
+    _verify_certificate(plan)
+
+
+def _verify_stages(plan: Plan) -> None:
+    num_devices = len(plan.cluster.devices)
+    for position, stage in enumerate(plan.stages):
+        here = f"stages[{position}] of the plan"
+        check(stage.index == position, f"its index is {stage.index}, not {position}", here)
+        check(
+            0 <= stage.device < num_devices,
+            f"device {stage.device} is not one of the cluster's {num_devices} devices",
+            here,
+        )
+        check(bool(stage.nodes), "the stage has no nodes", here)
+        ascending = all(a < b for a, b in zip(stage.nodes, stage.nodes[1:], strict=False))
+        check(ascending and stage.nodes[0] >= 0, "its node ids do not ascend", here)
+    shared = first_repeated(stage.device for stage in plan.stages)
+    if shared is not None and plan.schedule is None:
+        on_it = [stage.index for stage in plan.stages if stage.device == shared]
+        raise VerificationError(
+            f"stages {on_it} stand on device {shared}, and no schedule says how they share it",
+            where="stages of the plan",
+        )
+
+
+def _verify_cover(plan: Plan, graph: Graph) -> None:
+    homes: dict[int, list[int]] = {}
+    for stage in plan.stages:
+        last = stage.nodes[-1]
+        check(
+            last < len(graph.nodes),
+            f"node {last} is not one of the {len(graph.nodes)} nodes of graph {graph.name}",
+            f"stages[{stage.index}] of the plan",
+        )
+        for node in stage.nodes:
+            homes.setdefault(node, []).append(stage.index)
+    may_repeat = replicable_nodes(graph)
+    for entry in graph.nodes:
+        found = homes.get(entry.id, [])
+        if not found:
+            fail_node(graph, entry, "the node is in no stage")
+        if len(found) > 1 and entry.id not in may_repeat:
+            fail_node(
+                graph,
+                entry,
+                f"the node is in stages {found}; it depends on a parameter, randomness or data "
+                "and may be in one only",
+            )
+
+
+def _verify_edges(plan: Plan, graph: Graph) -> None:
+    made_by = producers(graph)
+    first_home: dict[int, int] = {}
+    for stage in plan.stages:
+        for node in stage.nodes:
+            first_home.setdefault(node, stage.index)
+    for stage in plan.stages:
+        own = set(stage.nodes)
+        for node in stage.nodes:
+            for value in graph.nodes[node].inputs:
+                source = made_by.get(value)
+                if source is None or source in own or first_home[source] < stage.index:
+                    continue
+                fail_node(
+                    graph,
+                    graph.nodes[node],
+                    f"stage {stage.index} reads %{graph.values[value].name}, which stage "
+                    f"{first_home[source]} computes; values flow to later stages only",
+                )
+
+
+def _verify_layouts(plan: Plan, graph: Graph | None) -> None:
+    repeated = first_repeated(entry.value for entry in plan.layouts)
+    check(repeated is None, f"%{repeated} has two layouts", "layouts of the plan")
+    if graph is None:
+        return
+    values = graph.by_name()
+    for entry in plan.layouts:
+        here = f"layout {entry.layout} of %{entry.value}"
+        check(entry.value in values, f"graph {graph.name} has no value of this name", here)
+        verify_layout(entry.layout, values[entry.value].type, plan.mesh, where=here)
+
+
+def _verify_plan_schedule(plan: Plan) -> None:
+    schedule = plan.schedule
+    assert schedule is not None
+    here = f"schedule {schedule.name} of the plan"
+    for name, found, expected in (
+        ("stages", schedule.num_stages, len(plan.stages)),
+        ("microbatches", schedule.num_microbatches, plan.num_microbatches),
+    ):
+        check(found == expected, f"it is for {found} {name}, the plan has {expected}", here)
+    num_devices = len(plan.cluster.devices)
+    check(
+        len(schedule.ranks) <= num_devices,
+        f"it has {len(schedule.ranks)} ranks, the cluster {num_devices} devices",
+        here,
+    )
+    verify_schedule(schedule, mode=plan.mode)
+    for rank, actions in enumerate(schedule.ranks):
+        for action in actions:
+            device = plan.stages[action.stage].device
+            check(
+                device == rank,
+                f"{action} runs on rank {rank}, but stage {action.stage} stands on device {device}",
+                here,
+            )
+
+
+def _verify_prediction(plan: Plan, prediction: Prediction) -> None:
+    here = "prediction of the plan"
+    for name, figures in (
+        ("stage_forward_seconds", prediction.stage_forward_seconds),
+        ("stage_backward_seconds", prediction.stage_backward_seconds),
+        ("step_seconds", (prediction.step_seconds,)),
+    ):
+        good = all(math.isfinite(figure) and figure >= 0 for figure in figures)
+        check(good, f"{name} has a figure that is negative or no number: {figures}", here)
+        check(
+            name == "step_seconds" or len(figures) in (0, len(plan.stages)),
+            f"{name} has {len(figures)} figures for {len(plan.stages)} stages",
+            here,
+        )
+    repeated = first_repeated(entry.device for entry in prediction.memory)
+    check(repeated is None, f"device {repeated} has two memory predictions", here)
+    for entry in prediction.memory:
+        check(
+            0 <= entry.device < len(plan.cluster.devices),
+            f"memory of device {entry.device}, which the cluster does not have",
+            here,
+        )
+        limit = plan.cluster.type_of(entry.device).memory_bytes
+        check(entry.total_bytes >= 0, f"device {entry.device} needs less than no memory", here)
+        check(
+            entry.total_bytes <= limit,
+            f"device {entry.device} needs {entry.total_bytes} bytes, "
+            f"{entry.total_bytes - limit} more than its {limit}",
+            here,
+        )
+    known = {entry.device for entry in prediction.memory}
+    missing = sorted({stage.device for stage in plan.stages} - known)
+    check(not (known and missing), f"devices {missing} have stages but no memory prediction", here)
+
+
+def _verify_certificate(plan: Plan) -> None:
+    certificate = plan.certificate
+    if certificate is None:
+        return
+    here = "certificate of the plan"
+    figures = (certificate.objective, certificate.lower_bound, certificate.gap)
+    check(all(map(math.isfinite, figures)), f"a figure is no number: {figures}", here)
+    slack = _ROUNDING * max(1.0, abs(certificate.objective))
+    check(
+        certificate.lower_bound <= certificate.objective + slack,
+        f"lower bound {certificate.lower_bound} exceeds the objective {certificate.objective}",
+        here,
+    )
+    check(
+        -_ROUNDING <= certificate.gap <= 1 + _ROUNDING,
+        f"gap {certificate.gap} is not between 0 and 1",
+        here,
+    )

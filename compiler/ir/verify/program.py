@@ -1,0 +1,171 @@
+"""Rules of a set of programs: what must hold before anything runs.
+
+Checked in this order, as later checks rely on earlier ones: the headers agree; the stages fit
+together; each rank defines, reads and frees its registers rightly and completes its actions
+(`actions.py`); sends and receives match, collectives match, no rank waits for ever
+(`exchange.py`); the step's tail is in order (`tail.py`); memory stays under the limit.
+"""
+
+from __future__ import annotations
+
+from ..graph import Mode, OutputKind, Value, ValueKind
+from ..program import Free, Program, Recv, Register, StageProgram
+from .actions import verify_actions
+from .exchange import verify_collectives, verify_no_deadlock, verify_transfers
+from .graph import verify_graph
+from .registers import Registers, boundary_inputs, boundary_outputs
+from .report import check, fail_at
+from .tail import verify_tails
+
+__all__ = ["held_bytes", "verify_programs"]
+
+
+def verify_programs(
+    programs: tuple[Program, ...], *, static_bytes: tuple[int, ...] | None = None
+) -> None:
+    """Check every rule of the level (see the module docstring).
+
+    Args:
+        programs: the programs of all ranks, in rank order.
+        static_bytes: per rank, a bound of all memory but the registers; by default the parameters,
+            buffers, constants and gradients that the rank holds.
+
+    Raises:
+        VerificationError: the first rule that is broken, with rank and instruction.
+    """
+    _verify_headers(programs)
+    _verify_stages(programs)
+    registers = Registers(programs)
+    for program in programs:
+        verify_actions(program, registers)
+    verify_transfers(programs)
+    verify_collectives(programs)
+    verify_no_deadlock(programs)
+    verify_tails(programs)
+    for program in programs:
+        static = held_bytes(program) if static_bytes is None else static_bytes[program.rank]
+        _verify_memory(program, registers, static)
+
+
+def _verify_headers(programs: tuple[Program, ...]) -> None:
+    check(bool(programs), "there are no programs", "programs")
+    first = programs[0]
+    for position, program in enumerate(programs):
+        here = f"program {position}"
+        check(program.rank == position, f"its rank is {program.rank}, not {position}", here)
+        check(
+            program.num_ranks == len(programs),
+            f"it expects {program.num_ranks} ranks, there are {len(programs)} programs",
+            here,
+        )
+        for name in ("plan_hash", "mode", "num_microbatches", "stage_ranks"):
+            mine, others = getattr(program, name), getattr(first, name)
+            check(mine == others, f"its {name} is {mine}, that of rank 0 is {others}", here)
+    check(bool(first.stage_ranks), "there are no stages", "program 0")
+    check(first.num_microbatches >= 1, "there are no microbatches", "program 0")
+
+
+def _verify_stages(programs: tuple[Program, ...]) -> None:
+    stages: dict[int, StageProgram] = {}
+    stage_ranks = programs[0].stage_ranks
+    for program in programs:
+        for stage in program.stages:
+            here = f"stage {stage.index} of rank {program.rank}"
+            check(stage.index in range(len(stage_ranks)), "there is no such stage", here)
+            home = stage_ranks[stage.index]
+            check(home == program.rank, f"the stage belongs to rank {home}", here)
+            check(stage.index not in stages, "the rank holds the stage twice", here)
+            check(stage.graph.mode is program.mode, "its graph is of another mode", here)
+            verify_graph(stage.graph, is_stage=True)
+            stages[stage.index] = stage
+    for index, rank in enumerate(stage_ranks):
+        check(index in stages, f"rank {rank} does not hold stage {index}", f"program {rank}")
+    _verify_boundaries(stages)
+    losses = [index for index, stage in stages.items() if stage.graph.outputs_of(OutputKind.LOSS)]
+    expected = 1 if programs[0].mode is Mode.TRAIN else 0
+    check(
+        len(losses) == expected, f"{len(losses)} stages return a loss: {losses}", "stage programs"
+    )
+
+
+def _verify_boundaries(stages: dict[int, StageProgram]) -> None:
+    """Every boundary value has one producer, and both ends describe it alike."""
+    made: dict[str, tuple[int, Value]] = {}
+    readers: dict[str, list[int]] = {}
+    for index, stage in sorted(stages.items()):
+        for value in boundary_outputs(stage):
+            here = f"boundary %{value.name} of stage {index}"
+            check(value.name not in made, "two outputs send a value of this name", here)
+            made[value.name] = index, value
+        for value in boundary_inputs(stage):
+            readers.setdefault(value.name, []).append(index)
+    for index, stage in sorted(stages.items()):
+        sources = dict(stage.producers)
+        received = boundary_inputs(stage)
+        check(
+            sorted(sources) == sorted(value.name for value in received),
+            "its table of producers does not list its boundary values",
+            f"stage {index}",
+        )
+        for value in received:
+            here = f"boundary %{value.name} of stage {index}"
+            check(value.name in made, "no stage sends it", here)
+            source, origin = made[value.name]
+            check(sources[value.name] == source, f"it comes from stage {source}", here)
+            check(source < index, f"it comes from stage {source}, which is not earlier", here)
+            check(
+                (value.type, value.requires_grad) == (origin.type, origin.requires_grad),
+                f"it is {value.type} (gradient: {value.requires_grad}), but stage {source} sends "
+                f"{origin.type} (gradient: {origin.requires_grad})",
+                here,
+            )
+        sent = {value.name: tuple(readers.get(value.name, ())) for value in boundary_outputs(stage)}
+        listed = {name: tuple(sorted(consumers)) for name, consumers in stage.consumers}
+        check(
+            listed == sent,
+            f"its table of consumers is {listed}, but the stages read {sent}",
+            f"stage {index}",
+        )
+
+
+def held_bytes(program: Program) -> int:
+    """Bytes of the parameters, buffers, constants and (training) gradients that a rank holds; a
+    tensor that several of its stages use counts once."""
+    held: dict[str, int] = {}
+    for stage in program.stages:
+        for value in stage.graph.values:
+            if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
+                copies = 2 if value.requires_grad and program.mode is Mode.TRAIN else 1
+                held[value.origin or value.name] = copies * value.type.num_bytes
+    return sum(held.values())
+
+
+def _verify_memory(program: Program, registers: Registers, static: int) -> None:
+    """A register takes memory from its definition (a received one from the posting of its `Recv`)
+    until it is freed."""
+    live: dict[Register, int] = {}
+    total = static
+    limit = program.memory_limit_bytes
+    check(
+        total <= limit,
+        f"rank {program.rank} holds {total} bytes before its first instruction, "
+        f"{total - limit} more than its limit of {limit}",
+        f"program {program.rank}",
+    )
+    for position, item in enumerate(program.instructions):
+        made = (item.register,) if isinstance(item, Recv) else registers.defines(item)
+        for register in made:
+            type = registers.type_of(register)
+            live[register] = 0 if type is None else type.num_bytes
+            total += live[register]
+        if total > limit:
+            largest = max(live, key=lambda register: live[register])
+            fail_at(
+                program,
+                position,
+                f"rank {program.rank} needs {total} bytes here, {total - limit} more than its "
+                f"limit of {limit}: {static} held throughout and {len(live)} registers "
+                f"(largest {largest}, {live[largest]} bytes)",
+            )
+        if isinstance(item, Free):
+            total -= sum(live.pop(register) for register in item.registers)

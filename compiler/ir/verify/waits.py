@@ -1,0 +1,130 @@
+"""Deadlock detection: what each step of each rank waits for, and the cycle if none can go on.
+
+Every rank takes its steps in order; a step may wait until another rank has completed a number of
+its own. Such a system has one outcome whatever the order of execution, so running it once decides
+whether it can end: when no rank can go on and not all are done, the ranks wait for each other in a
+cycle. The same waits drawn as edges give `views.event_view`, which is cyclic exactly then.
+
+For programs the waits are those of *unbuffered* sends: a `Send` ends only once its `Recv` is
+posted, what reads a received register starts only once its `Send` was reached, and an `AllReduce`
+ends once all members have reached it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..program import AllReduce, Free, Program, Recv, Register, Send
+from ..text import print_instruction
+from .registers import Registers
+
+__all__ = ["Blocked", "Wait", "find_deadlock", "program_waits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Until `rank` has completed its first `count` steps; `reason` completes "waits for"."""
+
+    rank: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """A rank that cannot take the step at `position`."""
+
+    rank: int
+    position: int
+    wait: Wait
+
+
+def find_deadlock(waits: Sequence[Sequence[tuple[Wait, ...]]]) -> tuple[Blocked, ...]:
+    """The cycle of ranks that wait for each other, or nothing if all ranks reach their end.
+
+    Args:
+        waits: for each rank, what each of its steps waits for.
+    """
+    done = [0] * len(waits)
+
+    def holding(rank: int) -> Wait | None:
+        step = waits[rank][done[rank]]
+        return next((wait for wait in step if done[wait.rank] < wait.count), None)
+
+    progress = True
+    while progress:
+        progress = False
+        for rank, steps in enumerate(waits):
+            while done[rank] < len(steps) and holding(rank) is None:
+                done[rank] += 1
+                progress = True
+    stuck = [rank for rank, steps in enumerate(waits) if done[rank] < len(steps)]
+    if not stuck:
+        return ()
+    chain: list[Blocked] = []
+    rank = stuck[0]
+    while rank not in [entry.rank for entry in chain]:
+        wait = holding(rank)
+        assert wait is not None, "a rank that is not stuck is waited for"
+        chain.append(Blocked(rank, done[rank], wait))
+        rank = wait.rank
+    first = [entry.rank for entry in chain].index(rank)
+    return tuple(chain[first:])
+
+
+def program_waits(programs: tuple[Program, ...]) -> list[list[tuple[Wait, ...]]]:
+    """What each instruction of each program waits for, under unbuffered sends."""
+    registers = Registers(programs)
+    ends = _Ends(programs)
+    return [
+        [
+            tuple(ends.waits(registers, program, position))
+            for position in range(len(program.instructions))
+        ]
+        for program in programs
+    ]
+
+
+class _Ends:
+    """Where the other end of every transfer and collective is."""
+
+    def __init__(self, programs: tuple[Program, ...]) -> None:
+        self.sends: dict[tuple[int, int, Register], int] = {}  # (source, target, register)
+        self.receives: dict[tuple[int, int, Register], int] = {}
+        self.received: dict[tuple[int, Register], int] = {}  # (rank, register) -> source
+        self.collectives: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        self.turns: dict[tuple[int, int], int] = {}  # (rank, position) -> turn in its group
+        for rank, program in enumerate(programs):
+            for position, item in enumerate(program.instructions):
+                if isinstance(item, Send):
+                    self.sends.setdefault((rank, item.peer, item.register), position)
+                elif isinstance(item, Recv):
+                    self.receives.setdefault((item.peer, rank, item.register), position)
+                    self.received.setdefault((rank, item.register), item.peer)
+                elif isinstance(item, AllReduce):
+                    turns = self.collectives.setdefault((rank, item.ranks), [])
+                    self.turns[rank, position] = len(turns)
+                    turns.append(position)
+
+    def waits(self, registers: Registers, program: Program, position: int) -> Iterator[Wait]:
+        rank, item = program.rank, program.instructions[position]
+        if isinstance(item, Send):
+            posted = self.receives.get((rank, item.peer, item.register))
+            if posted is not None:
+                reason = f"rank {item.peer} to post the Recv of {item.register} from rank {rank}"
+                yield Wait(item.peer, posted + 1, reason)
+        elif isinstance(item, AllReduce):
+            turn = self.turns[rank, position]
+            for member in item.ranks:
+                others = self.collectives.get((member, item.ranks), ())
+                if member != rank and turn < len(others):
+                    reason = f"rank {member} to reach {print_instruction(item)}"
+                    yield Wait(member, others[turn], reason)
+        read = item.registers if isinstance(item, Free) else registers.reads(item)
+        for register in read:
+            source = self.received.get((rank, register))
+            sent = None if source is None else self.sends.get((source, rank, register))
+            if source is not None and sent is not None:
+                reason = f"rank {source} to reach the Send of {register} to rank {rank}"
+                yield Wait(source, sent, reason)
