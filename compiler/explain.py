@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 
+from ..cost_models.timeline import render_timeline
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Plan, Stage
 from .module_names import modules_of_stages
-from .timeline import draw_timeline, ideal_timeline
+from .timeline import ideal_simulation
 
 __all__ = ["Boundary", "StageSummary", "binding", "explain", "explain_json", "summarize"]
 
 _BOXES = 8  # more stages than this are listed one a line
+_LANES = 16  # ranks drawn of a schedule
 _WIDTH = 76
 _NEARLY_FULL = 0.9
 
@@ -264,15 +266,20 @@ def _arrows(stage: int, sent: tuple[Boundary, ...], *, last: bool) -> list[str]:
 
 def _schedule_text(plan: Plan) -> str:
     assert plan.schedule is not None
-    head = f"schedule {plan.schedule.name} (ideal: stage times alone, no communication)"
     if plan.prediction is None:
-        return f"{head}\n{plan.schedule}"
-    spans = ideal_timeline(
+        return str(plan.schedule)
+    simulation = ideal_simulation(
         plan.schedule,
         plan.prediction.stage_forward_seconds,
         plan.prediction.stage_backward_seconds,
     )
-    return f"{head}\n{draw_timeline(spans, width=_WIDTH)}"
+    lanes = render_timeline(simulation, _WIDTH - 20).splitlines()[1:]
+    if len(lanes) > _LANES:
+        lanes = [*lanes[:_LANES], f"... and {len(lanes) - _LANES} more ranks"]
+    head = (
+        f"schedule {plan.schedule.name}: {_seconds(simulation.step_seconds)} by stage times alone"
+    )
+    return "\n".join([head, "(0-9 forward, a-z backward, A-Z weight gradient, . idle)", *lanes])
 
 
 def _figures_text(plan: Plan) -> str:

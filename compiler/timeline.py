@@ -1,44 +1,33 @@
 """When each action of a schedule runs, from the times of its stages alone.
 
 The ideal of a schedule: every action starts as soon as its rank is free and its inputs exist,
-and nothing is spent on communication. It is what a measured step is compared with, and what
-`explain` draws. (The event simulator of `cost_models` counts communication too.)
+and nothing is spent on communication or the optimizer. It is what a measured step is compared
+with, and all that a plan file without its model can be simulated by; `cost_models.simulate` takes
+the programs and counts the rest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from ..cost_models.simulator import Simulation, Span
 from .ir.errors import VerificationError
 from .ir.schedule import Action, ActionKind, Schedule
 
-__all__ = ["Span", "draw_timeline", "ideal_seconds", "ideal_timeline"]
+__all__ = ["ideal_seconds", "ideal_simulation"]
 
 _GRADIENT_KINDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One action, the rank that runs it, and when."""
-
-    rank: int
-    action: Action
-    begin_seconds: float
-    end_seconds: float
 
 
 def ideal_seconds(
     schedule: Schedule, forward_seconds: tuple[float, ...], backward_seconds: tuple[float, ...]
 ) -> float:
-    """Length of `ideal_timeline`."""
-    spans = ideal_timeline(schedule, forward_seconds, backward_seconds)
-    return max((span.end_seconds for span in spans), default=0.0)
+    """Length of a step in `ideal_simulation`."""
+    return ideal_simulation(schedule, forward_seconds, backward_seconds).step_seconds
 
 
-def ideal_timeline(
+def ideal_simulation(
     schedule: Schedule, forward_seconds: tuple[float, ...], backward_seconds: tuple[float, ...]
-) -> tuple[Span, ...]:
-    """Spans of all actions, in the order of ranks.
+) -> Simulation:
+    """The course of one step; memory and links, which a schedule does not tell, are left empty.
 
     Args:
         schedule: actions of each rank, in order.
@@ -50,8 +39,9 @@ def ideal_timeline(
     """
     next_action = [0] * len(schedule.ranks)
     free = [0.0] * len(schedule.ranks)
+    busy = [0.0] * len(schedule.ranks)
     ends: dict[Action, float] = {}
-    spans: list[list[Span]] = [[] for _ in schedule.ranks]
+    spans: list[Span] = []
     progress = True
     while progress:
         progress = False
@@ -62,9 +52,10 @@ def ideal_timeline(
                 if ready is None:
                     break
                 begin = max(free[rank], ready)
-                free[rank] = begin + _duration(action, forward_seconds, backward_seconds)
-                ends[action] = free[rank]
-                spans[rank].append(Span(rank, action, begin, free[rank]))
+                length = _duration(action, forward_seconds, backward_seconds)
+                ends[action] = free[rank] = begin + length
+                busy[rank] += length
+                spans.append(_span(rank, action, begin, free[rank]))
                 next_action[rank] += 1
                 progress = True
     for rank, actions in enumerate(schedule.ranks):
@@ -73,7 +64,24 @@ def ideal_timeline(
                 f"{actions[next_action[rank]]} waits for an action that cannot run before it",
                 where=f"schedule {schedule.name}, rank {rank}",
             )
-    return tuple(span for row in spans for span in row)
+    return _simulation(spans, max(free, default=0.0), busy)
+
+
+def _simulation(spans: list[Span], step_seconds: float, busy: list[float]) -> Simulation:
+    shares = tuple(seconds / step_seconds if step_seconds else 0.0 for seconds in busy)
+    return Simulation(
+        step_seconds=step_seconds,
+        bubble_fraction=1.0 - sum(shares) / len(shares) if step_seconds else 0.0,
+        busy_fraction=shares,
+        link_bytes=(),
+        peak_memory_bytes=(),
+        memory_curves=(),
+        timeline=tuple(sorted(spans, key=lambda span: (span.rank, span.begin_seconds))),
+    )
+
+
+def _span(rank: int, action: Action, begin: float, end: float) -> Span:
+    return Span(rank, action.kind.value, action.stage, action.microbatch, begin, end)
 
 
 def _ready(action: Action, ends: dict[Action, float], num_stages: int) -> float | None:
@@ -101,34 +109,3 @@ def _duration(
         return forward_seconds[action.stage]
     share = 1.0 if action.kind is ActionKind.BACKWARD else 0.5
     return share * backward_seconds[action.stage]
-
-
-def draw_timeline(spans: tuple[Span, ...], *, width: int = 96, max_ranks: int = 16) -> str:
-    """Spans as one line of text a rank: `F3---` forward, `B3===` backward, `.` idle.
-
-    Args:
-        spans: as `ideal_timeline` returns them.
-        width: columns for the whole time.
-        max_ranks: ranks drawn; the others are counted in a last line.
-    """
-    total = max((span.end_seconds for span in spans), default=0.0)
-    ranks = sorted({span.rank for span in spans})
-    label = len(f"{ranks[-1]}") if ranks else 0
-    rows = {rank: ["."] * width for rank in ranks[:max_ranks]}
-    for span in spans:
-        if span.rank in rows and total > 0.0:
-            begin = round(span.begin_seconds / total * width)
-            end = round(span.end_seconds / total * width)
-            rows[span.rank][begin:end] = _cell(span.action, end - begin)
-    lines = [f"rank {rank:>{label}} |{''.join(row)}|" for rank, row in rows.items()]
-    if len(ranks) > max_ranks:
-        lines.append(f"... and {len(ranks) - max_ranks} more ranks")
-    return "\n".join(lines)
-
-
-def _cell(action: Action, width: int) -> list[str]:
-    fill = "-" if action.kind is ActionKind.FORWARD else "="
-    text = f"{action.kind.value}{action.microbatch}"
-    if len(text) > width:
-        text = action.kind.value
-    return list(text.ljust(width, fill)[:width])

@@ -12,7 +12,7 @@ from cutset.compiler.ir.errors import VerificationError
 from cutset.compiler.ir.plan import Stage
 from cutset.compiler.ir.schedule import Action, Schedule
 from cutset.compiler.module_names import block_of, modules_of_stages
-from cutset.compiler.timeline import draw_timeline, ideal_seconds, ideal_timeline
+from cutset.compiler.timeline import ideal_seconds, ideal_simulation
 from tests.compiler.plans import plan_of
 from tests.conftest import Golden
 from tests.ir.builders import mlp, residual, tied_embedding
@@ -99,18 +99,16 @@ def test_ideal_time_of_1f1b_is_the_textbook_formula() -> None:
 
 def test_halves_of_a_backward_take_the_whole_together() -> None:
     split = Schedule.parse("schedule zb stages=1 microbatches=1\n0: F0.0 I0.0 W0.0")
-    spans = ideal_timeline(split, (1.0,), (3.0,))
+    spans = ideal_simulation(split, (1.0,), (3.0,)).timeline
     assert [(span.begin_seconds, span.end_seconds) for span in spans] == [
         (0.0, 1.0), (1.0, 2.5), (2.5, 4.0),
     ]  # fmt: skip
 
 
-def test_the_drawing_shows_work_and_idleness_in_proportion() -> None:
-    text = draw_timeline(ideal_timeline(ONE_F_ONE_B, (1.0, 1.0), (2.0, 2.0)), width=30)
-    assert text.splitlines() == [
-        "rank 0 |F0F1....B0==F2B1==F3B2==..B3==|",
-        "rank 1 |..F0B0==F1B1==F2B2==F3B3==....|",
-    ]
+def test_idle_time_of_the_ideal_is_the_bubble() -> None:
+    simulation = ideal_simulation(ONE_F_ONE_B, (1.0, 1.0), (2.0, 2.0))
+    assert simulation.busy_fraction == (12 / 15, 12 / 15)
+    assert simulation.bubble_fraction == pytest.approx(1 / 5)  # (stages - 1) / (m + stages - 1)
 
 
 def test_a_schedule_that_waits_for_itself_is_named() -> None:
