@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -18,33 +18,21 @@ from torch import nn
 from ..cost_models import parse_devices
 from ..passes.pipeline import PlanOptions, plan_graph
 from ..runtime.session import Session
-from .batch import Call, batch_size, divisors, take_rows
+from .batch import Call, batch_size, divisors, signature_of, take_rows
 from .capture import Captured, capture
-from .codegen.programs import generate_programs
 from .ir.cluster import Cluster
 from .ir.errors import UsageError
-from .ir.fingerprint import fingerprint, plan_hash
+from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
 from .ir.plan import OptimizerModel, Plan
-from .ir.program import Program
-from .ir.verify import verify_programs
 from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
+from .planned import PlannedModel, build_programs
 
 __all__ = ["PlannedModel", "auto_partition", "plan_model"]
 
 Devices = int | str | PathLike[str] | Cluster | Sequence[torch.device]
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedModel:
-    """A captured model with its verified plan and programs, not yet running."""
-
-    model: nn.Module
-    captured: Captured
-    plan: Plan
-    programs: tuple[Program, ...]
 
 
 def plan_model(
@@ -117,7 +105,7 @@ def plan_model(
 
     captured = captured_at(count)
     if given is not None:
-        check_plan_matches(given, fingerprint(captured.graph, captured.name), cluster)
+        check_plan_matches(given, fingerprint(captured.graph, type(model).__name__), cluster)
         chosen = replace(given, cluster=cluster)
     else:
         chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=options)
@@ -127,7 +115,14 @@ def plan_model(
             chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=pinned)
     say("generate and verify programs")
     programs = build_programs(captured, chosen, clip_grad_norm)
-    return PlannedModel(model, captured, chosen, programs)
+    return PlannedModel(
+        model=model,
+        captured=captured,
+        plan=chosen,
+        programs=programs,
+        call_signature=signature_of(take_rows(call, rows // chosen.num_microbatches)),
+        training=model.training,
+    )
 
 
 def auto_partition(
@@ -183,18 +178,7 @@ def auto_partition(
         timeout_seconds=timeout_seconds,
         clip_grad_norm=clip_grad_norm,
     )
-    return Parallel(model, planned.captured, planned.plan, planned.programs, options, session)
-
-
-def build_programs(
-    captured: Captured, plan: Plan, clip_grad_norm: float | None = None
-) -> tuple[Program, ...]:
-    """Programs of a plan, proved safe. Raises VerificationError."""
-    programs = generate_programs(
-        captured.graph, plan, plan_hash=plan_hash(plan), clip_grad_norm=clip_grad_norm
-    )
-    verify_programs(programs)
-    return programs
+    return Parallel(planned, options, session)
 
 
 def optimizer_model_of(factory: OptimizerFactory, model: nn.Module) -> OptimizerModel:

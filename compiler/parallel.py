@@ -23,15 +23,14 @@ from ..runtime.optimizer import current_hyperparameters, describe_optimizer
 from ..runtime.session import Session
 from .batch import Call, batch_size, divisors, signature_of, take_rows
 from .capture import Captured, capture
-from .codegen.programs import generate_programs
 from .codegen.python import emit_python
 from .ir.errors import UsageError
-from .ir.fingerprint import fingerprint, plan_hash
+from .ir.fingerprint import fingerprint
 from .ir.graph import Mode, ValueKind
 from .ir.plan import Plan
 from .ir.program import Program
 from .ir.text import print_program
-from .ir.verify import verify_programs
+from .planned import PlannedModel, build_programs
 
 __all__ = ["OptimizerFactory", "Parallel", "RunOptions"]
 
@@ -70,20 +69,18 @@ class Parallel:
 
     def __init__(
         self,
-        model: nn.Module,
-        captured: Captured,
-        plan: Plan,
-        programs: tuple[Program, ...],
+        planned: PlannedModel,
         options: RunOptions,
         session: Session | None = None,
     ) -> None:
+        model = planned.model
         self.model = model
-        self.plan = plan
+        self.plan = planned.plan
         self.optimizer = options.optimizer(model.parameters())
         self._options = options
         self._names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self._spec = describe_optimizer(self.optimizer, self._names)
-        self._planned = (captured, programs)
+        self._planned = planned
         self._variants: dict[str, Variant] = {}
         self._homes: dict[str, tuple[int, ...]] = {}
         self._session = session
@@ -136,7 +133,7 @@ class Parallel:
         outputs: dict[str, Tensor] = {}
         for reply in replies:
             outputs.update(reply["outputs"])
-        return variant.captured.restore_outputs(outputs)
+        return variant.captured.outputs.unflatten(outputs)
 
     def train(self, mode: bool = True) -> Self:
         """Whether `train_step` runs dropout and updates BatchNorm statistics."""
@@ -149,7 +146,7 @@ class Parallel:
 
     def _run(self, method: str, variant: Variant, call: Call, **extra: Any) -> list[Any]:
         session = self._started()
-        inputs = variant.captured.bind(*call)
+        inputs = variant.captured.inputs.bind(*call)
         count = variant.plan.num_microbatches
         shared = {
             "key": variant.key,
@@ -163,7 +160,7 @@ class Parallel:
             shared | {"inputs": {name: inputs[name] for name in _inputs_of(program)}}
             for program in variant.programs
         ]
-        replies = session.call(method, arguments, timeout=self._options.timeout_seconds)
+        replies = session.call(method, arguments, timeout_seconds=self._limit)
         if self._measure:
             self._peaks = [reply["peak_bytes"] for reply in replies]
             self._measure = False
@@ -182,16 +179,16 @@ class Parallel:
 
     def _first_variant(self, mode: Mode, call: Call, key: str) -> Variant | None:
         """The planned variant, if it is for this kind of call."""
-        captured, programs = self._planned
+        planned = self._planned
         rows = self.plan.batch_size
-        if mode is not captured.graph.mode or batch_size(*call) != rows:
+        if mode is not self.plan.mode or batch_size(*call) != rows:
             return None
-        if captured.training != self.model.training and mode is Mode.TRAIN:
+        if planned.training != self.model.training and mode is Mode.TRAIN:
             return None
         micro = take_rows(call, rows // self.plan.num_microbatches)
-        if signature_of(micro) != captured.signature:
+        if signature_of(micro) != planned.call_signature:
             return None
-        return Variant(key, captured, self.plan, programs)
+        return Variant(key, planned.captured, self.plan, planned.programs)
 
     def _new_variant(self, mode: Mode, call: Call, key: str) -> Variant:
         """Capture for a new kind of call and carry the plan's stages over."""
@@ -200,10 +197,10 @@ class Parallel:
         args, kwargs = take_rows(call, rows // count)
         loss_fn = self._options.loss_fn if mode is Mode.TRAIN else None
         captured = capture(self.model, args, kwargs, mode=mode, loss_fn=loss_fn, check=False)
-        stages = transfer(self.plan, self._planned[0].graph, captured.graph)
+        stages = transfer(self.plan, self._planned.captured.graph, captured.graph)
         plan = replace(
             self.plan,
-            fingerprint=fingerprint(captured.graph, captured.name),
+            fingerprint=fingerprint(captured.graph, self.plan.fingerprint.name),
             mode=mode,
             batch_size=rows,
             num_microbatches=count,
@@ -217,13 +214,8 @@ class Parallel:
             prediction=None,
             certificate=None,
         )
-        programs = generate_programs(
-            captured.graph,
-            plan,
-            plan_hash=plan_hash(plan),
-            clip_grad_norm=self._options.clip_grad_norm if mode is Mode.TRAIN else None,
-        )
-        verify_programs(programs)
+        clip = self._options.clip_grad_norm if mode is Mode.TRAIN else None
+        programs = build_programs(captured, plan, clip)
         return Variant(key, captured, plan, programs)
 
     def _microbatch_count(self, rows: int, mode: Mode) -> int:
@@ -245,7 +237,7 @@ class Parallel:
                 }
                 for program in variant.programs
             ],
-            timeout=self._options.timeout_seconds,
+            timeout_seconds=self._limit,
         )
 
     def _place_tensors(self, variant: Variant) -> None:
@@ -267,7 +259,7 @@ class Parallel:
                 {"tensors": {name: source[name] for name in names}, "parameters": parameters}
                 for names in missing
             ],
-            timeout=self._options.timeout_seconds,
+            timeout_seconds=self._limit,
         )
         for program, names in zip(variant.programs, missing, strict=True):
             for name in names:
@@ -307,7 +299,7 @@ class Parallel:
             }
             for rank in range(self._started().num_ranks)
         ]
-        self._started().call("set_tensors", arguments, timeout=self._options.timeout_seconds)
+        self._started().call("set_tensors", arguments, timeout_seconds=self._limit)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the last training step, before clipping, by parameter name.
@@ -342,13 +334,18 @@ class Parallel:
 
     def _merged(self, method: str, arguments: list[dict[str, Any]]) -> dict[str, Any]:
         merged: dict[str, Any] = {}
-        replies = self._started().call(method, arguments, timeout=self._options.timeout_seconds)
+        replies = self._started().call(method, arguments, timeout_seconds=self._limit)
         for reply in replies:
             for name, item in reply.items():
                 merged.setdefault(name, item)
         return merged
 
     # -- life ----------------------------------------------------------------------------------
+
+    @property
+    def _limit(self) -> float:
+        """Longest time for a call: the ranks' own waits name their cause before it."""
+        return 2 * self._options.timeout_seconds
 
     def _started(self) -> Session:
         if self._closed:
@@ -369,19 +366,33 @@ class Parallel:
                 "the model's parameters are on meta: it can be planned, not run",
                 ways_out=("give it values: model.to_empty(device='cpu'), then load them",),
             )
-        num_ranks = max(stage.device for stage in self.plan.stages) + 1
-        backends = [self.plan.cluster.type_of(rank).backend for rank in range(num_ranks)]
+        num_ranks = len(self._planned.programs)
+        backends = {self.plan.cluster.type_of(rank).backend for rank in range(num_ranks)}
         if under_torchrun():
-            return spmd_session(backends=backends, timeout_seconds=self._options.timeout_seconds)
+            session: Session = spmd_session(timeout_seconds=self._options.timeout_seconds)
+            if session.num_ranks != num_ranks:
+                raise UsageError(
+                    f"the plan is for {num_ranks} ranks, the job has {session.num_ranks}",
+                    ways_out=(f"pass devices={session.num_ranks}", "start as many processes"),
+                )
+            return session
+        kind = "cuda" if backends == {"cuda"} else "cpu"
+        places = [
+            torch.device(kind, r) if kind == "cuda" else torch.device(kind)
+            for r in range(num_ranks)
+        ]
         return launch_local(
-            num_ranks, backends=backends, timeout_seconds=self._options.timeout_seconds
+            num_ranks,
+            backend="nccl" if kind == "cuda" else "gloo",
+            devices=places,
+            timeout_seconds=self._options.timeout_seconds,
         )
 
     def save_programs(self, directory: str | Path) -> None:
         """Write the generated Python and instruction lists of every rank, to read."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for program in self._planned[1]:
+        for program in self._planned.programs:
             (folder / f"rank{program.rank}.py").write_text(emit_python(program))
             (folder / f"rank{program.rank}.program").write_text(print_program(program))
 
@@ -389,7 +400,7 @@ class Parallel:
         """The plan in words and pictures."""
         from .explain import explain
 
-        return explain(self.plan, self._planned[0].graph)
+        return explain(self.plan, self._planned.captured.graph)
 
     def close(self) -> None:
         """End the workers that this object started."""

@@ -39,7 +39,7 @@ class InProcessSession:
         method: str,
         arguments: Sequence[dict[str, Any]] | dict[str, Any],
         *,
-        timeout: float | None = None,
+        timeout_seconds: float | None = None,
     ) -> list[Any]:
         """Call `method` on every rank; see `Session.call`.
 

@@ -1,9 +1,9 @@
 """Lower stage graphs and a schedule to one instruction list per rank.
 
 Before an action computes, the receives of the *next* action that has any are posted, so that data
-travels while the device computes and no two ranks can wait for each other's receives. Results are
-sent at once after the action that makes them; input gradients leave before weight gradients are
-computed. Registers are freed after their last reader.
+travels while the device computes; earlier where two ranks could else wait for each other (see
+`receives.py`). Results are sent at once after the action that makes them; input gradients leave
+before weight gradients are computed. Registers are freed after their last reader.
 
 After the last action: sum the gradients of parameters held by several ranks, then (if asked for)
 the global gradient norm, clipping, and the optimizer step.
@@ -37,28 +37,36 @@ from ..ir.program import (
 from ..ir.schedule import Action, ActionKind, Schedule
 from ..ir.types import TensorType
 from .cut import cut_stages, parameter_stages
+from .receives import post_receives_early
 
 __all__ = ["generate_programs"]
 
 
 def generate_programs(
-    graph: Graph, plan: Plan, *, plan_hash: str, clip_grad_norm: float | None = None
+    graph: Graph,
+    plan: Plan,
+    *,
+    plan_hash: str,
+    clip_grad_norm: float | None = None,
+    num_ranks: int | None = None,
 ) -> tuple[Program, ...]:
-    """One program per device of the plan's cluster that runs a stage, in rank order.
+    """One program per rank, in rank order.
 
     Args:
         graph: the captured graph, at microbatch shape.
         plan: stages and schedule are read.
         plan_hash: stored in every program; ranks agree on it before the first step.
         clip_grad_norm: clip the global gradient norm to this before the optimizer step.
+        num_ranks: ranks of the job (those without a stage get empty programs); None: up to the
+            last one with a stage.
     """
     assert plan.schedule is not None, "plan without a schedule"
     stages = cut_stages(graph, plan.stages)
     ranks = tuple(stage.device for stage in plan.stages)
     edges = _Edges(stages, ranks, plan.num_microbatches)
-    num_ranks = max(ranks) + 1
+    num_ranks = num_ranks or max(ranks) + 1
     tail = _Tail(stages, ranks, clip_grad_norm) if graph.mode is Mode.TRAIN else None
-    return tuple(
+    programs = tuple(
         Program(
             rank=rank,
             num_ranks=num_ranks,
@@ -72,6 +80,7 @@ def generate_programs(
         )
         for rank in range(num_ranks)
     )
+    return post_receives_early(programs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +215,7 @@ def _instructions(
         dead |= {t.register for t in made if t.register not in last_read}
         if dead:
             yield Free(tuple(sorted(dead, key=str)))
-    if tail is not None:
+    if tail is not None and rank in tail.all_ranks:
         yield from tail.instructions(rank)
 
 
