@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .compiler.api import Parallel, auto_partition, verify
+    from .compiler.api import auto_partition
     from .compiler.ir.cluster import Cluster
     from .compiler.ir.errors import (
         CaptureError,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         WorkerLost,
     )
     from .compiler.ir.plan import Plan
+    from .compiler.parallel import Parallel
+    from .compiler.validate import verify
 
 __all__ = [
     "CaptureError",
@@ -52,8 +54,13 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_API = frozenset({"Parallel", "auto_partition", "verify"})
-_VALUES = {"Cluster": "cluster", "Plan": "plan"}
+_HOMES = {
+    "Cluster": ".compiler.ir.cluster",
+    "Parallel": ".compiler.parallel",
+    "Plan": ".compiler.ir.plan",
+    "auto_partition": ".compiler.api",
+    "verify": ".compiler.validate",
+}  # of the names in __all__ that are not errors
 
 _root = Path(__file__).absolute().parent
 if not (_root / "compiler").is_dir():
@@ -63,13 +70,10 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Load a public name from the module that defines it."""
-        if name in _API:
-            home = ".compiler.api"
-        elif name in __all__:
-            home = f".compiler.ir.{_VALUES.get(name, 'errors')}"
-        else:
+        if name not in __all__:
             raise AttributeError(f"module 'cutset' has no attribute {name!r}")
-        return getattr(import_module(home, __name__), name)
+        home = import_module(_HOMES.get(name, ".compiler.ir.errors"), __name__)
+        return getattr(home, name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
