@@ -224,8 +224,13 @@ def mutates(graph: fx.Graph) -> list[fx.Node]:
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Drop `detach` (kernels run without autograd) and pairs of transposes."""
+    """Drop `detach` (kernels run without autograd) and pairs of transposes.
+
+    `view` becomes `reshape`: fake tensors do not always have the strides of real kernels.
+    """
     for node in list(graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -231,7 +231,7 @@ def _trace_joint(
         ]
         traced = make_fx(joint)(key, arguments, tangents)
         if mutates(traced.graph):
-            traced = make_fx(functionalize(joint))(key, arguments, tangents)
+            traced = make_fx(functionalize(traced))(key, arguments, tangents)
     left = mutates(traced.graph)
     assert not left, f"in-place ops survive functionalisation: {left}"
     return traced

@@ -19,6 +19,13 @@ from ..ir.program import Program
 __all__ = ["emit_python", "stage_function_name", "stage_source"]
 
 
+# Whether a view exists depends on strides, and so on the kernels that this device has.
+_ROBUST = {
+    "aten.view.default": "aten.reshape.default",
+    "aten._unsafe_view.default": "aten.reshape.default",
+}
+
+
 def stage_function_name(index: int) -> str:
     """Name of the generated function of stage `index`."""
     return f"stage_{index}"
@@ -87,8 +94,8 @@ def _call(graph: Graph, node: Node) -> str:
         head = f'rng.random_op("{node.op.name}")'
         args = ["key", str(node.random_draw), *args]
     else:
-        namespace, _, rest = node.op.name.partition(".")
-        head = f"aten.{rest}" if namespace == "aten" else f"torch.ops.{node.op.name}"
+        name = _ROBUST.get(node.op.name, node.op.name)
+        head = name if name.startswith("aten.") else f"torch.ops.{name}"
     return f"{targets} = {head}({', '.join(args)})"
 
 
