@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..cost_models import parse_devices
-from ..passes.pipeline import PlanOptions, plan_graph
+from ..passes.context import PlanOptions
+from ..passes.pipeline import plan_graph
 from ..runtime.session import Session
 from .batch import Call, batch_size, divisors, signature_of, take_rows
 from .capture import Captured, capture
@@ -85,7 +86,7 @@ def plan_model(
             ways_out=("pass example_inputs=(tensor, ...) and/or example_kwargs={...}",),
         )
     call: Call = (_as_tuple(example_inputs), dict(example_kwargs or {}))
-    cluster = _cluster(devices, memory_limit_bytes)
+    cluster = parse_devices(devices, memory_limit_bytes)
     given = _given_plan(plan)
     rows = batch_size(*call)
     modes = Mode(mode)
@@ -108,11 +109,13 @@ def plan_model(
         check_plan_matches(given, fingerprint(captured.graph, type(model).__name__), cluster)
         chosen = replace(given, cluster=cluster)
     else:
-        chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=options)
+        chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=options, progress=say)
         if chosen.num_microbatches != count:
             captured = captured_at(chosen.num_microbatches)
             pinned = replace(options, num_microbatches=chosen.num_microbatches)
-            chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=pinned)
+            chosen = plan_graph(
+                captured.graph, cluster, batch_size=rows, options=pinned, progress=say
+            )
     say("generate and verify programs")
     programs = build_programs(captured, chosen, clip_grad_norm)
     return PlannedModel(
@@ -207,17 +210,6 @@ def _as_tuple(inputs: Any) -> tuple[Any, ...]:
     if inputs is None:
         return ()
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-
-
-def _cluster(devices: Devices, memory_limit_bytes: int | None) -> Cluster:
-    cluster = parse_devices(devices)
-    if memory_limit_bytes is None:
-        return cluster
-    types = tuple(
-        replace(entry, memory_bytes=min(entry.memory_bytes, memory_limit_bytes))
-        for entry in cluster.types
-    )
-    return replace(cluster, types=types)
 
 
 def _given_plan(plan: Plan | str | PathLike[str] | None) -> Plan | None:

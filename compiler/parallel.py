@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.schedule import build_schedule
-from ..passes.transfer import transfer
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
 from ..runtime.optimizer import current_hyperparameters, describe_optimizer
 from ..runtime.session import Session
@@ -197,6 +196,8 @@ class Parallel:
         args, kwargs = take_rows(call, rows // count)
         loss_fn = self._options.loss_fn if mode is Mode.TRAIN else None
         captured = capture(self.model, args, kwargs, mode=mode, loss_fn=loss_fn, check=False)
+        from ..passes.transfer import transfer
+
         stages = transfer(self.plan, self._planned.captured.graph, captured.graph)
         plan = replace(
             self.plan,
