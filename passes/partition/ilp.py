@@ -8,10 +8,12 @@ For S stages, units v, edges u -> v, device classes c:
     w[v,s,c]            x[v,s] and z[s,c]: sum_c w[v,s,c] = x[v,s], w <= z           `_members`
     r[p,s] >= x[v,s]    stage s holds what its units share (parameter, mask)         `_members`
     k[f,s] >= x[v,s] - x[u,s]   value f of u comes into stage s for its consumer v   `_crossings`
+    o[f,s] >= x[u,s] - x[v,s]   value f of u leaves stage s for its consumer v       `_crossings`
     h[f,s,l]            it comes over a link l that is slower than the fastest one   `_slow_links`
     T[s], R[s], G[s]    compute, receive and return seconds, linear in w, r, k, h    `_times`
     B >= T[s], R[s], G[s];  O >= optimizer seconds of every stage                    `_times`
-    static + in_flight saved + transient + buffers <= memory                         `_memory`
+    static + in_flight saved + transient + messages <= memory                        `_memory`
+    static + temporaries of the optimizer + messages <= memory                       `_memory`
     minimise sum T + (m - 1) B + sum (R + G) + O + sync                              `_objective`
 
 Prefix variables are those of DESIGN 4.3: they make precedence a set of two-variable inequalities
@@ -153,6 +155,7 @@ class _Builder:
         self.w: dict[tuple[int, int, int], Linear] = {}
         self.r: dict[tuple[int, int, int], Linear] = {}
         self.k: dict[tuple[int, int], Linear] = {}
+        self.o: dict[tuple[int, int], Linear] = {}
         self.h: dict[tuple[int, int, int], Linear] = {}
 
     def ticks(self, seconds: float) -> int:
@@ -246,6 +249,17 @@ class _Builder:
                     present = self.x[flow.producer, stage]
                     self.model.add(crosses >= self.x[user, stage] - present)
                 self._slow_links(number, stage, crosses)
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        flow = self.problem.flows[number]
+        for stage in range(self.num_stages - 1):
+            users = [u for u in flow.consumers if self.windows[u][1] > stage]
+            if users and self.within(flow.producer, stage):
+                leaves = self.model.new_bool_var(f"o[{number},{stage}]")
+                self.o[number, stage] = leaves
+                for user in users:
+                    self.model.add(leaves >= self.x[flow.producer, stage] - self.x[user, stage])
 
     def _slow_links(self, number: int, stage: int, crosses: Linear) -> None:
         """h[f,s,l] for every link of the cluster over which f is slower than over the fastest."""
@@ -338,31 +352,51 @@ class _Builder:
     def memory(self) -> None:
         for stage in self.stages:
             in_flight = self.problem.in_flight(self.num_stages, stage)
-            need: Linear = 0
-            peaks: list[tuple[int, Linear]] = []
-            for table, items in ((self.w, self.problem.units), (self.r, self.problem.shared)):
-                for (index, place, _), chosen in table.items():
-                    if place == stage:
-                        item = items[index]
-                        need += (item.static_bytes + in_flight * item.saved_bytes) * chosen
-                        peaks.append((item.transient_bytes, chosen))
-            for (number, place), crosses in self.k.items():
-                if place == stage:
-                    flow = self.problem.flows[number]
-                    buffers = flow.forward_bytes + flow.gradient_bytes
-                    need += self.problem.buffer_copies * buffers * crosses
-            largest = max((size for size, _ in peaks), default=0)
-            if largest:
-                peak = self.model.new_int_var(0, largest, f"transient[{stage}]")
-                for size, chosen in peaks:
-                    if size:
-                        self.model.add(peak >= size * chosen)
-                need += peak
             limit = sum(
                 self.problem.classes[cls].memory_bytes * self.z[stage, cls]
                 for cls in self.options(stage)
             )
-            self.model.add(need <= limit)
+            held = [
+                (chosen, items[index])
+                for table, items in ((self.w, self.problem.units), (self.r, self.problem.shared))
+                for (index, place, _), chosen in table.items()
+                if place == stage
+            ]
+            always = sum(item.static_bytes * chosen for chosen, item in held)
+            always += self._messages(stage, in_flight)
+            saved = sum(in_flight * item.saved_bytes * chosen for chosen, item in held)
+            peak = self._largest(f"transient[{stage}]", [(i.transient_bytes, x) for x, i in held])
+            self.model.add(always + saved + peak <= limit)
+            if any(item.update_bytes for _, item in held):
+                update = sum(item.update_bytes * chosen for chosen, item in held)
+                self.model.add(always + update <= limit)
+            peaks = [(item.update_peak_bytes, chosen) for chosen, item in held]
+            if any(size for size, _ in peaks):
+                self.model.add(always + self._largest(f"update[{stage}]", peaks) <= limit)
+
+    def _messages(self, stage: int, in_flight: int) -> Linear:
+        flows = self.problem.flows
+        incoming = sum(
+            flows[number].incoming_bytes(in_flight) * crosses
+            for (number, place), crosses in self.k.items()
+            if place == stage
+        )
+        return incoming + sum(
+            flows[number].outgoing_bytes(in_flight) * leaves
+            for (number, place), leaves in self.o.items()
+            if place == stage
+        )
+
+    def _largest(self, name: str, sizes: list[tuple[int, Linear]]) -> Linear:
+        """A variable that is at least every size whose 0/1 expression is 1."""
+        largest = max((size for size, _ in sizes), default=0)
+        if not largest:
+            return 0
+        peak = self.model.new_int_var(0, largest, name)
+        for size, chosen in sizes:
+            if size:
+                self.model.add(peak >= size * chosen)
+        return peak
 
     def sync(self) -> Linear:
         """Seconds of reducing tied gradients: a step for each further stage that holds a copy."""

@@ -102,6 +102,9 @@ class Intervals:
         self.static = self._sums([float(u.static_bytes) for u in units])
         self.saved = self._sums([float(u.saved_bytes) for u in units])
         self.transient = self._accumulate([float(u.transient_bytes) for u in units], np.maximum)
+        self.update = self._sums([float(u.update_bytes) for u in units])
+        peaks = [float(u.update_peak_bytes) for u in units]
+        self.update_peak = self._accumulate(peaks, np.maximum)
         self.sync = np.zeros_like(self.static)
         self._add_shared()
         self._add_flows()
@@ -134,6 +137,9 @@ class Intervals:
             self.static += touched * float(shared.static_bytes)
             self.saved += touched * float(shared.saved_bytes)
             self.transient = np.maximum(self.transient, touched * float(shared.transient_bytes))
+            self.update += touched * float(shared.update_bytes)
+            peak = touched * float(shared.update_peak_bytes)
+            self.update_peak = np.maximum(self.update_peak, peak)
             if shared.reduced_bytes and len(shared.users) > 1:
                 places = sorted(self._position[user] for user in shared.users)
                 self.sync[places[0] + 1 : places[-1] + 1, places[-1] + 1 :] += sync_seconds(
@@ -144,16 +150,19 @@ class Intervals:
         shape = (self.size + 1, self.size + 1)
         self._messages = np.zeros(shape), np.zeros(shape)
         self._bytes = np.zeros(shape), np.zeros(shape)
+        self._sent = np.zeros(shape), np.zeros(shape)
         for flow in self.problem.flows:
             users = tuple(user for user in flow.consumers if user != flow.producer)
             if not users:
                 continue
             crossing = self._touched(users)
-            crossing[: self._position[flow.producer] + 1] = False
+            place, last = self._position[flow.producer], max(self._position[u] for u in users)
+            crossing[: place + 1] = False
             for way, num_bytes in enumerate((flow.forward_bytes, flow.gradient_bytes)):
                 if num_bytes:
                     self._messages[way][crossing] += 1
                     self._bytes[way][crossing] += num_bytes
+                    self._sent[way][: place + 1, place + 1 : last + 1] += num_bytes
 
     def transfers(self, way: int, link: Link) -> Table:
         """Seconds of receiving values (way 0) or returning gradients (way 1) over `link`."""
@@ -163,8 +172,11 @@ class Intervals:
 
     def memory(self, in_flight: int) -> Table:
         """Bytes that interval [i, j) needs on its device."""
-        buffers = self.problem.buffer_copies * (self._bytes[0] + self._bytes[1])
-        table: Table = self.static + in_flight * self.saved + self.transient + buffers
+        incoming = (in_flight + 1) * self._bytes[0] + self._bytes[1]
+        outgoing = max(in_flight - 1, 1) * self._sent[0] + self._sent[1]
+        at_work = in_flight * self.saved + self.transient
+        update = np.maximum(self.update, self.update_peak)
+        table: Table = self.static + np.maximum(at_work, update) + incoming + outgoing
         return table
 
     def is_chain(self) -> bool:

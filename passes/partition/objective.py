@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ...compiler.ir.cluster import Link
 from .problem import Assignment, Flow, Shared, StageProblem, Unit
 
-__all__ = ["StageFigures", "excess_bytes", "is_legal", "stage_figures", "step_seconds", "sync_seconds"]
+__all__ = ["StageFigures", "excess_bytes", "is_legal", "stage_figures", "step_seconds", "sync_seconds", "transfer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,12 @@ def _figures(
     compute += sum(
         item.backward_seconds[device.type] for item in members if isinstance(item, Unit)
     )
-    memory = sum(item.static_bytes + in_flight * item.saved_bytes for item in members)
-    memory += max((item.transient_bytes for item in members), default=0)
-    memory += problem.buffer_copies * sum(
-        flow.forward_bytes + flow.gradient_bytes for flow, _ in crossing
+    messages = sum(flow.incoming_bytes(in_flight) for flow, _ in crossing)
+    messages += sum(
+        flow.outgoing_bytes(in_flight)
+        for flow in problem.flows
+        if assignment.stages[flow.producer] == stage
+        and any(assignment.stages[user] != stage for user in flow.consumers)
     )
     return StageFigures(
         compute_seconds=compute,
@@ -89,9 +91,20 @@ def _figures(
         optimizer_seconds=sum(
             item.optimizer_seconds[device.type] for item in members if item.optimizer_seconds
         ),
-        memory_bytes=memory,
+        memory_bytes=_memory(members, in_flight) + messages,
         limit_bytes=device.memory_bytes,
     )
+
+
+def _memory(members: list[Unit | Shared], in_flight: int) -> int:
+    """Bytes of a stage without its messages: at work, or at the optimizer's step if that is more."""
+    at_work = sum(in_flight * item.saved_bytes for item in members)
+    at_work += max((item.transient_bytes for item in members), default=0)
+    update = max(
+        sum(item.update_bytes for item in members),
+        max((item.update_peak_bytes for item in members), default=0),
+    )
+    return sum(item.static_bytes for item in members) + max(at_work, update)
 
 
 def transfer(link: Link, num_bytes: int) -> float:

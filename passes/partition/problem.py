@@ -33,9 +33,12 @@ class Unit:
     Args:
         name: for dumps and messages (`model.layers.3.mlp`).
         forward_seconds, backward_seconds: by device type (position `DeviceClass.type`).
-        static_bytes: parameters used by this unit alone, their gradients and optimizer states.
+        static_bytes: what it holds throughout: parameters used by this unit alone, their
+            gradients and optimizer states.
         saved_bytes: what its backward keeps of each microbatch in flight.
         transient_bytes: live peak while it runs.
+        update_bytes, update_peak_bytes: temporaries of the optimizer's step, when no activation
+            is left: those that add up over a stage, and those that do not.
         optimizer_seconds: of updating those parameters, by device type.
     """
 
@@ -45,6 +48,8 @@ class Unit:
     static_bytes: int = 0
     saved_bytes: int = 0
     transient_bytes: int = 0
+    update_bytes: int = 0
+    update_peak_bytes: int = 0
     optimizer_seconds: tuple[float, ...] = ()
 
 
@@ -56,6 +61,15 @@ class Flow:
     consumers: tuple[int, ...]
     forward_bytes: int
     gradient_bytes: int = 0
+
+    def incoming_bytes(self, in_flight: int) -> int:
+        """Memory at a consuming stage: kept by each microbatch in flight, one receive posted
+        ahead, one gradient on its way back."""
+        return (in_flight + 1) * self.forward_bytes + self.gradient_bytes
+
+    def outgoing_bytes(self, in_flight: int) -> int:
+        """Memory at the producing stage: sends under way, one gradient posted ahead."""
+        return max(in_flight - 1, 1) * self.forward_bytes + self.gradient_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +85,8 @@ class Shared:
     static_bytes: int = 0
     saved_bytes: int = 0
     transient_bytes: int = 0
+    update_bytes: int = 0
+    update_peak_bytes: int = 0
     optimizer_seconds: tuple[float, ...] = ()
     reduced_bytes: int = 0
 
@@ -92,7 +108,6 @@ class StageProblem:
         links: `links[a][b]` joins a device of class a with another one of class b.
         sync_link: the slowest link, at whose pace tied gradients are reduced.
         schedule: `1f1b`, `gpipe` or `forward`.
-        buffer_copies: how many times a stage's boundary values occupy memory (posted receives).
         stage_pins: (unit, stage) pairs.
         class_pins: (unit, class) pairs: the unit's stage runs on a device of that class.
     """
@@ -105,7 +120,6 @@ class StageProblem:
     sync_link: Link
     num_microbatches: int
     schedule: str
-    buffer_copies: int = 1
     stage_pins: tuple[tuple[int, int], ...] = ()
     class_pins: tuple[tuple[int, int], ...] = ()
 

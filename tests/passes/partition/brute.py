@@ -56,6 +56,8 @@ def problems(draw: st.DrawFn, max_units: int = 8) -> StageProblem:
             draw(small),
             draw(st.integers(0, 6)),
             draw(small),
+            draw(st.integers(0, 9)),
+            draw(small),
             draw(st.tuples(*[st.integers(0, 5).map(float)] * num_types)),
         )
         for index in range(count)
@@ -80,6 +82,8 @@ def problems(draw: st.DrawFn, max_units: int = 8) -> StageProblem:
                 draw(small),
                 0 if tied else draw(st.integers(0, 4)),
                 0,
+                4 if tied else 0,
+                0,
                 (2.0 if tied else 0.0,) * num_types,
                 draw(st.integers(1, 9)) if tied else 0,
             )
@@ -93,7 +97,7 @@ def problems(draw: st.DrawFn, max_units: int = 8) -> StageProblem:
     classes = tuple(
         DeviceClass(
             index if index < num_types else draw(st.integers(0, num_types - 1)),
-            draw(st.integers(15, 160)),
+            draw(st.integers(40, 250)),
             tuple(next(heap) for _ in range(size)),
         )
         for index, size in enumerate(sizes)
@@ -113,5 +117,4 @@ def problems(draw: st.DrawFn, max_units: int = 8) -> StageProblem:
         slow,
         draw(st.integers(1, 6)),
         draw(st.sampled_from(("1f1b", "gpipe", "forward"))),
-        draw(st.integers(0, 2)),
     )

@@ -1,0 +1,213 @@
+"""Units: groups of nodes that the stage partition never separates.
+
+From a graph, the nodes to group and their seconds to a tuple of units in topological order. Three
+steps, each of which keeps the graph of units acyclic, so that every monotone assignment of units
+is a legal partition:
+
+1. Nodes that touch one buffer which the step changes are one unit, with all nodes on paths between
+   them (the strongly connected components of the contracted graph).
+2. A cheap unit joins its only predecessor or its only successor, over the heavier edge first:
+   views, casts, activations and norms are cut where least would be sent.
+3. If more units remain than wanted, program order is cut into intervals at positions where fewer
+   bytes cross than anywhere within a window of w units; w is the least that leaves few enough.
+   Transformers are cut at the residual stream, between attention and MLP.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from ..compiler.ir.graph import Graph, OutputKind, ValueKind, producers, users
+
+__all__ = ["Coarsening", "coarsen"]
+
+_CHEAP = 1 / 64  # of a stage's even share of the work
+_LARGEST = 1 / 8
+
+
+@dataclass(frozen=True, slots=True)
+class Coarsening:
+    """What to coarsen for.
+
+    Args:
+        seconds: cost by node id (forward and backward).
+        num_stages: the most stages that are wanted, which sets how fine units must be.
+        max_units: no more units than this, unless the labels need more.
+        labels: node id -> label; nodes of different labels (pins) are never in one unit.
+    """
+
+    seconds: Sequence[float]
+    num_stages: int
+    max_units: int
+    labels: Mapping[int, Hashable]
+
+
+def coarsen(graph: Graph, nodes: Iterable[int], how: Coarsening) -> tuple[tuple[int, ...], ...]:
+    """Units of `nodes`: node ids ascending, units in topological order."""
+    chosen = sorted(nodes)
+    groups = _Groups(graph, chosen, how)
+    groups.join_cycles(_buffer_groups(graph, set(chosen)))
+    groups.fuse_cheap()
+    units = groups.units()
+    if len(units) > how.max_units:
+        units = _cut_program_order(graph, units, how)
+    return units
+
+
+def _buffer_groups(graph: Graph, chosen: set[int]) -> list[list[int]]:
+    """For each buffer that the step changes, the nodes that read it or compute its new content."""
+    made_by, read_by = producers(graph), users(graph)
+    origins = {
+        name: value.id
+        for value in graph.values_of(ValueKind.BUFFER)
+        for name in (value.origin, *value.aliases)
+    }
+    groups: dict[int, set[int]] = defaultdict(set)
+    for output in graph.outputs_of(OutputKind.BUFFER):
+        buffer = origins.get(output.target, output.value)
+        groups[buffer].update(read_by[buffer])
+        if output.value in made_by:
+            groups[buffer].add(made_by[output.value])
+    return [sorted(group & chosen) for _, group in sorted(groups.items())]
+
+
+class _Groups:
+    """Units while they are merged, as a graph between representatives."""
+
+    def __init__(self, graph: Graph, nodes: list[int], how: Coarsening) -> None:
+        self.how = how
+        self.members = {node: [node] for node in nodes}
+        self.seconds = {node: how.seconds[node] for node in nodes}
+        self.label = {node: how.labels.get(node) for node in nodes}
+        self.after: dict[int, dict[int, int]] = {node: {} for node in nodes}
+        self.before: dict[int, dict[int, int]] = {node: {} for node in nodes}
+        made_by = producers(graph)
+        for node in nodes:
+            for value in dict.fromkeys(graph.nodes[node].inputs):
+                source = made_by.get(value)
+                if source in self.members:
+                    self._connect(source, node, graph.values[value].type.num_bytes)
+
+    def _connect(self, source: int, target: int, num_bytes: int) -> None:
+        total = self.after[source].get(target, 0) + num_bytes
+        self.after[source][target] = self.before[target][source] = total
+
+    def join(self, kept: int, gone: int) -> None:
+        """Merge unit `gone` into `kept`."""
+        self.members[kept] += self.members.pop(gone)
+        self.seconds[kept] += self.seconds.pop(gone)
+        self.label.pop(gone)
+        for target, num_bytes in self.after.pop(gone).items():
+            del self.before[target][gone]
+            if target != kept:
+                self._connect(kept, target, num_bytes)
+        for source, num_bytes in self.before.pop(gone).items():
+            del self.after[source][gone]
+            if source != kept:
+                self._connect(source, kept, num_bytes)
+
+    def join_cycles(self, groups: list[list[int]]) -> None:
+        """Merge each group, and everything on a path between two of its members."""
+        digraph = nx.DiGraph()
+        digraph.add_nodes_from(self.members)
+        digraph.add_edges_from((a, b) for a in self.members for b in self.after[a])
+        for group in groups:
+            digraph.add_edges_from(zip(group, group[1:], strict=False))
+            digraph.add_edges_from(zip(group[1:], group, strict=False))
+        for component in nx.strongly_connected_components(digraph):
+            first, *others = sorted(component)
+            for other in others:
+                self.join(first, other)
+
+    def fuse_cheap(self) -> None:
+        """Merge cheap units into neighbours until none is left that can be."""
+        share = sum(self.seconds.values()) / self.how.num_stages
+        pending = sorted(self.members)
+        while pending:
+            changed = []
+            for unit in pending:
+                if unit in self.members and self.seconds[unit] <= _CHEAP * share:
+                    host = self._host(unit, _LARGEST * share)
+                    if host is not None:
+                        first, second = min(unit, host), max(unit, host)
+                        self.join(first, second)
+                        changed += [first, *self.after[first], *self.before[first]]
+            pending = sorted(set(changed) & self.members.keys())
+
+    def _host(self, unit: int, largest: float) -> int | None:
+        """The neighbour that `unit` may join without making a cycle, over the heaviest edge."""
+        options = []
+        if len(self.before[unit]) == 1:
+            options += [(-size, other) for other, size in self.before[unit].items()]
+        if len(self.after[unit]) == 1:
+            options += [(-size, other) for other, size in self.after[unit].items()]
+        for _, other in sorted(options):
+            together = self.seconds[unit] + self.seconds[other]
+            fits = together <= largest or self.seconds[unit] == 0.0
+            if fits and self.label[unit] == self.label[other]:
+                return other
+        return None
+
+    def units(self) -> tuple[tuple[int, ...], ...]:
+        """Units in a topological order near program order."""
+        digraph = nx.DiGraph()
+        digraph.add_nodes_from(sorted(self.members))
+        digraph.add_edges_from((a, b) for a in sorted(self.members) for b in sorted(self.after[a]))
+        first = {unit: min(members) for unit, members in self.members.items()}
+        order = nx.lexicographical_topological_sort(digraph, key=first.__getitem__)
+        return tuple(tuple(sorted(self.members[unit])) for unit in order)
+
+
+def _cut_program_order(
+    graph: Graph, units: tuple[tuple[int, ...], ...], how: Coarsening
+) -> tuple[tuple[int, ...], ...]:
+    """Join consecutive units between the positions where locally least crosses."""
+    crossing = _crossing_bytes(graph, units)
+    labels = [how.labels.get(unit[0]) for unit in units]
+    forced = {i for i in range(1, len(units)) if labels[i] != labels[i - 1]}
+    window = 0
+    while True:
+        cuts = sorted(forced | _local_minima(crossing, window))
+        if len(cuts) < max(how.max_units, 1) or window >= len(units):
+            break
+        window += 1
+    bounds = [0, *cuts, len(units)]
+    return tuple(
+        tuple(sorted(node for unit in units[a:b] for node in unit))
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    )
+
+
+def _crossing_bytes(graph: Graph, units: tuple[tuple[int, ...], ...]) -> list[int]:
+    """Bytes of values that are computed before each unit and read by it or a later one."""
+    place = {node: index for index, unit in enumerate(units) for node in unit}
+    read_by = users(graph)
+    change = [0] * (len(units) + 1)
+    for node, index in place.items():
+        for value in graph.nodes[node].outputs:
+            last = max((place[user] for user in read_by[value] if user in place), default=index)
+            if last > index:
+                num_bytes = graph.values[value].type.num_bytes
+                change[index + 1] += num_bytes
+                change[last + 1] -= num_bytes
+    total, crossing = 0, []
+    for step in change[:-1]:
+        total += step
+        crossing.append(total)
+    return crossing
+
+
+def _local_minima(crossing: list[int], window: int) -> set[int]:
+    """Positions where no more crosses than within `window` around, the first of equal ones."""
+    found = set()
+    for place in range(1, len(crossing)):
+        earlier = crossing[max(1, place - window) : place]
+        later = crossing[place + 1 : place + 1 + window]
+        here = crossing[place]
+        if all(here < other for other in earlier) and all(here <= other for other in later):
+            found.add(place)
+    return found

@@ -1,0 +1,67 @@
+"""What passes are given beside the plan, and the form they all have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..compiler.ir.graph import Graph
+from ..compiler.ir.plan import OptimizerModel, Plan
+
+__all__ = ["Context", "Pass", "PlanOptions", "silent"]
+
+ADAMW = OptimizerModel("adamw", 2.0)
+
+
+def silent(message: str) -> None:
+    """Show no progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What the user fixes; None leaves the decision to the planner.
+
+    Args:
+        num_stages: exactly this many stages, instead of at most one a device.
+        num_microbatches: of a step; must divide the batch size.
+        schedule: `1f1b` or `gpipe` (training).
+        memory_limit_bytes: memory of every device, where it is less than the device's own.
+        optimizer: states that training keeps.
+        pins: (module path pattern, stage): the stage must hold the modules that match.
+        device_pins: (module path pattern, device index), likewise.
+        time_limit_seconds: deterministic time for the integer programs.
+        seed: of the solver.
+        tolerance: gap at which a plan counts as optimal.
+    """
+
+    num_stages: int | None = None
+    num_microbatches: int | None = None
+    schedule: str | None = None
+    memory_limit_bytes: int | None = None
+    optimizer: OptimizerModel = ADAMW
+    pins: tuple[tuple[str, int], ...] = ()
+    device_pins: tuple[tuple[str, int], ...] = ()
+    time_limit_seconds: float = 10.0
+    seed: int = 0
+    tolerance: float = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The graph that is planned for, the user's options and where to report progress."""
+
+    graph: Graph
+    options: PlanOptions
+    progress: Callable[[str], None] = silent
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    @property
+    def name(self) -> str:
+        """Name in errors and progress."""
+
+    def run(self, plan: Plan, context: Context) -> Plan:
+        """`plan` with one more decision made."""

@@ -1,0 +1,434 @@
+"""State the stage problem of a captured graph: prices and sizes of units, devices in classes.
+
+Costs come from `cost_models`; memory is its additive bound, of which this module decides only what
+is counted once a unit (`Unit`) and what once a stage (`Shared`): parameters, constants and user
+inputs that several units read, and replicated nodes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+
+from ...compiler.ir.cluster import Cluster, DeviceType, Link
+from ...compiler.ir.errors import UsageError
+from ...compiler.ir.graph import Graph, Mode, OutputKind, Value, ValueKind, users
+from ...compiler.ir.plan import OptimizerModel
+from ...cost_models.analysis import batch_rows, batch_values
+from ...cost_models.memory import memory_profile
+from ...cost_models.ops import NodeCost, price
+from ...cost_models.stages import optimizer_seconds
+from .problem import DeviceClass, Flow, Shared, StageProblem, Unit
+
+__all__ = ["Statement", "device_classes", "node_labels", "state_problem"]
+
+_KEPT = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """Everything but the number of microbatches that a stage problem follows from.
+
+    Args:
+        units: node ids of every unit, in topological order.
+        replicas: for every unit, the replicated nodes that it needs.
+        batch_size: rows of a step.
+        pins, device_pins: see `PlanOptions`.
+    """
+
+    graph: Graph
+    units: tuple[tuple[int, ...], ...]
+    replicas: tuple[tuple[int, ...], ...]
+    cluster: Cluster
+    batch_size: int
+    optimizer: OptimizerModel
+    schedule: str
+    memory_limit_bytes: int | None = None
+    pins: tuple[tuple[str, int], ...] = ()
+    device_pins: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """Prices and sizes of one graph at one microbatch size, by node or value id."""
+
+    types: tuple[DeviceType, ...]
+    costs: tuple[tuple[NodeCost, ...], ...]
+    saved: tuple[int, ...]
+    transient: tuple[int, ...]
+    deferred: tuple[int, ...]
+    value_bytes: tuple[int, ...]
+
+
+def state_problem(statement: Statement, num_microbatches: int) -> StageProblem:
+    """The stage problem when the batch is split into `num_microbatches`."""
+    figures = _figures(statement, num_microbatches)
+    classes = device_classes(statement)
+    units = [
+        _unit(statement, figures, index, num_microbatches)
+        for index in range(len(statement.units))
+    ]
+    shared = []
+    for item in _held_by_several(statement, figures, num_microbatches):
+        if len(item.users) == 1:
+            units[item.users[0]] = _absorb(units[item.users[0]], item)
+        else:
+            shared.append(item)
+    node_unit = {node: index for index, unit in enumerate(statement.units) for node in unit}
+    return StageProblem(
+        units=tuple(units),
+        flows=_flows(statement, figures, node_unit),
+        shared=tuple(shared),
+        classes=classes,
+        links=_links(statement.cluster, classes),
+        sync_link=_slowest_link(statement.cluster),
+        num_microbatches=num_microbatches,
+        schedule=statement.schedule,
+        stage_pins=_stage_pins(statement),
+        class_pins=_class_pins(statement, classes),
+    )
+
+
+def _figures(statement: Statement, num_microbatches: int) -> _Figures:
+    graph = statement.graph
+    fraction = statement.batch_size / num_microbatches / batch_rows(graph)
+    types = _used_types(statement.cluster)
+    profiles = [
+        memory_profile(graph, batch_fraction=fraction, backend=backend)
+        for backend in sorted({entry.backend for entry in types})
+    ]
+    batched = batch_values(graph)
+    return _Figures(
+        types=types,
+        costs=tuple(price(graph, entry, batch_fraction=fraction) for entry in types),
+        saved=tuple(max(node.saved_bytes for node in row) for row in zip(*profiles, strict=True)),
+        transient=tuple(
+            max(node.transient_bytes for node in row) for row in zip(*profiles, strict=True)
+        ),
+        deferred=tuple(
+            max(node.deferred_bytes for node in row) for row in zip(*profiles, strict=True)
+        ),
+        value_bytes=tuple(
+            math.ceil(value.type.num_bytes * (fraction if value.id in batched else 1.0))
+            for value in graph.values
+        ),
+    )
+
+
+def _used_types(cluster: Cluster) -> tuple[DeviceType, ...]:
+    used = {device.type for device in cluster.devices}
+    return tuple(entry for entry in cluster.types if entry.name in used)
+
+
+def _unit(statement: Statement, figures: _Figures, index: int, num_microbatches: int) -> Unit:
+    graph, nodes = statement.graph, statement.units[index]
+    trains = graph.mode is Mode.TRAIN
+    returned = {output.value for output in graph.outputs_of(OutputKind.USER)}
+    kept = 0 if trains else 2 * num_microbatches * sum(
+        figures.value_bytes[value]
+        for node in nodes
+        for value in graph.nodes[node].outputs
+        if value in returned
+    )
+    return Unit(
+        name=_unit_name(graph, nodes),
+        forward_seconds=tuple(
+            _sum_or_never(statement, figures, position, nodes, "forward_seconds")
+            for position in range(len(figures.types))
+        ),
+        backward_seconds=tuple(
+            sum(costs[node].backward_seconds for node in nodes) if trains else 0.0
+            for costs in figures.costs
+        ),
+        static_bytes=kept + sum(figures.deferred[node] for node in nodes),
+        saved_bytes=sum(figures.saved[node] for node in nodes) if trains else 0,
+        transient_bytes=max(figures.transient[node] for node in nodes),
+        optimizer_seconds=(0.0,) * len(figures.types),
+    )
+
+
+def _sum_or_never(
+    statement: Statement, figures: _Figures, position: int, nodes: Iterable[int], name: str
+) -> float:
+    """Seconds of `nodes` on one device type, infinite if it cannot run one of them."""
+    missing = figures.types[position].unsupported_ops
+    if any(statement.graph.nodes[node].op.name in missing for node in nodes):
+        return math.inf
+    return float(sum(getattr(figures.costs[position][node], name) for node in nodes))
+
+
+def _unit_name(graph: Graph, nodes: tuple[int, ...]) -> str:
+    """The module path that the first and last node of a unit share, or both paths."""
+    paths = [graph.nodes[node].module_path for node in nodes]
+    named = [path for path in paths if path] or [graph.nodes[nodes[0]].name]
+    first, last = named[0], named[-1]
+    return first if first == last else f"{first} .. {last}"
+
+
+def _held_by_several(
+    statement: Statement, figures: _Figures, num_microbatches: int
+) -> list[Shared]:
+    """What each stage holds once: tensors that are not computed, and replicated nodes."""
+    graph = statement.graph
+    readers: dict[int, set[int]] = defaultdict(set)
+    replica_users: dict[int, set[int]] = defaultdict(set)
+    for index, nodes in enumerate(statement.units):
+        for node in (*nodes, *statement.replicas[index]):
+            for value in graph.nodes[node].inputs:
+                readers[value].add(index)
+        for node in statement.replicas[index]:
+            replica_users[node].add(index)
+    held = [
+        _tensor(statement, figures, graph.values[value], tuple(sorted(units)), num_microbatches)
+        for value, units in sorted(readers.items())
+        if graph.values[value].kind in (*_KEPT, ValueKind.INPUT)
+    ]
+    together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for node, units in sorted(replica_users.items()):
+        together[tuple(sorted(units))].append(node)
+    trains = graph.mode is Mode.TRAIN
+    for group, nodes in together.items():
+        held.append(
+            Shared(
+                name=graph.nodes[nodes[0]].name,
+                users=group,
+                forward_seconds=tuple(
+                    _sum_or_never(statement, figures, position, nodes, "forward_seconds")
+                    for position in range(len(figures.types))
+                ),
+                saved_bytes=sum(figures.saved[node] for node in nodes) if trains else 0,
+                transient_bytes=max(figures.transient[node] for node in nodes),
+                optimizer_seconds=(0.0,) * len(figures.types),
+            )
+        )
+    return _merge_alike(held)
+
+
+def _tensor(
+    statement: Statement,
+    figures: _Figures,
+    value: Value,
+    units: tuple[int, ...],
+    num_microbatches: int,
+) -> Shared:
+    """A parameter with its gradient and states, a buffer, a constant or an input of all steps."""
+    trained = value.kind is ValueKind.PARAMETER and value.requires_grad
+    trained = trained and statement.graph.mode is Mode.TRAIN
+    own = value.type.num_bytes
+    optimizer = statement.optimizer
+    static = own
+    if value.kind is ValueKind.INPUT:
+        copies = num_microbatches if value.batch_dim is not None else 1
+        static = figures.value_bytes[value.id] * copies
+    elif trained:
+        static = 2 * own + math.ceil(own * optimizer.state_bytes_per_parameter_byte)
+    backends = {entry.backend for entry in figures.types}
+    foreach = trained and backends != {"cpu"} and optimizer.state_bytes_per_parameter_byte > 0
+    return Shared(
+        name=value.origin,
+        users=units,
+        forward_seconds=(0.0,) * len(figures.types),
+        static_bytes=static,
+        update_bytes=own if foreach else 0,
+        update_peak_bytes=4 * own if trained else 0,
+        optimizer_seconds=tuple(
+            optimizer_seconds(entry, optimizer, parameter_bytes=own if trained else 0)
+            for entry in figures.types
+        ),
+        reduced_bytes=own if trained and len(units) > 1 else 0,
+    )
+
+
+def _merge_alike(held: list[Shared]) -> list[Shared]:
+    """Join what has the same users; only tied parameters stay single, as each is reduced."""
+    groups: dict[tuple[int, ...], Shared] = {}
+    single = []
+    for item in held:
+        if item.reduced_bytes:
+            single.append(item)
+        elif item.users in groups:
+            groups[item.users] = _join(groups[item.users], item)
+        else:
+            groups[item.users] = item
+    return [*single, *groups.values()]
+
+
+def _join(first: Shared, second: Shared) -> Shared:
+    return replace(
+        first,
+        forward_seconds=_add(first.forward_seconds, second.forward_seconds),
+        static_bytes=first.static_bytes + second.static_bytes,
+        saved_bytes=first.saved_bytes + second.saved_bytes,
+        transient_bytes=max(first.transient_bytes, second.transient_bytes),
+        update_bytes=first.update_bytes + second.update_bytes,
+        update_peak_bytes=max(first.update_peak_bytes, second.update_peak_bytes),
+        optimizer_seconds=_add(first.optimizer_seconds, second.optimizer_seconds),
+    )
+
+
+def _absorb(unit: Unit, item: Shared) -> Unit:
+    """`unit` with what only it uses."""
+    return replace(
+        unit,
+        forward_seconds=_add(unit.forward_seconds, item.forward_seconds),
+        static_bytes=unit.static_bytes + item.static_bytes,
+        saved_bytes=unit.saved_bytes + item.saved_bytes,
+        transient_bytes=max(unit.transient_bytes, item.transient_bytes),
+        update_bytes=unit.update_bytes + item.update_bytes,
+        update_peak_bytes=max(unit.update_peak_bytes, item.update_peak_bytes),
+        optimizer_seconds=_add(unit.optimizer_seconds, item.optimizer_seconds),
+    )
+
+
+def _add(first: tuple[float, ...], second: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip(first, second, strict=True))
+
+
+def _flows(
+    statement: Statement, figures: _Figures, node_unit: dict[int, int]
+) -> tuple[Flow, ...]:
+    graph = statement.graph
+    read_by = users(graph)
+    trains = graph.mode is Mode.TRAIN
+    flows = []
+    for unit, nodes in enumerate(statement.units):
+        for node in nodes:
+            for value in graph.nodes[node].outputs:
+                readers = {node_unit[user] for user in read_by[value] if user in node_unit}
+                consumers = tuple(sorted(readers - {unit}))
+                if consumers:
+                    size = max(figures.value_bytes[value], 1)
+                    carries = trains and graph.values[value].requires_grad
+                    flows.append(Flow(unit, consumers, size, size if carries else 0))
+    return tuple(flows)
+
+
+def device_classes(statement: Statement) -> tuple[DeviceClass, ...]:
+    """Devices grouped by type and link neighbourhood; pinned devices stand alone."""
+    cluster = statement.cluster
+    alone = {device for _, device in statement.device_pins}
+    uniform = len(set(_sample_links(cluster))) <= 1
+    position = {entry.name: index for index, entry in enumerate(_used_types(cluster))}
+    groups: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+    for device in cluster.devices:
+        single = device.index if device.index in alone else -1
+        groups[device.type, "" if uniform else device.node, single].append(device.index)
+    return tuple(
+        DeviceClass(position[kind], _memory(statement, members[0]), tuple(members))
+        for (kind, _, _), members in sorted(groups.items(), key=lambda item: item[1])
+    )
+
+
+def _memory(statement: Statement, device: int) -> int:
+    own = statement.cluster.type_of(device).memory_bytes
+    limit = statement.memory_limit_bytes
+    return own if limit is None else min(own, limit)
+
+
+def _sample_links(cluster: Cluster) -> list[Link]:
+    """The links between one pair of devices of every two nodes and within every node."""
+    by_node: dict[str, list[int]] = defaultdict(list)
+    for device in cluster.devices:
+        by_node[device.node].append(device.index)
+    nodes = list(by_node.values())
+    links = [cluster.link(node[0], node[1]) for node in nodes if len(node) > 1]
+    for index, node in enumerate(nodes):
+        links += [cluster.link(node[0], other[0]) for other in nodes[index + 1 :]]
+    return links
+
+
+def _links(cluster: Cluster, classes: tuple[DeviceClass, ...]) -> tuple[tuple[Link, ...], ...]:
+    """Link between devices of every two classes, the slowest one where there are no two."""
+
+    def link(first: DeviceClass, second: DeviceClass) -> Link:
+        source = first.devices[0]
+        target = second.devices[-1 if first is second else 0]
+        return cluster.link(source, target) if source != target else _slowest_link(cluster)
+
+    return tuple(tuple(link(first, second) for second in classes) for first in classes)
+
+
+def _slowest_link(cluster: Cluster) -> Link:
+    links = _sample_links(cluster)
+    if not links:
+        return Link(0.0, math.inf)
+    return Link(
+        max(link.latency_seconds for link in links), min(link.bytes_per_second for link in links)
+    )
+
+
+def _stage_pins(statement: Statement) -> tuple[tuple[int, int], ...]:
+    found: dict[int, int] = {}
+    for pattern, stage in statement.pins:
+        for unit in _matching_units(statement, pattern):
+            if found.setdefault(unit, stage) != stage:
+                raise _contradiction(statement, unit, found[unit], stage, "stages")
+    return tuple(sorted(found.items()))
+
+
+def _class_pins(
+    statement: Statement, classes: tuple[DeviceClass, ...]
+) -> tuple[tuple[int, int], ...]:
+    found: dict[int, int] = {}
+    for pattern, device in statement.device_pins:
+        known = [index for index, entry in enumerate(classes) if device in entry.devices]
+        if not known:
+            raise UsageError(
+                f"pin of {pattern!r} to device {device}, which the cluster does not have",
+                ways_out=(f"devices are 0 to {len(statement.cluster.devices) - 1}",),
+            )
+        for unit in _matching_units(statement, pattern):
+            if found.setdefault(unit, known[0]) != known[0]:
+                raise _contradiction(statement, unit, found[unit], device, "devices")
+    return tuple(sorted(found.items()))
+
+
+def _contradiction(
+    statement: Statement, unit: int, first: int, second: int, kind: str
+) -> UsageError:
+    name = _unit_name(statement.graph, statement.units[unit])
+    return UsageError(
+        f"pins put {name} on two {kind}, {first} and {second}",
+        ways_out=("make the patterns disjoint",),
+    )
+
+
+def _matching_units(statement: Statement, pattern: str) -> list[int]:
+    graph = statement.graph
+    found = [
+        index
+        for index, nodes in enumerate(statement.units)
+        if any(matches(pattern, graph.nodes[node].module_path) for node in nodes)
+    ]
+    if not found:
+        raise UsageError(
+            f"pin {pattern!r} matches no module",
+            ways_out=("give a module path such as 'model.layers.3', or a pattern with *",),
+        )
+    return found
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a module path, or one of the modules around it, matches `pattern`."""
+    parts = path.split(".")
+    return any(
+        fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1)
+    )
+
+
+def node_labels(
+    graph: Graph, pins: tuple[tuple[str, int], ...], device_pins: tuple[tuple[str, int], ...]
+) -> dict[int, Hashable]:
+    """Which pins hold for each node that some pin matches: units may not mix them."""
+    patterns = [pattern for pattern, _ in (*pins, *device_pins)]
+    labels: dict[int, Hashable] = {}
+    if not patterns:
+        return labels
+    for node in graph.nodes:
+        hits = tuple(i for i, pattern in enumerate(patterns) if matches(pattern, node.module_path))
+        if hits:
+            labels[node.id] = hits
+    return labels

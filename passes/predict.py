@@ -1,0 +1,70 @@
+"""Predicts a finished plan: step time and bubble by the planner's objective, memory by liveness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..compiler.ir.graph import Graph, Mode
+from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction
+from ..cost_models.analysis import batch_rows
+from ..cost_models.memory import memory_model, stage_memory
+from ..cost_models.ops import price
+from .context import Context
+from .partition.problem import in_flight_microbatches
+
+__all__ = ["Predict", "predict"]
+
+
+def predict(plan: Plan, graph: Graph) -> Prediction:
+    """Expected figures of `plan`, whose stages, schedule and certificate are decided."""
+    assert plan.schedule is not None and plan.certificate is not None
+    fraction = plan.batch_size / plan.num_microbatches / batch_rows(graph)
+    forward, backward = [], []
+    trains = plan.mode is Mode.TRAIN
+    for stage in plan.stages:
+        costs = price(graph, plan.cluster.type_of(stage.device), batch_fraction=fraction)
+        forward.append(sum(costs[node].forward_seconds for node in stage.nodes))
+        backward.append(sum(costs[node].backward_seconds for node in stage.nodes) if trains else 0.0)
+    seconds = plan.certificate.objective
+    busy = plan.num_microbatches * (sum(forward) + sum(backward))
+    bubble = 1.0 - busy / (len(plan.stages) * seconds) if seconds else 0.0
+    return Prediction(
+        step_seconds=seconds,
+        bubble_fraction=min(max(bubble, 0.0), 1.0),
+        stage_forward_seconds=tuple(forward),
+        stage_backward_seconds=tuple(backward),
+        memory=_memory(plan, graph, fraction),
+    )
+
+
+def _memory(plan: Plan, graph: Graph, fraction: float) -> tuple[MemoryPrediction, ...]:
+    assert plan.schedule is not None
+    backends = sorted({plan.cluster.type_of(stage.device).backend for stage in plan.stages})
+    models = {
+        backend: memory_model(graph, batch_fraction=fraction, backend=backend)
+        for backend in backends
+    }
+    return tuple(
+        stage_memory(
+            models[plan.cluster.type_of(stage.device).backend],
+            stage.nodes,
+            in_flight=in_flight_microbatches(
+                plan.schedule.name, plan.num_microbatches, len(plan.stages), stage.index
+            ),
+            optimizer=plan.optimizer,
+            mode=plan.mode,
+            device=stage.device,
+            num_microbatches=plan.num_microbatches,
+        )
+        for stage in plan.stages
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """Pass: fills `plan.prediction`."""
+
+    name: str = "predict"
+
+    def run(self, plan: Plan, context: Context) -> Plan:
+        return replace(plan, prediction=predict(plan, context.graph))
