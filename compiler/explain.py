@@ -55,6 +55,8 @@ def summarize(plan: Plan, graph: Graph | None = None) -> tuple[StageSummary, ...
     modules = modules_of_stages(graph, plan.stages) if graph else ((),) * len(plan.stages)
     prediction = plan.prediction
     memory = {entry.device: entry for entry in prediction.memory} if prediction else {}
+    forward = prediction.stage_forward_seconds if prediction else ()
+    backward = prediction.stage_backward_seconds if prediction else ()
     summaries = []
     for stage in plan.stages:
         device = plan.cluster.devices[stage.device]
@@ -66,8 +68,8 @@ def summarize(plan: Plan, graph: Graph | None = None) -> tuple[StageSummary, ...
                 modules=modules[stage.index],
                 num_nodes=len(stage.nodes),
                 num_parameters=_num_parameters(graph, stage) if graph else None,
-                forward_seconds=_entry(prediction and prediction.stage_forward_seconds, stage),
-                backward_seconds=_entry(prediction and prediction.stage_backward_seconds, stage),
+                forward_seconds=_entry(forward, stage),
+                backward_seconds=_entry(backward, stage),
                 memory=memory.get(stage.device),
                 memory_limit_bytes=plan.cluster.type_of(stage.device).memory_bytes,
             )
@@ -75,8 +77,8 @@ def summarize(plan: Plan, graph: Graph | None = None) -> tuple[StageSummary, ...
     return tuple(summaries)
 
 
-def _entry(times: tuple[float, ...] | None, stage: Stage) -> float | None:
-    return times[stage.index] if times and stage.index < len(times) else None
+def _entry(times: tuple[float, ...], stage: Stage) -> float | None:
+    return times[stage.index] if stage.index < len(times) else None
 
 
 def _num_parameters(graph: Graph, stage: Stage) -> int:

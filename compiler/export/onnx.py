@@ -23,7 +23,7 @@ import torch
 from onnx import TensorProto, helper
 
 from ..ir.errors import PlanFormatError
-from ..ir.graph import Attribute, Graph, Node, Operand, Value, ValueKind, operands
+from ..ir.graph import Attribute, Graph, Node, Operand, Value, ValueKind
 from ..ir.ops import resolve
 from ..ir.plan import Plan
 from ..ir.text import print_node
@@ -146,9 +146,9 @@ def _stages_of_nodes(plan: Plan, graph: Graph) -> list[tuple[int, ...]]:
             if node >= len(table):
                 raise _other_graph(f"stage {stage.index} holds node {node}, past the graph's last")
             table[node].append(stage.index)
-    for node, stages in zip(graph.nodes, table, strict=True):
+    for lost, stages in zip(graph.nodes, table, strict=True):
         if not stages:
-            raise _other_graph(f"node {node.name!r} ({node.op}) is in no stage")
+            raise _other_graph(f"node {lost.name!r} ({lost.op}) is in no stage")
     return [tuple(sorted(stages)) for stages in table]
 
 
@@ -223,10 +223,11 @@ def _attribute(name: str, item: Attribute) -> onnx.AttributeProto | None:
         return helper.make_attribute(name, int(item))
     if isinstance(item, (float, str)):
         return helper.make_attribute(name, item)
-    if isinstance(item, tuple) and not any(operands(item)):
+    if isinstance(item, tuple):
         for kind in (int, float, str):
-            if all(isinstance(part, kind) for part in item):
-                return helper.make_attribute(name, [kind(part) for part in item])
+            numbers = [kind(part) for part in item if isinstance(part, kind)]
+            if len(numbers) == len(item):
+                return helper.make_attribute(name, numbers)
     if isinstance(item, tuple) and all(isinstance(part, Operand) for part in item):
         return None
     return helper.make_attribute(name, print_literal(item, lambda operand: f"%{operand.index}"))
