@@ -20,12 +20,13 @@ from .processes import WorkerProcesses
 from .service import WorkerSpec, load_factory
 from .session import LocalSession
 from .spmd import SpmdSession
+from .stores import HostedStore, Store, environment_store, host_store, join_group, join_store
 from .torch_communicator import TorchCommunicator
 
-__all__ = ["RANK_FACTORY", "launch_local", "spmd_session", "under_torchrun"]
+__all__ = ["PRELOAD", "RANK_FACTORY", "launch_local", "spmd_session", "under_torchrun"]
 
 RANK_FACTORY = "cutset.runtime.rank:Rank"
-_PRELOAD = ("torch._dynamo",)  # the first optimizer or make_fx of a process imports it (1.7 s)
+PRELOAD = ("torch._dynamo",)  # the first optimizer or make_fx of a process imports it (1.7 s)
 _HOST = "127.0.0.1"
 
 
@@ -44,6 +45,7 @@ def launch_local(
     start_seconds: float = 120.0,
     master_port: int = 0,
     factory: str = RANK_FACTORY,
+    preload: Sequence[str] = PRELOAD,
     wait: bool = True,
 ) -> LocalSession:
     """Start `num_ranks` workers on this machine and connect them.
@@ -58,6 +60,7 @@ def launch_local(
         master_port: TCP port where ranks find each other; 0: a free one.
         factory: `module:Class` of the rank objects, called as
             `Class(rank, num_ranks, device, communicator, timeout_seconds)`.
+        preload: modules to import once for all workers, besides that of `factory`.
         wait: return when the workers are ready; False: at once, and the first call waits, so
             that the caller can plan while they start.
 
@@ -73,7 +76,7 @@ def launch_local(
     threads = threads_per_rank or _threads(num_ranks)
     store = _store(master_port, timeout_seconds)
     processes = WorkerProcesses(
-        num_ranks, _environment(threads), (*_PRELOAD, factory.partition(":")[0])
+        num_ranks, _environment(threads), (*preload, factory.partition(":")[0])
     )
     specs = [
         WorkerSpec(
@@ -147,19 +150,13 @@ def _own_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _join(limit: timedelta) -> tuple[dist.Store, object]:
+def _join(limit: timedelta) -> tuple[Store, object]:
     """A store and a gloo group of all ranks (None: the default group)."""
     if not dist.is_initialized():
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
-            store, rank, num_ranks = next(dist.rendezvous("env://", timeout=limit))
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore("cutset/group", store),
-                rank=rank,
-                world_size=num_ranks,
-                timeout=limit,
-            )
+            store, rank, num_ranks = environment_store(limit)
+            join_group(store, rank, num_ranks, limit)
         except (RuntimeError, OSError) as error:
             raise RuntimeFailure(
                 f"cannot join the job at {address}: {str(error).splitlines()[0]}",
@@ -169,22 +166,16 @@ def _join(limit: timedelta) -> tuple[dist.Store, object]:
     gloo = dist.new_group(backend="gloo", timeout=limit)
     host = os.environ["MASTER_ADDR"]
     is_first = dist.get_rank() == 0
-    own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if is_first else None
+    own = host_store(host, 0, limit) if is_first else None
     port = [own.port if own is not None else 0]
     dist.broadcast_object_list(port, src=0, group=gloo)
-    return own or dist.TCPStore(host, port[0], is_master=False, timeout=limit), gloo
+    return own or join_store(host, port[0], limit), gloo
 
 
-def _store(port: int, timeout_seconds: float) -> dist.TCPStore:
+def _store(port: int, timeout_seconds: float) -> HostedStore:
     """The meeting point of the ranks, hosted by this process."""
     try:
-        return dist.TCPStore(
-            _HOST,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        return host_store(_HOST, port, timedelta(seconds=timeout_seconds))
     except (RuntimeError, OSError) as error:
         raise RuntimeFailure(
             f"port {port} of {_HOST} cannot be used: {str(error).splitlines()[0]}",

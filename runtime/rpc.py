@@ -35,7 +35,6 @@ __all__ = ["Channel", "ConnectionLost", "decode", "encode"]
 _HEADER = struct.Struct("<QQ")
 _JOINED_BYTES = 1 << 16  # buffers smaller than this are joined into one system call
 _BUILTINS = frozenset({"bytearray", "complex", "frozenset", "range", "set", "slice"})
-_TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
 _TORCH_TYPES = (torch.device, torch.Size)
 
 
@@ -79,7 +78,7 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and "." not in name:
             value = getattr(torch, name)
-            if isinstance(value, _TORCH_VALUES) or value in _TORCH_TYPES:
+            if isinstance(value, torch.dtype) or value in _TORCH_TYPES:
                 return value
         if module.split(".")[0] == "cutset":
             value = getattr(import_module(module), name, None)
@@ -91,7 +90,8 @@ class _Unpickler(pickle.Unpickler):
 def _raw(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
     dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return memoryview(dense.reshape(-1).view(torch.uint8).numpy())
+    flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def encode(message: object) -> list[memoryview]:

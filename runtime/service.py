@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..compiler.ir.errors import CutsetError, UsageError
 from .rpc import Channel, ConnectionLost
+from .stores import join_group, join_store
 from .torch_communicator import TorchCommunicator
 
 __all__ = ["Failure", "WorkerSpec", "call_method", "failure_of", "load_factory", "serve"]
@@ -105,6 +106,8 @@ class _Service:
             answer = ("ok", self._execute(request))
         except ConnectionLost:
             return False
+        except pickle.UnpicklingError as error:  # the request was consumed: all is in step
+            answer = ("error", failure_of(UsageError(str(error))))
         except Exception as error:
             answer = ("error", failure_of(error))
         try:
@@ -129,16 +132,8 @@ def _join(spec: WorkerSpec) -> object:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = timedelta(seconds=spec.timeout_seconds)
-    store = dist.TCPStore(
-        spec.store_host, spec.store_port, spec.num_ranks, is_master=False, timeout=limit
-    )
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=spec.rank,
-        world_size=spec.num_ranks,
-        timeout=limit,
-    )
+    store = join_store(spec.store_host, spec.store_port, limit)
+    join_group(store, spec.rank, spec.num_ranks, limit)
     communicator = TorchCommunicator(
         spec.rank,
         spec.num_ranks,

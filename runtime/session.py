@@ -38,7 +38,9 @@ __all__ = [
 
 Arguments = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
-_GRACE_SECONDS = 3.0  # after the first failure, for others to tell theirs
+# After the first failure, for others to tell theirs: longer if theirs may be the cause of it.
+_GRACE_SECONDS = 3.0
+_SHORT_GRACE_SECONDS = 0.5
 _POLL_SECONDS = 2.0
 _STACK_SECONDS = 0.3  # for a worker to print where it is
 
@@ -149,7 +151,7 @@ class LocalSession:
         self._keep_alive = keep_alive  # the store that the ranks use to find each other
         self._broken = ""
         self._finalizer = weakref.finalize(self, processes.stop, politely=True)
-        self._pids: list[int] = []
+        self._pids: tuple[int, ...] = ()
         self._start_seconds = start_seconds
         self._starting = True
         self._send([("start", spec) for spec in specs], None)
@@ -175,13 +177,21 @@ class LocalSession:
 
     def close(self) -> None:
         self._broken = self._broken or "it was closed"
+        if self._starting:
+            self._processes.stop()  # nobody is ready to end by itself
         self._finalizer()
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Of the workers, in the order of ranks."""
+        self.wait_ready()
+        return self._pids
 
     def wait_ready(self) -> None:
         """Wait until all workers have started; the first call does it by itself."""
         if self._starting:
             self._starting = False
-            self._pids = self._finish("start", self._start_seconds)
+            self._pids = tuple(self._finish("start", self._start_seconds))
 
     def call(
         self, method: str, arguments: Arguments = (), *, timeout_seconds: float | None = None
@@ -249,7 +259,7 @@ class LocalSession:
                 waiting.remove(rank)
                 (replies if kind == "ok" else failures)[rank] = answer
             if failures and grace is None:
-                grace = time.monotonic() + _GRACE_SECONDS
+                grace = time.monotonic() + _grace_seconds(failures)
         if waiting and not failures:
             raise WaitTimeout(
                 f"rank {', '.join(map(str, waiting))} did not answer {name} within "
@@ -300,6 +310,15 @@ class LocalSession:
                     f"{failure.cause}; its last output:\n{output}", where=failure.where
                 )
         return told
+
+
+def _grace_seconds(failures: Mapping[int, Failure | CutsetError]) -> float:
+    """How long to listen to other ranks after the first failures."""
+    for failure in failures.values():
+        error = failure.error if isinstance(failure, Failure) else failure
+        if error is None or isinstance(error, WorkerLost):
+            return _SHORT_GRACE_SECONDS
+    return _GRACE_SECONDS
 
 
 def _how(code: int | None) -> str:

@@ -22,6 +22,7 @@ from .communicator import PeerLost
 from .rpc import decode, encode
 from .service import Failure, call_method, failure_of
 from .session import Arguments, is_callers_fault, per_rank, raise_first
+from .stores import Store
 
 __all__ = ["SpmdSession"]
 
@@ -42,7 +43,7 @@ class SpmdSession:
     """
 
     def __init__(
-        self, target: object, rank: int, num_ranks: int, *, store: dist.Store, gloo: Any
+        self, target: object, rank: int, num_ranks: int, *, store: Store, gloo: Any
     ) -> None:
         self._target = target
         self._rank = rank

@@ -26,6 +26,7 @@ from ..compiler.ir.errors import RuntimeFailure, WaitTimeout
 from ..compiler.ir.program import Program
 from ..compiler.ir.types import TensorType
 from .communicator import Contract, Message, PeerLost, Reduction, agree
+from .stores import Store
 
 __all__ = ["TorchCommunicator"]
 
@@ -114,7 +115,7 @@ class TorchCommunicator:
         device: torch.device,
         *,
         backend: str,
-        store: dist.Store,
+        store: Store,
         gloo: _Group = None,
         timeout_seconds: float = 300.0,
     ) -> None:

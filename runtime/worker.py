@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     workers = [(int(channel), int(output)) for channel, output in pairs]
     control = Channel(socket.socket(fileno=options.control))
     _Nursery(control, workers).run()
+    os._exit(0)  # tearing down the interpreter takes a second and does nothing for us
 
 
 if __name__ == "__main__":

@@ -1,11 +1,21 @@
-"""Rank objects for tests of the launcher: small, and able to fail in every way."""
+"""Rank objects for tests of launcher and sessions: small, and able to fail in every way."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
+from typing import Any
+
 import torch
 
+from cutset.compiler.ir.errors import UsageError
+from cutset.compiler.ir.program import Program
 from cutset.compiler.ir.types import TensorType
 from cutset.runtime.communicator import Communicator
+
+TOKEN = TensorType((2,), torch.float32)
 
 
 class FakeRank:
@@ -23,17 +33,102 @@ class FakeRank:
         self.num_ranks = num_ranks
         self.communicator = communicator
 
-    def add(self, x: torch.Tensor, y: int) -> torch.Tensor:
-        return x + y
+    def echo(self, **arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    def threads(self) -> tuple[int, str]:
+        return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
 
     def ring(self) -> list[float]:
-        """Passes the rank on to the right and reduces what came from the left."""
+        """Passes the own rank on to the right, and sums what all have got from the left."""
         right = (self.rank + 1) % self.num_ranks
         left = (self.rank - 1) % self.num_ranks
-        pending = self.communicator.recv(TensorType((2,), torch.float32), left, 7, label="token")
-        sent = self.communicator.send(torch.full((2,), float(self.rank)), right, 7, label="token")
+        pending = self.communicator.recv(TOKEN, left, 7, label="token")
+        token = torch.full((2,), float(self.rank))
+        sent = self.communicator.send(token, right, 7, label="token")
         received = pending.wait()
-        sent.wait()
         assert received is not None
-        total = self.communicator.all_reduce(received, range(self.num_ranks), "sum", label="tokens")
-        return total.tolist()
+        assert received.tolist() == [left, left]
+        assert sent.wait() is None
+        assert sent.done()
+        assert pending.done()
+        ranks = range(self.num_ranks)
+        return self.communicator.all_reduce(received, ranks, "sum", label="tokens").tolist()
+
+    def strided(self) -> list[float]:
+        """Rank 0 sends a transposed matrix, which is not contiguous, to rank 1."""
+        matrix = torch.arange(6.0).reshape(2, 3)
+        if self.rank == 0:
+            self.communicator.send(matrix.T, 1, 3, label="matrix").wait()
+        if self.rank != 1:
+            return []
+        kind = TensorType((3, 2), torch.float32)
+        received = self.communicator.recv(kind, 0, 3, label="matrix").wait()
+        assert received is not None
+        return received.flatten().tolist()
+
+    def collectives(self) -> dict[str, Any]:
+        """Every kind of reduction, a non-contiguous operand, broadcast and barrier."""
+        ranks = range(self.num_ranks)
+        result: dict[str, Any] = {}
+        for reduction in ("sum", "avg", "max", "min"):
+            base = torch.full((2, 3), float(self.rank + 1)).T
+            self.communicator.all_reduce(base, ranks, reduction, label=reduction)
+            result[reduction] = base[0, 0].item()
+        half = torch.full((2,), 1.5, dtype=torch.bfloat16)
+        self.communicator.all_reduce(half, ranks, "sum", label="bf16")
+        result["bf16"] = half[0].item()
+        start = torch.full((2,), float(self.rank))
+        result["broadcast"] = self.communicator.broadcast(start, 1, ranks, label="start").tolist()
+        self.communicator.barrier(label="end")
+        return result
+
+    def prepare(self, program: Program) -> None:
+        self.communicator.prepare(program)
+
+    def subset(self, program: Program, ranks: tuple[int, ...]) -> float:
+        """Prepares `program`, then reduces over `ranks` on those."""
+        self.communicator.prepare(program)
+        tensor = torch.tensor([float(self.rank + 1)], dtype=torch.float64)
+        if self.rank in ranks:
+            self.communicator.all_reduce(tensor, ranks, "sum", label="subset")
+        return tensor.item()
+
+    def await_nothing(self, seconds: float) -> None:
+        """Rank 1 waits for a message that nobody sends."""
+        if self.rank == 1:
+            self.communicator.recv(TOKEN, 0, 9, label="value %h of microbatch 2").wait(seconds)
+
+    def refuse(self) -> None:
+        raise UsageError("x must be positive", ways_out=("pass 1",))
+
+    def fail(self, rank: int) -> None:
+        """One rank raises; the others wait for it."""
+        if self.rank == rank:
+            raise ZeroDivisionError("deliberate failure of this test")
+        self._wait_for(rank)
+
+    def die(self, rank: int, signal_number: int) -> None:
+        """One rank is killed, or exits if the signal is 0; the others wait for it."""
+        if self.rank == rank:
+            print("last words", file=sys.stderr, flush=True)
+            if signal_number:
+                os.kill(os.getpid(), signal_number)
+            os._exit(3)
+        self._wait_for(rank)
+
+    def stop(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def nap(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def _wait_for(self, rank: int) -> None:
+        self.communicator.recv(TOKEN, rank, 8, label="value %x of microbatch 0").wait()
+
+
+class Unstartable:
+    """A rank that cannot be made."""
+
+    def __init__(self, *arguments: object) -> None:
+        raise RuntimeError("no such device here")
