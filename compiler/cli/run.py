@@ -23,6 +23,8 @@ from .command import (
 from .console import Console
 
 if TYPE_CHECKING:
+    from ..ir.cluster import Cluster
+    from ..ir.plan import Plan
     from ..measure import MeasuredRun
     from ..reference import ReferenceRun
     from .model_loader import LoadedModel
@@ -71,7 +73,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     pristine = copy.deepcopy(loaded.model) if options.compare else None
     with auto_partition(
         loaded.model,
-        plan.cluster,
+        _devices_here(plan),
         example_inputs=loaded.args,
         example_kwargs=loaded.kwargs,
         loss_fn=loaded.loss_fn,
@@ -111,6 +113,15 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.result(
         _as_json(measured, reference, predicted), _as_text(measured, reference, predicted)
     )
+
+
+def _devices_here(plan: Plan) -> str | Cluster:
+    """Devices of this machine like those of the plan, for it to be checked against."""
+    cluster = plan.cluster
+    backends = {entry.backend for entry in cluster.types}
+    if not cluster.local or len(backends) > 1:
+        return cluster
+    return f"{backends.pop()}:{len(cluster.devices)}"
 
 
 def _loaded(options: argparse.Namespace, console: Console) -> LoadedModel:

@@ -24,7 +24,6 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, console: Console) -> None:
     from ..ir.verify import verify_plan
     from ..plan_json import load_plan
-    from ..validate import verify_numerically
     from .planned import planned_from
 
     plan = load_plan(options.plan)
@@ -32,6 +31,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     checks = ["plan file", "plan"]
     errors = None
     if options.model:
+        from ..validate import verify_numerically
+
         planned = planned_from(options, plan, console)
         checks += ["model and cluster", "programs"]
         console.progress("compare outputs and gradients with the model's own")

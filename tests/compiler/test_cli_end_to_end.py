@@ -1,0 +1,163 @@
+"""The verbs on a real model, one after the other: plan, explain, verify, simulate, export, run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from cutset.compiler.cli import main
+from cutset.compiler.export import validate_onnx
+
+FACTORIES = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+def net(width=32):
+    layers = [nn.Linear(16, width), nn.Tanh(), nn.Dropout(0.1), nn.Linear(width, width), nn.Tanh()]
+    print("a factory may print")
+    return {
+        "model": nn.Sequential(*layers, nn.Linear(width, 4)),
+        "args": (torch.randn(8, 16), torch.randint(0, 4, (8,))),
+        "loss_fn": F.cross_entropy,
+    }
+
+def other():
+    return net(width=48)
+
+def meta():
+    with torch.device("meta"):
+        return net()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli")
+    (path / "factories.py").write_text(FACTORIES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan_file(folder: Path) -> Path:
+    path = folder / "plan.json"
+    arguments = ["plan", f"{folder}/factories.py:net", "--devices", "2", "--stages", "2"]
+    assert main([*arguments, "--microbatches", "4", "--dtype", "float64", "-o", str(path)]) == 0
+    return path
+
+
+def _json(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> Any:
+    assert main([*arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_prints_what_it_decided(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", f"{folder}/factories.py:net", "--devices", "2", "--mode", "infer"]
+    found = _json([*arguments, "--microbatches", "2"], capsys)
+    assert found["mode"] == "infer"
+    assert found["num_microbatches"] == 2
+    assert found["certificate"]["gap"] >= 0
+
+
+def test_explain_knows_modules_when_it_has_the_model(
+    folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = _json(["explain", str(plan_file)], capsys)
+    assert [stage["modules"] for stage in alone["stages"]] == [[], []]
+    model = ["--model", f"{folder}/factories.py:net", "--dtype", "float64"]
+    found = _json(["explain", str(plan_file), *model], capsys)
+    modules = [name for stage in found["stages"] for name in stage["modules"]]
+    assert any(name.startswith("0") for name in modules)
+    assert main(["explain", str(plan_file)]) == 0
+    assert "schedule 1f1b" in capsys.readouterr().out
+
+
+def test_verify_with_the_model_compares_numbers(
+    folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _json(["verify", str(plan_file)], capsys)["checks"] == ["plan file", "plan"]
+    model = ["--model", f"{folder}/factories.py:net", "--dtype", "float64"]
+    found = _json(["verify", str(plan_file), *model], capsys)
+    assert found["ok"]
+    assert found["checks"][-1] == "numbers"
+
+
+def test_a_plan_for_another_model_is_refused(
+    folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify", str(plan_file), "--model", f"{folder}/factories.py:other"]
+    found = _json(arguments, capsys, code=2)
+    assert found["error"]["kind"] == "PlanFormatError"
+
+
+def test_an_edited_plan_is_refused(
+    folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = folder / "cut.json"
+    cut.write_text(plan_file.read_text()[:-40])
+    assert main(["verify", str(cut)]) == 2
+    assert str(cut) in capsys.readouterr().err
+    assert main(["explain", str(folder / "absent.json")]) == 2
+
+
+def test_a_memory_limit_that_cannot_hold_exits_with_1(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", f"{folder}/factories.py:net", "--devices", "2", "--memory-limit", "1e-6"]
+    found = _json(arguments, capsys, code=1)
+    assert found["error"]["kind"] == "InfeasibleError"
+
+
+def test_simulate_counts_communication_with_the_model(
+    folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = _json(["simulate", str(plan_file)], capsys)
+    model = ["--model", f"{folder}/factories.py:net", "--dtype", "float64"]
+    whole = _json(["simulate", str(plan_file), *model], capsys)
+    assert not alone["counts_communication"]
+    assert whole["counts_communication"]
+    assert whole["step_seconds"] > alone["step_seconds"] > 0
+    assert {(link["source"], link["target"]) for link in whole["link_bytes"]} == {(0, 1), (1, 0)}
+    assert len(whole["peak_memory_bytes"]) == 2
+
+
+def test_export_writes_onnx_that_passes_the_validator(
+    folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = folder / "plan.onnx"
+    model = ["--model", f"{folder}/factories.py:net", "--dtype", "float64"]
+    found = _json(["export", str(plan_file), *model, "--onnx", str(target), "--weights"], capsys)
+    exported = onnx.load(target)
+    validate_onnx(exported)
+    assert found["num_nodes"] == len(exported.graph.node)
+    assert len(exported.graph.initializer) == 6
+
+
+def test_run_trains_the_same_weights_as_the_unpartitioned_model(
+    folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", f"{folder}/factories.py:net", "--plan", str(plan_file), "--compare"]
+    found = _json([*arguments, "--steps", "3", "--dtype", "float64", "--seed", "7"], capsys)
+    assert set(found["max_relative_error"]) == {"loss", "outputs", "gradients", "weights"}
+    assert max(found["max_relative_error"].values()) < 1e-10
+    assert len(found["losses"]) == 3
+    assert len(found["peak_memory_bytes"]) == 2
+    assert all(peak > 0 for peak in found["peak_memory_bytes"])
+    assert found["step_seconds"] > 0
+    assert found["reference_step_seconds"] > 0
+    assert found["predicted_step_seconds"] > 0
+
+
+def test_a_meta_model_is_planned_but_not_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "meta.json"
+    model = f"{folder}/factories.py:meta"
+    assert main(["plan", model, "--devices", "2", "-o", str(path)]) == 0
+    assert main(["run", model, "--plan", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert "planned, not run" in captured.err
