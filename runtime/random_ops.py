@@ -74,7 +74,7 @@ def random_op(name: str) -> RandomOp:
 
 
 def draws_inside(packet: str) -> bool:
-    """Whether an operator that torch does not mark as random may draw (dropout of recurrent nets)."""
+    """Whether the operator may draw, even if torch does not mark it (recurrent nets)."""
     return packet in _PACKETS
 
 

@@ -108,8 +108,8 @@ def draw_normal(
     return normal(key, draw, shape, dtype=tensor.dtype, device=tensor.device) * std + mean
 
 
-def _device(key: Tensor, device: object) -> torch.device:
-    return key.device if device is None else torch.device(device)  # type: ignore[arg-type]
+def _device(key: Tensor, device: torch.device | None) -> torch.device:
+    return key.device if device is None else torch.device(device)
 
 
 def draw_rand(
@@ -119,7 +119,7 @@ def draw_rand(
     size: Sequence[int],
     *,
     dtype: torch.dtype | None = None,
-    device: object = None,
+    device: torch.device | None = None,
     **_: object,
 ) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
@@ -133,7 +133,7 @@ def draw_randn(
     size: Sequence[int],
     *,
     dtype: torch.dtype | None = None,
-    device: object = None,
+    device: torch.device | None = None,
     **_: object,
 ) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
@@ -158,7 +158,7 @@ def draw_randint(
     /,
     *bounds_and_size: Any,
     dtype: torch.dtype | None = None,
-    device: object = None,
+    device: torch.device | None = None,
     **_: object,
 ) -> Tensor:
     *bounds, size = bounds_and_size
@@ -188,7 +188,7 @@ def draw_randperm(
     n: int,
     *,
     dtype: torch.dtype | None = None,
-    device: object = None,
+    device: torch.device | None = None,
     **_: object,
 ) -> Tensor:
     order = torch.argsort(bits(key, draw, (n,), _device(key, device)), stable=True)

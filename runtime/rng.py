@@ -19,7 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .random_bits import normal, uniform
 from .random_ops import RandomOp, draws_inside, num_draws, random_op, replacement
 
-__all__ = ["ReplayRandomness", "draws_inside", "make_key", "normal", "num_draws", "random_op", "uniform"]
+__all__ = [
+    "ReplayRandomness",
+    "draws_inside",
+    "make_key",
+    "normal",
+    "num_draws",
+    "random_op",
+    "uniform",
+]
 
 _WORD = (1 << 64) - 1
 
@@ -57,7 +65,7 @@ class ReplayRandomness(TorchDispatchMode):
     """
 
     def __init__(self, key: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._key = key
         self._ordinals: dict[bytes, int] = {}
         self._replacements: dict[object, RandomOp | None] = {}
@@ -68,7 +76,7 @@ class ReplayRandomness(TorchDispatchMode):
         self._attention = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else None
         if self._attention is not None:
             self._attention.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -77,7 +85,7 @@ class ReplayRandomness(TorchDispatchMode):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if self._attention is not None:
             self._attention.__exit__(kind, error, trace)
         torch.set_rng_state(self._state)

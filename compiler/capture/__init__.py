@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .blocks import Block, BlockInstance, find_blocks
 from .capture import Captured, capture
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Block", "BlockInstance", "Captured", "capture", "find_blocks"]

@@ -10,8 +10,9 @@ that is zero but for rounding would otherwise divide noise by noise.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,7 +110,9 @@ def _run_graph(captured: Captured, tensors: list[Tensor], key: Tensor) -> Result
 
 def _buffers(graph: Graph, model: nn.Module) -> dict[str, Tensor]:
     buffers = dict(model.named_buffers())
-    return {item.target: buffers[item.target].clone() for item in graph.outputs_of(OutputKind.BUFFER)}
+    return {
+        item.target: buffers[item.target].clone() for item in graph.outputs_of(OutputKind.BUFFER)
+    }
 
 
 def _gradients(graph: Graph, loss: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +122,9 @@ def _gradients(graph: Graph, loss: Tensor, tensors: Mapping[str, Tensor]) -> dic
         for value in graph.values_of(ValueKind.PARAMETER)
         if value.requires_grad
     }
-    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        loss, list(wanted.values()), allow_unused=True
+    )
     return {
         name: torch.zeros_like(wanted[name]) if gradient is None else gradient
         for name, gradient in zip(wanted, found, strict=True)
@@ -151,7 +156,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _tolerance(graph: Graph) -> float:
     """Half the root of the coarsest float type's epsilon: sums may run in another order."""
     kinds = {value.type.dtype for value in graph.values if value.type.dtype.is_floating_point}
-    return 0.5 * max((torch.finfo(kind).eps for kind in kinds), default=1e-7) ** 0.5
+    return 0.5 * math.sqrt(max((torch.finfo(kind).eps for kind in kinds), default=1e-7))
 
 
 def largest_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[str, float]:
@@ -175,11 +180,11 @@ def _magnitude(tensor: Tensor) -> float:
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference; infinities and NaNs must stand in the same places."""
     if ours.shape != theirs.shape:
-        return float("inf")
+        return math.inf
     mine, reference = _wide(ours), _wide(theirs)
     same = (mine == reference) | (mine.isnan() & reference.isnan())
     difference = torch.where(same, 0.0, mine - reference).abs()
-    return float(difference.nan_to_num(nan=float("inf")).max()) if ours.numel() else 0.0
+    return float(difference.nan_to_num(nan=math.inf).max()) if ours.numel() else 0.0
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..ir.errors import CaptureError, CutsetError
 from ..ir.graph import Mode
-from .gradients import Watch, detach_no_grad_regions, refuse_python_functions
+from .flatten import flatten
+from .gradients import Watch, refuse_python_functions
 from .locate import explain_failure
+from .regions import detach_no_grad_regions
 from .signature import InputSignature, LossFunction, OutputSignature, find_loss
 from .symbolic import trace_symbolically
 
@@ -32,9 +34,19 @@ MODEL_PREFIX = "model"
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """An exported program; its outputs are the loss, if the mode is TRAIN, then USER outputs."""
+    """A functional program and its signature.
 
-    program: torch.export.ExportedProgram
+    Args:
+        graph: functional ATen calls; its outputs are the loss, if the mode is TRAIN, then USER
+            outputs, except for those that `signature` marks as new contents of buffers.
+        signature: what every placeholder and output of `graph` is.
+        tensors: state of the program: lifted constants, parameters and buffers by target.
+        outputs: what the model returns.
+    """
+
+    graph: fx.Graph
+    signature: torch.export.ExportGraphSignature
+    tensors: Mapping[str, Tensor]
     outputs: OutputSignature
 
 
@@ -51,7 +63,7 @@ def call_model(
     result = model(*args, **kwargs)
     if mode is Mode.INFER:
         return None, result
-    loss = find_loss(result) if loss_fn is None else loss_fn(result, *targets)
+    loss: object = find_loss(result) if loss_fn is None else loss_fn(result, *targets)
     if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
         raise CaptureError(
             "the loss function does not return a scalar float tensor",
@@ -145,10 +157,15 @@ def export_model(
         except Exception as error:
             program = _export_traced(model, trace, tensors, error)
         if mode is Mode.TRAIN:
-            detach_no_grad_regions(program.graph_module)
-        program = program.run_decompositions({})
+            buffers = program.graph_signature.inputs_to_buffers
+            detach_no_grad_regions(program.graph_module, frozenset(buffers))
+        graph = flatten(program.graph_module)
+        if graph is None:
+            program = program.run_decompositions({})
+            graph = program.graph
     assert trace.outputs is not None
-    return Exported(program, trace.outputs)
+    state = {**program.state_dict, **program.constants}
+    return Exported(graph, program.graph_signature, state, trace.outputs)
 
 
 def _export(model: nn.Module, trace: _Trace, tensors: list[Tensor]) -> torch.export.ExportedProgram:

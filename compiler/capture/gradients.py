@@ -1,7 +1,6 @@
 """What would change gradients in silence: found during capture and handled or refused by name.
 
-* `torch.no_grad()` regions survive export as `wrap_with_set_grad_enabled` nodes, and decomposition
-  inlines these without their effect: `detach_no_grad_regions` detaches what leaves such a region.
+* `torch.no_grad()` regions: see `regions.py`.
 * An own `autograd.Function` is traced through and its backward lost. The traced fake tensors have
   an autograd graph all the same: a node of it that was defined in Python is refused by name.
 * Hooks on tensors, parameters and modules are dropped: they are seen while the model runs
@@ -14,14 +13,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.autograd.function import BackwardCFunction
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CaptureError
 from .locate import current_place
 
-__all__ = ["Watch", "detach_no_grad_regions", "refuse_hooks", "refuse_python_functions"]
+__all__ = ["Watch", "refuse_hooks", "refuse_python_functions"]
 
 
 class Watch(TorchFunctionMode):
@@ -105,8 +103,9 @@ def refuse_python_functions(tensors: Iterable[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            raise _function_error(node._forward_cls)  # type: ignore[attr-defined]
+        function = getattr(node, "_forward_cls", None)  # set on nodes that Python defined
+        if function is not None:
+            raise _function_error(function)
         stack.extend(parent for parent, _ in node.next_functions)
 
 
@@ -127,65 +126,3 @@ def _function_error(function: type) -> CaptureError:
             "and the gradient of g; a straight-through estimator is x + (f(x) - x).detach()",
         ),
     )
-
-
-def detach_no_grad_regions(module: fx.GraphModule) -> None:
-    """Insert `detach` where values leave regions without gradients, in place, recursively.
-
-    Ordinary nodes of such a region have no gradient; what a nested region with gradients computes
-    inside it has one, if its own inputs have. So a value is detached where an ordinary node of a
-    region without gradients hands it to the region's output or to a nested region.
-    """
-    _detach_region(module, grad_enabled=True)
-
-
-def _detach_region(module: fx.GraphModule, *, grad_enabled: bool) -> None:
-    for node in list(module.graph.nodes):
-        nested = _nested_region(node, grad_enabled)
-        if nested is not None:
-            submodule, inner = nested
-            _detach_region(module.get_submodule(submodule), grad_enabled=inner)
-    if grad_enabled:
-        return
-    ends = {
-        node
-        for node in module.graph.nodes
-        if node.op == "output" or _nested_region(node, grad_enabled) is not None
-    }
-    for node in list(module.graph.nodes):
-        if _is_plain_float(node) and any(user in ends for user in node.users):
-            with module.graph.inserting_after(node):
-                detached = module.graph.call_function(torch.ops.aten.detach.default, (node,))
-            detached.meta = dict(node.meta)
-            for user in [user for user in node.users if user in ends]:
-                user.replace_input_with(node, detached)
-    module.recompile()
-
-
-def _nested_region(node: fx.Node, grad_enabled: bool) -> tuple[str, bool] | None:
-    """Name of the submodule that `node` calls as a region, and its gradient mode."""
-    if node.op != "call_function":
-        return None
-    kind = getattr(node.target, "__name__", "")
-    if kind == "wrap_with_set_grad_enabled":
-        enabled, submodule = node.args[0], node.args[1]
-    elif kind == "wrap_with_autocast":
-        enabled, submodule = grad_enabled, node.args[4]
-    else:
-        return None
-    assert isinstance(submodule, fx.Node) and submodule.op == "get_attr"
-    return str(submodule.target), bool(enabled)
-
-
-def _is_plain_float(node: fx.Node) -> bool:
-    """A float tensor that an ordinary call computes here; a `getitem` of a region is none."""
-    value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor):
-        return False
-    source: object = node
-    while isinstance(source, fx.Node) and getattr(source.target, "__name__", "") == "getitem":
-        source = source.args[0]
-    assert isinstance(source, fx.Node)
-    if _nested_region(source, False) is not None:
-        return False
-    return value.is_floating_point() or value.is_complex()

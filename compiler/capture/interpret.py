@@ -48,9 +48,9 @@ def run_graph(
     for node in graph.nodes:
         inputs = [values[value] for value in node.inputs]
         values.update(zip(node.outputs, _execute(node, inputs, key, device), strict=True))
-        for value in {*node.inputs, *node.outputs}:
-            if last.get(value, node.id) == node.id:
-                del values[value]
+        for used in {*node.inputs, *node.outputs}:
+            if last.get(used, node.id) == node.id:
+                del values[used]
     return tuple(values[output.value] for output in graph.outputs)
 
 

@@ -92,7 +92,7 @@ class _Lowering:
     def __init__(
         self, exported: Exported, model: nn.Module, inputs: InputSignature, mode: Mode
     ) -> None:
-        self.program, self.results = exported.program, exported.outputs
+        self.exported, self.results = exported, exported.outputs
         self.mode, self.rows = mode, inputs.rows
         self.canonical = canonical_names(model)
         self.origins = iter(inputs.tensor_leaves)
@@ -107,9 +107,9 @@ class _Lowering:
         self.draws = 0
 
     def run(self, name: str) -> Lowered:
-        specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        specs = {spec.arg.name: spec for spec in self.exported.signature.input_specs}
         outputs: tuple[Output, ...] = ()
-        for node in self.program.graph.nodes:
+        for node in self.exported.graph.nodes:
             if node.op == "placeholder":
                 self.placeholder(node, specs[node.name])
             elif node.op == "output":
@@ -170,10 +170,8 @@ class _Lowering:
         return len(self.values) - 1
 
     def tensor(self, origin: str, target: str) -> Tensor:
-        places = (self.model_tensors, self.program.constants, self.program.state_dict)
-        names = (origin, target, target)
-        pairs = zip(places, names, strict=True)
-        found = next(place[name] for place, name in pairs if name in place)
+        found = self.model_tensors.get(origin)
+        found = self.exported.tensors[target] if found is None else found
         assert isinstance(found, Tensor)
         return found
 
@@ -280,7 +278,7 @@ class _Lowering:
 
     def outputs(self, node: fx.Node) -> Iterator[Output]:
         """Typed outputs: the loss first, then those of the user, then new contents of buffers."""
-        specs = self.program.graph_signature.output_specs
+        specs = self.exported.signature.output_specs
         (results,) = node.args
         assert isinstance(results, (list, tuple))
         leaves = iter(leaf for leaf in self.results.leaves if isinstance(leaf, TensorLeaf))
