@@ -139,7 +139,7 @@ def spmd_session(
         timeout_seconds=timeout_seconds,
     )
     target = load_factory(factory)(rank, num_ranks, place, communicator, timeout_seconds)
-    return SpmdSession(target, rank, num_ranks, store=store, gloo=gloo)
+    return SpmdSession(target, rank, num_ranks, communicator=communicator, store=store, gloo=gloo)
 
 
 def _own_device() -> torch.device:

@@ -18,7 +18,7 @@ import signal
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ..compiler.ir.errors import CutsetError, RuntimeFailure, UsageError, WaitTimeout, WorkerLost
 from .communicator import PeerLost
@@ -99,7 +99,7 @@ def per_rank(arguments: Arguments, num_ranks: int) -> list[dict[str, Any]]:
     return rows
 
 
-def raise_first(failures: Mapping[int, Failure | CutsetError], method: str) -> None:
+def raise_first(failures: Mapping[int, Failure | CutsetError], method: str) -> NoReturn:
     """Raise the failure that explains the others: a death, an error, a broken connection."""
 
     def order(rank: int) -> tuple[int, int]:
@@ -222,7 +222,6 @@ class LocalSession:
         if not is_callers_fault(failures, self.num_ranks):
             self._end(f"{name} failed on rank {min(failures)}")
         raise_first(self._told(failures), name)
-        raise AssertionError("unreachable")
 
     def _end(self, reason: str) -> None:
         self._broken = reason

@@ -3,8 +3,9 @@
 A call runs the method of the rank that lives here, then exchanges replies over gloo, so that all
 ranks see all replies. Short replies travel in one collective; a long one is then broadcast.
 
-When a rank fails it leaves a note in the store before anything else. Ranks that wait for it see
-their connections break, read the notes, and raise what came first.
+A rank that fails leaves a note in the store. If all ranks soon note the same kind of refusal, the
+job goes on; otherwise the rank breaks its connections, so that ranks which wait for it wake up,
+read the notes, and raise what came first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,15 @@ from .rpc import decode, encode
 from .service import Failure, call_method, failure_of
 from .session import Arguments, is_callers_fault, per_rank, raise_first
 from .stores import Store
+from .torch_communicator import TorchCommunicator
 
 __all__ = ["SpmdSession"]
 
 _SLOT_BYTES = 8192  # a longer reply needs a second collective
 _LENGTH_BYTES = 8
-_GRACE_SECONDS = 3.0
+_GRACE_SECONDS = 3.0  # for other ranks to note their failures of the same call
+_NOTE_SECONDS = 1.0  # for the note of a rank whose connection broke
+_POLL_SECONDS = 0.05
 _FOREVER_SECONDS = 86400.0
 
 
@@ -38,14 +42,23 @@ class SpmdSession:
     Args:
         target: the Rank of this process.
         rank, num_ranks: of the job.
+        communicator: of `target`.
         store: where failures are noted.
         gloo: a gloo group of all ranks; None: the default group is one, and is ours to end.
     """
 
     def __init__(
-        self, target: object, rank: int, num_ranks: int, *, store: Store, gloo: Any
+        self,
+        target: object,
+        rank: int,
+        num_ranks: int,
+        *,
+        communicator: TorchCommunicator,
+        store: Store,
+        gloo: Any,
     ) -> None:
         self._target = target
+        self._communicator = communicator
         self._rank = rank
         self._num_ranks = num_ranks
         self._store = store
@@ -81,33 +94,44 @@ class SpmdSession:
             )
         own = per_rank(arguments, self._num_ranks)[self._rank]
         self._calls += 1
-        answer: tuple[str, Any]
         try:
-            answer = ("ok", call_method(self._target, method, own))
-            message = b"".join(encode(answer))
+            message = b"".join(encode(call_method(self._target, method, own)))
         except Exception as error:
-            answer = ("error", failure_of(error))
-            message = b"".join(encode(answer))
-            self._store.set(self._note(self._rank), message)
+            self._raise_own(method, failure_of(error))
         limit = _FOREVER_SECONDS if timeout_seconds is None else timeout_seconds
         try:
-            answers = self._exchange(message, limit if answer[0] == "ok" else _GRACE_SECONDS)
+            return self._exchange(message, limit)
         except RuntimeError as error:
-            self._fail(method, answer, error, limit)
-        return self._replies(method, answers)
+            self._raise_noted(method, error, limit)
 
-    def _replies(self, method: str, answers: list[tuple[str, Any]]) -> list[Any]:
-        failures: dict[int, Failure | CutsetError] = {
-            rank: answer for rank, (kind, answer) in enumerate(answers) if kind == "error"
-        }
-        if failures:
-            if not is_callers_fault(failures, self._num_ranks):
-                self._ended = f"{method} failed on rank {min(failures)}"
-            raise_first(failures, method)
-        return [answer for _, answer in answers]
+    def _raise_own(self, method: str, failure: Failure) -> NoReturn:
+        """This rank has failed: tell the others, hear theirs, raise what came first."""
+        self._store.set(self._note(self._rank), b"".join(encode(failure)))
+        failures = self._noted(self._num_ranks, _GRACE_SECONDS)
+        failures[self._rank] = failure
+        if not is_callers_fault(failures, self._num_ranks):
+            self._end(f"{method} failed on rank {min(failures)}")
+        raise_first(failures, method)
 
-    def _exchange(self, message: bytes, limit_seconds: float) -> list[tuple[str, Any]]:
-        """Answers of all ranks. Raises RuntimeError when a rank does not come."""
+    def _raise_noted(self, method: str, error: RuntimeError, limit_seconds: float) -> NoReturn:
+        """Not all ranks came to the exchange: raise why."""
+        failures = self._noted(1, _NOTE_SECONDS)
+        self._end(f"{method} failed")
+        if not failures:
+            timed_out = "timed out" in str(error).lower()
+            failures[self._rank] = (
+                WaitTimeout(f"not all ranks answered {method} within {limit_seconds:g} s")
+                if timed_out
+                else PeerLost(f"the connection to another rank broke during {method}")
+            )
+        raise_first(failures, method)
+
+    def _end(self, reason: str) -> None:
+        self._ended = reason
+        self._communicator.abort()
+
+    def _exchange(self, message: bytes, limit_seconds: float) -> list[Any]:
+        """Replies of all ranks. Raises RuntimeError when a rank does not come."""
         limit = timedelta(seconds=limit_seconds)
         inline = _SLOT_BYTES - _LENGTH_BYTES
         slot = len(message).to_bytes(_LENGTH_BYTES, "little") + message[:inline]
@@ -128,36 +152,19 @@ class SpmdSession:
                 messages.append(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
         return [decode(item) for item in messages]
 
-    def _fail(
-        self, method: str, answer: tuple[str, Any], error: RuntimeError, limit_seconds: float
-    ) -> None:
-        """Raise the failure that explains why the ranks did not all come to the exchange."""
-        self._ended = f"{method} failed"
-        failures = self._noted()
-        if answer[0] == "error":
-            failures[self._rank] = answer[1]
-        if not failures:
-            timed_out = "timed out" in str(error).lower()
-            failures[self._rank] = (
-                WaitTimeout(f"not all ranks answered {method} within {limit_seconds:g} s")
-                if timed_out
-                else PeerLost(f"the connection to another rank broke during {method}")
-            )
-        raise_first(failures, method)
-
     def _note(self, rank: int) -> str:
         return f"cutset/failure/{self._calls}/{rank}"
 
-    def _noted(self) -> dict[int, Failure | CutsetError]:
-        """Failures that ranks have noted for this call, within a moment."""
+    def _noted(self, wanted: int, seconds: float) -> dict[int, Failure | CutsetError]:
+        """Failures that ranks note for this call: at least `wanted` unless time runs out."""
         found: dict[int, Failure | CutsetError] = {}
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
-            while not found and time.monotonic() < deadline:
+            while len(found) < wanted and time.monotonic() < deadline:
                 for rank in range(self._num_ranks):
-                    if self._store.check([self._note(rank)]):
-                        found[rank] = decode(self._store.get(self._note(rank)))[1]
-                time.sleep(0.05)
+                    if rank not in found and self._store.check([self._note(rank)]):
+                        found[rank] = decode(self._store.get(self._note(rank)))
+                time.sleep(_POLL_SECONDS)
         return found
 
 

@@ -12,6 +12,7 @@ and the job's backend is NCCL, else gloo (a CUDA tensor is then staged through p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -36,6 +37,7 @@ _OPERATIONS = {
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
 }
+_UNUSED_TAG = (1 << 31) - 1  # nobody sends with it
 _Group = Any  # dist.ProcessGroup; its stub lacks what new_group returns for non-members
 
 
@@ -284,6 +286,29 @@ class TorchCommunicator:
         token = torch.zeros(1)
         work = self._post(lambda: dist.all_reduce(token, group=self._gloo, async_op=True), label)
         _TorchPending(work, self._wait(f"all ranks at {label}", None), token, lambda t: t).wait()
+
+    def abort(self) -> None:
+        """Break all connections, so that ranks that wait for this one fail at once.
+
+        Gloo closes the connections of a group when a wait of the application times out; that is
+        its only way to do so while operations are pending.
+        """
+        for ranks, (backend, group) in self._groups.items():
+            others = [rank for rank in ranks if rank != self._rank]
+            if backend == "gloo" and len(others) < len(ranks) and others:
+                with contextlib.suppress(RuntimeError):
+                    work = dist.irecv(torch.empty(1), others[0], group=group, tag=_UNUSED_TAG)
+                    assert work is not None
+                    work.wait(timedelta(milliseconds=1))
+        nccl = [group for pair, group in self._links.items() if self._rank in pair]
+        nccl += [
+            group
+            for ranks, (backend, group) in self._groups.items()
+            if backend == "nccl" and self._rank in ranks
+        ]
+        for group in nccl:
+            with contextlib.suppress(RuntimeError):
+                group.abort()
 
     def _group(self, ranks: Sequence[int], label: str) -> tuple[str, _Group]:
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -30,14 +33,20 @@ def wait_gone(pids: Iterable[int], seconds: float) -> list[int]:
     return left
 
 
-def start_script(source: str, folder: Path, *command: str) -> subprocess.Popen[str]:
-    """Runs a script in a process group of its own, with the checkout importable."""
+@contextlib.contextmanager
+def start_script(source: str, folder: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
+    """Runs a script in a process group of its own, which ends with the context."""
     path = folder / "script.py"
     path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{source}", encoding="utf-8")
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, *command, str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from .processes import ROOT, start_script, wait_gone
@@ -22,7 +23,7 @@ def tell(*words):
 """
 
 
-def torchrun(source: str, folder: Path) -> subprocess.Popen[str]:
+def torchrun(source: str, folder: Path) -> AbstractContextManager[subprocess.Popen[str]]:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return start_script(PREFIX + source, folder, *command)
 
