@@ -1,0 +1,82 @@
+"""Clusters, meshes and layouts: right ones pass, each broken one is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cutset.compiler.ir.cluster import Cluster, Device, Link, LinkRule
+from cutset.compiler.ir.errors import VerificationError
+from cutset.compiler.ir.mesh import Layout, Mesh
+from cutset.compiler.ir.types import TensorType
+from cutset.compiler.ir.verify import verify_cluster, verify_layout, verify_mesh
+from tests.ir.pipelines import cluster
+
+INSIDE = LinkRule(Link(1e-6, 1e10), same_node=True)
+ACROSS = LinkRule(Link(1e-5, 1e9), same_node=False)
+
+
+def two_nodes(*links: LinkRule) -> Cluster:
+    devices = tuple(Device(index, "cpu", f"node{index % 2}") for index in range(4))
+    return replace(cluster(4), devices=devices, links=links)
+
+
+def kind(**changes: object) -> Cluster:
+    right = cluster(2)
+    return replace(right, types=(replace(right.types[0], **changes),))
+
+
+def test_right_clusters_pass() -> None:
+    verify_cluster(cluster(1))
+    verify_cluster(replace(cluster(1), links=()))
+    verify_cluster(two_nodes(INSIDE, ACROSS))
+    verify_cluster(two_nodes(LinkRule(Link(0.0, 1e9))))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(cluster(2), devices=()), "has no devices"),
+        (lambda: replace(cluster(2), types=cluster(2).types * 2), "two device types are called"),
+        (lambda: replace(cluster(2), devices=cluster(2).devices[1:]), "its index is 1, not 0"),
+        (lambda: replace(cluster(2), types=()), "unknown type 'cpu'"),
+        (lambda: kind(name="gpu"), "unknown type 'cpu'"),
+        (lambda: kind(backend="tpu"), "backend 'tpu' is not one of cpu, cuda"),
+        (lambda: kind(memory_bytes=0), "memory_bytes is 0, not positive"),
+        (lambda: kind(memory_bytes_per_second=float("nan")), "is nan, not positive"),
+        (lambda: kind(overhead_seconds=-1.0), "overhead_seconds is -1.0"),
+        (lambda: kind(flops_per_second=()), "it has no rate"),
+        (lambda: kind(flops_per_second=(("f33", 1.0),)), "'f33' is not a dtype"),
+        (lambda: kind(flops_per_second=(("f32", float("inf")),)), "is inf, not positive"),
+        (lambda: replace(cluster(2), links=(LinkRule(Link(-1.0, 1.0)),)), "latency_seconds is -1"),
+        (lambda: replace(cluster(2), links=(LinkRule(Link(0.0, 0.0)),)), "bytes_per_second is 0.0"),
+        (lambda: two_nodes(INSIDE), "no link between device 0 (node node0) and 1"),
+        (lambda: two_nodes(ACROSS), "no link between device 0 (node node0) and 2"),
+        (lambda: two_nodes(), "no link between"),
+    ],
+)
+def test_broken_clusters_are_caught(make: Callable[[], Cluster], message: str) -> None:
+    with pytest.raises(VerificationError) as caught:
+        verify_cluster(make())
+    assert message in caught.value.cause
+
+
+def test_meshes() -> None:
+    verify_mesh(Mesh(()))
+    verify_mesh(Mesh.parse("data=2,pipeline=4"))
+    with pytest.raises(VerificationError, match="two axes are called 'data'"):
+        verify_mesh(Mesh.parse("data=2,data=4"))
+
+
+def test_layouts() -> None:
+    mesh = Mesh.parse("data=2,tensor=4")
+    type = TensorType((6, 3), torch.float32)
+    for text in ("[S(0),S(1)]", "[R,P(sum)]", "[S(0),S(0)]"):
+        verify_layout(Layout.parse(text), type, mesh)
+    with pytest.raises(VerificationError, match="has 1 placements, mesh .* has 2 axes"):
+        verify_layout(Layout.parse("[R]"), type, mesh)
+    with pytest.raises(VerificationError, match=r"axis tensor shards dim 2, which f32\[6,3\]"):
+        verify_layout(Layout.parse("[R,S(2)]"), type, mesh)
