@@ -80,6 +80,9 @@ def weight_like_values(graph: Graph) -> frozenset[int]:
     return frozenset(index for index in weights if graph.values[index].requires_grad)
 
 
+_PERMUTES = ("transpose", "permute", "t", "movedim", "swapaxes", "swapdims")
+
+
 @dataclass(frozen=True, slots=True)
 class Storages:
     """Storage of every value of a graph.
@@ -88,15 +91,26 @@ class Storages:
         base: value id -> id of the value that it is a view of (itself unless it is a view).
         root: value id -> id of the value that owns its storage, at the end of the bases.
         strides: value id -> strides in elements.
+        permuted: values whose dims some op puts in another order, so that their gradient arrives
+            in another order in memory.
     """
 
     base: tuple[int, ...]
     root: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
+    permuted: frozenset[int]
 
-    def contiguous(self, value: Value) -> bool:
-        """Whether `value` lies in memory in the order of its dims."""
-        return _is_contiguous(value.type.shape, self.strides[value.id])
+    def folds(self, value: Value, rows: int) -> bool:
+        """Whether all dims but the last `rows` can be viewed as one (as batched products do)."""
+        shape, strides = value.type.shape, self.strides[value.id]
+        # with rows = 1 the last dim must be contiguous too, unless there are two dims at most
+        if rows == 1 and len(shape) > 2 and strides[-1] != 1:
+            return False
+        leading = [(n, s) for n, s in zip(shape[:-rows], strides[:-rows], strict=True) if n != 1]
+        return all(
+            stride == inner[0] * inner[1]
+            for (_, stride), inner in zip(leading, leading[1:], strict=False)
+        )
 
 
 def find_storages(graph: Graph) -> Storages:
@@ -105,14 +119,15 @@ def find_storages(graph: Graph) -> Storages:
     base, root = list(range(count)), list(range(count))
     strides = [_dense_strides(value.type.shape) for value in graph.values]
     for node in graph.nodes:
-        if node.op.category is Category.VIEW and node.inputs:
+        if (node.op.category is Category.VIEW or node.op.packet == "unfold") and node.inputs:
             _follow_view(graph, node, base, root, strides)
         elif node.op.category is Category.ATTENTION:
             for index in node.outputs:
                 strides[index] = _heads_last_strides(graph.values[index].type.shape)
         elif node.op.category is Category.ELEMENTWISE:
             _keep_layout(graph, node, strides)
-    return Storages(tuple(base), tuple(root), tuple(strides))
+    permuted = (node.inputs[0] for node in graph.nodes if node.op.packet in _PERMUTES)
+    return Storages(tuple(base), tuple(root), tuple(strides), frozenset(permuted))
 
 
 def _follow_view(
@@ -188,11 +203,6 @@ def _heads_last_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     batch, heads, rows, size = shape
     first, second, third, fourth = _dense_strides((batch, rows, heads, size))
     return first, third, second, fourth
-
-
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    dense = _dense_strides(shape)
-    return all(n == 1 or s == d for n, s, d in zip(shape, strides, dense, strict=True))
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

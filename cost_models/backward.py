@@ -18,14 +18,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..compiler.ir.graph import Graph, Mode, Node, OutputKind, ValueKind
-from .adjoints import Adjoint
+from .adjoint_types import Adjoint
 from .analysis import Storages
 from .liveness import Step
 
 __all__ = ["StageSteps", "stage_steps"]
 
 _HELD = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT, ValueKind.INPUT)
-_ACCUMULATED_IN_PLACE = ("linear", "addmm", "mm")
+_ACCUMULATED_IN_PLACE = ("linear", "addmm", "mm", "matmul")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def _arriving(build: _Build, sent: set[int], ends: set[int]) -> dict[int, float]
 def _backward_steps(build: _Build, received: dict[int, float]) -> dict[int, float]:
     """Fill `build.backward`; returns the gradients of boundary inputs, storage -> bytes."""
     for node in build.nodes:
-        build.contributions.update(index for index, _ in build.adjoints[node.id].reads)
+        build.contributions.update(item.operand for item in build.adjoints[node.id].gradients)
     for node in reversed(build.nodes):
         arrivals = [build.gradient[value] for value in node.outputs if value in build.gradient]
         if arrivals:
@@ -214,30 +214,34 @@ def _node_backward(build: _Build, node: Node, arrivals: tuple[int, ...]) -> None
     rule = build.adjoints[node.id]
     extra = (build.extra(node),) if rule.extra_bytes else ()
     if rule.joint:
-        reads = build.roots(value for _, values in rule.reads for value in values)
-        fresh = {index: build.new() for index, _ in rule.reads}
-        writes = tuple((storage, build.sizes[index]) for index, storage in fresh.items())
-        build.backward.append(
-            Step(node.id, (*arrivals, *reads, *extra), writes, rule.backward_temporary_bytes)
-        )
-        for index, storage in fresh.items():
-            _contribute(build, node, index, storage)
+        _joint_backward(build, node, rule, (*arrivals, *extra))
         return
-    for index, values in rule.reads:
+    for item in rule.gradients:
+        index = item.operand
         if index in rule.aliased and len(arrivals) == 1:
             _contribute(build, node, index, arrivals[0])
             continue
-        reads = (*arrivals, *build.roots(values), *extra)
+        reads = (*arrivals, *build.roots(item.reads), *extra)
         if _in_place(build, node, index):
             build.backward.append(Step(node.id, reads, (), 0.0))
             build.contributions[index] = 0
             continue
         storage = build.new()
-        build.backward.append(
-            Step(
-                node.id, reads, ((storage, build.sizes[index]),), rule.backward_temporary_bytes
-            )
-        )
+        writes = ((storage, build.sizes[index]),)
+        build.backward.append(Step(node.id, reads, writes, item.temporary_bytes))
+        _contribute(build, node, index, storage)
+
+
+def _joint_backward(
+    build: _Build, node: Node, rule: Adjoint, arrivals: tuple[int, ...]
+) -> None:
+    """One step that writes all gradients of the node."""
+    reads = build.roots(value for item in rule.gradients for value in item.reads)
+    fresh = {item.operand: build.new() for item in rule.gradients}
+    writes = tuple((storage, build.sizes[index]) for index, storage in fresh.items())
+    temporary = sum(item.temporary_bytes for item in rule.gradients)
+    build.backward.append(Step(node.id, (*arrivals, *reads), writes, temporary))
+    for index, storage in fresh.items():
         _contribute(build, node, index, storage)
 
 

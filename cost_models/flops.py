@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ..compiler.ir.graph import Graph, Node, Operand
 from ..compiler.ir.ops import Category
 
-__all__ = ["forward_flops", "is_product", "keyword", "positional"]
+__all__ = ["forward_flops", "is_product", "is_transposed", "keyword", "positional"]
 
 Shape = tuple[int, ...]
 
@@ -139,12 +139,13 @@ def _convolution(node: Node, shapes: list[Shape], outputs: list[Shape]) -> float
     Transposed: each *input* element is multiplied with `out_channels / groups x kernel`.
     """
     image, weight = shapes[0], shapes[1]
-    if _is_transposed(node):
+    if is_transposed(node):
         return 2.0 * math.prod(image) * math.prod(weight[1:])
     return 2.0 * math.prod(outputs[0]) * math.prod(weight[1:])
 
 
-def _is_transposed(node: Node) -> bool:
+def is_transposed(node: Node) -> bool:
+    """Whether a convolution node is a transposed one."""
     if node.op.packet.startswith("conv_transpose"):
         return True
     return node.op.packet == "convolution" and positional(node, 6) is True

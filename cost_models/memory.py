@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.plan import MemoryPrediction, OptimizerModel
-from .adjoints import Adjoint, NodeContext, adjoint
+from .adjoint_types import Adjoint, NodeContext
+from .adjoints import adjoint
 from .analysis import Storages, batch_values, find_storages, weight_like_values
 from .backward import StageSteps, stage_steps
 from .liveness import live_bytes
