@@ -47,17 +47,25 @@ def join_store(host: str, port: int, limit: timedelta) -> Store:
 
 
 def environment_store(limit: timedelta) -> tuple[Store, int, int]:
-    """Store, rank and number of ranks of the job that `torchrun` described in the environment."""
+    """Store, rank and number of ranks of the job that `torchrun` described in the environment.
+
+    The store outlives sessions, so each session of a job has keys of its own.
+    """
     store, rank, num_ranks = next(rendezvous("env://", timeout=limit))
-    return cast(Store, store), rank, num_ranks
+    session = store.add(f"cutset/sessions/{rank}", 1)
+    return _prefixed(store, f"cutset/{session}"), rank, num_ranks
 
 
 def join_group(store: Store, rank: int, num_ranks: int, limit: timedelta) -> None:
     """Make the default process group: gloo over all ranks. Keys of `store` stay apart."""
     dist.init_process_group(
         "gloo",
-        store=dist.PrefixStore("cutset/group", cast(Any, store)),  # type: ignore[attr-defined]
+        store=cast(Any, _prefixed(store, "group")),
         rank=rank,
         world_size=num_ranks,
         timeout=limit,
     )
+
+
+def _prefixed(store: Any, prefix: str) -> Store:
+    return cast(Store, dist.PrefixStore(prefix, store))  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ class FakeRank:
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
+        self.device = device
         self.communicator = communicator
 
     def echo(self, **arguments: Any) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class FakeRank:
         right = (self.rank + 1) % self.num_ranks
         left = (self.rank - 1) % self.num_ranks
         pending = self.communicator.recv(TOKEN, left, 7, label="token")
-        token = torch.full((2,), float(self.rank))
+        token = torch.full((2,), float(self.rank), device=self.device)
         sent = self.communicator.send(token, right, 7, label="token")
         received = pending.wait()
         assert received is not None
@@ -57,7 +58,7 @@ class FakeRank:
 
     def strided(self) -> list[float]:
         """Rank 0 sends a transposed matrix, which is not contiguous, to rank 1."""
-        matrix = torch.arange(6.0).reshape(2, 3)
+        matrix = torch.arange(6.0, device=self.device).reshape(2, 3)
         if self.rank == 0:
             self.communicator.send(matrix.T, 1, 3, label="matrix").wait()
         if self.rank != 1:
@@ -72,13 +73,13 @@ class FakeRank:
         ranks = range(self.num_ranks)
         result: dict[str, Any] = {}
         for reduction in ("sum", "avg", "max", "min"):
-            base = torch.full((2, 3), float(self.rank + 1)).T
+            base = torch.full((2, 3), float(self.rank + 1), device=self.device).T
             self.communicator.all_reduce(base, ranks, reduction, label=reduction)
             result[reduction] = base[0, 0].item()
-        half = torch.full((2,), 1.5, dtype=torch.bfloat16)
+        half = torch.full((2,), 1.5, dtype=torch.bfloat16, device=self.device)
         self.communicator.all_reduce(half, ranks, "sum", label="bf16")
         result["bf16"] = half[0].item()
-        start = torch.full((2,), float(self.rank))
+        start = torch.full((2,), float(self.rank), device=self.device)
         result["broadcast"] = self.communicator.broadcast(start, 1, ranks, label="start").tolist()
         self.communicator.barrier(label="end")
         return result
@@ -89,7 +90,7 @@ class FakeRank:
     def subset(self, program: Program, ranks: tuple[int, ...]) -> float:
         """Prepares `program`, then reduces over `ranks` on those."""
         self.communicator.prepare(program)
-        tensor = torch.tensor([float(self.rank + 1)], dtype=torch.float64)
+        tensor = torch.tensor([self.rank + 1.0], dtype=torch.float64, device=self.device)
         if self.rank in ranks:
             self.communicator.all_reduce(tensor, ranks, "sum", label="subset")
         return tensor.item()

@@ -44,6 +44,9 @@ except UsageError as error:
     assert "rank 0, in refuse" in str(error)
 assert session.call("ring") == [[1.0, 1.0]] * 2
 session.close()
+session = spmd_session(factory=FAKE)  # another one, in the same job
+assert session.call("ring") == [[1.0, 1.0]] * 2
+session.close()
 tell("finished", rank)
 """
     with torchrun(source, tmp_path) as job:
