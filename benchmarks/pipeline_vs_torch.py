@@ -11,8 +11,10 @@ cutset's workers measured, with no time for communication.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +26,6 @@ from _torch_pipeline import SCHEDULES, TorchPipeline
 from _transformer import Shape, Transformer, cut_points, make_batch, token_loss
 
 from cutset.compiler.api import auto_partition
-from cutset.compiler.ir.program import Backward, BackwardInput, BackwardWeight, Forward
 from cutset.compiler.module_names import modules_of_stages
 from cutset.compiler.parallel import Parallel
 from cutset.compiler.timeline import ideal_seconds
@@ -55,11 +56,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedule", choices=sorted(SCHEDULES), default="1f1b")
-    parser.add_argument("--steps", type=int, default=15, help="measured steps of each system")
+    parser.add_argument("--steps", type=int, default=25, help="measured steps of each system")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--json", type=Path, default=Path("out/pipeline_vs_torch.json"))
     return parser.parse_args()
 
@@ -153,17 +154,17 @@ def _stage_seconds(
     parallel: Parallel, ids: torch.Tensor, targets: torch.Tensor, num_stages: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Median forward and backward seconds of a microbatch, by stage, in recorded steps."""
-    kinds = {Forward: 0, Backward: 1, BackwardInput: 1, BackwardWeight: 1}
-    samples: dict[tuple[int, int, type], list[float]] = {}
+    samples: dict[tuple[str, int], list[float]] = {}
     for _ in range(3):
-        for reply in parallel.recorded_step(ids, targets):
-            for instruction, begin, end in reply["times"]:
-                if type(instruction) in kinds:
-                    key = (kinds[type(instruction)], instruction.stage, type(instruction))
-                    samples.setdefault(key, []).append(end - begin)
+        parallel.record_times()
+        parallel.train_step(ids, targets)
+        for instruction, begin, end in itertools.chain(*parallel.instruction_times()):
+            match = re.match(r"(Forward|Backward\w*)\(stage=(\d+)", instruction)
+            if match:
+                samples.setdefault((match[1], int(match[2])), []).append(end - begin)
     sums = [[0.0] * num_stages, [0.0] * num_stages]
-    for (kind, stage, _), seconds in samples.items():
-        sums[kind][stage] += statistics.median(seconds)
+    for (kind, stage), seconds in samples.items():
+        sums[kind != "Forward"][stage] += statistics.median(seconds)
     return tuple(sums[0]), tuple(sums[1])
 
 

@@ -7,6 +7,7 @@ and the warnings. Without the graph (a plan file alone) modules and boundaries a
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass
 
@@ -20,6 +21,7 @@ __all__ = ["Boundary", "StageSummary", "binding", "explain", "explain_json", "su
 
 _BOXES = 8  # more stages than this are listed one a line
 _LANES = 16  # ranks drawn of a schedule
+_MODULE_LINES = 3  # lines of module names in a box
 _WIDTH = 76
 _NEARLY_FULL = 0.9
 
@@ -139,7 +141,7 @@ def binding(plan: Plan) -> tuple[str, ...]:
         )
     sentences.append(
         f"the pipeline is idle {prediction.bubble_fraction:.0%} of the time with "
-        f"{plan.num_microbatches} microbatches"
+        f"{_plural(plan.num_microbatches, 'microbatch', 'es')}"
     )
     return tuple(sentences)
 
@@ -196,8 +198,8 @@ def _head(plan: Plan) -> str:
     return (
         f"{model.name}: {_count(model.num_parameters)} parameters "
         f"({_bytes(model.parameter_bytes)}), {work}, batch of {plan.batch_size} in "
-        f"{plan.num_microbatches} microbatches\n"
-        f"on {plan.cluster.name}: {devices}; {len(plan.stages)} stages"
+        f"{_plural(plan.num_microbatches, 'microbatch', 'es')}\n"
+        f"on {plan.cluster.name}: {devices}; {_plural(len(plan.stages), 'stage', 's')}"
     )
 
 
@@ -215,11 +217,12 @@ def _stages_text(plan: Plan, graph: Graph | None) -> str:
 
 def _box(summary: StageSummary) -> list[str]:
     title = f"- stage {summary.index} on device {summary.device} ({summary.device_name}) "
-    body = [", ".join(summary.modules)] if summary.modules else []
+    inner = _WIDTH - 4
+    modules = ", ".join(summary.modules)
+    body = textwrap.wrap(modules, inner, max_lines=_MODULE_LINES, placeholder=" ...")
     body.append(_work_text(summary))
     if summary.memory is not None:
         body.append(_memory_bar(summary.memory.total_bytes, summary.memory_limit_bytes))
-    inner = _WIDTH - 4
     rows = [f"| {_clip(line, inner):<{inner}} |" for line in body]
     return [f"+{title[: _WIDTH - 2]:-<{_WIDTH - 2}}+", *rows, f"+{'-' * (_WIDTH - 2)}+"]
 
@@ -304,6 +307,10 @@ def _figures_text(plan: Plan) -> str:
 
 def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _plural(count: int, noun: str, ending: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{ending}"
 
 
 def _count(number: int) -> str:

@@ -24,8 +24,8 @@ def block_of(module_path: str) -> str:
 def modules_of_stages(graph: Graph, stages: tuple[Stage, ...]) -> tuple[tuple[str, ...], ...]:
     """Names of each stage's modules, in the order of the graph.
 
-    A block whose ops are in several stages is marked `(part)`. Nodes that several stages
-    recompute belong to no stage here.
+    A block whose ops are in several stages is marked `(part)`; a module is left out where modules
+    inside it are named. Nodes that several stages recompute belong to no stage here.
     """
     homes: dict[int, set[int]] = {}
     for stage in stages:
@@ -39,11 +39,18 @@ def modules_of_stages(graph: Graph, stages: tuple[Stage, ...]) -> tuple[tuple[st
     for stage in stages:
         nodes = [graph.nodes[node] for node in stage.nodes if len(homes[node]) == 1]
         blocks = dict.fromkeys(block_of(node.module_path) for node in nodes)
+        outer = {block[:position] for block in blocks for position in _dots(block)}
         named = [
-            f"{block} (part)" if len(owners[block]) > 1 else block for block in blocks if block
+            f"{block} (part)" if len(owners[block]) > 1 else block
+            for block in blocks
+            if block and block not in outer
         ]
         tables.append(tuple(_join_runs(named)))
     return tuple(tables)
+
+
+def _dots(path: str) -> list[int]:
+    return [position for position, letter in enumerate(path) if letter == "."]
 
 
 def _join_runs(blocks: list[str]) -> list[str]:

@@ -30,6 +30,7 @@ def main() -> None:
     began = time.perf_counter()
     torch.manual_seed(0)
     model, args, kwargs = gpt2()
+    model = model.double()  # errors then show mistakes, not rounding
     pristine = copy.deepcopy(model)
     with auto_partition(
         model,

@@ -84,6 +84,16 @@ def test_module_names_are_cut_at_the_block_and_joined() -> None:
     )
 
 
+def test_an_outer_module_is_not_named_beside_its_inner_ones() -> None:
+    graph = mlp(num_layers=2)
+    nodes = tuple(
+        replace(node, module_path="layers" if node.id == 1 else node.module_path)
+        for node in graph.nodes
+    )
+    (names,) = modules_of_stages(replace(graph, nodes=nodes), (Stage(0, 0, (0, 1, 2, 3)),))
+    assert names == ("layers.0-1",)
+
+
 ONE_F_ONE_B = Schedule.parse("""
 schedule 1f1b stages=2 microbatches=4
 0: F0.0 F0.1 B0.0 F0.2 B0.1 F0.3 B0.2 B0.3
