@@ -48,9 +48,15 @@ def check_against_model(
     key = make_key(0x5EED, 0, 0)
     limit = _tolerance(graph)
     with mode_of(model, graph.mode), _undisturbed(model):
-        theirs = _run_model(captured, model, tensors, key, loss_fn)
+        try:
+            theirs = _run_model(captured, model, tensors, key, loss_fn)
+        except RuntimeError as error:
+            raise _broken(graph, "the model itself", error) from error
     with mode_of(model, graph.mode):
-        ours = _run_graph(captured, tensors, key)
+        try:
+            ours = _run_graph(captured, tensors, key)
+        except RuntimeError as error:
+            raise _broken(graph, "the captured graph", error) from error
     for kind in theirs:
         name, error = largest_error(ours[kind], theirs[kind])
         if not error <= limit:
@@ -65,6 +71,14 @@ def check_against_model(
                     "check=False skips this check, at your own risk",
                 ),
             )
+
+
+def _broken(graph: Graph, what: str, error: RuntimeError) -> CaptureError:
+    return CaptureError(
+        f"{what} fails on the example inputs: {str(error).splitlines()[0]}",
+        where=f"self-check of {graph.name}",
+        ways_out=("call the model on the example inputs, and backward() on its loss, to see why",),
+    )
 
 
 Results = dict[str, dict[str, Tensor]]

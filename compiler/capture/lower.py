@@ -82,10 +82,14 @@ def lower(
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    packet: str
+    target: torch._ops.OpOverload
     args: tuple[Attribute, ...]
     kwargs: tuple[tuple[str, Attribute], ...]
     inputs: tuple[int, ...]
+
+    @property
+    def packet(self) -> str:
+        return self.target.overloadpacket.__name__
 
 
 class _Lowering:
@@ -187,6 +191,9 @@ class _Lowering:
         packet = target.overloadpacket.__name__
         if packet in _CHECKS:
             return
+        if packet == "copy":
+            self.copy(node)
+            return
         inputs: list[int] = []
         args = tuple(self.attribute(node, item, inputs) for item in node.args)
         kwargs = tuple(
@@ -194,69 +201,88 @@ class _Lowering:
             for name, item in node.kwargs.items()
             if not (name == "pin_memory" and not item)
         )
-        call = _Call(packet, args, kwargs, tuple(inputs))
-        self.add_node(node, target, call)
-
-    def add_node(self, node: fx.Node, target: torch._ops.OpOverload, call: _Call) -> None:
+        call = _Call(target, args, kwargs, tuple(inputs))
         result = node.meta.get("val")
         if isinstance(result, (list, tuple)) and len(result) == 1:
-            target, call = _one_of_one(node, call)
+            self.multiple[node] = (self.emit(node, _one_of_one(node, call), result[0])[0],)
+        elif isinstance(result, (list, tuple)):
+            self.multiple[node] = self.emit(node, call, *result)
+        else:
+            (self.single[node],) = self.emit(node, call, result)
+
+    def copy(self, node: fx.Node) -> None:
+        """`copy(target, source)`, which has no derivative: the source in the target's type."""
+        target, source = node.args[:2]
+        assert isinstance(target, fx.Node) and isinstance(source, fx.Node)
+        wanted, found = node.meta["val"], source.meta["val"]
+        value = self.single[source]
+        if found.dtype != wanted.dtype:
+            cast = (("dtype", wanted.dtype),)
+            call = _Call(torch.ops.aten._to_copy.default, (Operand(0),), cast, (value,))
+            (value,) = self.emit(node, call, found.to(wanted.dtype))
+        if found.shape != wanted.shape:
+            args = (Operand(0), tuple(wanted.shape))
+            call = _Call(torch.ops.aten.expand.default, args, (), (value,))
+            (value,) = self.emit(node, call, wanted)
+        self.single[node] = value
+
+    def emit(self, node: fx.Node, call: _Call, *results: Any) -> tuple[int, ...]:
+        """Add the node of `call`, which stands for `node`; returns the values of its results."""
         name = self.names.take(identifier(node.name))
-        draw = self.draw(node, target, call.packet)
-        op = op_named(str(target))
+        outputs = tuple(self.add_results(node, name, call, results))
         self.nodes.append(
             Node(
                 id=len(self.nodes),
                 name=name,
-                op=op,
+                op=op_named(str(call.target)),
                 inputs=call.inputs,
                 args=call.args,
                 kwargs=call.kwargs,
-                outputs=self.add_results(node, name, call),
+                outputs=outputs,
                 module_path=_module_path(node),
                 source=last_user_line(node.meta.get("stack_trace")),
-                random_draw=draw,
+                random_draw=self.draw(node, call),
             )
         )
+        return outputs
 
-    def draw(self, node: fx.Node, target: torch._ops.OpOverload, packet: str) -> int | None:
+    def draw(self, node: fx.Node, call: _Call) -> int | None:
         """Ordinal of the call's first draw, if it draws."""
-        if torch.Tag.nondeterministic_seeded not in target.tags and not draws_inside(packet):
+        random = torch.Tag.nondeterministic_seeded in call.target.tags
+        if not random and not draws_inside(call.packet):
             return None
-        draws = num_draws(packet, node.args, node.kwargs)
+        draws = num_draws(call.packet, call.args, dict(call.kwargs))
         if not draws:
             return None
         try:
-            random_op(str(target))
+            random_op(str(call.target))
         except CaptureError as error:
             raise CaptureError(error.cause, where=_where(node), ways_out=error.ways_out) from None
         self.draws += draws
         return self.draws - draws
 
-    def add_results(self, node: fx.Node, name: str, call: _Call) -> tuple[int, ...]:
-        result = node.meta.get("val")
-        tensors = [result] if isinstance(result, Tensor) else result
-        if not isinstance(tensors, (list, tuple)) or not all(
-            isinstance(tensor, Tensor) for tensor in tensors
-        ):
-            raise _refusal(node, f"a result is not a tensor but a {type(result).__name__}")
+    def add_results(
+        self, node: fx.Node, name: str, call: _Call, results: tuple[Any, ...]
+    ) -> Iterator[int]:
         grad = call.packet not in _NO_GRADIENT and any(
             self.values[value].requires_grad for value in call.inputs
         )
-        ids = []
-        for position, tensor in enumerate(tensors):
+        for position, tensor in enumerate(results):
+            if not isinstance(tensor, Tensor):
+                raise _refusal(node, f"a result is not a tensor but a {type(tensor).__name__}")
             type_ = _type_of(node, tensor)
             counts = type_.is_float and not (position and call.packet in _FIRST_ONLY)
-            unique = name if len(tensors) == 1 else self.names.take(f"{name}_{position}")
-            ids.append(len(self.values))
+            unique = name if len(results) == 1 else self.names.take(f"{name}_{position}")
             self.values.append(
-                Value(ids[-1], unique, type_, ValueKind.RESULT, requires_grad=grad and counts)
+                Value(
+                    id=len(self.values),
+                    name=unique,
+                    type=type_,
+                    kind=ValueKind.RESULT,
+                    requires_grad=grad and counts,
+                )
             )
-        if isinstance(result, Tensor):
-            self.single[node] = ids[0]
-        else:
-            self.multiple[node] = tuple(ids)
-        return tuple(ids)
+            yield len(self.values) - 1
 
     def attribute(self, node: fx.Node, item: Any, inputs: list[int]) -> Attribute:
         """An argument as the IR has it; values it refers to are added to `inputs`."""
@@ -314,15 +340,13 @@ def _type_of(node: fx.Node, tensor: Tensor) -> TensorType:
     return TensorType.of(tensor)
 
 
-def _one_of_one(node: fx.Node, call: _Call) -> tuple[torch._ops.OpOverload, _Call]:
+def _one_of_one(node: fx.Node, call: _Call) -> _Call:
     """A call that returns a list of one tensor, as one that returns the tensor."""
     if call.packet == "unbind":
         dim = call.args[1] if len(call.args) > 1 else 0
-        args = (call.args[0], dim, 0)
-        return torch.ops.aten.select.int, replace(call, packet="select", args=args)
+        return replace(call, target=torch.ops.aten.select.int, args=(call.args[0], dim, 0))
     if call.packet in ("split", "split_with_sizes", "chunk", "tensor_split"):
-        call = replace(call, packet="alias", args=call.args[:1], kwargs=())
-        return torch.ops.aten.alias.default, call
+        return replace(call, target=torch.ops.aten.alias.default, args=call.args[:1], kwargs=())
     raise _refusal(node, "it returns a list of one tensor")
 
 
