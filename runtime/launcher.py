@@ -23,7 +23,7 @@ from .spmd import SpmdSession
 from .stores import HostedStore, Store, environment_store, host_store, join_group, join_store
 from .torch_communicator import TorchCommunicator
 
-__all__ = ["PRELOAD", "RANK_FACTORY", "launch_local", "spmd_session", "under_torchrun"]
+__all__ = ["PRELOAD", "RANK_FACTORY", "job_rank", "launch_local", "spmd_session", "under_torchrun"]
 
 RANK_FACTORY = "cutset.runtime.rank:Rank"
 PRELOAD = ("torch._dynamo",)  # the first optimizer or make_fx of a process imports it (1.7 s)
@@ -33,6 +33,11 @@ _HOST = "127.0.0.1"
 def under_torchrun() -> bool:
     """Whether this process was started as one rank of a job (by `torchrun` or the like)."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def job_rank() -> int:
+    """This process's rank in its job; 0 outside of one."""
+    return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
 def launch_local(

@@ -20,7 +20,7 @@ class Console:
     Args:
         json_wanted: results are one JSON value instead of text.
         out, err: streams, those of the process when the console was made.
-        quiet: write nothing at all (a rank other than the first of a torchrun job).
+        quiet: write nothing but errors to stderr (a rank of a torchrun job, other than the first).
     """
 
     json_wanted: bool
@@ -41,7 +41,7 @@ class Console:
 
     def error(self, error: CutsetError) -> None:
         """A failure: the message on stderr, and as JSON on stdout where that is wanted."""
-        self._write(self.err, f"cutset: {error.render()}\n")
+        self.err.write(f"cutset: {error.render()}\n")
         if self.json_wanted:
             data = {
                 "kind": type(error).__name__,

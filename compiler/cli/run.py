@@ -55,12 +55,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
+    from ...runtime.launcher import job_rank
     from ..api import auto_partition
     from ..measure import measure_training
     from ..plan_json import load_plan
     from ..reference import train_reference
     from .model_loader import choose_optimizer
 
+    console.quiet = job_rank() > 0
     plan = load_plan(options.plan)
     if plan.mode.value != "train":
         raise UsageError(
@@ -70,7 +72,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         )
     loaded = _loaded(options, console)
     factory = choose_optimizer(loaded, options.optimizer, options.lr)
-    pristine = copy.deepcopy(loaded.model) if options.compare else None
+    wants_reference = options.compare and not console.quiet
+    pristine = copy.deepcopy(loaded.model) if wants_reference else None
     with auto_partition(
         loaded.model,
         _devices_here(plan),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,16 @@ def test_run_trains_the_same_weights_as_the_unpartitioned_model(
     assert found["step_seconds"] > 0
     assert found["reference_step_seconds"] > 0
     assert found["predicted_step_seconds"] > 0
+
+
+def test_run_under_torchrun_prints_once(folder: Path, plan_file: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "cutset", "run"]
+    command += [f"{folder}/factories.py:net", "--plan", str(plan_file), "--compare", "--json"]
+    command += ["--steps", "2", "--dtype", "float64"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert max(json.loads(done.stdout)["max_relative_error"].values()) < 1e-10
 
 
 def test_a_meta_model_is_planned_but_not_run(
