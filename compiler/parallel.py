@@ -84,10 +84,17 @@ class Parallel:
         self._homes: dict[str, tuple[int, ...]] = {}
         self._session = session
         self._owns_session = session is None
+        self._clean = session is None
         self._step = 0
         self._measure = False
+        self._record = False
         self._peaks: list[int] = []
         self._closed = False
+
+    @property
+    def planned(self) -> PlannedModel:
+        """The model as it was captured and planned, with its programs."""
+        return self._planned
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -153,6 +160,7 @@ class Parallel:
             "seed": self._options.seed,
             "step": self._step,
             "measure_memory": self._measure,
+            "record": self._record,
             **extra,
         }
         arguments = [
@@ -163,6 +171,7 @@ class Parallel:
         if self._measure:
             self._peaks = [reply["peak_bytes"] for reply in replies]
             self._measure = False
+        self._record = False
         self.last_replies = replies
         return replies
 
@@ -317,6 +326,14 @@ class Parallel:
         """Inverse of `optimizer_state_dict`, also from a run under another plan."""
         self._started().call("load_optimizer_state", {"state": dict(state)})
 
+    def record_times(self) -> None:
+        """Record when each instruction of the next step runs (see `instruction_times`)."""
+        self._record = True
+
+    def instruction_times(self) -> list[list[tuple[str, float, float]]]:
+        """Per rank, (instruction, begin, end) in seconds of the last recorded step."""
+        return [reply["times"] for reply in self.last_replies]
+
     def measure_memory(self) -> None:
         """Measure the peak memory of the next step (see `peak_memory_bytes`); it runs slower."""
         self._measure = True
@@ -353,6 +370,9 @@ class Parallel:
             raise UsageError("this Parallel is closed", ways_out=("call auto_partition again",))
         if self._session is None:
             self._session = self._start()
+        if not self._clean:
+            self._clean = True
+            self._session.call("reset")
         return self._session
 
     def _start(self) -> Session:

@@ -6,15 +6,16 @@ and wires are simulated. It serves translation validation (is the program right?
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ..compiler.ir.errors import VerificationError
 from .executor import Executor
 from .local_communicator import LocalNetwork
 from .rank import Rank
+from .session import Arguments, per_rank
 
 __all__ = ["InProcessSession"]
 
@@ -37,7 +38,7 @@ class InProcessSession:
     def call(
         self,
         method: str,
-        arguments: Sequence[dict[str, Any]] | dict[str, Any],
+        arguments: Arguments = (),
         *,
         timeout_seconds: float | None = None,
     ) -> list[Any]:
@@ -46,24 +47,29 @@ class InProcessSession:
         Raises:
             VerificationError: no rank can go on (a deadlock).
         """
-        each = [arguments] * self.num_ranks if isinstance(arguments, Mapping) else arguments
+        each = per_rank(arguments, self.num_ranks)
         if method not in _STEPS:
             return [
-                getattr(rank, method)(**entry)
-                for rank, entry in zip(self.ranks, each, strict=False)
+                _copied(getattr(rank, method)(**entry))
+                for rank, entry in zip(self.ranks, each, strict=True)
             ]
         executors = []
-        for rank, entry in zip(self.ranks, each, strict=False):
+        for rank, entry in zip(self.ranks, each, strict=True):
             options = {name: item for name, item in entry.items() if name != "measure_memory"}
             executors.append(getattr(rank, _STEPS[method])(**options))
         _take_turns(executors)
         return [
             rank.reply(entry["key"]) | {"peak_bytes": None}
-            for rank, entry in zip(self.ranks, each, strict=False)
+            for rank, entry in zip(self.ranks, each, strict=True)
         ]
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+def _copied(reply: Any) -> Any:
+    """What a caller in another process would see: its own tensors."""
+    return tree_map_only(torch.Tensor, torch.Tensor.clone, reply)
 
 
 def _take_turns(executors: list[Executor]) -> None:

@@ -62,6 +62,16 @@ class Rank:
 
     # -- set-up --------------------------------------------------------------------------------
 
+    def reset(self) -> None:
+        """Forget all tensors and programs, for another model."""
+        self._tensors.clear()
+        self._parameters.clear()
+        self._gradients.clear()
+        self._kept_gradients.clear()
+        self._optimizer = None
+        self._executors.clear()
+        self._programs.clear()
+
     def load(
         self, *, key: str, program: str, source: str, compile: bool = False
     ) -> dict[str, float]:

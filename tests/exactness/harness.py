@@ -1,0 +1,137 @@
+"""Train a model partitioned and unpartitioned and measure how far apart the two are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cutset.compiler.batch import signature_of, take_rows
+from cutset.compiler.capture import Captured, capture
+from cutset.compiler.ir.graph import Mode
+from cutset.compiler.ir.plan import OptimizerModel
+from cutset.compiler.measure import MeasuredRun, measure_training
+from cutset.compiler.parallel import Parallel, RunOptions
+from cutset.compiler.planned import PlannedModel, build_programs
+from cutset.compiler.reference import ReferenceRun, WorstError, relative_errors, train_reference
+from cutset.cost_models import parse_devices
+from cutset.passes.context import PlanOptions
+from cutset.passes.pipeline import plan_graph
+from cutset.runtime.session import Session
+from tests.models.exact import ROWS, ExactModel
+
+__all__ = ["Numerics", "Subject", "adamw64", "sgd32"]
+
+STEPS = 3
+SEED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """In which precision, under which optimizer, and how exact."""
+
+    dtype: torch.dtype
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    state_ratio: float
+    tolerance: float
+
+
+adamw64 = Numerics(torch.float64, lambda p: torch.optim.AdamW(p, lr=1e-3), 2.0, 1e-10)
+sgd32 = Numerics(torch.float32, lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), 1.0, 1e-5)
+
+
+class Subject:
+    """One model in one precision: captured once, trained under many plans."""
+
+    def __init__(
+        self,
+        make: Callable[[], ExactModel],
+        numerics: Numerics,
+        *,
+        num_microbatches: int = 2,
+        clip_grad_norm: float | None = None,
+        device: str = "cpu",
+    ) -> None:
+        torch.manual_seed(SEED)
+        made = make()
+        self.numerics = numerics
+        self.device = device
+        self.clip = clip_grad_norm
+        self.count = num_microbatches
+        self.model = made.model.to(numerics.dtype).train()
+        self.loss_fn = made.loss_fn
+        self.args = tuple(_cast(item, numerics.dtype) for item in made.args)
+        self.kwargs = {name: _cast(item, numerics.dtype) for name, item in made.kwargs.items()}
+        self.micro = take_rows((self.args, self.kwargs), ROWS // num_microbatches)
+        self.captured: Captured = capture(
+            self.model, *self.micro, mode=Mode.TRAIN, loss_fn=self.loss_fn
+        )
+        self._reference: ReferenceRun | None = None
+
+    @property
+    def reference(self) -> ReferenceRun:
+        """The unpartitioned run, computed once."""
+        if self._reference is None:
+            self._reference = train_reference(
+                copy.deepcopy(self.model).to(self.device),
+                _moved(self.args, self.device),
+                _moved(self.kwargs, self.device),
+                loss_fn=self.loss_fn,
+                optimizer=self.numerics.optimizer,
+                num_microbatches=self.count,
+                steps=STEPS,
+                seed=SEED,
+                clip_grad_norm=self.clip,
+            )
+        return self._reference
+
+    def planned(self, num_stages: int, schedule: str) -> PlannedModel:
+        """A plan with so many stages."""
+        plan = plan_graph(
+            self.captured.graph,
+            parse_devices(f"cpu:{num_stages}"),
+            batch_size=ROWS,
+            options=PlanOptions(
+                num_stages=num_stages,
+                num_microbatches=self.count,
+                schedule=schedule,
+                optimizer=OptimizerModel("test", self.numerics.state_ratio),
+            ),
+        )
+        programs = build_programs(self.captured, plan, self.clip)
+        return PlannedModel(
+            self.model, self.captured, plan, programs, signature_of(self.micro), True
+        )
+
+    def run(self, num_stages: int, schedule: str, session: Session) -> MeasuredRun:
+        """Train under a plan with so many stages on `session`."""
+        options = RunOptions(
+            loss_fn=self.loss_fn,
+            optimizer=self.numerics.optimizer,
+            seed=SEED,
+            keep_gradients=True,
+            clip_grad_norm=self.clip,
+            timeout_seconds=60.0,
+        )
+        parallel = Parallel(self.planned(num_stages, schedule), options, session)
+        assert len(parallel.plan.stages) == num_stages
+        return measure_training(
+            parallel, self.args, self.kwargs, loss_fn=self.loss_fn, steps=STEPS, compare=True
+        )
+
+    def errors(self, num_stages: int, schedule: str, session: Session) -> dict[str, WorstError]:
+        """Worst relative error by kind of tensor."""
+        measured = self.run(num_stages, schedule, session)
+        return relative_errors(measured.run, self.reference)
+
+
+def _cast(item: Any, dtype: torch.dtype) -> Any:
+    return item.to(dtype) if isinstance(item, torch.Tensor) and item.is_floating_point() else item
+
+
+def _moved(items: Any, device: str) -> Any:
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), items)
