@@ -11,7 +11,7 @@ the global gradient norm, clipping, and the optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..ir.graph import Graph, Mode, Value, ValueKind
@@ -236,7 +236,7 @@ def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -
 
 
 def _compute(action: Action) -> Instruction:
-    kinds = {
+    kinds: dict[ActionKind, Callable[[int, int], Instruction]] = {
         ActionKind.FORWARD: Forward,
         ActionKind.BACKWARD: Backward,
         ActionKind.BACKWARD_INPUT: BackwardInput,

@@ -12,6 +12,7 @@ earlier, and ends, as every move lets a send complete.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 
 from ..ir.program import AllReduce, Free, Instruction, Program, Recv, Register, Send
@@ -26,9 +27,9 @@ def post_receives_early(programs: tuple[Program, ...]) -> tuple[Program, ...]:
     A deadlock that no earlier receive can break is left for the verifier to report.
     """
     run = _BlockingRun(programs)
-    run.advance()
-    while run.unblock():
-        run.advance()
+    run.advance(range(len(programs)))
+    while (rank := run.unblock()) is not None:
+        run.advance([rank])
     return tuple(
         replace(program, instructions=tuple(instructions))
         for program, instructions in zip(programs, run.instructions, strict=True)
@@ -36,57 +37,66 @@ def post_receives_early(programs: tuple[Program, ...]) -> tuple[Program, ...]:
 
 
 class _BlockingRun:
-    """Execution by turns; transfers are keyed by (source, target, register)."""
+    """Execution by turns. An event is `(Send | Recv, source, target, register)`: a send was
+    reached or a receive posted, or `(AllReduce, rank)`: a rank reached a collective."""
 
     def __init__(self, programs: tuple[Program, ...]) -> None:
         self.instructions: list[list[Instruction]] = [list(p.instructions) for p in programs]
         self.done = [0] * len(programs)
-        self.posted: set[tuple[int, int, Register]] = set()
-        self.reached: set[tuple[int, int, Register]] = set()
+        self.happened: set[Hashable] = set()
+        self.waiting: dict[Hashable, list[int]] = {}  # event -> ranks to try again after it
+        self.ready: list[int] = []
         self.sources: dict[tuple[int, Register], int] = {}  # (target, register) -> source
-        self.arrived: dict[AllReduce, set[int]] = {}
         self.registers = Registers(programs)
 
-    def advance(self) -> None:
-        """Run every rank as far as it goes."""
-        progress = True
-        while progress:
-            progress = False
-            for rank, instructions in enumerate(self.instructions):
-                while self.done[rank] < len(instructions) and self.passes(rank):
-                    self.done[rank] += 1
-                    progress = True
+    def advance(self, ranks: range | list[int]) -> None:
+        """Run `ranks`, and those that wait for them, as far as they go."""
+        self.ready.extend(ranks)
+        while self.ready:
+            rank = self.ready.pop()
+            instructions = self.instructions[rank]
+            while self.done[rank] < len(instructions):
+                missing = self.start(rank, instructions[self.done[rank]])
+                if missing is not None:
+                    self.waiting.setdefault(missing, []).append(rank)
+                    break
+                self.done[rank] += 1
 
-    def passes(self, rank: int) -> bool:
-        """Whether `rank` completes its next instruction now."""
-        item = self.instructions[rank][self.done[rank]]
+    def start(self, rank: int, item: Instruction) -> Hashable | None:
+        """Begin `item`; the event that must happen before it ends, None if it ends at once."""
         if isinstance(item, Recv):
-            self.posted.add((item.peer, rank, item.register))
             self.sources[rank, item.register] = item.peer
-            return True
+            self.happen((Recv, item.peer, rank, item.register))
+            return None
         if isinstance(item, AllReduce):
-            here = self.arrived.setdefault(item, set())
-            here.add(rank)
-            return here.issuperset(item.ranks)
+            self.happen((item, rank))
+            events: list[Hashable] = [(item, member) for member in item.ranks]
+            return next((event for event in events if event not in self.happened), None)
         read = item.registers if isinstance(item, Free) else self.registers.reads(item)
         for register in read:
             source = self.sources.get((rank, register))
-            if source is not None and (source, rank, register) not in self.reached:
-                return False
+            sent = (Send, source, rank, register)
+            if source is not None and sent not in self.happened:
+                return sent
         if isinstance(item, Send):
-            self.reached.add((rank, item.peer, item.register))
-            return (rank, item.peer, item.register) in self.posted
-        return True
+            self.happen((Send, rank, item.peer, item.register))
+            posted = (Recv, rank, item.peer, item.register)
+            return None if posted in self.happened else posted
+        return None
 
-    def unblock(self) -> bool:
-        """Move up the receive that the first blocked send waits for; False if there is none."""
+    def happen(self, event: Hashable) -> None:
+        if event not in self.happened:
+            self.happened.add(event)
+            self.ready += self.waiting.pop(event, [])
+
+    def unblock(self) -> int | None:
+        """Move up the receive that a blocked send waits for; the rank that receives, if any."""
         for rank, instructions in enumerate(self.instructions):
-            if self.done[rank] == len(instructions):
-                continue
-            item = instructions[self.done[rank]]
-            if isinstance(item, Send) and self.move_up(item, rank):
-                return True
-        return False
+            if self.done[rank] < len(instructions):
+                item = instructions[self.done[rank]]
+                if isinstance(item, Send) and self.move_up(item, rank):
+                    return item.peer
+        return None
 
     def move_up(self, send: Send, source: int) -> bool:
         target = self.instructions[send.peer]

@@ -7,6 +7,7 @@ microbatch and, when training, backward once: whole, or input half and then weig
 
 from __future__ import annotations
 
+from ..errors import VerificationError
 from ..graph import Mode
 from ..program import (
     Backward,
@@ -20,7 +21,7 @@ from ..program import (
     Send,
 )
 from .registers import Registers
-from .report import check, fail_at
+from .report import fail_at
 
 __all__ = ["verify_actions"]
 
@@ -107,21 +108,25 @@ def _verify_action_order(
     program: Program, places: dict[_Compute, int], stage: int, microbatch: int
 ) -> None:
     order: list[_Compute] = [Forward(stage, microbatch)]
+    here = f"program {program.rank}"
     if program.mode is Mode.TRAIN:
         whole = Backward(stage, microbatch)
         halves = BackwardInput(stage, microbatch), BackwardWeight(stage, microbatch)
-        check(
-            not (whole in places and any(half in places for half in halves)),
-            f"stage {stage} runs backward of microbatch {microbatch} whole and in halves",
-            f"program {program.rank}",
-        )
-        order += [whole] if whole in places else halves
+        if whole not in places:
+            order += halves
+        elif any(half in places for half in halves):
+            raise VerificationError(
+                f"stage {stage} runs backward of microbatch {microbatch} whole and in halves",
+                where=here,
+            )
+        else:
+            order.append(whole)
     for item in order:
-        check(
-            item in places,
-            f"{type(item).__name__} of stage {stage} on microbatch {microbatch} is missing",
-            f"program {program.rank}",
-        )
+        if item not in places:
+            raise VerificationError(
+                f"{type(item).__name__} of stage {stage} on microbatch {microbatch} is missing",
+                where=here,
+            )
     for first, second in zip(order, order[1:], strict=False):
         if places[second] < places[first]:
             fail_at(program, places[second], f"it comes before its {type(first).__name__}")

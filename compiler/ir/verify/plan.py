@@ -153,11 +153,12 @@ def _verify_plan_schedule(plan: Plan) -> None:
     for rank, actions in enumerate(schedule.ranks):
         for action in actions:
             device = plan.stages[action.stage].device
-            check(
-                device == rank,
-                f"{action} runs on rank {rank}, but stage {action.stage} stands on device {device}",
-                here,
-            )
+            if device != rank:
+                raise VerificationError(
+                    f"{action} runs on rank {rank}, but stage {action.stage} stands on device "
+                    f"{device}",
+                    where=here,
+                )
 
 
 def _verify_prediction(plan: Plan, prediction: Prediction) -> None:

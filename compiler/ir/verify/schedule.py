@@ -48,53 +48,59 @@ def _places(schedule: Schedule, mode: Mode) -> dict[Action, tuple[int, int]]:
     latest: dict[tuple[ActionKind, int], int] = {}
     for rank, actions in enumerate(schedule.ranks):
         for position, action in enumerate(actions):
-            here = f"action {action} of rank {rank} in schedule {schedule.name}"
-            check(action.stage in range(schedule.num_stages), "there is no such stage", here)
-            check(
-                action.microbatch in range(schedule.num_microbatches),
-                "there is no such microbatch",
-                here,
-            )
-            check(mode is Mode.TRAIN or action.kind is _FORWARD, "an inference runs backward", here)
-            check(action not in places, "the action is scheduled twice", here)
-            places[action] = rank, position
             home = stage_rank.setdefault(action.stage, rank)
-            check(home == rank, f"stage {action.stage} already runs on rank {home}", here)
             before = latest.get((action.kind, action.stage), -1)
-            check(
-                action.microbatch > before,
-                f"it comes after microbatch {before}; microbatches ascend",
-                here,
-            )
+            cause = ""
+            if not 0 <= action.stage < schedule.num_stages:
+                cause = "there is no such stage"
+            elif not 0 <= action.microbatch < schedule.num_microbatches:
+                cause = "there is no such microbatch"
+            elif mode is Mode.INFER and action.kind is not _FORWARD:
+                cause = "an inference runs backward"
+            elif action in places:
+                cause = "the action is scheduled twice"
+            elif home != rank:
+                cause = f"stage {action.stage} already runs on rank {home}"
+            elif action.microbatch <= before:
+                cause = f"it comes after microbatch {before}; microbatches ascend"
+            if cause:
+                here = f"action {action} of rank {rank} in schedule {schedule.name}"
+                raise VerificationError(cause, where=here)
+            places[action] = rank, position
             latest[action.kind, action.stage] = action.microbatch
     return places
 
 
 def _verify_complete(schedule: Schedule, mode: Mode, places: dict[Action, tuple[int, int]]) -> None:
-    here = f"schedule {schedule.name}"
     for stage in range(schedule.num_stages):
         for microbatch in range(schedule.num_microbatches):
-            found = {kind: Action(kind, stage, microbatch) for kind in ActionKind}
-            order = [_FORWARD]
-            if mode is Mode.TRAIN:
-                whole = found[_BACKWARD] in places
-                split = found[_INPUT] in places or found[_WEIGHT] in places
-                check(
-                    not (whole and split),
-                    f"{found[_BACKWARD]} is scheduled beside one of its halves",
-                    here,
-                )
-                order += [_BACKWARD] if whole else [_INPUT, _WEIGHT]
-            for kind in order:
-                missing = found[kind]
-                names = f"{missing} (or {found[_BACKWARD]})" if kind is _INPUT else str(missing)
-                check(missing in places, f"{names} is not scheduled", here)
-            for first, second in zip(order, order[1:], strict=False):
-                check(
-                    places[found[first]] < places[found[second]],
-                    f"{found[second]} comes before {found[first]}",
-                    here,
-                )
+            cause = _incomplete(mode, places, stage, microbatch)
+            if cause:
+                raise VerificationError(cause, where=f"schedule {schedule.name}")
+
+
+def _incomplete(
+    mode: Mode, places: dict[Action, tuple[int, int]], stage: int, microbatch: int
+) -> str:
+    """What is missing or out of order for one stage and microbatch, or an empty string."""
+    order = [Action(_FORWARD, stage, microbatch)]
+    if mode is Mode.TRAIN:
+        whole = Action(_BACKWARD, stage, microbatch)
+        halves = [Action(kind, stage, microbatch) for kind in (_INPUT, _WEIGHT)]
+        if whole not in places:
+            order += halves
+        elif any(half in places for half in halves):
+            return f"{whole} is scheduled beside one of its halves"
+        else:
+            order.append(whole)
+    for action in order:
+        if action not in places:
+            other = f" (or {_BACKWARD.value}{stage}.{microbatch})" if action.kind is _INPUT else ""
+            return f"{action}{other} is not scheduled"
+    for first, second in zip(order, order[1:], strict=False):
+        if places[second] < places[first]:
+            return f"{second} comes before {first}"
+    return ""
 
 
 def _verify_progress(
@@ -120,13 +126,13 @@ def _verify_progress(
     def waits(action: Action) -> Iterator[Wait]:
         for needed in needs(action):
             rank, position = places[needed]
-            yield Wait(rank, position + 1, f"{needed} of rank {rank}")
+            yield Wait(rank, position + 1, needed)
 
     cycle = find_deadlock([[tuple(waits(action)) for action in row] for row in schedule.ranks])
     if cycle:
         lines = [
             f"rank {entry.rank} at {schedule.ranks[entry.rank][entry.position]} waits for "
-            f"{entry.wait.reason}"
+            f"{entry.wait.reason} of rank {entry.wait.rank}"
             for entry in cycle
         ]
         raise VerificationError(

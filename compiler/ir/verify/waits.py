@@ -19,16 +19,20 @@ from ..program import AllReduce, Free, Program, Recv, Register, Send
 from ..text import print_instruction
 from .registers import Registers
 
+POST = "rank {other} to post the Recv of {subject} from rank {waits}"
+SEND = "rank {other} to reach the Send of {subject} to rank {waits}"
+REACH = "rank {other} to reach {subject}"
+
 __all__ = ["Blocked", "Wait", "find_deadlock", "program_waits"]
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Until `rank` has completed its first `count` steps; `reason` completes "waits for"."""
+    """Until `rank` has completed its first `count` steps; `str(reason)` says what for."""
 
     rank: int
     count: int
-    reason: str
+    reason: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +53,24 @@ def find_deadlock(waits: Sequence[Sequence[tuple[Wait, ...]]]) -> tuple[Blocked,
     done = [0] * len(waits)
 
     def holding(rank: int) -> Wait | None:
-        step = waits[rank][done[rank]]
-        return next((wait for wait in step if done[wait.rank] < wait.count), None)
+        for wait in waits[rank][done[rank]]:
+            if done[wait.rank] < wait.count:
+                return wait
+        return None
 
-    progress = True
-    while progress:
-        progress = False
-        for rank, steps in enumerate(waits):
-            while done[rank] < len(steps) and holding(rank) is None:
-                done[rank] += 1
-                progress = True
+    waiting: dict[int, list[int]] = {}  # rank -> ranks to try again once it has gone on
+    ready = list(range(len(waits)))
+    while ready:
+        rank = ready.pop()
+        before = done[rank]
+        while done[rank] < len(waits[rank]):
+            wait = holding(rank)
+            if wait is not None:
+                waiting.setdefault(wait.rank, []).append(rank)
+                break
+            done[rank] += 1
+        if done[rank] > before:
+            ready += waiting.pop(rank, [])
     stuck = [rank for rank, steps in enumerate(waits) if done[rank] < len(steps)]
     if not stuck:
         return ()
@@ -84,6 +96,21 @@ def program_waits(programs: tuple[Program, ...]) -> list[list[tuple[Wait, ...]]]
         ]
         for program in programs
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reason:
+    """What rank `waits` needs of rank `other`; rendered only where it is printed."""
+
+    text: str
+    waits: int
+    other: int
+    subject: Register | AllReduce
+
+    def __str__(self) -> str:
+        subject = self.subject
+        name = print_instruction(subject) if isinstance(subject, AllReduce) else str(subject)
+        return self.text.format(waits=self.waits, other=self.other, subject=name)
 
 
 class _Ends:
@@ -112,19 +139,16 @@ class _Ends:
         if isinstance(item, Send):
             posted = self.receives.get((rank, item.peer, item.register))
             if posted is not None:
-                reason = f"rank {item.peer} to post the Recv of {item.register} from rank {rank}"
-                yield Wait(item.peer, posted + 1, reason)
+                yield Wait(item.peer, posted + 1, _Reason(POST, rank, item.peer, item.register))
         elif isinstance(item, AllReduce):
             turn = self.turns[rank, position]
             for member in item.ranks:
                 others = self.collectives.get((member, item.ranks), ())
                 if member != rank and turn < len(others):
-                    reason = f"rank {member} to reach {print_instruction(item)}"
-                    yield Wait(member, others[turn], reason)
+                    yield Wait(member, others[turn], _Reason(REACH, rank, member, item))
         read = item.registers if isinstance(item, Free) else registers.reads(item)
         for register in read:
             source = self.received.get((rank, register))
             sent = None if source is None else self.sends.get((source, rank, register))
             if source is not None and sent is not None:
-                reason = f"rank {source} to reach the Send of {register} to rank {rank}"
-                yield Wait(source, sent, reason)
+                yield Wait(source, sent, _Reason(SEND, rank, source, register))
