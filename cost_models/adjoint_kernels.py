@@ -38,10 +38,21 @@ def _linear(c: NodeContext) -> Adjoint:
     copied = 0.0 if c.storages.folds(c.value(left), 1) else c.sizes[left]
     others = {left: (right,), right: () if copied else (left,)}
     return Adjoint(
-        gradients=tuple(Gradient(index, others.get(index, ())) for index in c.wanted),
+        gradients=tuple(
+            Gradient(index, others.get(index, ()), _narrow_scratch(c, index)) for index in c.wanted
+        ),
         extra_bytes=copied if right in c.wanted else 0.0,
-        forward_temporary_bytes=0.0 if right in c.wanted else copied,
+        forward_temporary_bytes=_narrow_scratch(c, c.node.outputs[0])
+        + (0.0 if right in c.wanted else copied),
     )
+
+
+def _narrow_scratch(c: NodeContext, made: int) -> float:
+    """Workspace of a 16-bit product on CPU: the result in float32 and a reordered operand."""
+    if c.backend != "cpu" or c.value(made).type.dtype.itemsize != 2:
+        return 0.0
+    largest = max(c.sizes[index] for index in (*c.node.inputs, *c.node.outputs))
+    return 2 * c.sizes[made] + largest
 
 
 def _matmul(c: NodeContext) -> Adjoint:
@@ -58,14 +69,19 @@ def _matmul(c: NodeContext) -> Adjoint:
                 copied[index] = c.sizes[index]
     copies = sum(copied.values())
     if not c.wanted:
-        return Adjoint(forward_temporary_bytes=copies)
+        return Adjoint(forward_temporary_bytes=copies + _narrow_scratch(c, c.node.outputs[0]))
     gradients = []
     for index in c.wanted:
         other = right if index == left else left
         stretched = c.value(other).type.shape[:-2] != c.value(index).type.shape[:-2]
         summed = c.sizes[other] if stretched and dims[index] > 2 else 0.0
+        summed += _narrow_scratch(c, index)
         gradients.append(Gradient(index, () if copied[other] else (other,), summed))
-    return Adjoint(gradients=tuple(gradients), extra_bytes=copies)
+    return Adjoint(
+        gradients=tuple(gradients),
+        extra_bytes=copies,
+        forward_temporary_bytes=_narrow_scratch(c, c.node.outputs[0]),
+    )
 
 
 def _einsum(c: NodeContext) -> Adjoint:
@@ -140,22 +156,25 @@ def _score_matrices(c: NodeContext, query: int, key: int, value: int) -> Adjoint
     """
     shape, columns = c.value(query).type.shape, c.value(key).type.shape[-2]
     itemsize = c.value(query).type.dtype.itemsize
+    # without dropout torch computes 16-bit operands in float32
+    wide = 2 if itemsize == 2 and not _dropout(c) else 1
     elements = c.sizes[query] / itemsize / max(shape[-1], 1) * columns
-    scores = elements * itemsize
+    scores = elements * itemsize * wide
     heads = shape[-3] / c.value(key).type.shape[-3] if len(shape) > 3 else 1.0
-    keys, values = c.sizes[key] * heads, c.sizes[value] * heads
-    copies_value = heads > 1 or not c.storages.folds(c.value(value), 2)
-    scaled = c.sizes[query] + keys
+    keys, values = c.sizes[key] * heads * wide, c.sizes[value] * heads * wide
+    copies_value = heads > 1 or wide > 1 or not c.storages.folds(c.value(value), 2)
+    scaled = c.sizes[query] * wide + keys
     saved = scaled + (values if copies_value else 0.0) + scores
-    busy = scaled + 2.25 * scores
+    busy = scaled + 2.25 * scores + (2 * c.sizes[query] if wide > 1 else 0.0)
     if _dropout(c) > 0.0:
         saved += scores + elements
-        busy = max(busy, scaled + scores + 12 * elements)
+        busy = max(busy, scaled + scores + 12 * elements, scaled + 3 * scores + elements)
     mask = c.operand(3)
     if mask is not None and c.value(mask).type.dtype.itemsize == 1:
         saved += c.sizes[mask] * (1 if _dropout(c) > 0.0 else itemsize)
     if positional(c.node, 5, keyword(c.node, "is_causal", False)) is True:
-        saved += elements / max(c.out_elements / shape[-1] / shape[-2], 1) * itemsize
+        triangle = shape[-2] * columns * itemsize
+        saved, busy = saved + triangle, busy + triangle
     written = sum(c.sizes[index] for index in c.wanted)
     computing = scores * (1 if _dropout(c) > 0.0 else 2) + (keys + values) * (heads > 1)
     return Adjoint(
@@ -186,7 +205,7 @@ def _norm(c: NodeContext) -> Adjoint:
     groups = 0.0
     if not saved:
         groups = 2 * _num_groups(c) * max(4, c.value(source).type.dtype.itemsize)
-    workspace = 2 * sum(c.sizes[index] for index in c.node.inputs[1:3])
+    workspace = 2 * sum(c.sizes[index] for index in c.node.inputs[1:3]) + groups
     if "batch_norm" in c.node.op.packet or "instance_norm" in c.node.op.packet:
         workspace += c.sizes[source]
     return Adjoint(
@@ -213,17 +232,22 @@ def _num_groups(c: NodeContext) -> float:
 
 
 def _rms_norm(c: NodeContext) -> Adjoint:
-    """Runs as pow, mean, rsqrt, mul, mul: the normalised operand is saved beside the operand."""
+    """Runs as pow, mean, rsqrt, mul, mul: the normalised operand is saved beside the operand.
+
+    16-bit operands are computed in float32, of which two tensors are saved.
+    """
     source = c.node.inputs[0]
-    size = c.sizes[source]
+    narrow = c.value(source).type.dtype.itemsize == 2
+    size = c.sizes[source] * (2 if narrow else 1)
+    saved = size * (2 if narrow else 1)
     gradients = tuple(
-        Gradient(index, c.node.inputs, 2 * size) if index == source else Gradient(index, (), size)
+        Gradient(index, c.node.inputs, 2 * saved) if index == source else Gradient(index, (), size)
         for index in c.wanted
     )
     return Adjoint(
         gradients=gradients,
-        extra_bytes=size + 2 * size / c.value(source).type.shape[-1] if c.wanted else 0.0,
-        forward_temporary_bytes=size if not c.wanted else 0.0,
+        extra_bytes=saved + 2 * size / c.value(source).type.shape[-1] if c.wanted else 0.0,
+        forward_temporary_bytes=size if c.wanted else 2 * saved,
     )
 
 
@@ -235,7 +259,7 @@ def _logsumexp(c: NodeContext) -> Adjoint:
     source = c.node.inputs[0]
     return Adjoint(
         gradients=c.each(source, c.node.outputs[0], temporary=c.sizes[source]),
-        forward_temporary_bytes=c.sizes[source],
+        forward_temporary_bytes=c.sizes[source] + 2 * c.out_bytes,
     )
 
 
@@ -256,6 +280,7 @@ def _nll_loss(c: NodeContext) -> Adjoint:
 def _loss(c: NodeContext) -> Adjoint:
     """Losses of two tensors, element by element and then a mean."""
     largest = max(c.sizes[index] for index in c.node.inputs)
+    largest *= 2 if c.value(c.node.inputs[0]).type.dtype.itemsize == 2 else 1
     temporaries = 5 if "cross_entropy" in c.node.op.packet or "kl" in c.node.op.packet else 2
     return Adjoint(
         gradients=c.each(*c.node.inputs, *c.node.outputs[1:], temporary=largest / 2),
@@ -266,12 +291,13 @@ def _loss(c: NodeContext) -> Adjoint:
 def _reduction(c: NodeContext) -> Adjoint:
     """sum and mean expand the gradient; others compare, weigh or accumulate operands."""
     packet, source = c.node.op.packet, c.node.inputs[0]
-    size = c.sizes[source]
+    narrow = c.value(source).type.dtype.itemsize == 2
+    size = c.sizes[source] * (3 if narrow else 1)
     if packet == "sum":
         same = c.value(source).type.dtype == c.value(c.node.outputs[0]).type.dtype
         return Adjoint(c.each(), aliased=frozenset(c.wanted if same else ()))
     if packet == "mean":
-        return Adjoint(c.each())
+        return Adjoint(c.each(), forward_temporary_bytes=2 * c.sizes[source] if narrow else 0.0)
     if packet == "cumsum":
         return Adjoint(c.each(temporary=size))
     if len(c.node.outputs) > 1 and packet in ("max", "min"):
@@ -314,19 +340,47 @@ def _convolution_workspaces(
     if kernel == 1 and not strided and itemsize >= 4:
         return 0.0, weights, 2 * weights
     if c.backend == "cpu" and itemsize == 8:
-        rows = read / max(1, math.prod(c.value(image).type.shape[2:]))
-        columns = rows * kernel * math.prod(c.value(c.node.outputs[0]).type.shape[2:])
-        return columns, columns + weights, columns + weights
-    channels = max(c.value(image).type.shape[1], 1)
-    padding = -(-channels // 16) * 16 / channels
-    scratch = (6 if itemsize == 2 else 2) * weights * padding
-    forward = max(read, made, read + 2 * made if is_transposed(c.node) else 0.0) + weights
-    reordered = read * padding if padding > 1 or strided else 0.0
+        return _column_workspaces(c, image, weight)
+    blocks_in, blocks_out = (_blocks(c, index) for index in (image, c.node.outputs[0]))
+    inner, outer, kernels = read * blocks_in, made * blocks_out, weights * blocks_in * blocks_out
+    narrow = 8 * kernels + inner if itemsize == 2 else 0.0
+    back_image = max(inner + outer + kernels - read, inner, 2 * read if strided else 0.0)
+    if c.value(image).type.shape[1] < 8:  # images of few channels are read as they are
+        return max(outer, 2 * weights) + narrow, back_image + narrow, outer + 2 * weights + narrow
     return (
-        forward,
-        max(made + reordered, 2 * read if strided else 0.0) + scratch,
-        read + made + scratch,
+        max(inner + outer + kernels - made, outer, 2 * made if is_transposed(c.node) else 0.0),
+        back_image + narrow,
+        inner + outer + 2 * kernels + narrow,
     )
+
+
+def _column_workspaces(
+    c: NodeContext, image: int, weight: int
+) -> tuple[float, float, float]:
+    """Workspaces of float64 convolution, which multiplies with columns of the unfolded image.
+
+    Grouped convolutions go group by group and join the parts; transposed ones unfold the result,
+    their backward one row of the batch at a time.
+    """
+    read, weights, made = c.sizes[image], c.sizes[weight], c.out_bytes
+    kernel = math.prod(c.value(weight).type.shape[2:])
+    shape, result = c.value(image).type.shape, c.value(c.node.outputs[0]).type.shape
+    if is_transposed(c.node):
+        columns = made / max(1, math.prod(result[2:])) * kernel * math.prod(shape[2:])
+        each = columns / max(shape[0], 1) + weights
+        return columns + weights, each, each
+    columns = read / max(1, math.prod(shape[2:])) * kernel * math.prod(result[2:])
+    groups = shape[1] // max(c.value(weight).type.shape[1], 1)
+    if groups <= 1:
+        return columns, weights, columns + weights
+    part = (columns + read + made) / groups
+    return part + made, part + read, part + weights
+
+
+def _blocks(c: NodeContext, index: int) -> float:
+    """By how much a tensor grows when its channels are padded to blocks of 16."""
+    channels = max(c.value(index).type.shape[1], 1)
+    return -(-channels // 16) * 16 / channels
 
 
 def _pooling(c: NodeContext) -> Adjoint:
@@ -343,7 +397,11 @@ def _pooling(c: NodeContext) -> Adjoint:
     if "avg_pool" in packet:
         single = c.value(c.node.outputs[0]).type.shape[2:]
         whole = "adaptive" in packet and math.prod(single) == 1  # runs as a mean
-        return Adjoint(c.each(*(() if whole else (source,))))
+        narrow = c.value(source).type.dtype.itemsize == 2
+        return Adjoint(
+            gradients=c.each(*(() if whole else (source,))),
+            forward_temporary_bytes=2 * c.sizes[source] if whole and narrow else 0.0,
+        )
     return Adjoint(c.each(), forward_temporary_bytes=1.5 * c.out_bytes)
 
 
@@ -355,19 +413,24 @@ def _lookup(c: NodeContext) -> Adjoint:
 def _indexing(c: NodeContext) -> Adjoint:
     """Gradients are zeros of the operand's size into which rows are put (out of place)."""
     reads = [i for i in (*c.node.inputs, *c.node.outputs[1:]) if not c.value(i).type.is_float]
-    return Adjoint(tuple(Gradient(i, tuple(reads), c.sizes[i]) for i in c.wanted))
+    narrow = c.value(c.node.outputs[0]).type.dtype.itemsize == 2  # added up in float32
+    return Adjoint(
+        gradients=tuple(
+            Gradient(i, tuple(reads), (3 if narrow else 1) * c.sizes[i]) for i in c.wanted
+        ),
+        forward_temporary_bytes=2 * c.out_bytes if narrow else 0.0,
+    )
 
 
 def _recurrent(c: NodeContext) -> Adjoint:
-    """Every layer and step keeps gates and states: about seven times the output."""
+    """Every layer and step keeps gates and states; weight gradients are summed over steps."""
     largest = max(c.sizes[i] for i in (*c.node.inputs, *c.node.outputs))
     layers = sum(len(c.value(i).type.shape) == 2 for i in c.node.inputs) / 2
     saved = max(1.0, layers) * 7 * largest
     return Adjoint(
-        gradients=_joint(c.each(*c.node.inputs, *c.node.outputs), 2 * saved),
+        gradients=c.each(*c.node.inputs, *c.node.outputs, temporary=largest),
         extra_bytes=saved if c.wanted else 0.0,
         forward_temporary_bytes=2 * largest,
-        joint=True,
     )
 
 

@@ -223,7 +223,7 @@ def _node_backward(build: _Build, node: Node, arrivals: tuple[int, ...]) -> None
             continue
         reads = (*arrivals, *build.roots(item.reads), *extra)
         if _in_place(build, node, index):
-            build.backward.append(Step(node.id, reads, (), 0.0))
+            build.backward.append(Step(node.id, reads, (), item.temporary_bytes))
             build.contributions[index] = 0
             continue
         storage = build.new()
