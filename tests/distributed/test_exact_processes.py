@@ -1,0 +1,58 @@
+"""Real processes over gloo train what one process trains: driver mode and torchrun."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import WorkerPool
+from tests.exactness.harness import Subject, adamw64, sgd32
+from tests.models.exact import EXACT_MODELS
+
+ROOT = Path(__file__).absolute().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "schedule"),
+    [("gpt2", 2, "1f1b"), ("unet", 4, "1f1b"), ("t5", 3, "gpipe")],
+)
+def test_local_workers_are_exact(pool: WorkerPool, name: str, stages: int, schedule: str) -> None:
+    errors = Subject(EXACT_MODELS[name], adamw64).errors(stages, schedule, pool.session(stages))
+    assert all(error.value <= adamw64.tolerance for error in errors.values()), errors
+
+
+def test_local_workers_are_exact_in_single_precision(pool: WorkerPool) -> None:
+    subject = Subject(EXACT_MODELS["resnet"], sgd32, clip_grad_norm=0.5)
+    errors = subject.errors(2, "1f1b", pool.session(2))
+    assert all(error.value <= sgd32.tolerance for error in errors.values()), errors
+
+
+def test_torchrun_is_exact(tmp_path: Path) -> None:
+    """Both ranks see the same errors against the unpartitioned model, and they are tiny."""
+    script = ROOT / "tests" / "distributed" / "spmd_exact.py"
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(script),
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert set(found[0]) == {"loss", "outputs", "gradients", "weights"}
+    assert all(value <= adamw64.tolerance for value in found[0].values()), found[0]
