@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +166,40 @@ def test_run_under_torchrun_prints_once(folder: Path, plan_file: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert max(json.loads(done.stdout)["max_relative_error"].values()) < 1e-10
+
+
+def test_ctrl_c_ends_the_run_and_its_workers(folder: Path, plan_file: Path) -> None:
+    command = [sys.executable, "-m", "cutset", "run", f"{folder}/factories.py:net"]
+    command += ["--plan", str(plan_file), "--dtype", "float64", "--steps", "1000000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "step 3" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert errors.rstrip().endswith("cutset: interrupted")
+        assert "Traceback" not in errors
+        _wait_for_end_of_group(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_for_end_of_group(group: int) -> None:
+    """Fail unless no process of the group is left after a few seconds."""
+    limit = time.monotonic() + 10
+    while time.monotonic() < limit:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("processes are left after Ctrl-C")
 
 
 def test_a_meta_model_is_planned_but_not_run(
