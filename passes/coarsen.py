@@ -10,11 +10,13 @@ is a legal partition:
    views, casts, activations and norms are cut where least would be sent.
 3. If more units remain than wanted, program order is cut into intervals at positions where fewer
    bytes cross than anywhere within a window of w units; w is the least that leaves few enough.
-   Transformers are cut at the residual stream, between attention and MLP.
+   Transformers are cut at the residual stream, between attention and MLP. The heaviest intervals
+   are then split, each where least crosses near its middle, as long as units are left.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ __all__ = ["Coarsening", "coarsen"]
 
 _CHEAP = 1 / 64  # of a stage's even share of the work
 _LARGEST = 1 / 8
+_FINE = 1 / 16  # of a stage's share: lighter intervals are not split further
+_MIDDLE = 0.25  # the lighter part of a split interval has at least this share of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +179,49 @@ def _cut_program_order(
         if len(cuts) < max(how.max_units, 1) or window >= len(units):
             break
         window += 1
-    bounds = [0, *cuts, len(units)]
+    seconds = [sum(how.seconds[node] for node in unit) for unit in units]
+    bounds = _split_heavy([0, *cuts, len(units)], seconds, crossing, how)
     return tuple(
         tuple(sorted(node for unit in units[a:b] for node in unit))
         for a, b in zip(bounds, bounds[1:], strict=False)
     )
+
+
+def _split_heavy(
+    bounds: list[int], seconds: list[float], crossing: list[int], how: Coarsening
+) -> list[int]:
+    """`bounds` with the heaviest intervals split while fewer than `max_units` result.
+
+    Intervals of equal weight (repeated blocks) are split all or none.
+    """
+    prefix = [0.0, *itertools.accumulate(seconds)]
+    bounds = list(bounds)
+    fine = _FINE * prefix[-1] / how.num_stages
+    settled: set[tuple[int, int]] = set()
+    while True:
+        weights = {
+            (a, b): prefix[b] - prefix[a]
+            for a, b in zip(bounds, bounds[1:], strict=False)
+            if b - a > 1 and (a, b) not in settled
+        }
+        heaviest = max(weights.values(), default=0.0)
+        alike = [pair for pair, weight in weights.items() if weight > 0.99 * heaviest]
+        if heaviest <= fine or len(bounds) - 1 + len(alike) > how.max_units:
+            return bounds
+        places = {pair: _middle(*pair, prefix, crossing) for pair in alike}
+        settled.update(pair for pair, place in places.items() if place is None)
+        bounds = sorted([*bounds, *(place for place in places.values() if place is not None)])
+
+
+def _middle(first: int, last: int, prefix: list[float], crossing: list[int]) -> int | None:
+    """Where to split [first, last): least crossing bytes, neither part light; None if nowhere."""
+    least = _MIDDLE * (prefix[last] - prefix[first])
+    places = [
+        place
+        for place in range(first + 1, last)
+        if prefix[place] - prefix[first] >= least and prefix[last] - prefix[place] >= least
+    ]
+    return min(places, key=lambda place: (crossing[place], place), default=None)
 
 
 def _crossing_bytes(graph: Graph, units: tuple[tuple[int, ...], ...]) -> list[int]:

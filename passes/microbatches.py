@@ -1,9 +1,10 @@
 """Decides the number of microbatches, if the user does not.
 
 More of them shrink the pipeline's bubble and the activations in flight, fewer keep operators
-large. Every divisor of the batch size (up to eight a stage and then doublings) is priced at its
-own microbatch size; dynamic programming finds a partition for each. Those whose lower bound
-exceeds the best step so far are skipped. Ties go to fewer microbatches.
+large and messages few. Divisors of the batch size around four microbatches a stage are priced,
+each at its own microbatch size, from many to few; dynamic programming finds a partition for each.
+Fewer microbatches never need less memory, so the search ends with the first number that does not
+fit, or after two that are slower than the best. Ties go to fewer microbatches.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.plan import Plan
 from .context import Context
 from .partition.from_graph import state_problem
-from .partition.search import SearchLimits, estimate, simple_bound
+from .partition.search import SearchLimits, estimate
 from .partition.statement import stage_counts, state
 
 __all__ = ["ChooseMicrobatches", "candidates"]
 
-_MOST_CANDIDATES = 10
+_MOST_CANDIDATES = 8
+_PATIENCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +53,19 @@ def _choose(plan: Plan, context: Context) -> int:
         return numbers[0]
     statement = state(plan, context)
     counts = stage_counts(plan, context, len(statement.units))
-    counts = tuple(count for count in counts if count <= len(statement.units))
-    best, chosen = math.inf, numbers[0]
     limits = SearchLimits(tolerance=context.options.tolerance, num_orders=1)
-    for number in numbers:
-        problem = state_problem(statement, number)
-        if min((simple_bound(problem, count) for count in counts), default=0.0) >= best:
-            continue
-        seconds = estimate(problem, counts, limits).seconds
+    best, chosen, slower = math.inf, numbers[-1], 0
+    for number in reversed(numbers):
+        seconds = estimate(state_problem(statement, number), counts, limits).seconds
         context.progress(f"{number} microbatches: {seconds:.6g} s a step")
-        if seconds < best * (1 - 1e-9):
+        if math.isinf(seconds):
+            break
+        slower = slower + 1 if seconds > best else 0
+        if seconds <= best:
             best, chosen = seconds, number
-    return chosen if best < math.inf else numbers[-1]
+        if slower == _PATIENCE:
+            break
+    return chosen
 
 
 def _divisors(number: int) -> Iterator[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import VerificationError

@@ -19,12 +19,14 @@ def predict(plan: Plan, graph: Graph) -> Prediction:
     """Expected figures of `plan`, whose stages, schedule and certificate are decided."""
     assert plan.schedule is not None and plan.certificate is not None
     fraction = plan.batch_size / plan.num_microbatches / batch_rows(graph)
+    kinds = {plan.cluster.type_of(stage.device) for stage in plan.stages}
+    costs = {kind.name: price(graph, kind, batch_fraction=fraction) for kind in kinds}
     forward, backward = [], []
-    trains = plan.mode is Mode.TRAIN
     for stage in plan.stages:
-        costs = price(graph, plan.cluster.type_of(stage.device), batch_fraction=fraction)
-        forward.append(sum(costs[node].forward_seconds for node in stage.nodes))
-        backward.append(sum(costs[node].backward_seconds for node in stage.nodes) if trains else 0.0)
+        prices = [costs[plan.cluster.devices[stage.device].type][node] for node in stage.nodes]
+        forward.append(sum(cost.forward_seconds for cost in prices))
+        trains = plan.mode is Mode.TRAIN
+        backward.append(sum(cost.backward_seconds for cost in prices) if trains else 0.0)
     seconds = plan.certificate.objective
     busy = plan.num_microbatches * (sum(forward) + sum(backward))
     bubble = 1.0 - busy / (len(plan.stages) * seconds) if seconds else 0.0

@@ -26,12 +26,14 @@ the cutoff, so the program's optimum never exceeds the true one; bytes are exact
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...compiler.ir.cluster import Link
 from .objective import sync_seconds, transfer
-from .problem import Assignment, StageProblem
+from .problem import Assignment, Flow, Shared, StageProblem, Unit, topological_order
 
 __all__ = ["StageProgramModel", "SolveOutcome", "build", "decode", "solve", "unit_windows"]
 
@@ -113,8 +115,6 @@ def _stages_needed(
 
 def _closures(problem: StageProblem) -> tuple[list[int], list[int]]:
     """Bit sets of each unit with its ancestors, and with its descendants."""
-    from .problem import topological_order
-
     edges = problem.edges()
     order = topological_order(len(problem.units), edges, lambda unit: unit)
     before = [1 << unit for unit in range(len(problem.units))]
@@ -125,6 +125,15 @@ def _closures(problem: StageProblem) -> tuple[list[int], list[int]]:
     for source, target in sorted(edges, key=lambda edge: -position[edge[1]]):
         after[source] |= after[target]
     return before, after
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A 0/1 expression: a stage holds `item`, on a device of type `kind`."""
+
+    chosen: Linear
+    item: Unit | Shared
+    kind: int
 
 
 class _Builder:
@@ -153,10 +162,19 @@ class _Builder:
         self.x: dict[tuple[int, int], Linear] = {}
         self.z: dict[tuple[int, int], Linear] = {}
         self.w: dict[tuple[int, int, int], Linear] = {}
-        self.r: dict[tuple[int, int, int], Linear] = {}
-        self.k: dict[tuple[int, int], Linear] = {}
-        self.o: dict[tuple[int, int], Linear] = {}
-        self.h: dict[tuple[int, int, int], Linear] = {}
+        self.r: dict[tuple[int, int], list[Linear]] = defaultdict(list)
+        self.held: list[list[_Held]] = [[] for _ in self.stages]
+        self.k: list[list[tuple[int, Linear]]] = [[] for _ in self.stages]
+        self.o: list[list[tuple[int, Linear]]] = [[] for _ in self.stages]
+        self.h: list[list[tuple[int, Link, Linear]]] = [[] for _ in self.stages]
+        self.links = tuple(dict.fromkeys(link for row in problem.links for link in row))
+        self.flow_ticks = [
+            {link: self._flow_ticks(flow, link) for link in self.links} for flow in problem.flows
+        ]
+        self.least_ticks = [
+            tuple(min(ways) for ways in zip(*table.values(), strict=True))
+            for table in self.flow_ticks
+        ]
 
     def ticks(self, seconds: float) -> int:
         return math.floor(seconds * self.scale)
@@ -217,9 +235,12 @@ class _Builder:
                 users = [user for user in shared.users if self.within(user, stage)]
                 for cls in self.options(stage) if users else ():
                     held = self.model.new_bool_var(f"r[{number},{stage},{cls}]")
-                    self.r[number, stage, cls] = held
+                    self.r[number, cls].append(held)
+                    self.held[stage].append(_Held(held, shared, self.problem.classes[cls].type))
                     for user in users:
                         self.model.add(held >= self.w[user, stage, cls])
+                    if math.isinf(shared.forward_seconds[self.problem.classes[cls].type]):
+                        self.model.add(held == 0)
 
     def _member(self, unit: int, stage: int) -> None:
         options = self.options(stage)
@@ -234,7 +255,9 @@ class _Builder:
             self.model.add(whole == self.x[unit, stage])
         for cls in options:
             entry = self.problem.classes[cls]
-            if math.isinf(self.problem.units[unit].forward_seconds[entry.type]):
+            item = self.problem.units[unit]
+            self.held[stage].append(_Held(self.w[unit, stage, cls], item, entry.type))
+            if math.isinf(item.forward_seconds[entry.type]):
                 self.model.add(self.w[unit, stage, cls] == 0)
 
     def crossings(self) -> None:
@@ -244,7 +267,7 @@ class _Builder:
                 if not users or self.windows[flow.producer][0] >= stage:
                     continue
                 crosses = self.model.new_bool_var(f"k[{number},{stage}]")
-                self.k[number, stage] = crosses
+                self.k[stage].append((number, crosses))
                 for user in users:
                     present = self.x[flow.producer, stage]
                     self.model.add(crosses >= self.x[user, stage] - present)
@@ -257,46 +280,40 @@ class _Builder:
             users = [u for u in flow.consumers if self.windows[u][1] > stage]
             if users and self.within(flow.producer, stage):
                 leaves = self.model.new_bool_var(f"o[{number},{stage}]")
-                self.o[number, stage] = leaves
+                self.o[stage].append((number, leaves))
                 for user in users:
                     self.model.add(leaves >= self.x[flow.producer, stage] - self.x[user, stage])
 
     def _slow_links(self, number: int, stage: int, crosses: Linear) -> None:
         """h[f,s,l] for every link of the cluster over which f is slower than over the fastest."""
         flow = self.problem.flows[number]
-        links = self._links()
-        if len(links) == 1:
-            return
-        for position, link in enumerate(links):
-            if self._flow_ticks(number, link) == self._least_ticks(number):
+        for position, link in enumerate(self.links):
+            if self.flow_ticks[number][link] == self.least_ticks[number]:
                 continue
-            slow = self.model.new_bool_var(f"h[{number},{stage},{position}]")
-            self.h[number, stage, position] = slow
-            for target in self.options(stage):
-                for origin in range(len(self.problem.classes)):
-                    if self.problem.links[origin][target] != link:
-                        continue
-                    sent = sum(
-                        self.w[flow.producer, earlier, origin]
-                        for earlier in range(stage)
-                        if (flow.producer, earlier, origin) in self.w
-                    )
+            pairs = [
+                (sent, target)
+                for target in self.options(stage)
+                for origin, sent in self._origins(flow.producer, stage)
+                if self.problem.links[origin][target] == link
+            ]
+            if pairs:
+                slow = self.model.new_bool_var(f"h[{number},{stage},{position}]")
+                self.h[stage].append((number, link, slow))
+                for sent, target in pairs:
                     self.model.add(slow >= crosses + sent + self.z[stage, target] - 2)
 
-    def _links(self) -> list[Any]:
-        count = len(self.problem.classes)
-        return list(dict.fromkeys(self.problem.links[a][b] for a in range(count) for b in range(count)))
+    def _origins(self, unit: int, stage: int) -> list[tuple[int, Linear]]:
+        """For each class, whether `unit` is on it in a stage before `stage`."""
+        first, last = self.windows[unit]
+        found: dict[int, Linear] = {}
+        for earlier in range(first, min(last + 1, stage)):
+            for cls in self.options(earlier):
+                found[cls] = found.get(cls, 0) + self.w[unit, earlier, cls]
+        return list(found.items())
 
-    def _flow_ticks(self, number: int, link: Any) -> tuple[int, int]:
-        flow = self.problem.flows[number]
-        return (
-            self.ticks(transfer(link, flow.forward_bytes)),
-            self.ticks(transfer(link, flow.gradient_bytes)),
-        )
-
-    def _least_ticks(self, number: int) -> tuple[int, int]:
-        ways = [self._flow_ticks(number, link) for link in self._links()]
-        return min(way[0] for way in ways), min(way[1] for way in ways)
+    def _flow_ticks(self, flow: Flow, link: Link) -> tuple[int, ...]:
+        ways = (flow.forward_bytes, flow.gradient_bytes)
+        return tuple(self.ticks(transfer(link, num_bytes)) for num_bytes in ways)
 
     def times(self) -> tuple[list[Linear], list[Linear], Linear, Linear]:
         """T[s], R[s] + G[s], B and O."""
@@ -311,43 +328,31 @@ class _Builder:
         self.model.add(self.num_stages * bottleneck >= sum(compute))
         updates = self.model.new_int_var(0, self.horizon, "O")
         for stage in self.stages:
-            self.model.add(updates >= self._figure(stage, "optimizer_seconds"))
+            self.model.add(updates >= self._updates(stage))
         return compute, exposed, bottleneck, updates
 
     def _compute(self, stage: int) -> Linear:
         terms = []
-        for (unit, place, cls), chosen in self.w.items():
-            if place == stage:
-                kind, item = self.problem.classes[cls].type, self.problem.units[unit]
-                seconds = item.forward_seconds[kind] + item.backward_seconds[kind]
-                terms.append((0 if math.isinf(seconds) else self.ticks(seconds)) * chosen)
-        for (number, place, cls), held in self.r.items():
-            if place == stage:
-                kind, shared = self.problem.classes[cls].type, self.problem.shared[number]
-                terms.append(self.ticks(shared.forward_seconds[kind]) * held)
+        for held in self.held[stage]:
+            seconds = held.item.forward_seconds[held.kind]
+            if isinstance(held.item, Unit):
+                seconds += held.item.backward_seconds[held.kind]
+            terms.append((0 if math.isinf(seconds) else self.ticks(seconds)) * held.chosen)
         return sum(terms)
 
-    def _figure(self, stage: int, name: str) -> Linear:
-        """Sum over what `stage` holds of a tuple of seconds by device type."""
-        total: Linear = 0
-        for table, items in ((self.w, self.problem.units), (self.r, self.problem.shared)):
-            for (index, place, cls), chosen in table.items():
-                figures = getattr(items[index], name)
-                if place == stage and figures:
-                    total += self.ticks(figures[self.problem.classes[cls].type]) * chosen
-        return total
+    def _updates(self, stage: int) -> Linear:
+        return sum(
+            self.ticks(held.item.optimizer_seconds[held.kind]) * held.chosen
+            for held in self.held[stage]
+            if held.item.optimizer_seconds
+        )
 
     def _communication(self, stage: int, way: int) -> Linear:
-        links = self._links()
-        total: Linear = 0
-        for (number, place), crosses in self.k.items():
-            if place == stage:
-                total += self._least_ticks(number)[way] * crosses
-        for (number, place, position), slow in self.h.items():
-            if place == stage:
-                ticks = self._flow_ticks(number, links[position])[way]
-                total += (ticks - self._least_ticks(number)[way]) * slow
-        return total
+        total = sum(self.least_ticks[number][way] * crosses for number, crosses in self.k[stage])
+        return total + sum(
+            (self.flow_ticks[number][link][way] - self.least_ticks[number][way]) * slow
+            for number, link, slow in self.h[stage]
+        )
 
     def memory(self) -> None:
         for stage in self.stages:
@@ -356,36 +361,24 @@ class _Builder:
                 self.problem.classes[cls].memory_bytes * self.z[stage, cls]
                 for cls in self.options(stage)
             )
-            held = [
-                (chosen, items[index])
-                for table, items in ((self.w, self.problem.units), (self.r, self.problem.shared))
-                for (index, place, _), chosen in table.items()
-                if place == stage
-            ]
-            always = sum(item.static_bytes * chosen for chosen, item in held)
+            held = self.held[stage]
+            always = sum(entry.item.static_bytes * entry.chosen for entry in held)
             always += self._messages(stage, in_flight)
-            saved = sum(in_flight * item.saved_bytes * chosen for chosen, item in held)
-            peak = self._largest(f"transient[{stage}]", [(i.transient_bytes, x) for x, i in held])
+            saved = sum(in_flight * entry.item.saved_bytes * entry.chosen for entry in held)
+            transients = [(entry.item.transient_bytes, entry.chosen) for entry in held]
+            peak = self._largest(f"transient[{stage}]", transients)
             self.model.add(always + saved + peak <= limit)
-            if any(item.update_bytes for _, item in held):
-                update = sum(item.update_bytes * chosen for chosen, item in held)
+            if any(entry.item.update_bytes for entry in held):
+                update = sum(entry.item.update_bytes * entry.chosen for entry in held)
                 self.model.add(always + update <= limit)
-            peaks = [(item.update_peak_bytes, chosen) for chosen, item in held]
+            peaks = [(entry.item.update_peak_bytes, entry.chosen) for entry in held]
             if any(size for size, _ in peaks):
                 self.model.add(always + self._largest(f"update[{stage}]", peaks) <= limit)
 
     def _messages(self, stage: int, in_flight: int) -> Linear:
         flows = self.problem.flows
-        incoming = sum(
-            flows[number].incoming_bytes(in_flight) * crosses
-            for (number, place), crosses in self.k.items()
-            if place == stage
-        )
-        return incoming + sum(
-            flows[number].outgoing_bytes(in_flight) * leaves
-            for (number, place), leaves in self.o.items()
-            if place == stage
-        )
+        incoming = sum(flows[f].incoming_bytes(in_flight) * bit for f, bit in self.k[stage])
+        return incoming + sum(flows[f].outgoing_bytes(in_flight) * bit for f, bit in self.o[stage])
 
     def _largest(self, name: str, sizes: list[tuple[int, Linear]]) -> Linear:
         """A variable that is at least every size whose 0/1 expression is 1."""
@@ -404,7 +397,11 @@ class _Builder:
         for number, shared in enumerate(self.problem.shared):
             if not shared.reduced_bytes:
                 continue
-            held = [bit for (index, _, _), bit in self.r.items() if index == number]
+            held = [
+                bit
+                for cls in range(len(self.problem.classes))
+                for bit in self.r.get((number, cls), ())
+            ]
             for copies in range(2, min(len(shared.users), self.num_stages) + 1):
                 further = self.model.new_bool_var(f"copies[{number},{copies}]")
                 self.model.add(sum(held) - (copies - 1) <= self.num_stages * further)

@@ -27,7 +27,7 @@ from ...compiler.ir.cluster import Link
 from .objective import excess_bytes, step_seconds, sync_seconds
 from .problem import Assignment, StageProblem
 
-__all__ = ["DeviceOrders", "IntervalResult", "Intervals", "search_intervals"]
+__all__ = ["DeviceOrders", "IntervalResult", "Intervals", "outlook", "search_intervals"]
 
 Table = NDArray[np.float64]
 _STEP = 0.002  # relative distance of two bottleneck thresholds
@@ -43,14 +43,13 @@ class DeviceOrders:
     """
 
     arcs: tuple[tuple[tuple[int, int, int, int], ...], ...]
-    complete: bool
 
     @staticmethod
     def of_sequence(classes: tuple[int, ...]) -> DeviceOrders:
         """Only the given class for each stage."""
         before = (classes[0], *classes)
         arcs = tuple(((0, 0, cls, before[stage]),) for stage, cls in enumerate(classes))
-        return DeviceOrders(arcs, complete=len(set(classes)) == 1)
+        return DeviceOrders(arcs)
 
     @staticmethod
     def all(counts: tuple[int, ...], num_stages: int, max_arcs: int) -> DeviceOrders | None:
@@ -70,7 +69,7 @@ class DeviceOrders:
             layer = following
             if sum(map(len, arcs)) > max_arcs:
                 return None
-        return DeviceOrders(tuple(arcs), complete=True)
+        return DeviceOrders(tuple(arcs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +107,7 @@ class Intervals:
         self.sync = np.zeros_like(self.static)
         self._add_shared()
         self._add_flows()
+        self.fitting = functools.cache(self._fitting)
 
     def _sums(self, figures: list[float]) -> Table:
         return self._accumulate(figures, np.add)
@@ -119,7 +119,7 @@ class Intervals:
             table[start, start + 1 :] = operation.accumulate(row[start:])
         return table
 
-    def _touched(self, users: tuple[int, ...]) -> NDArray[np.bool_]:
+    def touched(self, users: tuple[int, ...]) -> NDArray[np.bool_]:
         """Whether interval [i, j) contains one of `users`."""
         positions = np.array(sorted(self._position[user] for user in users))
         starts = np.arange(self.size + 1)
@@ -129,9 +129,9 @@ class Intervals:
 
     def _add_shared(self) -> None:
         for shared in self.problem.shared:
-            touched = self._touched(shared.users)
+            touched = self.touched(shared.users)
             for table, seconds in zip(self.compute, shared.forward_seconds, strict=False):
-                table += touched * seconds
+                table += np.where(touched, seconds, 0.0)
             for table, seconds in zip(self.optimizer, shared.optimizer_seconds, strict=False):
                 table += touched * seconds
             self.static += touched * float(shared.static_bytes)
@@ -155,7 +155,7 @@ class Intervals:
             users = tuple(user for user in flow.consumers if user != flow.producer)
             if not users:
                 continue
-            crossing = self._touched(users)
+            crossing = self.touched(users)
             place, last = self._position[flow.producer], max(self._position[u] for u in users)
             crossing[: place + 1] = False
             for way, num_bytes in enumerate((flow.forward_bytes, flow.gradient_bytes)):
@@ -170,6 +170,11 @@ class Intervals:
             self._messages[way] * link.latency_seconds + self._bytes[way] / link.bytes_per_second
         )
 
+    def _fitting(self, in_flight: int, limit_bytes: int) -> NDArray[np.bool_]:
+        """Whether interval [i, j), not empty, fits into so much memory."""
+        table: NDArray[np.bool_] = np.triu(self.memory(in_flight) <= limit_bytes, 1)
+        return table
+
     def memory(self, in_flight: int) -> Table:
         """Bytes that interval [i, j) needs on its device."""
         incoming = (in_flight + 1) * self._bytes[0] + self._bytes[1]
@@ -178,6 +183,14 @@ class Intervals:
         update = np.maximum(self.update, self.update_peak)
         table: Table = self.static + np.maximum(at_work, update) + incoming + outgoing
         return table
+
+    def flows_are_local(self) -> bool:
+        """Whether each value is read by the next unit only, so that it crosses one boundary."""
+        return all(
+            self._position[user] - self._position[flow.producer] <= 1
+            for flow in self.problem.flows
+            for user in flow.consumers
+        )
 
     def is_chain(self) -> bool:
         """Whether each unit feeds the next one, so that no other order exists."""
@@ -196,6 +209,7 @@ class _Search:
         self.additive = functools.cache(self._additive)
         self.bottleneck = functools.cache(self._bottleneck)
         self._fits = functools.cache(self._memory_fits)
+        self._under = functools.lru_cache(maxsize=16)(self._is_under)
         self.stage_matters = bool(self.problem.stage_pins)
 
     def _additive(self, cls: int, before: int) -> Table:
@@ -211,14 +225,17 @@ class _Search:
         return table
 
     def _memory_fits(self, cls: int, in_flight: int, stage: int) -> NDArray[np.bool_]:
-        table = self.intervals.memory(in_flight) <= self.problem.classes[cls].memory_bytes
-        table &= np.triu(np.ones_like(table), 1)
+        table = self.intervals.fitting(in_flight, self.problem.classes[cls].memory_bytes)
         for unit, pinned in self.problem.class_pins:
             if pinned != cls:
-                table &= ~self.intervals._touched((unit,))
+                table = table & ~self.intervals.touched((unit,))
         for unit, wanted in self.problem.stage_pins:
-            touched = self.intervals._touched((unit,))
-            table &= touched if wanted == stage else ~touched
+            touched = self.intervals.touched((unit,))
+            table = table & (touched if wanted == stage else ~touched)
+        return table
+
+    def _is_under(self, cls: int, before: int, threshold: float) -> NDArray[np.bool_]:
+        table: NDArray[np.bool_] = self.bottleneck(cls, before) <= threshold
         return table
 
     def fits(self, cls: int, stage: int) -> NDArray[np.bool_]:
@@ -238,7 +255,7 @@ class _Search:
             for number, (source, target, cls, before) in enumerate(arcs):
                 allowed = self.fits(cls, stage)
                 if threshold < math.inf:
-                    allowed = allowed & (self.bottleneck(cls, before) <= threshold)
+                    allowed = allowed & self._under(cls, before, threshold)
                 table = np.where(allowed, cost(cls, before), math.inf)
                 reached = join(values[source][:, None], table)
                 first = reached.argmin(axis=0)
@@ -283,6 +300,31 @@ class _Path:
             classes.append(cls)
             end = start
         return Assignment(tuple(stages), tuple(reversed(classes)))
+
+
+def outlook(intervals: Intervals, max_stages: int) -> tuple[float, ...]:
+    """Lower bounds of the step time of this order's interval partitions into 1, 2, .. stages.
+
+    For a problem with one class of devices: the least bottleneck and the least additive cost,
+    each by itself, from the last stage to the first, so that one pass serves all numbers of
+    stages (in-flight microbatches depend on the distance to the last stage only). Infinite where
+    nothing fits in memory. Pins of stages and what the optimizer costs are left out.
+    """
+    problem = intervals.problem
+    (device,) = problem.classes
+    (link,) = problem.links[0]
+    transfers = intervals.transfers(0, link), intervals.transfers(1, link)
+    compute = intervals.compute[device.type]
+    bottleneck = np.maximum(compute, np.maximum(*transfers))
+    additive = compute + transfers[0] + transfers[1] + intervals.sync
+    low = free = np.where(np.arange(intervals.size + 1) == intervals.size, 0.0, math.inf)
+    bounds = []
+    for tail in range(1, max_stages + 1):
+        fits = intervals.fitting(problem.in_flight(tail, 0), device.memory_bytes)
+        low = np.where(fits, np.maximum(bottleneck, low[None, :]), math.inf).min(axis=1)
+        free = np.where(fits, additive + free[None, :], math.inf).min(axis=1)
+        bounds.append(float(free[0]) + (problem.num_microbatches - 1) * float(low[0]))
+    return tuple(bounds)
 
 
 def search_intervals(

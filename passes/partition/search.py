@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ...compiler.ir.cluster import Link
 from .ilp import SolveOutcome, build, solve, unit_windows
-from .intervals import DeviceOrders, Intervals, search_intervals
+from .intervals import DeviceOrders, Intervals, outlook, search_intervals
 from .objective import step_seconds
 from .problem import Assignment, DeviceClass, StageProblem, topological_order
 
@@ -32,6 +32,8 @@ class SearchLimits:
         num_orders: topological orders tried by dynamic programming.
         max_program: units x stages x classes above which device classes are fixed beforehand.
         max_work: arcs x units^2 above which not every device sequence is enumerated.
+        confirm: units x stages up to which the integer program confirms a proof on a chain.
+        accept: relative gap at which a larger program is not built.
     """
 
     tolerance: float = 1e-6
@@ -40,6 +42,8 @@ class SearchLimits:
     num_orders: int = 8
     max_program: int = 6000
     max_work: int = 60_000_000
+    confirm: int = 4000
+    accept: float = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,6 @@ class Solution:
     seconds: float
     lower_bound: float
     methods: tuple[str, ...]
-    device_orders_complete: bool
 
 
 @dataclass(slots=True)
@@ -71,12 +74,13 @@ def search(
     best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
     methods = ["interval dynamic programming"]
     budget = limits.time_limit
-    complete = True
     for candidate in sorted(candidates, key=lambda item: (item.lower_bound, item.num_stages)):
-        if candidate is not best and candidate.lower_bound >= best.seconds * (1 - limits.tolerance):
+        small = len(problem.units) * candidate.num_stages <= limits.confirm
+        allowance = limits.tolerance if small else max(limits.tolerance, limits.accept)
+        proven = candidate.lower_bound >= best.seconds * (1 - allowance)
+        if proven and not (candidate is best and small):
             continue
         outcome, covered = _by_program(problem, candidate, best, budget, limits)
-        complete = complete and covered
         methods = ["interval dynamic programming", "integer program (CP-SAT)"]
         budget = max(budget - outcome.work, 0.05 * limits.time_limit)
         bound = min(outcome.bound_seconds, best.seconds) if covered else 0.0
@@ -87,7 +91,7 @@ def search(
             if seconds < best.seconds:
                 best = candidate
     bound = min([item.lower_bound for item in candidates] + [best.seconds])
-    return Solution(best.best, best.seconds, bound, tuple(methods), complete)
+    return Solution(best.best, best.seconds, bound, tuple(methods))
 
 
 def estimate(
@@ -97,7 +101,7 @@ def estimate(
     candidates = _by_intervals(problem, stage_counts, limits)
     best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
     bound = min([item.lower_bound for item in candidates] + [best.seconds])
-    return Solution(best.best, best.seconds, bound, ("interval dynamic programming",), False)
+    return Solution(best.best, best.seconds, bound, ("interval dynamic programming",))
 
 
 def _by_intervals(
@@ -106,29 +110,39 @@ def _by_intervals(
     """Best interval partition for every stage count that may still win."""
     relaxed = _relaxed(problem)
     orders = _topological_orders(problem, limits)
-    tables = [Intervals(problem, order) for order in orders]
-    chain = tables[0] if tables[0].is_chain() else None
-    relaxed_chain = chain if relaxed is problem else None
-    if chain is not None and relaxed is not problem:
-        relaxed_chain = Intervals(relaxed, orders[0])
     candidates = [_Candidate(count, simple_bound(problem, count)) for count in stage_counts]
     least = math.inf
-    for candidate in sorted(candidates, key=lambda item: (item.lower_bound, -item.num_stages)):
-        if candidate.lower_bound >= least * (1 - limits.tolerance):
-            continue
-        for table in tables:
-            for devices in device_orders(problem, candidate.num_stages, limits, table.size):
-                found = search_intervals(table, candidate.num_stages, devices, least)
-                if found.seconds < candidate.seconds:
-                    candidate.best, candidate.seconds = found.assignment, found.seconds
-                if table is relaxed_chain and devices.complete:
-                    _raise_bound(problem, candidate, found.lower_bound)
-        if relaxed_chain is not None and relaxed_chain is not chain:
-            whole = DeviceOrders.of_sequence((0,) * candidate.num_stages)
-            found = search_intervals(relaxed_chain, candidate.num_stages, whole, least)
-            _raise_bound(problem, candidate, found.lower_bound)
-        least = min(least, candidate.seconds)
+    for order in orders:
+        table = Intervals(problem, order)
+        relaxed_table = table if relaxed is problem else Intervals(relaxed, order)
+        bounds = outlook(relaxed_table, max(stage_counts))
+        chain = table.is_chain()
+        for candidate in candidates:
+            if chain:
+                _raise_bound(problem, candidate, bounds[candidate.num_stages - 1])
+        for candidate in sorted(
+            candidates, key=lambda item: (bounds[item.num_stages - 1], -item.num_stages)
+        ):
+            if bounds[candidate.num_stages - 1] < least * (1 - limits.tolerance):
+                _search_order(table, candidate, least, limits)
+                least = min(least, candidate.seconds)
     return candidates
+
+
+def _search_order(
+    table: Intervals, candidate: _Candidate, least: float, limits: SearchLimits
+) -> None:
+    """Improve what is known of `candidate` by the interval partitions of one order."""
+    problem = table.problem
+    orders, complete = device_orders(problem, candidate.num_stages, limits, table.size)
+    alike = len({link for row in problem.links for link in row}) == 1
+    exact = complete and table.is_chain() and (alike or table.flows_are_local())
+    for devices in orders:
+        found = search_intervals(table, candidate.num_stages, devices, least)
+        if found.seconds < candidate.seconds:
+            candidate.best, candidate.seconds = found.assignment, found.seconds
+        if exact:
+            _raise_bound(problem, candidate, found.lower_bound)
 
 
 def _raise_bound(problem: StageProblem, candidate: _Candidate, bound: float) -> None:
@@ -223,19 +237,19 @@ def _levels(
 
 def device_orders(
     problem: StageProblem, num_stages: int, limits: SearchLimits, num_units: int
-) -> tuple[DeviceOrders, ...]:
-    """All device sequences if they are few enough, else some good ones.
+) -> tuple[tuple[DeviceOrders, ...], bool]:
+    """All device sequences if they are few enough, else some good ones; whether they are all.
 
     The good ones keep devices of a class together: by index, fastest first or last, most memory
     first (early stages keep more microbatches in flight).
     """
     if len(problem.classes) == 1:
-        return (DeviceOrders.of_sequence((0,) * num_stages),)
+        return (DeviceOrders.of_sequence((0,) * num_stages),), True
     counts = tuple(len(entry.devices) for entry in problem.classes)
     most = max(limits.max_work // (num_units + 1) ** 2, 1)
     every = DeviceOrders.all(counts, num_stages, most)
     if every is not None:
-        return (every,)
+        return (every,), True
     by_index = sorted(
         (device, cls) for cls, entry in enumerate(problem.classes) for device in entry.devices
     )
@@ -255,7 +269,7 @@ def device_orders(
         ordered = sorted(by_index, key=rank)
         chosen.append(tuple(cls for _, cls in ordered[:num_stages]))
     sequences = dict.fromkeys([*chosen, *(tuple(reversed(item)) for item in chosen)])
-    return tuple(DeviceOrders.of_sequence(item) for item in sequences)
+    return tuple(DeviceOrders.of_sequence(item) for item in sequences), False
 
 
 def _by_program(
@@ -300,12 +314,11 @@ def _any_classes(problem: StageProblem, num_stages: int) -> Assignment:
 
 def _loose_seconds(problem: StageProblem) -> float:
     """An upper estimate of any partition's step time."""
-    slowest = sum(
-        max(s for s in map(sum, zip(u.forward_seconds, u.backward_seconds, strict=True)) if s < math.inf)
-        for u in problem.units
-    )
-    recomputed = problem.num_devices * sum(max(s.forward_seconds) for s in problem.shared)
-    return max((slowest + recomputed) * (problem.num_microbatches + 1), 1e-9)
+    units = [s for u in problem.units for s in (*u.forward_seconds, *u.backward_seconds)]
+    recomputed = [s for item in problem.shared for s in item.forward_seconds]
+    total = sum(s for s in units if s < math.inf)
+    total += problem.num_devices * sum(s for s in recomputed if s < math.inf)
+    return max(total * (problem.num_microbatches + 1), 1e-9)
 
 
 def _largest_bottleneck(problem: StageProblem, num_stages: int, cutoff: float) -> float:

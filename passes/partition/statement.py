@@ -13,7 +13,7 @@ from .from_graph import Statement, node_labels
 __all__ = ["schedule_name", "stage_counts", "state"]
 
 _FEW_UNITS = 150
-_UNITS_PER_STAGE = 3
+_UNITS_PER_STAGE = 6
 _UNITS_TIMES_STAGES = 1200
 
 

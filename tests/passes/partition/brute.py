@@ -31,20 +31,20 @@ def brute_force(
             if all(classes.count(i) <= len(c.devices) for i, c in enumerate(problem.classes))
         ]
         for stages in itertools.product(range(count), repeat=len(problem.units)):
-            if any(stages[a] > stages[b] for a, b in problem.edges()) or len(set(stages)) != count:
+            if len(set(stages)) != count or any(stages[a] > stages[b] for a, b in problem.edges()):
                 continue
             for classes in sequences:
                 candidate = Assignment(stages, classes)
-                seconds = step_seconds(problem, candidate)
-                if seconds < best and is_legal(problem, candidate):
-                    best, chosen = seconds, candidate
+                if is_legal(problem, candidate) and step_seconds(problem, candidate) < best:
+                    best, chosen = step_seconds(problem, candidate), candidate
     return best, chosen
 
 
 @st.composite
-def problems(draw: st.DrawFn, max_units: int = 8) -> StageProblem:
-    """Random DAGs of units on 2 to 4 devices of up to 3 classes, memory limits often binding."""
-    count = draw(st.integers(3, max_units))
+def problems(draw: st.DrawFn) -> StageProblem:
+    """Random DAGs of up to 8 units on 2 to 4 devices of up to 3 classes, memory often binding."""
+    devices, most = draw(st.sampled_from(((2, 8), (3, 7), (4, 5))))
+    count = draw(st.integers(devices, most))
     num_types = draw(st.integers(1, 2))
     small = st.integers(0, 20)
     seconds = st.tuples(*[st.integers(1, 20).map(float)] * num_types)
@@ -65,7 +65,7 @@ def problems(draw: st.DrawFn, max_units: int = 8) -> StageProblem:
     flows = []
     for producer in range(count - 1):
         later = st.integers(producer + 1, count - 1)
-        consumers = draw(st.sets(later, max_size=3))
+        consumers = draw(st.sets(later, min_size=draw(st.integers(0, 1)), max_size=3))
         if consumers:
             size = draw(st.integers(1, 12))
             gradient = draw(st.sampled_from((0, size)))
@@ -88,8 +88,7 @@ def problems(draw: st.DrawFn, max_units: int = 8) -> StageProblem:
                 draw(st.integers(1, 9)) if tied else 0,
             )
         )
-    num_classes = draw(st.integers(num_types, 3))
-    devices = draw(st.integers(max(2, num_classes), 4))
+    num_classes = draw(st.integers(num_types, min(3, devices)))
     sizes = [1] * num_classes
     for _ in range(devices - num_classes):
         sizes[draw(st.integers(0, num_classes - 1))] += 1
