@@ -28,7 +28,6 @@ PACKAGE_FOLDERS = {
     "cutset.cost_models": "cost_models",
     "cutset.passes": "passes",
     "cutset.passes.partition": "passes/partition",
-    "cutset.passes.partition": "passes/partition",
     "cutset.runtime": "runtime",
 }
 

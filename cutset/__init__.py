@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from .compiler.ir.plan import Plan
     from .compiler.parallel import Parallel
+    from .compiler.plan_json import load_plan, save_plan
     from .compiler.validate import verify
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "WorkerLost",
     "__version__",
     "auto_partition",
+    "load_plan",
+    "save_plan",
     "verify",
 ]
 
@@ -59,6 +62,8 @@ _HOMES = {
     "Parallel": ".compiler.parallel",
     "Plan": ".compiler.ir.plan",
     "auto_partition": ".compiler.api",
+    "load_plan": ".compiler.plan_json",
+    "save_plan": ".compiler.plan_json",
     "verify": ".compiler.validate",
 }  # of the names in __all__ that are not errors
 

