@@ -376,9 +376,9 @@ def render_cluster(cluster: Cluster, *, format: str = "toml") -> str:
             "links": links,
         }
         return json.dumps(table, indent=2) + "\n"
-    lines = [f"name = {json.dumps(cluster.name)}", f"local = {json.dumps(cluster.local)}"]
+    lines = [f"name = {_quoted(cluster.name)}", f"local = {json.dumps(cluster.local)}"]
     for name, body in types.items():
-        lines += ["", f"[types.{json.dumps(name)}]", *_toml_lines(body)]
+        lines += ["", f"[types.{_quoted(name)}]", *_toml_lines(body)]
     for title, bodies in (("devices", groups), ("links", links)):
         for body in bodies:
             lines += ["", f"[[{title}]]", *_toml_lines(body)]
@@ -422,6 +422,13 @@ def _toml_lines(body: dict[str, object]) -> list[str]:
 
 def _toml_value(value: object) -> str:
     if isinstance(value, dict):
-        items = (f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items())
+        items = (f"{_quoted(key)} = {_toml_value(item)}" for key, item in value.items())
         return "{ " + ", ".join(items) + " }"
-    return json.dumps(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return _quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: JSON's, but for characters beyond the BMP, which JSON splits in two."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

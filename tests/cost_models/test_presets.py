@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cutset.compiler.ir.cluster import Cluster
+from cutset.compiler.ir.errors import ClusterError
+from cutset.cost_models import cluster_file
+from cutset.cost_models.presets import (
+    device_type,
+    limit_memory,
+    local_cpu_cluster,
+    make_cluster,
+    parse_devices,
+    preset,
+    preset_names,
+)
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_whole(name: str) -> None:
+    cluster = preset(name)
+    assert cluster.name == name and not cluster.local
+    for index, device in enumerate(cluster.devices):
+        assert device.index == index
+        kind = cluster.type_of(index)
+        assert kind.memory_bytes >= GIB and kind.memory_bytes_per_second > 1e9
+        assert kind.rate(torch.float32) > 1e9
+        for other in range(len(cluster.devices)):
+            if other != index:
+                assert cluster.link(index, other).bytes_per_second > 1e8
+
+
+def test_nodes_fill_up_in_order_and_links_differ_inside_and_between() -> None:
+    cluster = make_cluster("h100", 12)
+    assert [device.node for device in cluster.devices] == ["node0"] * 8 + ["node1"] * 4
+    assert cluster.link(0, 7).bytes_per_second > 5 * cluster.link(7, 8).bytes_per_second
+
+
+def test_a_mixed_node_has_two_generations_and_a_host() -> None:
+    cluster = preset("mixed-node")
+    kinds = [cluster.type_of(index).name for index in range(9)]
+    assert kinds == ["h100"] * 4 + ["a100"] * 4 + ["cpu-host"]
+    assert cluster.link(0, 1).bytes_per_second > cluster.link(0, 4).bytes_per_second
+
+
+@pytest.mark.parametrize("spec", [3, "3", "cpu:3", [torch.device("cpu")] * 3])
+def test_local_workers(spec: object) -> None:
+    cluster = parse_devices(spec)  # type: ignore[arg-type]
+    assert cluster.local and len(cluster.devices) == 3
+    assert {cluster.type_of(index).backend for index in range(3)} == {"cpu"}
+
+
+def test_memory_limit_applies_to_every_way_of_naming_devices() -> None:
+    for spec in (2, "h100:2", "a100-node", local_cpu_cluster(2)):
+        cluster = parse_devices(spec, memory_limit_bytes=1 << 20)
+        assert {entry.memory_bytes for entry in cluster.types} == {1 << 20}
+    small = limit_memory(local_cpu_cluster(1, memory_limit_bytes=1 << 10), 1 << 20)
+    assert small.types[0].memory_bytes == 1 << 10, "a limit never raises what a device has"
+
+
+def test_types_and_counts() -> None:
+    assert len(parse_devices("h100:64").devices) == 64
+    assert parse_devices("h200-node:16") == make_cluster("h200", 16)
+    cluster = parse_devices("h100-node")
+    assert parse_devices(cluster) is cluster
+
+
+def test_a_file_names_a_cluster(tmp_path: object) -> None:
+    path = f"{tmp_path}/mixed.toml"
+    cluster_file.write_cluster(preset("mixed-node"), path)
+    assert parse_devices(path) == preset("mixed-node")
+
+
+@pytest.mark.parametrize(
+    ("spec", "cause", "way_out"),
+    [
+        ("h300-node", "unknown cluster preset 'h300-node'", "h100-node"),
+        ("h300:8", "unknown device type 'h300'", "h100"),
+        ("h100:many", "'many' in devices = 'h100:many' is not a number", "h100:4"),
+        ("h100:0", "'0' in devices", "h100:4"),
+        (0, "0 devices", "at least 1"),
+        (-2, "-2 devices", "at least 1"),
+        (True, "devices = True", "a count"),
+        (2.5, "devices = 2.5", "a count"),
+        ([], "none cannot form", "all cpu or all cuda"),
+        ([torch.device("cpu"), torch.device("meta")], "'meta'", "describe them"),
+    ],
+)
+def test_what_names_no_devices_is_refused(spec: object, cause: str, way_out: str) -> None:
+    with pytest.raises(ClusterError) as caught:
+        parse_devices(spec)  # type: ignore[arg-type]
+    assert cause in caught.value.cause
+    assert any(way_out in way for way in caught.value.ways_out), caught.value.ways_out
+
+
+def test_more_cuda_devices_than_there_are() -> None:
+    with pytest.raises(ClusterError, match="this machine has"):
+        parse_devices("cuda:4096")
+
+
+def test_unlisted_dtypes_run_at_the_rate_of_f32() -> None:
+    kind = device_type("tpu-like")
+    assert kind.rate(torch.float64) == kind.rate(torch.float32) < kind.rate(torch.bfloat16)
+
+
+def test_clusters_compare_by_value() -> None:
+    assert make_cluster("a100", 4) == make_cluster("a100", 4)
+    assert isinstance(make_cluster("a100", 4), Cluster)
