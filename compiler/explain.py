@@ -7,10 +7,12 @@ and the warnings. Without the graph (a plan file alone) modules and boundaries a
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from ..cost_models.simulator import Simulation
 from ..cost_models.timeline import render_timeline
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Plan, Stage
@@ -20,6 +22,7 @@ from .timeline import ideal_simulation
 __all__ = ["Boundary", "StageSummary", "binding", "explain", "explain_json", "summarize"]
 
 _BOXES = 8  # more stages than this are listed one a line
+_CELLS_PER_ACTION = 1.5  # columns that a typical action of a drawn schedule has
 _LANES = 16  # ranks drawn of a schedule
 _MODULE_LINES = 3  # lines of module names in a box
 _WIDTH = 76
@@ -278,13 +281,29 @@ def _schedule_text(plan: Plan) -> str:
         plan.prediction.stage_forward_seconds,
         plan.prediction.stage_backward_seconds,
     )
-    lanes = render_timeline(simulation, _WIDTH - 20).splitlines()[1:]
+    shown = _beginning(simulation, cells=_WIDTH - 20)
+    lanes = render_timeline(shown, _WIDTH - 20).splitlines()[1:]
     if len(lanes) > _LANES:
         lanes = [*lanes[:_LANES], f"... and {len(lanes) - _LANES} more ranks"]
     head = (
         f"schedule {plan.schedule.name}: {_seconds(simulation.step_seconds)} by stage times alone"
     )
+    if shown.step_seconds < simulation.step_seconds:
+        head += f"; the first {_seconds(shown.step_seconds)}:"
     return "\n".join([head, "(0-9 forward, a-z backward, A-Z weight gradient, . idle)", *lanes])
+
+
+def _beginning(simulation: Simulation, cells: int) -> Simulation:
+    """As much of a step as `cells` can show with more than a cell for a typical action."""
+    lengths = [span.end_seconds - span.begin_seconds for span in simulation.timeline]
+    typical = statistics.median(lengths) if lengths else 0.0
+    limit = min(simulation.step_seconds, cells * typical / _CELLS_PER_ACTION)
+    spans = tuple(
+        replace(span, end_seconds=min(span.end_seconds, limit))
+        for span in simulation.timeline
+        if span.begin_seconds < limit
+    )
+    return replace(simulation, step_seconds=limit, timeline=spans)
 
 
 def _figures_text(plan: Plan) -> str:

@@ -121,6 +121,15 @@ def test_idle_time_of_the_ideal_is_the_bubble() -> None:
     assert simulation.bubble_fraction == pytest.approx(1 / 5)  # (stages - 1) / (m + stages - 1)
 
 
+def test_of_a_long_schedule_the_beginning_is_drawn() -> None:
+    graph = mlp(num_layers=2)
+    actions = " ".join(f"F0.{m} B0.{m}" for m in range(100))
+    schedule = Schedule.parse(f"schedule long stages=1 microbatches=100\n0: {actions}")
+    text = explain(replace(plan_of(graph, (0, 1), (2, 3, 4)), schedule=schedule))
+    assert "schedule long: 300 ms by stage times alone; the first 56 ms:" in text
+    assert "|0aa1bb2cc3dd" in text
+
+
 def test_a_schedule_that_waits_for_itself_is_named() -> None:
     stuck = replace(ONE_F_ONE_B, ranks=((Action.parse("B0.0"),), ONE_F_ONE_B.ranks[1]))
     with pytest.raises(VerificationError, match=r"B0\.0 waits for an action"):
