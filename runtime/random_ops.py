@@ -115,9 +115,11 @@ def replacement(operator: torch._ops.OpOverload) -> RandomOp | None:
         return random_op(f"aten.{packet}.default")
     base = "normal_functional" if packet == "normal_" else packet[:-1]
     function = random_op(f"aten.{base}.default")
+    # A dispatch mode does not see arguments that equal their defaults.
+    defaults = (0.5,) if operator is torch.ops.aten.bernoulli_.float else ()
 
     def in_place(key: Tensor, draw: int, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor.copy_(function(key, draw, tensor, *args, **kwargs))
+        return tensor.copy_(function(key, draw, tensor, *(args or defaults), **kwargs))
 
     return in_place
 
