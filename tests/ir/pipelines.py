@@ -5,7 +5,7 @@ from __future__ import annotations
 from cutset.compiler.codegen.programs import generate_programs
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.compiler.ir.fingerprint import fingerprint, plan_hash
-from cutset.compiler.ir.graph import Graph, Mode
+from cutset.compiler.ir.graph import Graph, Mode, producers
 from cutset.compiler.ir.plan import (
     Certificate,
     MemoryPrediction,
@@ -69,15 +69,21 @@ def one_f_one_b(
 
 
 def cut(graph: Graph, num_stages: int) -> tuple[Stage, ...]:
-    """Stages of about equal length; replicable nodes go to every stage that reads them."""
+    """Stages of about equal length; replicable nodes go to every stage that needs them."""
     free = replicable_nodes(graph)
     body = [node.id for node in graph.nodes if node.id not in free]
+    made_by = producers(graph)
     stages = []
+    placed: set[int] = set()
     for index in range(num_stages):
         first, last = (len(body) * (index + step) // num_stages for step in (0, 1))
         nodes = set(body[first:last])
-        read = {value for node in nodes for value in graph.nodes[node].inputs}
-        nodes |= {node for node in free if read.intersection(graph.nodes[node].outputs)}
+        for node in reversed(graph.nodes):
+            if node.id in nodes:
+                nodes |= free.intersection(made_by.get(value, -1) for value in node.inputs)
+        placed |= nodes
+        if index == num_stages - 1:
+            nodes |= free - placed  # nobody reads these
         stages.append(Stage(index, index, tuple(sorted(nodes))))
     return tuple(stages)
 

@@ -28,7 +28,7 @@ from tests.ir.strategies import graphs, plans, programs
 quick = settings(
     derandomize=True,
     deadline=None,
-    max_examples=100,
+    max_examples=60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
