@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cutset.compiler.codegen.programs import generate_programs
 from cutset.compiler.ir.errors import VerificationError
 from cutset.compiler.ir.graph import Mode, Output, OutputKind, ValueKind
 from cutset.compiler.ir.program import (
@@ -31,10 +32,10 @@ from cutset.compiler.ir.program import (
 )
 from cutset.compiler.ir.text import print_instruction
 from cutset.compiler.ir.types import TensorType
-from cutset.compiler.ir.verify import held_bytes, verify_programs
+from cutset.compiler.ir.verify import held_bytes, verify_plan, verify_programs
 from cutset.compiler.ir.verify.waits import find_deadlock, program_waits
 from cutset.compiler.ir.views import event_view
-from tests.ir.pipelines import make_programs
+from tests.ir.pipelines import cluster, make_plan, make_programs, skip_graph
 
 Programs = tuple[Program, ...]
 RIGHT = make_programs()
@@ -466,3 +467,20 @@ def test_outputs_of_stages_may_not_clash() -> None:
     clash = graph(1, lambda s: {"outputs": (*s.graph.outputs, Output(OutputKind.LOSS, 0))})
     with pytest.raises(VerificationError, match="not a floating-point scalar"):
         verify_programs(clash(RIGHT))
+
+
+def test_ranks_without_stages_take_no_part() -> None:
+    model = skip_graph()
+    plan = make_plan(model, 2, 2)
+    first, second = plan.stages
+    assert plan.schedule is not None
+    rows = (plan.schedule.ranks[0], (), plan.schedule.ranks[1])
+    spread = replace(
+        plan,
+        cluster=cluster(3),
+        stages=(first, replace(second, device=2)),
+        schedule=replace(plan.schedule, ranks=rows),
+        prediction=None,
+    )
+    verify_plan(spread, model)
+    verify_programs(generate_programs(model, spread, plan_hash="hash", clip_grad_norm=1.0))
