@@ -201,7 +201,7 @@ def _environment(threads: int) -> dict[str, str]:
     spec = find_spec("cutset")
     assert spec is not None and spec.origin is not None
     own = str(Path(spec.origin).absolute().parent.parent)
-    paths = dict.fromkeys([own, *(str(Path(entry).absolute()) for entry in sys.path)])
+    paths = dict.fromkeys([*(str(Path(entry).absolute()) for entry in sys.path), own])
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     return {
         "GLOO_SOCKET_IFNAME": loopback,

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -37,6 +38,7 @@ _OPERATIONS = {
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
 }
+_MAX_OUTSTANDING = 8  # gloo sends to one rank
 _UNUSED_TAG = (1 << 31) - 1  # nobody sends with it
 _Group = Any  # dist.ProcessGroup; its stub lacks what new_group returns for non-members
 
@@ -132,6 +134,7 @@ class TorchCommunicator:
         self._links: dict[tuple[int, int], _Group] = {}  # NCCL groups by (sender, receiver)
         self._groups: dict[tuple[int, ...], tuple[str, _Group]] = {}  # backend and group
         self._groups[tuple(range(num_ranks))] = ("gloo", gloo)
+        self._outstanding: dict[int, deque[_TorchPending]] = {}  # gloo sends by receiver
 
     @property
     def rank(self) -> int:
@@ -221,14 +224,27 @@ class TorchCommunicator:
     def send(self, tensor: torch.Tensor, peer: int, tag: int, *, label: str) -> _TorchPending:
         self._check_device(tensor, label)
         group = self._links.get((self._rank, peer))
-        buffer = tensor.detach().contiguous()
-        if group is None:
-            buffer = _on_host(buffer)
-            work = self._post(lambda: dist.isend(buffer, peer, group=self._gloo, tag=tag), label)
-        else:
-            work = self._post(lambda: dist.isend(buffer, peer, group=group), label)
         wait = self._wait(f"rank {peer} to take {label}", group)
-        return _TorchPending(work, wait, buffer, lambda sent: None)
+        buffer = tensor.detach().contiguous()
+        if group is not None:
+            work = self._post(lambda: dist.isend(buffer, peer, group=group), label)
+            return _TorchPending(work, wait, buffer, _nothing)
+        self._make_room(peer)
+        buffer = _on_host(buffer)
+        work = self._post(lambda: dist.isend(buffer, peer, group=self._gloo, tag=tag), label)
+        pending = _TorchPending(work, wait, buffer, _nothing)
+        self._outstanding.setdefault(peer, deque()).append(pending)
+        return pending
+
+    def _make_room(self, peer: int) -> None:
+        """Bound the tensors that wait to leave, as gloo does not tell when one has left.
+
+        Waiting for an old message cannot deadlock: programs are proven to run even if every send
+        blocked until its receive is posted.
+        """
+        outstanding = self._outstanding.get(peer, deque())
+        while outstanding and (outstanding[0].done() or len(outstanding) >= _MAX_OUTSTANDING):
+            outstanding.popleft().wait()
 
     def recv(self, type: TensorType, peer: int, tag: int, *, label: str) -> _TorchPending:
         group = self._links.get((peer, self._rank))
@@ -293,19 +309,17 @@ class TorchCommunicator:
         Gloo closes the connections of a group when a wait of the application times out; that is
         its only way to do so while operations are pending.
         """
-        for ranks, (backend, group) in self._groups.items():
-            others = [rank for rank in ranks if rank != self._rank]
-            if backend == "gloo" and len(others) < len(ranks) and others:
+        everyone = (tuple(range(self._num_ranks)), ("gloo", self._gloo))
+        mine = [entry for entry in self._groups.items() if self._rank in entry[0]]
+        for ranks, (backend, group) in [everyone, *mine]:
+            if backend == "gloo" and len(ranks) > 1:
+                other = next(rank for rank in ranks if rank != self._rank)
                 with contextlib.suppress(RuntimeError):
-                    work = dist.irecv(torch.empty(1), others[0], group=group, tag=_UNUSED_TAG)
+                    work = dist.irecv(torch.empty(1), other, group=group, tag=_UNUSED_TAG)
                     assert work is not None
                     work.wait(timedelta(milliseconds=1))
         nccl = [group for pair, group in self._links.items() if self._rank in pair]
-        nccl += [
-            group
-            for ranks, (backend, group) in self._groups.items()
-            if backend == "nccl" and self._rank in ranks
-        ]
+        nccl += [group for _, (backend, group) in mine if backend == "nccl"]
         for group in nccl:
             with contextlib.suppress(RuntimeError):
                 group.abort()
@@ -354,6 +368,10 @@ def _contract(fields: dict[str, Any]) -> Contract:
             for entry in fields["reductions"]
         ),
     )
+
+
+def _nothing(sent: torch.Tensor) -> None:
+    """Result of a send."""
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,28 @@ class FakeRank:
         assert received is not None
         return received.flatten().tolist()
 
+    def burst(self, count: int) -> list[float]:
+        """Rank 0 sends more messages at once than may be outstanding; rank 1 takes its time."""
+        if self.rank == 0:
+            tokens = [
+                torch.full((2,), float(number), device=self.device) for number in range(count)
+            ]
+            pendings = [
+                self.communicator.send(token, 1, 20 + number, label="token")
+                for number, token in enumerate(tokens)
+            ]
+            for pending in pendings:
+                pending.wait()
+        if self.rank != 1:
+            return []
+        received = []
+        for number in range(count):
+            time.sleep(0.005)
+            token = self.communicator.recv(TOKEN, 0, 20 + number, label="token").wait()
+            assert token is not None
+            received.append(token[0].item())
+        return received
+
     def collectives(self) -> dict[str, Any]:
         """Every kind of reduction, a non-contiguous operand, broadcast and barrier."""
         ranks = range(self.num_ranks)

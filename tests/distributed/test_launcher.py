@@ -69,6 +69,9 @@ class TestCommunication:
     def test_non_contiguous_tensors_arrive_in_order(self, session: LocalSession) -> None:
         assert session.call("strided")[1] == [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]
 
+    def test_many_messages_at_once(self, session: LocalSession) -> None:
+        assert session.call("burst", {"count": 30})[1] == [float(number) for number in range(30)]
+
     def test_collectives(self, session: LocalSession) -> None:
         expected = {"sum": 3.0, "avg": 1.5, "max": 2.0, "min": 1.0, "bf16": 3.0}
         expected_all = expected | {"broadcast": [1.0, 1.0]}
