@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from cutset.compiler.codegen.python import emit_python, stage_function_name
 from cutset.compiler.ir.graph import Graph, Mode, OutputKind, Value, ValueKind
 from cutset.compiler.ir.program import Program, StageProgram
 from cutset.runtime.kernels import Source, StageKernels, trace_training
-from cutset.runtime.memory import measure_peak
 from cutset.runtime.rng import make_key
 
 CPU = torch.device("cpu")
@@ -64,21 +64,31 @@ class StageRun:
         }
 
     def measure(self) -> Measured:
-        """Run F, B and W of one microbatch, each under the allocator's eye."""
+        """Run F, B and W of one microbatch under the allocator's eye.
+
+        One profile covers all: it knows nothing of the release of what was allocated before it.
+        """
         kernels = self.kernels
-        contexts: list[dict[tuple[Source, int], Tensor | None]] = []
-        _, forward = measure_peak(lambda: contexts.append(self._forward()), CPU, ())
-        context = contexts.pop()
-        saved = self._fresh(context)
-        for index, position in enumerate(kernels.signature.tangents):
-            value = self.graph.values[self.graph.outputs[position].value]
-            context[Source.TANGENT, index] = torch.ones(value.type.shape, dtype=value.type.dtype)
-        before = self._fresh(context)
-        _, backward_input = measure_peak(lambda: self._backward_input(context), CPU, ())
-        left = self._fresh(context)
         buffers = [torch.zeros_like(self.arguments[i]) for i in kernels.accumulated]
-        _, backward_weight = measure_peak(lambda: self._backward_weight(context, buffers), CPU, ())
-        return Measured(saved, forward, before + backward_input, left, left + backward_weight)
+        tangents = [
+            self.graph.values[self.graph.outputs[position].value].type
+            for position in kernels.signature.tangents
+        ]
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            with record_function("phase forward"):
+                context = self._forward()
+            saved = self._fresh(context)
+            with record_function("phase input"):
+                for index, type in enumerate(tangents):
+                    arriving = torch.ones(type.shape, dtype=type.dtype)
+                    context[Source.TANGENT, index] = arriving
+                    del arriving
+                self._backward_input(context)
+            left = self._fresh(context)
+            with record_function("phase weight"):
+                self._backward_weight(context, buffers)
+        peaks = _peaks(profiler)
+        return Measured(saved, peaks["forward"], peaks["input"], left, peaks["weight"])
 
     def _forward(self) -> dict[tuple[Source, int], Tensor | None]:
         arguments: list[Tensor | None] = [
@@ -136,6 +146,21 @@ class StageRun:
             if tensor is not None
         }
         return sum(size for pointer, size in storages.items() if pointer not in held)
+
+
+def _peaks(profiler: profile) -> dict[str, int]:
+    """Most live bytes in each phase, from the profiler's stream of allocations and releases."""
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    peaks = {"forward": 0, "input": 0, "weight": 0}
+    phase, live = "forward", 0
+    for event in events:
+        if event.name().startswith("phase "):
+            phase = event.name().removeprefix("phase ")
+            peaks[phase] = max(peaks[phase], live)
+        elif event.name() == "[memory]":
+            live += event.nbytes()
+            peaks[phase] = max(peaks[phase], live)
+    return peaks
 
 
 def alone(graph: Graph) -> StageProgram:
