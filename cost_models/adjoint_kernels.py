@@ -43,7 +43,8 @@ def _linear(c: NodeContext) -> Adjoint:
         ),
         extra_bytes=copied if right in c.wanted else 0.0,
         forward_temporary_bytes=_narrow_scratch(c, c.node.outputs[0])
-        + (0.0 if right in c.wanted else copied),
+        + (0.0 if right in c.wanted else copied)
+        + (c.out_bytes if copied and len(c.node.inputs) > 2 else 0.0),  # the bias comes after
     )
 
 

@@ -182,7 +182,7 @@ _GROUPS: tuple[tuple[Rule, str], ...] = (
     (_log_sigmoid, "log_sigmoid log_sigmoid_forward"),
     (_select_by_mask, "where masked_fill"),
     (_compare, "maximum minimum clamp clamp_min clamp_max"),
-    (_view, "unfold"),
+    (_view, "unfold broadcast_tensors"),
 )
 _BY_PACKET: dict[str, Rule] = {
     **KERNEL_RULES,

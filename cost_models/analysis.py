@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,12 @@ class Storages:
     strides: tuple[tuple[int, ...], ...]
     permuted: frozenset[int]
 
+    def stands_contiguous(self, value: Value) -> bool:
+        """Whether `value` lies in memory as a tensor of its own would."""
+        pairs = zip(value.type.shape, self.strides[value.id], strict=True)
+        dense = _dense_strides(value.type.shape)
+        return all(n == 1 or s == d for (n, s), d in zip(pairs, dense, strict=True))
+
     def folds(self, value: Value, rows: int) -> bool:
         """Whether all dims but the last `rows` can be viewed as one (as batched products do)."""
         shape, strides = value.type.shape, self.strides[value.id]
@@ -113,20 +120,32 @@ class Storages:
         )
 
 
-def find_storages(graph: Graph) -> Storages:
-    """Storages of all values, see `Storages`."""
+def find_storages(graph: Graph, nodes: Iterable[int] | None = None) -> Storages:
+    """Storages of all values, see `Storages`.
+
+    Args:
+        nodes: only these nodes are followed (None: all); values of others stand alone and are
+            contiguous, as boundary values of a stage are.
+    """
     count = len(graph.values)
     base, root = list(range(count)), list(range(count))
     strides = [_dense_strides(value.type.shape) for value in graph.values]
-    for node in graph.nodes:
-        if (node.op.category is Category.VIEW or node.op.packet == "unfold") and node.inputs:
+    chosen = graph.nodes if nodes is None else [graph.nodes[index] for index in sorted(nodes)]
+    for node in chosen:
+        if node.op.packet == "broadcast_tensors":
+            for index, operand in zip(node.outputs, node.inputs, strict=False):
+                base[index], root[index] = operand, root[operand]
+        elif (node.op.category is Category.VIEW or node.op.packet == "unfold") and node.inputs:
             _follow_view(graph, node, base, root, strides)
-        elif node.op.category is Category.ATTENTION:
-            for index in node.outputs:
-                strides[index] = _heads_last_strides(graph.values[index].type.shape)
+        elif node.op.category is Category.ATTENTION and node.random_draw is None:
+            query = node.inputs[0]
+            if _is_dense(graph.values[query].type.shape, strides[query]):
+                strides[node.outputs[0]] = _dense_like(
+                    graph.values[node.outputs[0]].type.shape, strides[query]
+                )
         elif node.op.category is Category.ELEMENTWISE:
             _keep_layout(graph, node, strides)
-    permuted = (node.inputs[0] for node in graph.nodes if node.op.packet in _PERMUTES)
+    permuted = (node.inputs[0] for node in chosen if node.op.packet in _PERMUTES)
     return Storages(tuple(base), tuple(root), tuple(strides), frozenset(permuted))
 
 
@@ -196,13 +215,14 @@ def _dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _heads_last_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Fused attention returns [batch, heads, rows, size] stored as [batch, rows, heads, size]."""
-    if len(shape) != 4:
-        return _dense_strides(shape)
-    batch, heads, rows, size = shape
-    first, second, third, fourth = _dense_strides((batch, rows, heads, size))
-    return first, third, second, fourth
+def _dense_like(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense tensor whose dims lie in memory as those with strides `order`."""
+    strides = [1] * len(shape)
+    expected = 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (order[dim], -dim)):
+        strides[dim] = expected
+        expected *= max(shape[dim], 1)
+    return tuple(strides)
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -106,14 +106,33 @@ class MemoryModel:
     weights: frozenset[int]
 
     def steps(self, nodes: Iterable[int]) -> StageSteps:
-        """Kernels of the stage made of `nodes`."""
+        """Kernels of the stage made of `nodes`.
+
+        A boundary value arrives contiguous; where it is not so in the whole graph, copies differ,
+        and the stage's storages and rules are derived anew.
+        """
+        chosen = tuple(sorted(nodes))
+        storages, adjoints = self.storages, self.adjoints
+        if self._arrives_otherwise(chosen):
+            storages = find_storages(self.graph, chosen)
+            own = {node: self._adjoint(node, storages) for node in chosen}
+            adjoints = tuple(own.get(node.id, Adjoint()) for node in self.graph.nodes)
         return stage_steps(
-            self.graph,
-            nodes,
-            adjoints=self.adjoints,
-            storages=self.storages,
-            sizes=self.sizes,
+            self.graph, chosen, adjoints=adjoints, storages=storages, sizes=self.sizes
         )
+
+    def _arrives_otherwise(self, nodes: tuple[int, ...]) -> bool:
+        made = {value for node in nodes for value in self.graph.nodes[node].outputs}
+        read = {value for node in nodes for value in self.graph.nodes[node].inputs}
+        return any(
+            not self.storages.stands_contiguous(self.graph.values[value]) for value in read - made
+        )
+
+    def _adjoint(self, node: int, storages: Storages) -> Adjoint:
+        context = NodeContext(
+            self.graph, self.graph.nodes[node], storages, self.sizes, self.backend
+        )
+        return adjoint(context)
 
 
 def memory_model(
