@@ -28,7 +28,7 @@ from .ir.graph import Mode
 from .ir.plan import OptimizerModel, Plan
 from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
-from .planned import PlannedModel, build_programs
+from .planned import ModelPlan, PlannedModel, build_programs
 
 __all__ = ["PlannedModel", "auto_partition", "plan_model"]
 
@@ -121,8 +121,10 @@ def plan_model(
     return PlannedModel(
         model=model,
         captured=captured,
-        plan=chosen,
+        plan=ModelPlan.of(chosen, captured.graph),
         programs=programs,
+        call=call,
+        loss_fn=loss_fn,
         call_signature=signature_of(take_rows(call, rows // chosen.num_microbatches)),
         training=model.training,
     )

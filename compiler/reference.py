@@ -33,6 +33,7 @@ __all__ = [
     "ReferenceRun",
     "WorstError",
     "flatten_outputs",
+    "infer_reference",
     "relative_error",
     "relative_errors",
     "split_state",
@@ -152,6 +153,13 @@ def train_reference(
         **split_state(model, model.state_dict()),
         step_seconds=statistics.median(seconds[1:] or seconds or [0.0]),
     )
+
+
+def infer_reference(
+    model: nn.Module, call: Call, num_microbatches: int
+) -> dict[str, torch.Tensor]:
+    """Outputs of the unpartitioned model in eval mode, by path, over so many microbatches."""
+    return _infer(model, None, _split(call, num_microbatches))
 
 
 def split_state(

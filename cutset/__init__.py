@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .compiler.api import auto_partition
+    from .compiler.api import auto_partition, plan_model
     from .compiler.ir.cluster import Cluster
     from .compiler.ir.errors import (
         CaptureError,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .compiler.ir.plan import Plan
     from .compiler.parallel import Parallel
     from .compiler.plan_json import load_plan, save_plan
-    from .compiler.validate import verify
+    from .compiler.validate import verify_numerically as verify
 
 __all__ = [
     "CaptureError",
@@ -51,21 +51,24 @@ __all__ = [
     "__version__",
     "auto_partition",
     "load_plan",
+    "plan_model",
     "save_plan",
-    "verify",
+    "verify_numerically",
 ]
 
 __version__ = "0.1.0"
 
+# name -> where it is defined, and what it is called there; errors are all in one module
 _HOMES = {
-    "Cluster": ".compiler.ir.cluster",
-    "Parallel": ".compiler.parallel",
-    "Plan": ".compiler.ir.plan",
-    "auto_partition": ".compiler.api",
-    "load_plan": ".compiler.plan_json",
-    "save_plan": ".compiler.plan_json",
-    "verify": ".compiler.validate",
-}  # of the names in __all__ that are not errors
+    "Cluster": (".compiler.ir.cluster", "Cluster"),
+    "Parallel": (".compiler.parallel", "Parallel"),
+    "Plan": (".compiler.ir.plan", "Plan"),
+    "auto_partition": (".compiler.api", "auto_partition"),
+    "load_plan": (".compiler.plan_json", "load_plan"),
+    "plan_model": (".compiler.api", "plan_model"),
+    "save_plan": (".compiler.plan_json", "save_plan"),
+    "verify": (".compiler.validate", "verify_numerically"),
+}
 
 _root = Path(__file__).absolute().parent
 if not (_root / "compiler").is_dir():
@@ -77,8 +80,8 @@ if not TYPE_CHECKING:
         """Load a public name from the module that defines it."""
         if name not in __all__:
             raise AttributeError(f"module 'cutset' has no attribute {name!r}")
-        home = import_module(_HOMES.get(name, ".compiler.ir.errors"), __name__)
-        return getattr(home, name)
+        home, called = _HOMES.get(name, (".compiler.ir.errors", name))
+        return getattr(import_module(home, __name__), called)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -104,7 +104,14 @@ class Subject:
         )
         programs = build_programs(self.captured, plan, self.clip)
         return PlannedModel(
-            self.model, self.captured, plan, programs, signature_of(self.micro), True
+            model=self.model,
+            captured=self.captured,
+            plan=plan,
+            programs=programs,
+            call=(self.args, self.kwargs),
+            loss_fn=self.loss_fn,
+            call_signature=signature_of(self.micro),
+            training=True,
         )
 
     def run(self, num_stages: int, schedule: str, session: Session) -> MeasuredRun:
