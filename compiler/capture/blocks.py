@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from ..ir.graph import Graph, Node
+from ..ir.graph import Graph, Node, Value, ValueKind
 
 __all__ = ["Block", "BlockInstance", "find_blocks"]
 
@@ -45,6 +45,8 @@ def find_blocks(graph: Graph) -> tuple[Block, ...]:
     groups: dict[object, list[str]] = {}
     for path, nodes in subtrees.items():
         groups.setdefault(table.content(nodes), []).append(path)
+    for paths in groups.values():
+        paths.sort(key=lambda path: subtrees[path])
     repeated = {path: paths for paths in groups.values() if len(paths) > 1 for path in paths}
     blocks: list[Block] = []
     covered: set[str] = set()
@@ -66,13 +68,26 @@ def _has_ancestor(path: str, paths: set[str]) -> bool:
 
 
 def _subtrees(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """Module path -> nodes of the module and of all modules below it, in order of first node."""
+    """Module path -> nodes of the module and of all modules below it.
+
+    Of a module that only calls another one, the outer is taken.
+    """
     table: dict[str, list[int]] = {}
     for node in graph.nodes:
         parts = node.module_path.split(".") if node.module_path else []
         for length in range(1, len(parts) + 1):
             table.setdefault(".".join(parts[:length]), []).append(node.id)
-    return {path: tuple(nodes) for path, nodes in table.items()}
+    outermost: dict[tuple[int, ...], str] = {}
+    for path in sorted(table, key=lambda path: path.count(".")):
+        outermost.setdefault(tuple(table[path]), path)
+    return {path: nodes for nodes, path in outermost.items()}
+
+
+def _outside(value: Value) -> tuple[str, str, bool]:
+    """What counts of a value from outside: a block's place in the chain does not."""
+    if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
+        return (value.kind.value, str(value.type), value.requires_grad)
+    return ("activation", str(value.type), False)
 
 
 class _Contents:
@@ -100,7 +115,7 @@ class _Contents:
                     assert value not in inside, "nodes are in topological order"
                     numbers[value] = -1 - len(outside)
                     found = self._graph.values[value]
-                    outside.append((found.kind.value, str(found.type), found.requires_grad))
+                    outside.append(_outside(found))
                 operands.append(numbers[value])
             for value in self._graph.nodes[node].outputs:
                 numbers[value] = len(numbers)

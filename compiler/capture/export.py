@@ -10,6 +10,7 @@ symbolically first and the trace exported.
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..ir.errors import CaptureError, CutsetError
 from ..ir.graph import Mode
 from .flatten import flatten
 from .gradients import Watch, refuse_python_functions
-from .locate import explain_failure
+from .locate import explain_broken_call, explain_failure
 from .regions import detach_no_grad_regions
 from .signature import InputSignature, LossFunction, OutputSignature, find_loss
 from .symbolic import trace_symbolically
@@ -182,12 +183,33 @@ def _export_traced(
     except CutsetError:
         raise
     except Exception as error:
+        _refuse_broken_calls(model, trace, tensors)
         raise explain_failure(model, refusal, error) from refusal
+
+
+def _refuse_broken_calls(model: nn.Module, trace: _Trace, tensors: list[Tensor]) -> None:
+    """Raise CaptureError if the model fails on the example inputs without being traced as well."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            args, kwargs, _ = trace.inputs.unflatten(tensors)
+            model(*args, **kwargs)
+    except Exception as error:
+        raise explain_broken_call(model, error) from error
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracer's warnings, which are about its own insides."""
-    with warnings.catch_warnings():
+    """Without what the tracer prints and warns of, which is about its own insides."""
+    unread = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(unread),
+        contextlib.redirect_stderr(unread),
+    ):
         warnings.simplefilter("ignore")
         yield

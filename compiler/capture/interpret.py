@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...runtime.rng import random_op
 from ..ir.errors import UsageError
-from ..ir.graph import Attribute, Graph, Node, Operand, ValueKind
+from ..ir.graph import Attribute, Graph, Node, Operand, Value, ValueKind
 from ..ir.ops import resolve
 
 __all__ = ["run_graph"]
@@ -22,6 +22,7 @@ def run_graph(
     *,
     key: Tensor | None = None,
     device: torch.device | None = None,
+    observe: Callable[[Value, Tensor], None] | None = None,
 ) -> tuple[Tensor, ...]:
     """The graph's outputs, in order. Autograd records as it would for the model.
 
@@ -29,6 +30,7 @@ def run_graph(
         tensors: what the graph does not compute, by value name or by origin.
         key: of the random streams, from `make_key`; needed if the graph draws.
         device: stands in for every device in the graph; by default that of the first tensor.
+        observe: sees every value as it is computed.
 
     Raises:
         UsageError: a tensor or the key is missing.
@@ -47,7 +49,11 @@ def run_graph(
     last.update({output.value: len(graph.nodes) for output in graph.outputs})
     for node in graph.nodes:
         inputs = [values[value] for value in node.inputs]
-        values.update(zip(node.outputs, _execute(node, inputs, key, device), strict=True))
+        computed = _execute(node, inputs, key, device)
+        for number, tensor in zip(node.outputs, computed, strict=True):
+            values[number] = tensor
+            if observe is not None:
+                observe(graph.values[number], tensor)
         for used in {*node.inputs, *node.outputs}:
             if last.get(used, node.id) == node.id:
                 del values[used]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..ir.errors import CaptureError
 
-__all__ = ["current_place", "explain_failure", "last_user_line"]
+__all__ = ["current_place", "explain_broken_call", "explain_failure", "last_user_line"]
 
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -57,14 +57,23 @@ def _place(model: nn.Module, frames: Iterator[tuple[FrameType, int]]) -> str:
 
 def explain_failure(model: nn.Module, refusal: Exception, fallback: Exception) -> CaptureError:
     """The error for a model that neither torch.export nor symbolic tracing gets through."""
-    frames = [(frame, line) for frame, line in traceback.walk_tb(refusal.__traceback__)]
-    place = _place(model, iter(reversed(frames)))
+    place = _place(model, reversed(list(traceback.walk_tb(refusal.__traceback__))))
     summary = _first_line(refusal)
     return CaptureError(
         f"torch.export cannot trace {type(model).__name__}: {summary} "
         f"(symbolic tracing fails too: {_first_line(fallback)})",
         where=place,
         ways_out=_ways_out(f"{type(refusal).__name__} {refusal}", place),
+    )
+
+
+def explain_broken_call(model: nn.Module, error: Exception) -> CaptureError:
+    """The error for a model that raises when it is called on the example inputs as it is."""
+    frames = reversed(list(traceback.walk_tb(error.__traceback__)))
+    return CaptureError(
+        f"{type(model).__name__} itself fails on the example inputs: {_first_line(error)}",
+        where=_place(model, frames),
+        ways_out=("pass example inputs that the model accepts",),
     )
 
 

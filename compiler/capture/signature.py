@@ -173,6 +173,8 @@ class OutputSignature:
         dropped: list[str] = []
         for path, leaf in found:
             if isinstance(leaf, Tensor):
+                if not all(isinstance(size, int) for size in leaf.shape):
+                    raise _dynamic_result(pytree.keystr(path), leaf)
                 origin = str(len(tensors))
                 leaves.append(TensorLeaf(origin, TensorType.of(leaf), _batch_dim(leaf, rows)))
                 tensors.append(leaf)
@@ -189,6 +191,14 @@ class OutputSignature:
             tensors[leaf.origin] if isinstance(leaf, TensorLeaf) else leaf for leaf in self.leaves
         ]
         return pytree.tree_unflatten(leaves, self.tree)
+
+
+def _dynamic_result(path: str, tensor: Tensor) -> CaptureError:
+    return CaptureError(
+        f"the shape of a result depends on data: {tuple(tensor.shape)}",
+        where=f"result{path}",
+        ways_out=("replace boolean indexing, nonzero and .item() sizes by masks or torch.where",),
+    )
 
 
 def num_targets(loss_fn: LossFunction | None) -> int:

@@ -108,6 +108,8 @@ BART = TOKENS | {
     "max_position_embeddings": 32,
     "decoder_start_token_id": 1,
     "forced_eos_token_id": None,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
 }
 T5 = TOKENS | {
     "d_model": 32,

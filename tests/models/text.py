@@ -160,7 +160,7 @@ MASKED = {
     ),
     "mpnet": transformers_model("MPNetForMaskedLM", masked, **BERT),
     "nystromformer": transformers_model(
-        "NystromformerForMaskedLM", masked, **BERT, segment_means_seq_len=12, num_landmarks=4
+        "NystromformerForMaskedLM", text, **BERT, segment_means_seq_len=12, num_landmarks=4
     ),
     "roberta": transformers_model("RobertaForMaskedLM", masked, **BERT),
     "roformer": transformers_model("RoFormerForMaskedLM", masked, **BERT, embedding_size=32),
@@ -169,7 +169,6 @@ MASKED = {
     "xlnet": transformers_model(
         "XLNetLMHeadModel", text, **TOKENS, d_model=32, n_layer=2, n_head=4, d_inner=64
     ),
-    "yoso": transformers_model("YosoForMaskedLM", masked, **BERT, use_expectation=True),
 }
 
 ENCODER_DECODER = {
@@ -194,9 +193,6 @@ ENCODER_DECODER = {
         num_decoder_attention_heads=4,
         max_position_embeddings=32,
         decoder_start_token_id=1,
-    ),
-    "switch": transformers_model(
-        "SwitchTransformersForConditionalGeneration", pair, **T5, num_experts=4
     ),
     "t5": transformers_model("T5ForConditionalGeneration", pair, **T5),
     "umt5": transformers_model("UMT5ForConditionalGeneration", pair, **T5),
