@@ -221,10 +221,10 @@ def _given_plan(plan: Plan | str | PathLike[str] | None) -> Plan | None:
 
 
 def _microbatch_count(rows: int, wanted: int | None, mode: Mode, cluster: Cluster) -> int:
-    """The count to capture at: the one asked for, or a first guess of about four a device."""
+    """The count to capture at: the one asked for, or a first guess of up to eight a device."""
     legal = divisors(rows)
     if wanted is None:
-        target = len(cluster.devices) * (4 if mode is Mode.TRAIN else 1)
+        target = len(cluster.devices) * (8 if mode is Mode.TRAIN else 1)
         return max(count for count in legal if count <= max(1, target))
     if wanted not in legal:
         raise UsageError(
