@@ -53,7 +53,7 @@ __all__ = [
     "load_plan",
     "plan_model",
     "save_plan",
-    "verify_numerically",
+    "verify",
 ]
 
 __version__ = "0.1.0"
