@@ -7,25 +7,30 @@ memory figures are additive bounds; the stages found are checked by liveness onc
 
 from __future__ import annotations
 
+import importlib.metadata
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..compiler.ir.errors import InfeasibleError, UsageError
-from ..compiler.ir.plan import Certificate, Plan, Stage
+from ..compiler.ir.errors import UsageError
+from ..compiler.ir.plan import Certificate, MemoryPrediction, Plan, Stage
 from ..cost_models.analysis import batch_rows
-from ..cost_models.memory import memory_model, stage_memory
+from ..cost_models.memory import MemoryModel, memory_model, stage_memory
 from .context import Context
-from .partition.diagnosis import explain_infeasible
+from .partition.diagnosis import closest_partition, infeasible, unsupported
 from .partition.from_graph import Statement, state_problem
+from .partition.objective import stage_figures, step_seconds
 from .partition.problem import Assignment, StageProblem
-from .partition.search import SearchLimits, Solution, search
+from .partition.search import SearchLimits, Solution, search, simple_bound
 from .partition.statement import stage_counts, state
 from .replicate import needed_replicas, replicated_nodes
 
 __all__ = ["PartitionStages", "stages_of"]
 
 _ATTEMPTS = 4
+_GENEROUS = 1.25  # the additive bound of memory exceeds that by liveness by about this
+_SMALLER = 0.995
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +54,13 @@ class PartitionStages:
         context.progress(
             f"partition {len(context.graph.nodes)} nodes in {len(statement.units)} units"
         )
-        solution, stages = _solve_within_memory(plan, statement, problem, counts, limits)
-        certificate = _certificate(
-            statement, solution, counts, len(context.graph.nodes), time.perf_counter() - start
+        solution, stages, share = _solve_within_memory(plan, statement, problem, counts, limits)
+        space = (
+            f"all monotone partitions of {len(statement.units)} units "
+            f"({len(context.graph.nodes)} nodes) into {_range(counts)} stages on any devices "
+            f"whose additive bound of memory is at most {share:.4g} of the device's"
         )
+        certificate = _certificate(solution, space, time.perf_counter() - start)
         return replace(plan, stages=stages, certificate=certificate)
 
 
@@ -72,58 +80,97 @@ def _solve_within_memory(
     problem: StageProblem,
     counts: tuple[int, ...],
     limits: SearchLimits,
-) -> tuple[Solution, tuple[Stage, ...]]:
-    """Solve; while a stage needs more than the additive bound promised, with less memory."""
-    limit = [entry.memory_bytes for entry in problem.classes]
-    attempt = problem
-    for _ in range(_ATTEMPTS):
-        solution = search(attempt, counts, limits)
-        if solution.assignment is None:
+) -> tuple[Solution, tuple[Stage, ...], float]:
+    """The fastest partition that fits by liveness.
+
+    The additive bound of the problem exceeds the need by liveness by some share. So the problem is
+    first solved with that much more memory than there is; while what is found does not fit, with
+    the share that its worst stage shows, and at last with the memory that there is.
+
+    Returns the solution, its stages, and the share of the memory that its bound may take up.
+
+    Raises:
+        InfeasibleError: nothing fits.
+    """
+    needs = _Needs.of(plan, statement, problem)
+    share = _GENEROUS
+    for attempt in range(_ATTEMPTS):
+        solution = search(_with_memory(problem, share), counts, limits)
+        if solution.assignment is not None:
+            fitting = needs.fitting_share(solution.assignment)
+            if fitting is None:
+                return solution, stages_of(statement, problem, solution.assignment), share
+            share = max(min(fitting, share * _SMALLER), 1.0)
+        elif share == 1.0:
             break
-        stages = stages_of(statement, problem, solution.assignment)
-        excess = _excess(plan, statement, problem, stages, solution.assignment)
-        if max(excess) <= 0:
-            return solution, stages
-        attempt = replace(
-            attempt,
-            classes=tuple(
-                replace(entry, memory_bytes=entry.memory_bytes - max(excess[index], 0))
-                for index, entry in enumerate(attempt.classes)
-            ),
-        )
-    assert limit == [entry.memory_bytes for entry in problem.classes]
-    raise InfeasibleError(
-        *explain_infeasible(statement, attempt, counts)
+        if attempt == _ATTEMPTS - 2:
+            share = 1.0
+    error = unsupported(statement, problem)
+    if error is not None:
+        raise error
+    closest, _ = closest_partition(problem, counts)
+    if needs.fitting_share(closest) is not None:
+        raise infeasible(statement, problem, counts, closest, needs.by_liveness(closest))
+    bound = min(simple_bound(problem, count) for count in counts)
+    seconds = step_seconds(problem, closest)
+    solution = Solution(closest, seconds, min(bound, seconds), ("least memory",))
+    return solution, stages_of(statement, problem, closest), _GENEROUS
+
+
+def _with_memory(problem: StageProblem, share: float) -> StageProblem:
+    """`problem` on devices with `share` times their memory."""
+    classes = tuple(
+        replace(entry, memory_bytes=math.floor(entry.memory_bytes * share))
+        for entry in problem.classes
     )
+    return replace(problem, classes=classes)
 
 
-def _excess(
-    plan: Plan,
-    statement: Statement,
-    problem: StageProblem,
-    stages: tuple[Stage, ...],
-    assignment: Assignment,
-) -> list[int]:
-    """By class, how many bytes too many the worst stage needs, by liveness."""
-    graph = statement.graph
-    fraction = plan.batch_size / plan.num_microbatches / batch_rows(graph)
-    models = {}
-    excess = [0] * len(problem.classes)
-    for stage in stages:
-        backend = plan.cluster.type_of(stage.device).backend
-        if backend not in models:
-            models[backend] = memory_model(graph, batch_fraction=fraction, backend=backend)
-        need = stage_memory(
-            models[backend],
-            stage.nodes,
-            in_flight=problem.in_flight(len(stages), stage.index),
-            optimizer=plan.optimizer,
-            device=stage.device,
-            num_microbatches=plan.num_microbatches,
-        ).total_bytes
-        index = assignment.classes[stage.index]
-        excess[index] = max(excess[index], need - problem.classes[index].memory_bytes)
-    return excess
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """Memory of stages by liveness; one model for each kind of device."""
+
+    plan: Plan
+    statement: Statement
+    problem: StageProblem
+    models: dict[str, MemoryModel]
+
+    @staticmethod
+    def of(plan: Plan, statement: Statement, problem: StageProblem) -> _Needs:
+        graph = statement.graph
+        fraction = plan.batch_size / plan.num_microbatches / batch_rows(graph)
+        used = {device.type for device in plan.cluster.devices}
+        backends = sorted({entry.backend for entry in plan.cluster.types if entry.name in used})
+        models = {
+            backend: memory_model(graph, batch_fraction=fraction, backend=backend)
+            for backend in backends
+        }
+        return _Needs(plan, statement, problem, models)
+
+    def by_liveness(self, assignment: Assignment) -> tuple[MemoryPrediction, ...]:
+        stages = stages_of(self.statement, self.problem, assignment)
+        return tuple(
+            stage_memory(
+                self.models[self.plan.cluster.type_of(stage.device).backend],
+                stage.nodes,
+                in_flight=self.problem.in_flight(len(stages), stage.index),
+                optimizer=self.plan.optimizer,
+                device=stage.device,
+                num_microbatches=self.plan.num_microbatches,
+            )
+            for stage in stages
+        )
+
+    def fitting_share(self, assignment: Assignment) -> float | None:
+        """None if all stages fit; else the least additive bound of a stage that does not, as a
+        share of its need by liveness."""
+        bounds = stage_figures(self.problem, assignment)
+        shares = [
+            bound.memory_bytes / need.total_bytes
+            for bound, need in zip(bounds, self.by_liveness(assignment), strict=True)
+            if need.total_bytes > bound.limit_bytes
+        ]
+        return min(shares, default=None)
 
 
 def stages_of(
@@ -146,21 +193,13 @@ def stages_of(
     )
 
 
-def _certificate(
-    statement: Statement, solution: Solution, counts: tuple[int, ...], num_nodes: int, seconds: float
-) -> Certificate:
-    import ortools
-
-    space = (
-        f"all monotone partitions of {len(statement.units)} units ({num_nodes} nodes) into "
-        f"{_range(counts)} stages on any devices, under their memory limits"
-    )
+def _certificate(solution: Solution, space: str, seconds: float) -> Certificate:
     return Certificate(
         objective=solution.seconds,
         lower_bound=solution.lower_bound,
         gap=max(0.0, (solution.seconds - solution.lower_bound) / solution.seconds),
         search_space=space,
-        solver=f"{' + '.join(solution.methods)}, OR-Tools {ortools.__version__}",
+        solver=f"{' + '.join(solution.methods)}, OR-Tools {importlib.metadata.version('ortools')}",
         solver_seconds=seconds,
     )
 

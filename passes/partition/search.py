@@ -18,7 +18,7 @@ from .intervals import DeviceOrders, Intervals, outlook, search_intervals
 from .objective import step_seconds
 from .problem import Assignment, DeviceClass, StageProblem, topological_order
 
-__all__ = ["SearchLimits", "Solution", "device_orders", "estimate", "search"]
+__all__ = ["SearchLimits", "Solution", "device_orders", "estimate", "search", "simple_bound"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +137,10 @@ def _search_order(
     orders, complete = device_orders(problem, candidate.num_stages, limits, table.size)
     alike = len({link for row in problem.links for link in row}) == 1
     exact = complete and table.is_chain() and (alike or table.flows_are_local())
-    for devices in orders:
+    for number, devices in enumerate(orders):
         found = search_intervals(table, candidate.num_stages, devices, least)
-        if found.seconds < candidate.seconds:
+        margin = 1 - limits.tolerance if number else 1.0  # by index unless others are better
+        if found.seconds < candidate.seconds * margin:
             candidate.best, candidate.seconds = found.assignment, found.seconds
         if exact:
             _raise_bound(problem, candidate, found.lower_bound)
