@@ -58,11 +58,11 @@ def check_against_model(
         except RuntimeError as error:
             raise _broken(graph, "the captured graph", error) from error
     for kind in theirs:
-        name, error = largest_error(ours[kind], theirs[kind])
-        if not error <= limit:
+        name, distance = largest_error(ours[kind], theirs[kind])
+        if not distance <= limit:
             raise CaptureError(
                 f"the captured graph computes other {kind} than the model: relative error "
-                f"{error:.2g} at {name} (limit {limit:.1g})",
+                f"{distance:.2g} at {name} (limit {limit:.1g})",
                 where=f"self-check of {graph.name}",
                 ways_out=(
                     "the model may draw random numbers outside torch, change state between calls, "

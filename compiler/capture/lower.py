@@ -89,7 +89,7 @@ class _Call:
 
     @property
     def packet(self) -> str:
-        return self.target.overloadpacket.__name__
+        return str(self.target.overloadpacket.__name__)
 
 
 class _Lowering:

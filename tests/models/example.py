@@ -17,6 +17,7 @@ __all__ = [
     "CLIP",
     "GPT",
     "LLAMA",
+    "ROWS",
     "T5",
     "TOKENS",
     "VIT",
@@ -31,6 +32,7 @@ __all__ = [
     "with_dtype",
 ]
 
+ROWS = 4
 VOCABULARY = 64
 LENGTH = 12
 
@@ -70,7 +72,7 @@ def with_dtype(example: Example, dtype: torch.dtype) -> Example:
 
 
 def ids(length: int = LENGTH) -> Tensor:
-    return torch.randint(3, VOCABULARY, (2, length))
+    return torch.randint(3, VOCABULARY, (ROWS, length))
 
 
 def text() -> dict[str, Tensor]:
@@ -78,7 +80,7 @@ def text() -> dict[str, Tensor]:
 
 
 def masked() -> dict[str, Tensor]:
-    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
     mask[1, -3:] = 0
     return {"input_ids": ids(), "attention_mask": mask}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .example import BART, BERT, BODY, CLIP, VIT, VOCABULARY, ids, masked, transformers_model
+from .example import BART, BERT, BODY, CLIP, ROWS, VIT, VOCABULARY, ids, masked, transformers_model
 
 __all__ = ["AUDIO", "MULTIMODAL", "VISION"]
 
@@ -15,19 +15,19 @@ Inputs = Callable[[], dict[str, Tensor]]
 
 
 def _image(size: int = 32) -> Inputs:
-    return lambda: {"pixel_values": torch.randn(2, 3, size, size)}
+    return lambda: {"pixel_values": torch.randn(ROWS, 3, size, size)}
 
 
 def _wave(length: int = 1600) -> Inputs:
-    return lambda: {"input_values": torch.randn(2, length)}
+    return lambda: {"input_values": torch.randn(ROWS, length)}
 
 
 def _mel(bins: int, frames: int) -> Inputs:
-    return lambda: {"input_features": torch.randn(2, bins, frames), "decoder_input_ids": ids(8)}
+    return lambda: {"input_features": torch.randn(ROWS, bins, frames), "decoder_input_ids": ids(8)}
 
 
 def _image_and_text(size: int = 32) -> Inputs:
-    return lambda: {**masked(), "pixel_values": torch.randn(2, 3, size, size)}
+    return lambda: {**masked(), "pixel_values": torch.randn(ROWS, 3, size, size)}
 
 
 _STAGES = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
@@ -187,7 +187,7 @@ VISION = {
 AUDIO = {
     "ast": transformers_model(
         "ASTForAudioClassification",
-        lambda: {"input_values": torch.randn(2, 32, 16)},
+        lambda: {"input_values": torch.randn(ROWS, 32, 16)},
         **BODY,
         max_length=32,
         num_mel_bins=16,
@@ -200,7 +200,7 @@ AUDIO = {
     "sew": transformers_model("SEWForCTC", _wave(), **_WAV, squeeze_factor=2),
     "speech_to_text": transformers_model(
         "Speech2TextForConditionalGeneration",
-        lambda: {"input_features": torch.randn(2, 32, 16), "decoder_input_ids": ids(8)},
+        lambda: {"input_features": torch.randn(ROWS, 32, 16), "decoder_input_ids": ids(8)},
         **BART,
         max_source_positions=64,
         max_target_positions=32,
@@ -268,14 +268,14 @@ MULTIMODAL = {
     ),
     "vilt": transformers_model(
         "ViltModel",
-        lambda: {**masked(), "pixel_values": torch.randn(2, 3, 32, 32)},
+        lambda: {**masked(), "pixel_values": torch.randn(ROWS, 3, 32, 32)},
         **BERT,
         image_size=32,
         patch_size=8,
     ),
     "visual_bert": transformers_model(
         "VisualBertModel",
-        lambda: {**masked(), "visual_embeds": torch.randn(2, 4, 16)},
+        lambda: {**masked(), "visual_embeds": torch.randn(ROWS, 4, 16)},
         **BERT,
         visual_embedding_dim=16,
     ),

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import nets
-from .example import Example, mean_square, with_dtype
+from .example import ROWS, Example, mean_square, with_dtype
 from .media import AUDIO, MULTIMODAL, VISION
 from .text import CAUSAL, ENCODER_DECODER, MASKED
 
-__all__ = ["GROUPS", "PLAIN", "ZOO", "Example", "mean_square", "with_dtype"]
+__all__ = ["GROUPS", "PLAIN", "ROWS", "ZOO", "Example", "mean_square", "with_dtype"]
 
 
 def _net(kind: type[nn.Module], *inputs: Callable[[], Tensor]) -> Callable[[], Example]:
@@ -24,11 +24,11 @@ def _net(kind: type[nn.Module], *inputs: Callable[[], Tensor]) -> Callable[[], E
 
 
 def _pixels() -> Tensor:
-    return torch.randn(2, 3, 16, 16)
+    return torch.randn(ROWS, 3, 16, 16)
 
 
 def _vectors() -> Tensor:
-    return torch.randn(6, 16)
+    return torch.randn(ROWS, 16)
 
 
 PLAIN: dict[str, Callable[[], Example]] = {
@@ -37,9 +37,11 @@ PLAIN: dict[str, Callable[[], Example]] = {
     "in_place_view": _net(nets.InPlaceView, _vectors),
     "inception": _net(nets.Inception, _pixels),
     "no_grad_region": _net(nets.NoGradRegion, _vectors),
-    "recurrent": _net(nets.Recurrent, lambda: torch.randint(0, 64, (2, 7))),
+    "recurrent": _net(nets.Recurrent, lambda: torch.randint(0, 64, (ROWS, 7))),
     "residual_net": _net(nets.ResidualNet, _pixels),
-    "seq2seq": _net(nets.Seq2Seq, lambda: torch.randn(2, 6, 32), lambda: torch.randn(2, 5, 32)),
+    "seq2seq": _net(
+        nets.Seq2Seq, lambda: torch.randn(ROWS, 6, 32), lambda: torch.randn(ROWS, 5, 32)
+    ),
     "unet": _net(nets.UNet, _pixels),
 }
 
