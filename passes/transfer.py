@@ -173,7 +173,8 @@ def _stages(plan: Plan, graph: Graph, stage_of: dict[int, int]) -> tuple[Stage, 
     groups: list[set[int]] = [set() for _ in plan.stages]
     for node, stage in stage_of.items():
         groups[stage].add(node)
-    kept = [(stage.device, group) for stage, group in zip(plan.stages, groups, strict=True) if group]
+    pairs = zip(plan.stages, groups, strict=True)
+    kept = [(stage.device, group) for stage, group in pairs if group]
     for _, group in kept:
         group.update(needed_replicas(graph, replicated, group))
     placed = set().union(*(group for _, group in kept))

@@ -1,12 +1,13 @@
 """Why no partition fits, by how much it fails, and what would help.
 
 The partition that comes closest minimises the largest excess of any stage over its device's
-memory, by dynamic programming over interval partitions. Each way out that is named was tried on
-the same problem: it makes that excess vanish.
+memory, by dynamic programming over prefixes of program order. Each way out that is named was tried
+on the same problem: it makes that excess vanish.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,8 @@ import numpy as np
 from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.graph import Mode
 from ...compiler.ir.plan import MemoryPrediction
+from .downsets import DownSets
 from .from_graph import Statement, state_problem
-from .intervals import Intervals
 from .problem import Assignment, DeviceClass, StageProblem, topological_order
 
 __all__ = ["closest_partition", "infeasible", "unsupported"]
@@ -36,40 +37,40 @@ def closest_partition(
     Returns it with that excess in bytes, negative if everything fits.
     """
     count = len(problem.units)
-    order = topological_order(count, problem.edges(), lambda unit: unit)
-    intervals = Intervals(problem, order)
+    table = _prefixes(problem)
     found = [
-        _least_excess(intervals, num_stages) for num_stages in stage_counts if num_stages <= count
+        _least_excess(table, num_stages) for num_stages in stage_counts if num_stages <= count
     ]
     return min(found, key=lambda item: item[1])
 
 
-def _least_excess(intervals: Intervals, num_stages: int) -> tuple[Assignment, float]:
-    problem = intervals.problem
+def _prefixes(problem: StageProblem) -> DownSets:
+    order = topological_order(len(problem.units), problem.edges(), lambda unit: unit)
+    sets = itertools.accumulate((1 << unit for unit in order), initial=0)
+    return DownSets(problem, tuple(sets), complete=False)
+
+
+def _least_excess(table: DownSets, num_stages: int) -> tuple[Assignment, float]:
+    problem = table.problem
     devices = sorted(
         (-entry.memory_bytes, device, cls)
         for cls, entry in enumerate(problem.classes)
         for device in entry.devices
     )
     classes = tuple(cls for _, _, cls in devices[:num_stages])
-    size = intervals.size
-    value = np.where(np.arange(size + 1) == 0, -math.inf, math.inf)
-    upper = np.triu(np.ones((size + 1, size + 1), dtype=bool), 1)
+    value = np.where(np.arange(table.size) == 0, -math.inf, math.inf)
     trail = []
     for stage, cls in enumerate(classes):
-        need = intervals.memory(problem.in_flight(num_stages, stage))
-        excess = np.where(upper, need - problem.classes[cls].memory_bytes, math.inf)
+        need = table.memory(problem.in_flight(num_stages, stage))
+        excess = np.where(table.nested, need - problem.classes[cls].memory_bytes, math.inf)
         reached = np.maximum(value[:, None], excess)
         trail.append(reached.argmin(axis=0))
         value = reached.min(axis=0)
-    stages = [0] * size
-    end = size
-    for stage in reversed(range(num_stages)):
-        start = int(trail[stage][end])
-        for position in range(start, end):
-            stages[intervals.order[position]] = stage
-        end = start
-    return Assignment(tuple(stages), classes), float(value[size])
+    end, ends = table.size - 1, []
+    for origins in reversed(trail):
+        ends.append(end)
+        end = int(origins[end])
+    return table.assign(ends[::-1], classes), float(value[-1])
 
 
 def unsupported(statement: Statement, problem: StageProblem) -> InfeasibleError | None:
@@ -186,11 +187,10 @@ def _enough_devices(problem: StageProblem) -> int | None:
         class_pins=(),
         stage_pins=(),
     )
-    order = topological_order(len(many.units), many.edges(), lambda unit: unit)
-    intervals = Intervals(many, order)
-    reached = np.arange(intervals.size + 1) == intervals.size
+    table = _prefixes(many)
+    reached = np.arange(table.size) == table.size - 1
     for tail in range(1, most + 1):
-        fits = intervals.fitting(many.in_flight(tail, 0), largest.memory_bytes)
+        fits = table.fitting(many.in_flight(tail, 0), largest.memory_bytes)
         reached = (fits & reached[None, :]).any(axis=1)
         if reached[0] and tail > problem.num_devices:
             return tail

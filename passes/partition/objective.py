@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from ...compiler.ir.cluster import Link
 from .problem import Assignment, Flow, Shared, StageProblem, Unit
 
-__all__ = ["StageFigures", "excess_bytes", "is_legal", "stage_figures", "step_seconds", "sync_seconds", "transfer"]
+__all__ = [
+    "StageFigures",
+    "excess_bytes",
+    "is_legal",
+    "stage_figures",
+    "step_seconds",
+    "sync_seconds",
+    "transfer",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +105,7 @@ def _figures(
 
 
 def _memory(members: list[Unit | Shared], in_flight: int) -> int:
-    """Bytes of a stage without its messages: at work, or at the optimizer's step if that is more."""
+    """Bytes of a stage without messages: at work, or at the optimizer's step if that is more."""
     at_work = sum(in_flight * item.saved_bytes for item in members)
     at_work += max((item.transient_bytes for item in members), default=0)
     update = max(

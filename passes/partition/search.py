@@ -7,14 +7,15 @@ asked for anything better than the best so far. *Infeasible* is the proof of opt
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...compiler.ir.cluster import Link
+from .downsets import DeviceOrders, DownSets, all_down_sets, outlook, search_chains
 from .ilp import SolveOutcome, build, solve, unit_windows
-from .intervals import DeviceOrders, Intervals, outlook, search_intervals
 from .objective import step_seconds
 from .problem import Assignment, DeviceClass, StageProblem, topological_order
 
@@ -29,9 +30,10 @@ class SearchLimits:
         tolerance: relative gap at which a partition counts as optimal.
         time_limit: deterministic seconds for all integer programs together.
         seed: of the solver and the random topological orders.
-        num_orders: topological orders tried by dynamic programming.
+        num_orders: topological orders whose prefixes stand for too many down-sets.
+        max_down_sets: down-sets, hence table rows, of the dynamic program.
         max_program: units x stages x classes above which device classes are fixed beforehand.
-        max_work: arcs x units^2 above which not every device sequence is enumerated.
+        max_work: arcs x down-sets^2 above which not every device sequence is enumerated.
         confirm: units x stages up to which the integer program confirms a proof on a chain.
         accept: relative gap at which a larger program is not built.
     """
@@ -40,6 +42,7 @@ class SearchLimits:
     time_limit: float = 30.0
     seed: int = 0
     num_orders: int = 8
+    max_down_sets: int = 600
     max_program: int = 6000
     max_work: int = 60_000_000
     confirm: int = 4000
@@ -70,9 +73,9 @@ def search(
     problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
 ) -> Solution:
     """The fastest legal partition into one of `stage_counts` stages."""
-    candidates = _by_intervals(problem, stage_counts, limits)
+    candidates = _by_down_sets(problem, stage_counts, limits)
     best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
-    methods = ["interval dynamic programming"]
+    methods = ["dynamic programming over down-sets"]
     budget = limits.time_limit
     for candidate in sorted(candidates, key=lambda item: (item.lower_bound, item.num_stages)):
         small = len(problem.units) * candidate.num_stages <= limits.confirm
@@ -81,7 +84,7 @@ def search(
         if proven and not (candidate is best and small):
             continue
         outcome, covered = _by_program(problem, candidate, best, budget, limits)
-        methods = ["interval dynamic programming", "integer program (CP-SAT)"]
+        methods = ["dynamic programming over down-sets", "integer program (CP-SAT)"]
         budget = max(budget - outcome.work, 0.05 * limits.time_limit)
         bound = min(outcome.bound_seconds, best.seconds) if covered else 0.0
         candidate.lower_bound = max(candidate.lower_bound, bound)
@@ -98,47 +101,62 @@ def estimate(
     problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
 ) -> Solution:
     """The fastest partition that dynamic programming finds; quick, often optimal, not proven."""
-    candidates = _by_intervals(problem, stage_counts, limits)
+    candidates = _by_down_sets(problem, stage_counts, limits)
     best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
     bound = min([item.lower_bound for item in candidates] + [best.seconds])
-    return Solution(best.best, best.seconds, bound, ("interval dynamic programming",))
+    return Solution(best.best, best.seconds, bound, ("dynamic programming over down-sets",))
 
 
-def _by_intervals(
+def _by_down_sets(
     problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
 ) -> list[_Candidate]:
     """Best interval partition for every stage count that may still win."""
+    table = down_sets(problem, limits)
     relaxed = _relaxed(problem)
-    orders = _topological_orders(problem, limits)
+    relaxed_table = table
+    if relaxed is not problem:
+        relaxed_table = DownSets(relaxed, table.sets, table.complete)
+    bounds = outlook(relaxed_table, max(stage_counts))
     candidates = [_Candidate(count, simple_bound(problem, count)) for count in stage_counts]
-    least = math.inf
-    for order in orders:
-        table = Intervals(problem, order)
-        relaxed_table = table if relaxed is problem else Intervals(relaxed, order)
-        bounds = outlook(relaxed_table, max(stage_counts))
-        chain = table.is_chain()
+    if table.complete:
         for candidate in candidates:
-            if chain:
-                _raise_bound(problem, candidate, bounds[candidate.num_stages - 1])
-        for candidate in sorted(
-            candidates, key=lambda item: (bounds[item.num_stages - 1], -item.num_stages)
-        ):
-            if bounds[candidate.num_stages - 1] < least * (1 - limits.tolerance):
-                _search_order(table, candidate, least, limits)
-                least = min(least, candidate.seconds)
+            _raise_bound(problem, candidate, bounds[candidate.num_stages - 1])
+    least = math.inf
+    for candidate in sorted(
+        candidates, key=lambda item: (bounds[item.num_stages - 1], -item.num_stages)
+    ):
+        if bounds[candidate.num_stages - 1] < least * (1 - limits.tolerance):
+            _search_devices(table, candidate, least, limits)
+            least = min(least, candidate.seconds)
     return candidates
 
 
-def _search_order(
-    table: Intervals, candidate: _Candidate, least: float, limits: SearchLimits
+def down_sets(problem: StageProblem, limits: SearchLimits) -> DownSets:
+    """All down-sets of the problem's DAG, or the prefixes of several topological orders."""
+    count, edges = len(problem.units), problem.edges()
+    every = all_down_sets(count, edges, limits.max_down_sets)
+    if every is not None:
+        return DownSets(problem, every, complete=True)
+    found: dict[int, None] = {}
+    for order in _topological_orders(problem, limits):
+        prefixes = list(itertools.accumulate((1 << unit for unit in order), initial=0))
+        if found and len(found) + count > limits.max_down_sets:
+            break
+        found.update(dict.fromkeys(prefixes))
+    sets = sorted(found, key=lambda bits: (bits.bit_count(), bits))
+    return DownSets(problem, sets, complete=False)
+
+
+def _search_devices(
+    table: DownSets, candidate: _Candidate, least: float, limits: SearchLimits
 ) -> None:
-    """Improve what is known of `candidate` by the interval partitions of one order."""
+    """Improve what is known of `candidate` by dynamic programming over down-sets."""
     problem = table.problem
     orders, complete = device_orders(problem, candidate.num_stages, limits, table.size)
     alike = len({link for row in problem.links for link in row}) == 1
-    exact = complete and table.is_chain() and (alike or table.flows_are_local())
+    exact = complete and table.complete and (alike or table.flows_are_local())
     for number, devices in enumerate(orders):
-        found = search_intervals(table, candidate.num_stages, devices, least)
+        found = search_chains(table, candidate.num_stages, devices, least)
         margin = 1 - limits.tolerance if number else 1.0  # by index unless others are better
         if found.seconds < candidate.seconds * margin:
             candidate.best, candidate.seconds = found.assignment, found.seconds
@@ -152,14 +170,44 @@ def _raise_bound(problem: StageProblem, candidate: _Candidate, bound: float) -> 
 
 
 def simple_bound(problem: StageProblem, num_stages: int) -> float:
-    """Step time if work were divisible: all compute once, and m - 1 times its even share."""
+    """Step time if work were divisible.
+
+    Unit u takes at least rho_c times its least seconds on class c. With bottleneck B a device of
+    class c takes at most B / rho_c of that work, so the total time is least when the fastest
+    devices are filled first: piecewise linear in B, with its minimum where devices become full
+    or at the heaviest unit.
+    """
     work = [
-        min(f + b for f, b in zip(unit.forward_seconds, unit.backward_seconds, strict=True))
+        [f + b for f, b in zip(unit.forward_seconds, unit.backward_seconds, strict=True)]
         for unit in problem.units
     ]
-    bottleneck = max(sum(work) / num_stages, max(work))
-    total = sum(work) + (problem.num_microbatches - 1) * bottleneck
-    return total + _update_seconds(problem, num_stages)
+    total = sum(map(min, work))
+    if not 0.0 < total < math.inf:
+        return 0.0 if total == 0.0 else math.inf
+    paces = sorted(
+        min(row[entry.type] / min(row) for row in work if min(row) > 0)
+        for entry in problem.classes
+        for _ in entry.devices
+    )[:num_stages]
+    rates = list(itertools.accumulate(1 / pace for pace in paces))
+    heaviest = max(map(min, work))
+    bottlenecks = [heaviest, *(total / rate for rate in rates if rate > 0)]
+    least = min(
+        _fill(total, bottleneck, paces) + (problem.num_microbatches - 1) * bottleneck
+        for bottleneck in bottlenecks
+        if bottleneck >= heaviest
+    )
+    return least + _update_seconds(problem, num_stages)
+
+
+def _fill(total: float, bottleneck: float, paces: list[float]) -> float:
+    """Seconds of all work if each device, fastest first, works `bottleneck` seconds at most."""
+    seconds, left = 0.0, total
+    for pace in paces:
+        share = min(left, bottleneck / pace)
+        seconds += share * pace
+        left -= share
+    return seconds if left <= 1e-9 * total else math.inf
 
 
 def _update_seconds(problem: StageProblem, num_stages: int) -> float:
@@ -212,8 +260,6 @@ def _topological_orders(problem: StageProblem, limits: SearchLimits) -> list[tup
     """Program order, orders by distance from sources and to sinks, and random ones; distinct."""
     count, edges = len(problem.units), problem.edges()
     program = topological_order(count, edges, lambda unit: unit)
-    if set(zip(program, program[1:], strict=False)) <= set(edges):
-        return [program]
     early, late = _levels(count, edges, program)
     ranks: list[Callable[[int], object]] = [lambda unit: early[unit], lambda unit: late[unit]]
     orders = [program, *(topological_order(count, edges, rank) for rank in ranks)]
@@ -237,7 +283,7 @@ def _levels(
 
 
 def device_orders(
-    problem: StageProblem, num_stages: int, limits: SearchLimits, num_units: int
+    problem: StageProblem, num_stages: int, limits: SearchLimits, num_sets: int
 ) -> tuple[tuple[DeviceOrders, ...], bool]:
     """All device sequences if they are few enough, else some good ones; whether they are all.
 
@@ -247,7 +293,7 @@ def device_orders(
     if len(problem.classes) == 1:
         return (DeviceOrders.of_sequence((0,) * num_stages),), True
     counts = tuple(len(entry.devices) for entry in problem.classes)
-    most = max(limits.max_work // (num_units + 1) ** 2, 1)
+    most = max(limits.max_work // num_sets**2, 1)
     every = DeviceOrders.all(counts, num_stages, most)
     if every is not None:
         return (every,), True

@@ -1,23 +1,25 @@
-"""Optimal partitions of one topological order into consecutive intervals, by dynamic programming.
+"""Optimal partitions by dynamic programming over down-sets of the DAG of units.
 
-For an order u_1 .. u_n and S stages, g[s, d, j] is the least additive cost of putting u_1 .. u_j
-on s stages that use up the devices d, the last on a known class:
+A down-set holds with each unit all that it is computed from. Stages 0 .. s of any partition are a
+down-set, so a partition into S stages is a chain of S + 1 nested down-sets, and each stage the
+difference of two (Tarnawski et al., Efficient Algorithms for Device Placement of DNN Graph
+Operators, 2020). With D the down-sets and d the devices used so far, the last on a known class,
 
-    g[s, d + c, j] = min_{i < j} g[s - 1, d, i] + t(i, j, c) + r(i, j, c) + g(i, j, c)
+    g[s, d + c, J] = min_{I < J in D} g[s - 1, d, I] + t(I, J, c) + r(I, J, c) + g(I, J, c)
 
-over intervals whose bottleneck is at most a threshold and whose memory fits; the step time adds
+over differences whose bottleneck is at most a threshold and whose memory fits; the step time adds
 (m - 1) times the bottleneck, so thresholds are raised from the least feasible one until no larger
-one can pay off. Every result is a legal partition, hence an upper bound. On a chain (an order
-in which each unit feeds the next) every partition is an interval partition, so the least value
-over the brackets of thresholds is also a lower bound, up to the optimizer's share, which is
-bounded separately.
+one can pay off. Every result is a legal partition, hence an upper bound. Chains have n + 1
+down-sets and transformers few more; if D holds all of them, the least value over the brackets of
+thresholds is also a lower bound, up to the optimizer's share, which is bounded separately. Of
+graphs with too many, D holds the prefixes of several topological orders.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +29,7 @@ from ...compiler.ir.cluster import Link
 from .objective import excess_bytes, step_seconds, sync_seconds
 from .problem import Assignment, StageProblem
 
-__all__ = ["DeviceOrders", "IntervalResult", "Intervals", "outlook", "search_intervals"]
+__all__ = ["ChainResult", "DeviceOrders", "DownSets", "all_down_sets", "outlook", "search_chains"]
 
 Table = NDArray[np.float64]
 _STEP = 0.002  # relative distance of two bottleneck thresholds
@@ -73,67 +75,103 @@ class DeviceOrders:
 
 
 @dataclass(frozen=True, slots=True)
-class IntervalResult:
-    """Best partition found (None if none fits) and a bound on all interval partitions."""
+class ChainResult:
+    """Best partition found (None if none fits) and a bound on all partitions of its down-sets."""
 
     assignment: Assignment | None
     seconds: float
     lower_bound: float
 
 
-class Intervals:
-    """Costs of all intervals [i, j) of one topological order of a problem's units."""
+def all_down_sets(
+    num_units: int, edges: Sequence[tuple[int, int]], most: int
+) -> tuple[int, ...] | None:
+    """All down-sets of a DAG as bit sets, by size; None if there are more than `most`."""
+    needs = [0] * num_units
+    for source, target in edges:
+        needs[target] |= 1 << source
+    found, layer = [0], [0]
+    while layer:
+        following: dict[int, None] = {}
+        for members in layer:
+            for unit in range(num_units):
+                if not members >> unit & 1 and needs[unit] & ~members == 0:
+                    following[members | 1 << unit] = None
+        layer = list(following)
+        found += layer
+        if len(found) > most:
+            return None
+    return tuple(found)
 
-    def __init__(self, problem: StageProblem, order: tuple[int, ...]) -> None:
+
+class DownSets:
+    """Costs of the differences J - I of the given down-sets, as tables over I (rows) and J.
+
+    Args:
+        sets: bit sets, the empty one first and the full one last.
+        complete: whether these are all down-sets of the problem's DAG.
+    """
+
+    def __init__(self, problem: StageProblem, sets: Sequence[int], complete: bool) -> None:
         self.problem = problem
-        self.order = order
-        self.size = len(order)
-        self._position = {unit: index for index, unit in enumerate(order)}
+        self.sets = tuple(sets)
+        self.complete = complete
+        self.size = len(self.sets)
+        count = len(problem.units)
+        self._inside = np.array([[bits >> unit & 1 for unit in range(count)] for bits in self.sets])
+        self._inside = self._inside.astype(bool)
+        sizes = self._inside.sum(axis=1)
+        together = self._inside.astype(np.float32) @ self._inside.T.astype(np.float32)
+        self.nested = (together == sizes[:, None]) & (sizes[:, None] < sizes[None, :])
         types = range(1 + max(entry.type for entry in problem.classes))
-        units = [problem.units[index] for index in order]
+        units = problem.units
         self.compute = [
             self._sums([u.forward_seconds[t] + u.backward_seconds[t] for u in units]) for t in types
         ]
-        self.optimizer = [
-            self._sums([u.optimizer_seconds[t] if u.optimizer_seconds else 0.0 for u in units])
-            for t in types
-        ]
         self.static = self._sums([float(u.static_bytes) for u in units])
         self.saved = self._sums([float(u.saved_bytes) for u in units])
-        self.transient = self._accumulate([float(u.transient_bytes) for u in units], np.maximum)
+        self.transient = self._peaks([float(u.transient_bytes) for u in units])
         self.update = self._sums([float(u.update_bytes) for u in units])
-        peaks = [float(u.update_peak_bytes) for u in units]
-        self.update_peak = self._accumulate(peaks, np.maximum)
-        self.sync = np.zeros_like(self.static)
+        self.update_peak = self._peaks([float(u.update_peak_bytes) for u in units])
+        self.sync = np.zeros((self.size, self.size))
         self._add_shared()
         self._add_flows()
         self.fitting = functools.cache(self._fitting)
 
     def _sums(self, figures: list[float]) -> Table:
-        return self._accumulate(figures, np.add)
-
-    def _accumulate(self, figures: list[float], operation: np.ufunc) -> Table:
-        table = np.zeros((self.size + 1, self.size + 1))
         row = np.array(figures)
-        for start in range(self.size):
-            table[start, start + 1 :] = operation.accumulate(row[start:])
+        finite = np.where(np.isfinite(row), row, 0.0)
+        totals = self._inside @ finite
+        table: Table = totals[None, :] - totals[:, None]
+        for unit in np.flatnonzero(~np.isfinite(row)):
+            table[self.between(int(unit))] = math.inf
+        return table
+
+    def _peaks(self, figures: list[float]) -> Table:
+        table = np.zeros((self.size, self.size))
+        for unit in sorted(range(len(figures)), key=lambda unit: figures[unit]):
+            if figures[unit]:
+                table[self.between(unit)] = figures[unit]
+        return table
+
+    def between(self, unit: int) -> NDArray[np.bool_]:
+        """Where `unit` is in J - I."""
+        inside = self._inside[:, unit]
+        table: NDArray[np.bool_] = ~inside[:, None] & inside[None, :]
         return table
 
     def touched(self, users: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Whether interval [i, j) contains one of `users`."""
-        positions = np.array(sorted(self._position[user] for user in users))
-        starts = np.arange(self.size + 1)
-        index = np.searchsorted(positions, starts)
-        following = np.append(positions, self.size + 1)[index]
-        return following[:, None] < starts[None, :]
+        """Where J - I has one of `users`."""
+        table = self.between(users[0])
+        for user in users[1:]:
+            table |= self.between(user)
+        return table
 
     def _add_shared(self) -> None:
         for shared in self.problem.shared:
             touched = self.touched(shared.users)
             for table, seconds in zip(self.compute, shared.forward_seconds, strict=False):
                 table += np.where(touched, seconds, 0.0)
-            for table, seconds in zip(self.optimizer, shared.optimizer_seconds, strict=False):
-                table += touched * seconds
             self.static += touched * float(shared.static_bytes)
             self.saved += touched * float(shared.saved_bytes)
             self.transient = np.maximum(self.transient, touched * float(shared.transient_bytes))
@@ -141,13 +179,13 @@ class Intervals:
             peak = touched * float(shared.update_peak_bytes)
             self.update_peak = np.maximum(self.update_peak, peak)
             if shared.reduced_bytes and len(shared.users) > 1:
-                places = sorted(self._position[user] for user in shared.users)
-                self.sync[places[0] + 1 : places[-1] + 1, places[-1] + 1 :] += sync_seconds(
-                    self.problem, shared, 2
-                )
+                users = self._inside[:, list(shared.users)]
+                begun, done = users.any(axis=1), users.all(axis=1)
+                last = (begun & ~done)[:, None] & done[None, :]
+                self.sync += last * sync_seconds(self.problem, shared, 2)
 
     def _add_flows(self) -> None:
-        shape = (self.size + 1, self.size + 1)
+        shape = (self.size, self.size)
         self._messages = np.zeros(shape), np.zeros(shape)
         self._bytes = np.zeros(shape), np.zeros(shape)
         self._sent = np.zeros(shape), np.zeros(shape)
@@ -155,14 +193,15 @@ class Intervals:
             users = tuple(user for user in flow.consumers if user != flow.producer)
             if not users:
                 continue
-            crossing = self.touched(users)
-            place, last = self._position[flow.producer], max(self._position[u] for u in users)
-            crossing[: place + 1] = False
+            made = self._inside[:, flow.producer]
+            crossing = self.touched(users) & made[:, None]
+            wanted = ~self._inside[:, list(users)].all(axis=1)
+            leaving = ~made[:, None] & (made & wanted)[None, :]
             for way, num_bytes in enumerate((flow.forward_bytes, flow.gradient_bytes)):
                 if num_bytes:
                     self._messages[way][crossing] += 1
                     self._bytes[way][crossing] += num_bytes
-                    self._sent[way][: place + 1, place + 1 : last + 1] += num_bytes
+                    self._sent[way][leaving] += num_bytes
 
     def transfers(self, way: int, link: Link) -> Table:
         """Seconds of receiving values (way 0) or returning gradients (way 1) over `link`."""
@@ -171,12 +210,12 @@ class Intervals:
         )
 
     def _fitting(self, in_flight: int, limit_bytes: int) -> NDArray[np.bool_]:
-        """Whether interval [i, j), not empty, fits into so much memory."""
-        table: NDArray[np.bool_] = np.triu(self.memory(in_flight) <= limit_bytes, 1)
+        """Where I lies in J and J - I fits into so much memory."""
+        table: NDArray[np.bool_] = self.nested & (self.memory(in_flight) <= limit_bytes)
         return table
 
     def memory(self, in_flight: int) -> Table:
-        """Bytes that interval [i, j) needs on its device."""
+        """Bytes that J - I needs on its device."""
         incoming = (in_flight + 1) * self._bytes[0] + self._bytes[1]
         outgoing = max(in_flight - 1, 1) * self._sent[0] + self._sent[1]
         at_work = in_flight * self.saved + self.transient
@@ -185,25 +224,28 @@ class Intervals:
         return table
 
     def flows_are_local(self) -> bool:
-        """Whether each value is read by the next unit only, so that it crosses one boundary."""
-        return all(
-            self._position[user] - self._position[flow.producer] <= 1
+        """Whether no value can cross more than one boundary: all are read by the next unit only."""
+        return self.size == len(self.problem.units) + 1 and all(
+            self._place(user) - self._place(flow.producer) <= 1
             for flow in self.problem.flows
             for user in flow.consumers
         )
 
-    def is_chain(self) -> bool:
-        """Whether each unit feeds the next one, so that no other order exists."""
-        edges = set(self.problem.edges())
-        return all(pair in edges for pair in zip(self.order, self.order[1:], strict=False))
+    def _place(self, unit: int) -> int:
+        return int(self._inside[:, unit].argmax())
+
+    def assign(self, path: Sequence[int], classes: Sequence[int]) -> Assignment:
+        """The partition whose stages 0 .. s are the down-set number `path[s]`."""
+        stages = self._inside[list(path)].argmax(axis=0)
+        return Assignment(tuple(int(stage) for stage in stages), tuple(classes))
 
 
 class _Search:
-    """The tables of one search: intervals, a number of stages, device orders."""
+    """The tables of one search: down-sets, a number of stages, device orders."""
 
-    def __init__(self, intervals: Intervals, num_stages: int, orders: DeviceOrders) -> None:
-        self.intervals = intervals
-        self.problem = intervals.problem
+    def __init__(self, sets: DownSets, num_stages: int, orders: DeviceOrders) -> None:
+        self.sets = sets
+        self.problem = sets.problem
         self.num_stages = num_stages
         self.orders = orders
         self.additive = functools.cache(self._additive)
@@ -214,23 +256,23 @@ class _Search:
 
     def _additive(self, cls: int, before: int) -> Table:
         link = self.problem.links[before][cls]
-        table = self.intervals.compute[self.problem.classes[cls].type] + self.intervals.sync
-        return table + self.intervals.transfers(0, link) + self.intervals.transfers(1, link)
+        table = self.sets.compute[self.problem.classes[cls].type] + self.sets.sync
+        return table + self.sets.transfers(0, link) + self.sets.transfers(1, link)
 
     def _bottleneck(self, cls: int, before: int) -> Table:
         link = self.problem.links[before][cls]
-        table = self.intervals.compute[self.problem.classes[cls].type]
+        table = self.sets.compute[self.problem.classes[cls].type]
         for way in (0, 1):
-            table = np.maximum(table, self.intervals.transfers(way, link))
+            table = np.maximum(table, self.sets.transfers(way, link))
         return table
 
     def _memory_fits(self, cls: int, in_flight: int, stage: int) -> NDArray[np.bool_]:
-        table = self.intervals.fitting(in_flight, self.problem.classes[cls].memory_bytes)
+        table = self.sets.fitting(in_flight, self.problem.classes[cls].memory_bytes)
         for unit, pinned in self.problem.class_pins:
             if pinned != cls:
-                table = table & ~self.intervals.touched((unit,))
+                table = table & ~self.sets.touched((unit,))
         for unit, wanted in self.problem.stage_pins:
-            touched = self.intervals.touched((unit,))
+            touched = self.sets.touched((unit,))
             table = table & (touched if wanted == stage else ~touched)
         return table
 
@@ -239,13 +281,13 @@ class _Search:
         return table
 
     def fits(self, cls: int, stage: int) -> NDArray[np.bool_]:
-        """Which intervals stage `stage` may be on a device of class `cls`."""
+        """Which differences stage `stage` may be on a device of class `cls`."""
         in_flight = self.problem.in_flight(self.num_stages, stage)
         return self._fits(cls, in_flight, stage if self.stage_matters else -1)
 
     def run(self, cost: Callable[[int, int], Table], join: np.ufunc, threshold: float) -> _Path:
-        """Least `join` of stage costs over all interval partitions under `threshold`."""
-        start = np.full(self.intervals.size + 1, math.inf)
+        """Least `join` of stage costs over all partitions under `threshold`."""
+        start = np.full(self.sets.size, math.inf)
         start[0] = 0.0
         values = {0: start}
         trail = []
@@ -288,58 +330,56 @@ class _Path:
     def assignment(self) -> Assignment:
         """The partition with the least value, which must be finite."""
         state = min(self.totals, key=lambda key: (self.totals[key], key))
-        end = self.search.intervals.size
-        stages = [0] * end
-        classes = []
+        end = self.search.sets.size - 1
+        ends, classes = [], []
         for stage in reversed(range(self.search.num_stages)):
             starts, numbers = self.trail[stage][state]
             start, number = int(starts[end]), int(numbers[end])
-            for position in range(start, end):
-                stages[self.search.intervals.order[position]] = stage
             state, _, cls, _ = self.search.orders.arcs[stage][number]
+            ends.append(end)
             classes.append(cls)
             end = start
-        return Assignment(tuple(stages), tuple(reversed(classes)))
+        return self.search.sets.assign(ends[::-1], classes[::-1])
 
 
-def outlook(intervals: Intervals, max_stages: int) -> tuple[float, ...]:
-    """Lower bounds of the step time of this order's interval partitions into 1, 2, .. stages.
+def outlook(sets: DownSets, max_stages: int) -> tuple[float, ...]:
+    """Lower bounds of the step time of partitions of these down-sets into 1, 2, .. stages.
 
     For a problem with one class of devices: the least bottleneck and the least additive cost,
     each by itself, from the last stage to the first, so that one pass serves all numbers of
     stages (in-flight microbatches depend on the distance to the last stage only). Infinite where
     nothing fits in memory. Pins of stages and what the optimizer costs are left out.
     """
-    problem = intervals.problem
+    problem = sets.problem
     (device,) = problem.classes
     (link,) = problem.links[0]
-    transfers = intervals.transfers(0, link), intervals.transfers(1, link)
-    compute = intervals.compute[device.type]
+    transfers = sets.transfers(0, link), sets.transfers(1, link)
+    compute = sets.compute[device.type]
     bottleneck = np.maximum(compute, np.maximum(*transfers))
-    additive = compute + transfers[0] + transfers[1] + intervals.sync
-    low = free = np.where(np.arange(intervals.size + 1) == intervals.size, 0.0, math.inf)
+    additive = compute + transfers[0] + transfers[1] + sets.sync
+    low = free = np.where(np.arange(sets.size) == sets.size - 1, 0.0, math.inf)
     bounds = []
     for tail in range(1, max_stages + 1):
-        fits = intervals.fitting(problem.in_flight(tail, 0), device.memory_bytes)
+        fits = sets.fitting(problem.in_flight(tail, 0), device.memory_bytes)
         low = np.where(fits, np.maximum(bottleneck, low[None, :]), math.inf).min(axis=1)
         free = np.where(fits, additive + free[None, :], math.inf).min(axis=1)
         bounds.append(float(free[0]) + (problem.num_microbatches - 1) * float(low[0]))
     return tuple(bounds)
 
 
-def search_intervals(
-    intervals: Intervals, num_stages: int, orders: DeviceOrders, cutoff: float
-) -> IntervalResult:
-    """Best interval partition into exactly `num_stages` stages that beats `cutoff` seconds.
+def search_chains(
+    sets: DownSets, num_stages: int, orders: DeviceOrders, cutoff: float
+) -> ChainResult:
+    """Best partition into exactly `num_stages` stages, searched for what beats `cutoff` seconds.
 
-    The lower bound covers all interval partitions of this order over `orders`, with what their
-    optimizer and reductions cost left out; it is infinite if none fits in memory.
+    The lower bound covers all partitions of these down-sets over `orders`, with what the optimizer
+    costs left out; it is infinite if none fits in memory.
     """
-    problem = intervals.problem
-    search = _Search(intervals, num_stages, orders)
+    problem = sets.problem
+    search = _Search(sets, num_stages, orders)
     least = search.run(search.bottleneck, np.maximum, math.inf).value
     if math.isinf(least):
-        return IntervalResult(None, math.inf, math.inf)
+        return ChainResult(None, math.inf, math.inf)
     free = search.run(search.additive, np.add, math.inf)
     best: Assignment | None = None
     seconds, bound = math.inf, math.inf
@@ -353,8 +393,8 @@ def search_intervals(
         bound = min(bound, path.value + repeats * low)
         rest = free.value + repeats * high if repeats else math.inf
         if rest >= min(seconds, cutoff) or path.value <= free.value * _EXACT:
-            return IntervalResult(best, seconds, min(bound, rest))
-    return IntervalResult(best, seconds, bound)
+            return ChainResult(best, seconds, min(bound, rest))
+    return ChainResult(best, seconds, bound)
 
 
 def _brackets(least: float) -> Iterator[tuple[float, float]]:
