@@ -315,9 +315,10 @@ def _convolution(c: NodeContext) -> Adjoint:
     """dI reads the weight, dW the image, in two kernels with workspaces of their own."""
     image, weight = c.node.inputs[0], c.node.inputs[1]
     forward, back_image, back_weight = _convolution_workspaces(c, image, weight)
+    copied = 0.0 if c.storages.scattered.isdisjoint(c.node.outputs) else c.out_bytes
     rules = {
-        image: Gradient(image, (weight,), back_image),
-        weight: Gradient(weight, (image,), back_weight),
+        image: Gradient(image, (weight,), back_image + copied),
+        weight: Gradient(weight, (image,), back_weight + copied),
     }
     return Adjoint(
         gradients=tuple(rules.get(index, Gradient(index)) for index in c.wanted),

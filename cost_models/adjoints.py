@@ -58,7 +58,7 @@ def _view(c: NodeContext) -> Adjoint:
     A gradient whose dims are in another order in memory is copied before it can be viewed.
     """
     shapes = c.node.op.packet in ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
-    copied = shapes and not c.storages.permuted.isdisjoint(c.node.outputs)
+    copied = shapes and not c.storages.scattered.isdisjoint(c.node.outputs)
     if copied or c.node.op.packet in _PARTS:
         return Adjoint(c.each())
     return Adjoint(gradients=c.each(), aliased=frozenset(c.wanted))

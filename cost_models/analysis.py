@@ -92,14 +92,14 @@ class Storages:
         base: value id -> id of the value that it is a view of (itself unless it is a view).
         root: value id -> id of the value that owns its storage, at the end of the bases.
         strides: value id -> strides in elements.
-        permuted: values whose dims some op puts in another order, so that their gradient arrives
-            in another order in memory.
+        scattered: values whose gradient is not contiguous when it arrives, because an op puts
+            their dims in another order or makes them part of a larger tensor.
     """
 
     base: tuple[int, ...]
     root: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
-    permuted: frozenset[int]
+    scattered: frozenset[int]
 
     def stands_contiguous(self, value: Value) -> bool:
         """Whether `value` lies in memory as a tensor of its own would."""
@@ -145,8 +145,9 @@ def find_storages(graph: Graph, nodes: Iterable[int] | None = None) -> Storages:
                 )
         elif node.op.category is Category.ELEMENTWISE:
             _keep_layout(graph, node, strides)
-    permuted = (node.inputs[0] for node in chosen if node.op.packet in _PERMUTES)
-    return Storages(tuple(base), tuple(root), tuple(strides), frozenset(permuted))
+    scattered = {node.inputs[0] for node in chosen if node.op.packet in _PERMUTES}
+    scattered.update(i for node in chosen if node.op.packet == "cat" for i in node.inputs)
+    return Storages(tuple(base), tuple(root), tuple(strides), frozenset(scattered))
 
 
 def _follow_view(

@@ -15,7 +15,8 @@ SLACK_BYTES = 1100
 
 
 # Float64 runs through other kernels, or with masks and indices of another relative size.
-DOUBLES = [name for name in CASES if name.startswith(("conv", "attention", "dropout", "layer", "w"))]
+_PREFIXES = ("conv", "attention", "dropout", "layer", "where")
+DOUBLES = [name for name in CASES if name.startswith(_PREFIXES)]
 
 
 @pytest.mark.parametrize(
