@@ -135,7 +135,8 @@ def _fused_attention(c: NodeContext, query: int, key: int, value: int) -> Adjoin
     columns = min(512, c.value(key).type.shape[-2])
     statistics = c.sizes[query] / itemsize / max(size, 1) * wide
     mask = c.operand(3)
-    converted, masks = 0.0, ()
+    converted = 0.0
+    masks: tuple[int, ...] = ()
     if mask is not None:
         masks = (mask,)
         if c.value(mask).type.dtype.itemsize == 1:

@@ -29,7 +29,11 @@ def cluster(link: Link, count: int = 2, memory_rate: float = 1e30) -> Cluster:
 
 
 def programs(
-    graph: Graph, where: Cluster, rows: tuple[str, ...], microbatches: int, clip: float | None = None
+    graph: Graph,
+    where: Cluster,
+    rows: tuple[str, ...],
+    microbatches: int,
+    clip: float | None = None,
 ) -> tuple[Program, ...]:
     count, size = len(rows), len(graph.nodes)
     cuts = [size * index // count for index in range(count + 1)]
@@ -90,7 +94,7 @@ def test_a_slow_link_is_the_bottleneck() -> None:
 
 
 def test_memory_follows_the_microbatches_in_flight() -> None:
-    """GPipe holds all four microbatches on both ranks, 1F1B two on the first and one on the last."""
+    """GPipe holds four microbatches on both ranks, 1F1B two on the first and one on the last."""
     gpipe = tuple(
         " ".join(f"{kind}{stage}.{m}" for kind in "FB" for m in range(4)) for stage in range(2)
     )
