@@ -11,10 +11,10 @@ the global gradient norm, clipping, and the optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..ir.graph import Graph, Mode, Value, ValueKind
+from ..ir.graph import Graph, Mode, ValueKind
 from ..ir.plan import Plan
 from ..ir.program import (
     GRADIENT_NORM,
@@ -84,107 +84,111 @@ def generate_programs(
 
 
 @dataclass(frozen=True, slots=True)
-class _Transfer:
-    """A register, where it is made and where it is read."""
+class _Edge:
+    """A value that one stage's action makes and another rank's (or stage's) reads.
 
-    register: Register
+    `consumer` is set for gradients. Tags of the microbatches are `first_tag`, `first_tag + 1`, ...
+    """
+
+    value: str
+    consumer: int | None
     type: TensorType
     source: int
     target: int
+    first_tag: int
+
+    def register(self, microbatch: int) -> Register:
+        return Register(self.value, microbatch, self.consumer)
 
 
 class _Edges:
-    """Which registers each action makes and reads, and their tags."""
+    """Which values each kind of action of each stage makes and reads."""
 
     def __init__(
         self, stages: tuple[StageProgram, ...], ranks: tuple[int, ...], num_microbatches: int
     ) -> None:
-        self.ranks = ranks
-        self.num_microbatches = num_microbatches
-        self._stages = stages
-        self._types = [stage.graph.by_name() for stage in stages]
-        names = sorted(
-            {
-                (name, consumer)
-                for stage in stages
-                for name, consumers in stage.consumers
-                for consumer in consumers
-            }
-        )
-        self._edge_number = {edge: number for number, edge in enumerate(names)}
+        self._ranks = ranks
+        self._num_microbatches = num_microbatches
+        self._values = [stage.graph.by_name() for stage in stages]
+        self._numbers = _numbered(stages, ranks)
+        self._made: dict[tuple[ActionKind, int], list[_Edge]] = {}
+        self._read: dict[tuple[ActionKind, int], list[_Edge]] = {}
+        for stage in stages:
+            self._add_stage(stage)
 
-    def tag(self, transfer: _Transfer) -> int:
-        """Unique per register and direction within a step."""
-        register = transfer.register
-        if register.consumer is None:
-            consumer = min(
-                stage
-                for (name, stage) in self._edge_number
-                if name == register.value and self.ranks[stage] == transfer.target
-            )
-            edge, direction = self._edge_number[register.value, consumer], 0
-        else:
-            edge, direction = self._edge_number[register.value, register.consumer], 1
-        return (edge * 2 + direction) * self.num_microbatches + register.microbatch
+    def made_by(self, action: Action) -> list[_Edge]:
+        """Values that `action` defines, one entry per rank that reads it."""
+        return self._made.get((action.kind, action.stage), [])
 
-    def made_by(self, action: Action) -> list[_Transfer]:
-        """Registers that `action` defines, one entry per rank that reads it."""
-        stage = self._stages[action.stage]
-        here = self.ranks[action.stage]
-        if action.kind is ActionKind.FORWARD:
-            return [
-                _Transfer(
-                    Register(name, action.microbatch), self._type(action.stage, name), here, rank
-                )
-                for name, consumers in stage.consumers
-                for rank in sorted({self.ranks[consumer] for consumer in consumers})
-            ]
-        if action.kind is ActionKind.BACKWARD_WEIGHT:
-            return []
-        return [
-            _Transfer(
-                Register(name, action.microbatch, consumer=action.stage),
-                self._type(action.stage, name),
-                here,
-                self.ranks[producer],
-            )
-            for name, producer in stage.producers
-            if self._value(action.stage, name).requires_grad
-        ]
+    def read_by(self, action: Action) -> list[_Edge]:
+        """Values that `action` waits for."""
+        return self._read.get((action.kind, action.stage), [])
 
-    def read_by(self, action: Action) -> list[_Transfer]:
-        """Registers that `action` waits for."""
-        stage = self._stages[action.stage]
-        here = self.ranks[action.stage]
-        if action.kind is ActionKind.FORWARD:
-            return [
-                _Transfer(
-                    Register(name, action.microbatch),
-                    self._type(action.stage, name),
-                    self.ranks[producer],
-                    here,
-                )
-                for name, producer in stage.producers
-            ]
-        if action.kind is ActionKind.BACKWARD_WEIGHT:
-            return []
-        return [
-            _Transfer(
-                Register(name, action.microbatch, consumer=consumer),
-                self._type(action.stage, name),
-                self.ranks[consumer],
-                here,
-            )
+    def _add_stage(self, stage: StageProgram) -> None:
+        index = stage.index
+        forward = ActionKind.FORWARD
+        self._made[forward, index] = [
+            self._value_edge(index, name, target, consumers)
             for name, consumers in stage.consumers
-            if self._value(action.stage, name).requires_grad
+            for target in sorted({self._ranks[consumer] for consumer in consumers})
+        ]
+        self._read[forward, index] = [
+            self._value_edge(producer, name, self._ranks[index], (index,))
+            for name, producer in stage.producers
+        ]
+        made = [
+            self._gradient_edge(index, name, index, producer)
+            for name, producer in stage.producers
+            if self._values[index][name].requires_grad
+        ]
+        read = [
+            self._gradient_edge(index, name, consumer, index)
+            for name, consumers in stage.consumers
+            if self._values[index][name].requires_grad
             for consumer in consumers
         ]
+        for kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
+            self._made[kind, index], self._read[kind, index] = made, read
 
-    def _value(self, stage: int, name: str) -> Value:
-        return self._types[stage][name]
+    def _value_edge(
+        self, producer: int, name: str, target: int, consumers: tuple[int, ...]
+    ) -> _Edge:
+        """The value `name` on its way to rank `target`; one message serves all stages there."""
+        number = self._numbers[name, target]
+        return _Edge(
+            value=name,
+            consumer=None,
+            type=self._values[consumers[0]][name].type,
+            source=self._ranks[producer],
+            target=target,
+            first_tag=number * self._num_microbatches,
+        )
 
-    def _type(self, stage: int, name: str) -> TensorType:
-        return self._types[stage][name].type
+    def _gradient_edge(self, stage: int, name: str, consumer: int, producer: int) -> _Edge:
+        """The gradient of `name` that stage `consumer` contributes."""
+        number = self._numbers[name, ~consumer]
+        return _Edge(
+            value=name,
+            consumer=consumer,
+            type=self._values[stage][name].type,
+            source=self._ranks[consumer],
+            target=self._ranks[producer],
+            first_tag=number * self._num_microbatches,
+        )
+
+
+def _numbered(
+    stages: tuple[StageProgram, ...], ranks: tuple[int, ...]
+) -> dict[tuple[str, int], int]:
+    """Numbers of transfers: (value, target rank), and (value, ~stage) for that stage's gradient."""
+    keys = {
+        key
+        for stage in stages
+        for name, consumers in stage.consumers
+        for consumer in consumers
+        for key in ((name, ranks[consumer]), (name, ~consumer))
+    }
+    return {key: number for number, key in enumerate(sorted(keys))}
 
 
 def _instructions(
@@ -193,28 +197,32 @@ def _instructions(
     actions = schedule.ranks[rank] if rank < len(schedule.ranks) else ()
     receives = _receives_by_action(actions, edges, rank)
     last_read = {
-        transfer.register: position
+        edge.register(action.microbatch): position
         for position, action in enumerate(actions)
-        for transfer in edges.read_by(action)
+        for edge in edges.read_by(action)
     }
     pending = [position for position, posts in enumerate(receives) if posts]
+    pending.reverse()
     posted_for = -1
-    if pending and pending[0] == 0:
-        posted_for = pending.pop(0)
+    if pending and pending[-1] == 0:
+        posted_for = pending.pop()
         yield from receives[posted_for]
     for position, action in enumerate(actions):
         if pending and posted_for <= position:
-            posted_for = pending.pop(0)
+            posted_for = pending.pop()
             yield from receives[posted_for]
         yield _compute(action)
-        made = edges.made_by(action)
-        for transfer in made:
-            if transfer.target != rank:
-                yield Send(transfer.register, transfer.target, edges.tag(transfer), transfer.type)
-        dead = {t.register for t in edges.read_by(action) if last_read[t.register] == position}
-        dead |= {t.register for t in made if t.register not in last_read}
+        dead = []
+        for edge in edges.made_by(action):
+            register = edge.register(action.microbatch)
+            if edge.target != rank:
+                yield Send(register, edge.target, edge.first_tag + action.microbatch, edge.type)
+            if register not in last_read:
+                dead.append(register)
+        read = [edge.register(action.microbatch) for edge in edges.read_by(action)]
+        dead += [register for register in read if last_read[register] == position]
         if dead:
-            yield Free(tuple(sorted(dead, key=str)))
+            yield Free(tuple(dict.fromkeys(dead)))
     if tail is not None and rank in tail.all_ranks:
         yield from tail.instructions(rank)
 
@@ -225,24 +233,26 @@ def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -
     table: list[list[Recv]] = []
     for action in actions:
         posts = []
-        for transfer in edges.read_by(action):
-            if transfer.source != rank and transfer.register not in seen:
-                seen.add(transfer.register)
-                posts.append(
-                    Recv(transfer.register, transfer.source, edges.tag(transfer), transfer.type)
-                )
+        for edge in edges.read_by(action):
+            register = edge.register(action.microbatch)
+            if edge.source != rank and register not in seen:
+                seen.add(register)
+                tag = edge.first_tag + action.microbatch
+                posts.append(Recv(register, edge.source, tag, edge.type))
         table.append(posts)
     return table
 
 
+_INSTRUCTIONS = {
+    ActionKind.FORWARD: Forward,
+    ActionKind.BACKWARD: Backward,
+    ActionKind.BACKWARD_INPUT: BackwardInput,
+    ActionKind.BACKWARD_WEIGHT: BackwardWeight,
+}
+
+
 def _compute(action: Action) -> Instruction:
-    kinds: dict[ActionKind, Callable[[int, int], Instruction]] = {
-        ActionKind.FORWARD: Forward,
-        ActionKind.BACKWARD: Backward,
-        ActionKind.BACKWARD_INPUT: BackwardInput,
-        ActionKind.BACKWARD_WEIGHT: BackwardWeight,
-    }
-    return kinds[action.kind](action.stage, action.microbatch)
+    return _INSTRUCTIONS[action.kind](action.stage, action.microbatch)
 
 
 class _Tail:
