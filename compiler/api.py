@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ def plan_model(
             ways_out=("pass example_inputs=(tensor, ...) and/or example_kwargs={...}",),
         )
     call: Call = (_as_tuple(example_inputs), dict(example_kwargs or {}))
-    cluster = parse_devices(devices, memory_limit_bytes)
+    spec = Path(devices) if isinstance(devices, PathLike) else devices
+    cluster = parse_devices(spec, memory_limit_bytes)
     given = _given_plan(plan)
     rows = batch_size(*call)
     modes = Mode(mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
 
 from torch import nn
 
@@ -49,7 +50,7 @@ class ModelPlan(Plan):
 
     def to_onnx(self, path: str | PathLike[str]) -> None:
         """Write the annotated ONNX view of the whole model (see `export.to_onnx`)."""
-        to_onnx(self, self._graph, path, plan_hash=plan_hash(self))
+        to_onnx(self, self._graph, Path(path), plan_hash=plan_hash(self))
 
 
 @dataclass(frozen=True, slots=True)

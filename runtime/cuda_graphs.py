@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ _PERSISTENT = (ValueKind.PARAMETER, ValueKind.CONSTANT)
 class _GraphedKernel:
     """One kernel on static inputs; `dynamic` are positions of inputs that change address."""
 
-    def __init__(self, kernel: Kernel, dynamic: frozenset[int], pool: object) -> None:
+    def __init__(self, kernel: Kernel, dynamic: frozenset[int], pool: Any) -> None:
         self._kernel = kernel
         self._dynamic = dynamic
         self._pool = pool

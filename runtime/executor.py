@@ -469,4 +469,5 @@ def _split(value: Value, tensor: Tensor, count: int) -> tuple[Tensor, ...]:
     """Microbatches of a user input (the same tensor each time if it has no batch dim)."""
     if value.batch_dim is None or tensor.shape == value.type.shape:
         return (tensor,) * count
-    return tensor.split(value.type.shape[value.batch_dim], dim=value.batch_dim)
+    rows = value.type.shape[value.batch_dim]
+    return tuple(torch.split(tensor, rows, dim=value.batch_dim))

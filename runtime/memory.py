@@ -7,10 +7,11 @@ profiler; the running sum of those events is the live memory relative to the sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["measure_peak", "resident_bytes", "storage_bytes"]
@@ -48,11 +49,11 @@ def measure_peak(
 
 def _allocator_events(profiler: profile) -> list[int]:
     """Signed sizes of CPU allocations and releases, in time order."""
-    results = profiler.profiler.kineto_results
+    inner: Any = profiler.profiler
     events = [
         (event.start_ns(), event.nbytes())
-        for event in results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
+        for event in inner.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
     ]
     return [size for _, size in sorted(events, key=lambda item: item[0])]
 

@@ -8,7 +8,8 @@ hyperparameters travel to the ranks, which hold the real optimizers of their own
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +52,17 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str
     """The spec of a mirror optimizer; `names` maps `id(parameter)` to its name.
 
     Raises:
-        UsageError: its class cannot be imported by name, or it holds foreign parameters.
+        UsageError: its class cannot be imported by name, its step needs a closure, or it holds
+            foreign parameters.
     """
     kind = type(optimizer)
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UsageError(
+            f"{kind.__name__} evaluates the loss several times a step, by a closure",
+            where="optimizer",
+            ways_out=("use an optimizer that updates from one gradient, such as AdamW or SGD",),
+        )
     groups = []
     for group in optimizer.param_groups:
         members = []
@@ -82,7 +91,8 @@ def current_hyperparameters(optimizer: torch.optim.Optimizer) -> tuple[Hyperpara
 
 
 def _options(group: dict[str, Any]) -> Hyperparameters:
-    return {name: value for name, value in group.items() if name != "params"}
+    names = ("params", "param_names")
+    return {name: value for name, value in group.items() if name not in names}
 
 
 def _import_class(name: str) -> Any:
@@ -111,7 +121,8 @@ class RankOptimizer:
                 {"params": [parameters[name] for name in local.groups[i][0]], **local.groups[i][1]}
                 for i in self._kept
             ]
-            self._optimizer = kind(groups)
+            make: Callable[..., torch.optim.Optimizer] = kind
+            self._optimizer = make(groups)
 
     def step(
         self, gradients: Mapping[str, Tensor], hyperparameters: tuple[Hyperparameters, ...]
@@ -142,12 +153,19 @@ class RankOptimizer:
         """Inverse of `state`; parameters that are not held here are ignored."""
         if self._optimizer is None:
             return
-        for name, parameter in self._parameters.items():
-            if name in state:
-                self._optimizer.state[parameter] = {
-                    key: value.clone() if isinstance(value, Tensor) else value
-                    for key, value in state[name].items()
-                }
+        for group in self._optimizer.param_groups:
+            counts_on_device = bool(group.get("capturable") or group.get("fused"))
+            held = {id(parameter): parameter for parameter in group["params"]}
+            for name, owner in self._parameters.items():
+                if name in state and id(owner) in held:
+                    self._optimizer.state[owner] = {
+                        key: value.clone().to(
+                            "cpu" if key == "step" and not counts_on_device else owner.device
+                        )
+                        if isinstance(value, Tensor)
+                        else value
+                        for key, value in state[name].items()
+                    }
 
     def state_bytes(self) -> int:
         """Bytes of state tensors."""
