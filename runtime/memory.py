@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["measure_peak", "resident_bytes", "storage_bytes"]
@@ -53,7 +52,7 @@ def _allocator_events(profiler: profile) -> list[int]:
     events = [
         (event.start_ns(), event.nbytes())
         for event in inner.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
     return [size for _, size in sorted(events, key=lambda item: item[0])]
 

@@ -11,7 +11,7 @@ the global gradient norm, clipping, and the optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..ir.graph import Graph, Mode, ValueKind
@@ -243,7 +243,7 @@ def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -
     return table
 
 
-_INSTRUCTIONS = {
+_INSTRUCTIONS: dict[ActionKind, Callable[[int, int], Instruction]] = {
     ActionKind.FORWARD: Forward,
     ActionKind.BACKWARD: Backward,
     ActionKind.BACKWARD_INPUT: BackwardInput,
