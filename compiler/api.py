@@ -191,18 +191,22 @@ def auto_partition(
 def optimizer_model_of(factory: OptimizerFactory, model: nn.Module) -> OptimizerModel:
     """What planning must assume of the optimizer that `factory` makes, by trying it once.
 
-    One step on a small parameter shows how many bytes of state a parameter byte costs.
+    One step of an optimizer of the same kind on a small parameter shows how many bytes of state
+    a parameter byte costs.
     """
     probe = nn.Parameter(torch.zeros(256, 256))
     with contextlib.suppress(Exception):
-        optimizer = factory([probe])
+        real = factory(model.parameters())
+        options = {name: v for name, v in real.param_groups[0].items() if "param" not in name}
+        kind: Any = type(real)
+        optimizer = kind([{"params": [probe], **options}])
         probe.grad = torch.zeros_like(probe)
         optimizer.step()
         state = optimizer.state[probe].values()
         tensors = [entry for entry in state if isinstance(entry, torch.Tensor) and entry.ndim]
         num_bytes = sum(entry.numel() * entry.element_size() for entry in tensors)
         ratio = num_bytes / (probe.numel() * probe.element_size())
-        return OptimizerModel(type(optimizer).__name__.lower(), ratio)
+        return OptimizerModel(kind.__name__.lower(), ratio)
     return OptimizerModel("unknown", 2.0)
 
 

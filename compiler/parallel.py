@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..passes.schedule import build_schedule
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
@@ -86,6 +87,7 @@ class Parallel:
         self._owns_session = session is None
         self._clean = session is None
         self._step = 0
+        self._restored: dict[str, dict[str, Any]] | None = None
         self._measure = False
         self._record = False
         self._peaks: list[int] = []
@@ -128,8 +130,12 @@ class Parallel:
 
         Without gradients an optimizer's step changes nothing.
         """
-        if all(parameter.grad is None for parameter in self.model.parameters()):
-            self.optimizer.step()
+        kept = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        for parameter in kept:
+            parameter.grad = None
+        self.optimizer.step()
+        for parameter, gradient in kept.items():
+            parameter.grad = gradient
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Inference in eval mode, without gradients: the value that the model returns."""
@@ -278,7 +284,8 @@ class Parallel:
             self._configure_optimizer()
 
     def _configure_optimizer(self) -> None:
-        state = self._merged("optimizer_state", [{}] * self._started().num_ranks)
+        state = self._optimizer_state()
+        self._restored = None
         self._started().call("configure_optimizer", {"spec": self._spec})
         if state:
             self._started().call("load_optimizer_state", {"state": state})
@@ -316,15 +323,72 @@ class Parallel:
 
         Needs `keep_gradients=True`. Parameters without a gradient are missing.
         """
-        return self._gather("gradients", sorted(self._homes))
+        if not self._options.keep_gradients:
+            raise UsageError(
+                "gradients are not kept after the optimizer step",
+                ways_out=("pass keep_gradients=True to auto_partition",),
+            )
+        found = self._gather("gradients", sorted(self._homes))
+        return {name: found[name] for name in self._names.values() if name in found}
 
-    def optimizer_state_dict(self) -> dict[str, dict[str, Any]]:
-        """Optimizer state by parameter name."""
-        return self._merged("optimizer_state", [{}] * self._started().num_ranks)
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """What further training depends on besides `state_dict()`.
 
-    def load_optimizer_state_dict(self, state: Mapping[str, dict[str, Any]]) -> None:
-        """Inverse of `optimizer_state_dict`, also from a run under another plan."""
-        self._started().call("load_optimizer_state", {"state": dict(state)})
+        Returns:
+            `state` by parameter name, `param_groups` with parameter names and today's
+            hyperparameters (as `torch.distributed.checkpoint.state_dict` has them), and
+            `num_steps`, the training steps taken, from which randomness follows.
+        """
+        groups = [
+            {**options, "params": list(members)}
+            for (members, _), options in zip(
+                self._spec.groups, current_hyperparameters(self.optimizer), strict=True
+            )
+        ]
+        state = self._optimizer_state()
+        return {
+            "state": {name: state[name] for name in self._names.values() if name in state},
+            "param_groups": groups,
+            "num_steps": self._step,
+        }
+
+    def load_optimizer_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `optimizer_state_dict`, also from a run under another plan.
+
+        Raises:
+            UsageError: the state is of an optimizer with other parameter groups.
+        """
+        groups = [dict(group) for group in state["param_groups"]]
+        members = [tuple(group.pop("params")) for group in groups]
+        own = [names for names, _ in self._spec.groups]
+        if members != own:
+            raise UsageError(
+                f"the state has {len(members)} parameter groups of "
+                f"{[len(names) for names in members]} parameters, the optimizer {len(own)} of "
+                f"{[len(names) for names in own]}, or parameters of other names",
+                where="load_optimizer_state_dict",
+                ways_out=("make the optimizer with the same parameter groups",),
+            )
+        for group, options in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(options)
+        self._step = int(state["num_steps"])
+        by_name = {name: dict(entries) for name, entries in state["state"].items()}
+        if self._configured:
+            self._started().call("load_optimizer_state", {"state": by_name})
+        else:
+            self._restored = by_name
+
+    @property
+    def _configured(self) -> bool:
+        """Whether the ranks have optimizers: they get them with their parameters."""
+        return bool(self._homes)
+
+    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state by parameter name, on the CPU."""
+        if self._restored is not None or not self._configured:
+            return dict(self._restored or {})
+        merged = self._merged("optimizer_state", [{}] * self._started().num_ranks)
+        return tree_map_only(Tensor, Tensor.cpu, merged)
 
     def record_times(self) -> None:
         """Record when each instruction of the next step runs (see `instruction_times`)."""

@@ -82,7 +82,21 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str
             f"optimizer class {spec.class_name} cannot be imported by name on the workers",
             ways_out=("use a class of torch.optim", "move the class to an importable module"),
         )
+    _try_to_rebuild(kind, spec.groups[0][1])
     return spec
+
+
+def _try_to_rebuild(kind: Any, options: Hyperparameters) -> None:
+    """Refuse a class that the workers could not make from groups alone."""
+    try:
+        kind([{"params": [torch.nn.Parameter(torch.zeros(2, 2))], **options}])
+    except Exception as error:
+        raise UsageError(
+            f"{kind.__name__} cannot be made from parameter groups with their hyperparameters: "
+            f"{type(error).__name__}: {error}",
+            where="optimizer",
+            ways_out=("give the arguments of its constructor defaults that groups can override",),
+        ) from error
 
 
 def current_hyperparameters(optimizer: torch.optim.Optimizer) -> tuple[Hyperparameters, ...]:
@@ -103,6 +117,15 @@ def _import_class(name: str) -> Any:
     for part in qualname.split("."):
         found = getattr(found, part, None)
     return found
+
+
+def _placed(key: str, value: Any, device: torch.device, group: Mapping[str, Any]) -> Any:
+    """A copy of a state entry where `torch.optim` keeps it: step counters are on the CPU unless
+    kernels count steps themselves."""
+    if not isinstance(value, Tensor):
+        return value
+    on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return value.detach().to("cpu" if on_host else device, copy=True)
 
 
 class RankOptimizer:
@@ -153,19 +176,17 @@ class RankOptimizer:
         """Inverse of `state`; parameters that are not held here are ignored."""
         if self._optimizer is None:
             return
-        for group in self._optimizer.param_groups:
-            counts_on_device = bool(group.get("capturable") or group.get("fused"))
-            held = {id(parameter): parameter for parameter in group["params"]}
-            for name, owner in self._parameters.items():
-                if name in state and id(owner) in held:
-                    self._optimizer.state[owner] = {
-                        key: value.clone().to(
-                            "cpu" if key == "step" and not counts_on_device else owner.device
-                        )
-                        if isinstance(value, Tensor)
-                        else value
-                        for key, value in state[name].items()
-                    }
+        groups = {
+            id(parameter): group
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, parameter in self._parameters.items():
+            if name in state and id(parameter) in groups:
+                self._optimizer.state[parameter] = {
+                    key: _placed(key, value, parameter.device, groups[id(parameter)])
+                    for key, value in state[name].items()
+                }
 
     def state_bytes(self) -> int:
         """Bytes of state tensors."""
