@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from ..ir.errors import CaptureError, CutsetError
 from ..ir.graph import Mode
 from .flatten import flatten
-from .gradients import Watch, refuse_python_functions
+from .functions import as_operators, python_functions, refuse_functions, refuse_nonlinear
+from .gradients import Watch
 from .locate import explain_broken_call, explain_failure
 from .regions import detach_no_grad_regions
 from .signature import InputSignature, LossFunction, OutputSignature, find_loss
@@ -109,8 +110,18 @@ class _Call(nn.Module):
         if loss is None:
             return tuple(found)
         kept = found if trace.keep_outputs else []
-        refuse_python_functions([loss, *kept])
+        functions = python_functions([loss, *kept])
+        if functions:
+            raise _OwnFunctions(functions)
         return (loss, *kept)
+
+
+class _OwnFunctions(CutsetError):
+    """The traced model uses these `autograd.Function`s."""
+
+    def __init__(self, functions: tuple[type, ...]) -> None:
+        self.functions = functions
+        super().__init__(f"autograd functions: {functions}")
 
 
 @contextlib.contextmanager
@@ -151,12 +162,7 @@ def export_model(
     """
     trace = _Trace(inputs, mode, loss_fn, keep_outputs)
     with mode_of(model, mode), _quiet():
-        try:
-            program = _export(model, trace, tensors)
-        except CutsetError:
-            raise
-        except Exception as error:
-            program = _export_traced(model, trace, tensors, error)
+        program, functions = _export_functions(model, trace, tensors)
         if mode is Mode.TRAIN:
             buffers = program.graph_signature.inputs_to_buffers
             detach_no_grad_regions(program.graph_module, frozenset(buffers))
@@ -164,9 +170,39 @@ def export_model(
         if graph is None:
             program = program.run_decompositions({})
             graph = program.graph
+        if functions:
+            refuse_nonlinear(graph, functions)
     assert trace.outputs is not None
     state = {**program.state_dict, **program.constants}
     return Exported(graph, program.graph_signature, state, trace.outputs)
+
+
+def _export_functions(
+    model: nn.Module, trace: _Trace, tensors: list[Tensor]
+) -> tuple[torch.export.ExportedProgram, tuple[type, ...]]:
+    """The program, and the `autograd.Function`s that it has as operators."""
+    try:
+        return _export_either_way(model, trace, tensors), ()
+    except _OwnFunctions as found:
+        functions = found.functions
+    if any(function.__module__.startswith("torch.") for function in functions):
+        raise refuse_functions(functions)
+    try:
+        with as_operators(functions):
+            return _export_either_way(model, trace, tensors), functions
+    except _OwnFunctions as found:
+        raise refuse_functions(found.functions) from None
+
+
+def _export_either_way(
+    model: nn.Module, trace: _Trace, tensors: list[Tensor]
+) -> torch.export.ExportedProgram:
+    try:
+        return _export(model, trace, tensors)
+    except CutsetError:
+        raise
+    except Exception as error:
+        return _export_traced(model, trace, tensors, error)
 
 
 def _export(model: nn.Module, trace: _Trace, tensors: list[Tensor]) -> torch.export.ExportedProgram:

@@ -1,15 +1,13 @@
 """What would change gradients in silence: found during capture and handled or refused by name.
 
 * `torch.no_grad()` regions: see `regions.py`.
-* An own `autograd.Function` is traced through and its backward lost. The traced fake tensors have
-  an autograd graph all the same: a node of it that was defined in Python is refused by name.
+* Own `autograd.Function`s: see `functions.py`.
 * Hooks on tensors, parameters and modules are dropped: they are seen while the model runs
   (`Watch`), or found on the module tree (`refuse_hooks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CaptureError
-from .locate import current_place
+from .locate import called_by_capture, current_place
 
-__all__ = ["Watch", "refuse_hooks", "refuse_python_functions"]
+__all__ = ["Watch", "refuse_hooks"]
 
 
 class Watch(TorchFunctionMode):
@@ -47,7 +45,7 @@ class Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         refused = self._refused.get(func)
-        if refused is not None and torch.is_grad_enabled():
+        if refused is not None and torch.is_grad_enabled() and not called_by_capture(__file__):
             what, name = refused
             raise CaptureError(
                 f"the model's forward pass uses {what} ({name}), which the graph would lose",
@@ -87,42 +85,4 @@ def _hook_error(place: str, hooks: dict[int, Any]) -> CaptureError:
         f"a backward hook is registered ({names}), which the graph would lose",
         where=place,
         ways_out=("remove the hook before partitioning",),
-    )
-
-
-def refuse_python_functions(tensors: Iterable[Tensor]) -> None:
-    """Refuse `autograd.Function`s in the autograd graph behind `tensors`.
-
-    Raises:
-        CaptureError: names the class.
-    """
-    seen: set[object] = set()
-    stack = [tensor.grad_fn for tensor in tensors]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        function = getattr(node, "_forward_cls", None)  # set on nodes that Python defined
-        if function is not None:
-            raise _function_error(function)
-        stack.extend(parent for parent, _ in node.next_functions)
-
-
-def _function_error(function: type) -> CaptureError:
-    name = f"{function.__module__}.{function.__qualname__}"
-    if function.__module__.startswith("torch.utils.checkpoint"):
-        return CaptureError(
-            "reentrant activation checkpointing is used, whose backward the graph would lose",
-            where=name,
-            ways_out=("pass use_reentrant=False to torch.utils.checkpoint.checkpoint",),
-        )
-    return CaptureError(
-        f"the model uses its own autograd.Function {function.__name__}, whose backward the graph "
-        "would lose",
-        where=name,
-        ways_out=(
-            "write the same gradient with detach: g(x) + (f(x) - g(x)).detach() has the value of f "
-            "and the gradient of g; a straight-through estimator is x + (f(x) - x).detach()",
-        ),
     )

@@ -14,9 +14,16 @@ from torch import nn
 
 from ..ir.errors import CaptureError
 
-__all__ = ["current_place", "explain_broken_call", "explain_failure", "last_user_line"]
+__all__ = [
+    "called_by_capture",
+    "current_place",
+    "explain_broken_call",
+    "explain_failure",
+    "last_user_line",
+]
 
-_INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_TORCH, _CAPTURE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_INTERNAL = (_TORCH, _CAPTURE)
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -32,6 +39,15 @@ def last_user_line(stack_trace: str | None) -> str:
 def current_place(model: nn.Module) -> str:
     """Module path and line of the user's code that is running now."""
     return _place(model, _outwards(sys._getframe(1)))
+
+
+def called_by_capture(own_file: str) -> bool:
+    """Whether code of capture called the torch function that is running, seen from `own_file`."""
+    for frame, _ in _outwards(sys._getframe(1)):
+        file = frame.f_code.co_filename
+        if file != own_file and not file.startswith(_TORCH):
+            return file.startswith(_CAPTURE)
+    return False
 
 
 def _outwards(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
