@@ -406,8 +406,9 @@ class Executor:
         names = [kernels.signature.arguments[i].origin for i in kernels.accumulated]
         arguments = [context.kept[source] for source in kernels.weight_sources]
         context.kept.clear()
-        buffers = [self._gradients[name] for name in names]
-        self._call(stage, context, "weight", kernels.backward_weight, [*arguments, *buffers])
+        # One list, which the kernel empties: a second one would keep all that is saved alive.
+        arguments.extend(self._gradients[name] for name in names)
+        self._call(stage, context, "weight", kernels.backward_weight, arguments)
         self.touched.update(names)
 
     def _send(self, send: Send) -> None:
