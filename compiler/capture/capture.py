@@ -14,6 +14,8 @@ from .check import check_against_model
 from .export import export_model
 from .gradients import refuse_hooks
 from .lower import lower
+from .quiet import without_trace_log
+from .masks import simplify_masks
 from .signature import InputSignature, LossFunction, OutputSignature, num_targets
 
 __all__ = ["Captured", "capture"]
@@ -77,18 +79,20 @@ def capture(
         )
     targets = num_targets(loss_fn)
     inputs, tensors = InputSignature.of(args, kwargs, targets)
+    tensors = _distinct(tensors)
     if mode is Mode.TRAIN:
         refuse_hooks(model)
     is_meta = any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     if is_meta:
         tensors = [tensor.to("meta") for tensor in tensors]
-    exported = export_model(
-        model, inputs, tensors, mode=mode, loss_fn=loss_fn, keep_outputs=keep_outputs
-    )
+    with without_trace_log():
+        exported = export_model(
+            model, inputs, tensors, mode=mode, loss_fn=loss_fn, keep_outputs=keep_outputs
+        )
     name = type(model).__name__
     lowered = lower(exported, model, inputs, mode=mode, name=name)
     captured = Captured(
-        graph=lowered.graph,
+        graph=simplify_masks(lowered.graph),
         tensors=lowered.tensors,
         inputs=inputs,
         outputs=exported.outputs,
@@ -100,3 +104,17 @@ def capture(
     if check and not is_meta:
         check_against_model(captured, model, tensors, loss_fn=loss_fn)
     return captured
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, each an object of its own.
+
+    Export takes two inputs that are one object (`ids` given as `labels` too) for one input, and
+    would read either where the model reads the other.
+    """
+    seen: set[int] = set()
+    distinct = []
+    for tensor in tensors:
+        distinct.append(tensor.clone() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return distinct

@@ -13,7 +13,7 @@ from ..ir.errors import UsageError
 from ..ir.graph import Attribute, Graph, Node, Operand, Value, ValueKind
 from ..ir.ops import resolve
 
-__all__ = ["run_graph"]
+__all__ = ["execute_node", "run_graph"]
 
 
 def run_graph(
@@ -49,7 +49,7 @@ def run_graph(
     last.update({output.value: len(graph.nodes) for output in graph.outputs})
     for node in graph.nodes:
         inputs = [values[value] for value in node.inputs]
-        computed = _execute(node, inputs, key, device)
+        computed = execute_node(node, inputs, key, device)
         for number, tensor in zip(node.outputs, computed, strict=True):
             values[number] = tensor
             if observe is not None:
@@ -60,9 +60,11 @@ def run_graph(
     return tuple(values[output.value] for output in graph.outputs)
 
 
-def _execute(
+def execute_node(
     node: Node, inputs: list[Tensor], key: Tensor | None, device: torch.device
 ) -> list[Tensor]:
+    """Results of one node on its input tensors, without those that are no tensors."""
+
     def fill(item: Attribute) -> Any:
         if isinstance(item, Operand):
             return inputs[item.index]

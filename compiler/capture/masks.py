@@ -1,0 +1,169 @@
+"""Recognise attention masks that are constants, and say what they mean.
+
+Under export some models build the causal mask as a tensor where, run eagerly, they would set
+`is_causal=True`. A mask that follows from nothing but scalars has one value for good: it is
+computed here once. If it equals the lower triangle, attention becomes causal without a mask; if it
+lets everything through, the mask is dropped. So fused kernels apply, and no mask is built, stored
+or sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..ir.graph import Graph, Node, Operand, Output, Value, ValueKind, producers
+from .interpret import execute_node
+
+__all__ = ["simplify_masks"]
+
+_ATTENTION = "aten.scaled_dot_product_attention.default"
+_LARGEST_MASK = 1 << 28  # elements; a larger one is left as it is
+
+
+def simplify_masks(graph: Graph) -> Graph:
+    """The graph with constant masks replaced by what they mean, and nothing computed in vain."""
+    constants = _constant_nodes(graph)
+    made_by = producers(graph)
+    meanings: dict[int, bool | None] = {}
+    nodes = list(graph.nodes)
+    for node in graph.nodes:
+        mask = _mask_of(node)
+        if mask is None or made_by.get(node.inputs[mask.index]) not in constants:
+            continue
+        value = node.inputs[mask.index]
+        if value not in meanings:
+            meanings[value] = _meaning(graph, value, made_by)
+        causal = meanings[value]
+        if causal is not None and not (causal and _argument(node, "is_causal", 5, False)):
+            nodes[node.id] = _without_mask(node, causal)
+    return _without_dead_nodes(graph, nodes) if meanings else graph
+
+
+def _constant_nodes(graph: Graph) -> frozenset[int]:
+    """Nodes that depend on nothing but scalars."""
+    made_by = producers(graph)
+    found: set[int] = set()
+    for node in graph.nodes:
+        if node.random_draw is None and all(made_by.get(v) in found for v in node.inputs):
+            found.add(node.id)
+    return frozenset(found)
+
+
+def _argument(node: Node, name: str, position: int, default: object) -> object:
+    if len(node.args) > position:
+        return node.args[position]
+    return dict(node.kwargs).get(name, default)
+
+
+def _mask_of(node: Node) -> Operand | None:
+    if node.op.name != _ATTENTION:
+        return None
+    mask = _argument(node, "attn_mask", 3, None)
+    return mask if isinstance(mask, Operand) else None
+
+
+def _meaning(graph: Graph, value: int, made_by: Mapping[int, int]) -> bool | None:
+    """True: the mask is causal; False: it hides nothing; None: neither."""
+    shape = graph.values[value].type.shape
+    if len(shape) < 2 or graph.values[value].type.numel > _LARGEST_MASK:
+        return None
+    mask = _evaluate(graph, value, made_by)
+    if mask.dtype is not torch.bool:
+        lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else None
+        if lowest is None or not bool(((mask == 0) | (mask <= lowest)).all()):
+            return None
+        mask = mask == 0
+    if bool(mask.all()):
+        return False
+    if shape[-1] != shape[-2]:
+        return None
+    triangle = torch.ones(shape[-2:], dtype=torch.bool).tril()
+    return True if bool((mask == triangle).all()) else None
+
+
+def _evaluate(graph: Graph, value: int, made_by: Mapping[int, int]) -> Tensor:
+    """The tensor that a constant value stands for."""
+    needed: set[int] = set()
+    stack = [made_by[value]]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(made_by[source] for source in graph.nodes[node].inputs)
+    tensors: dict[int, Tensor] = {}
+    for number in sorted(needed):
+        node = graph.nodes[number]
+        inputs = [tensors[source] for source in node.inputs]
+        results = execute_node(node, inputs, None, torch.device("cpu"))
+        tensors.update(zip(node.outputs, results, strict=True))
+    return tensors[value]
+
+
+def _without_mask(node: Node, causal: bool) -> Node:
+    """The attention node without its mask operand, causal if asked for."""
+    mask = _mask_of(node)
+    assert mask is not None
+    args = [None if item == mask else item for item in node.args]
+    kwargs = {name: item for name, item in node.kwargs if item != mask}
+    if causal and len(args) > 5:
+        args[5] = True
+    elif causal:
+        kwargs["is_causal"] = True
+    return replace(
+        node,
+        inputs=tuple(v for index, v in enumerate(node.inputs) if index != mask.index),
+        args=tuple(_shifted(item, mask.index) for item in args),
+        kwargs=tuple((name, _shifted(item, mask.index)) for name, item in kwargs.items()),
+    )
+
+
+def _shifted(item: object, removed: int) -> object:
+    """An attribute after operand number `removed` is gone."""
+    if isinstance(item, Operand):
+        return Operand(item.index - (item.index > removed))
+    if isinstance(item, tuple):
+        return tuple(_shifted(entry, removed) for entry in item)
+    return item
+
+
+def _without_dead_nodes(graph: Graph, nodes: list[Node]) -> Graph:
+    """The graph of those `nodes` that outputs need, with dense ids."""
+    live = {output.value for output in graph.outputs}
+    kept: list[Node] = []
+    for node in reversed(nodes):
+        if live.intersection(node.outputs):
+            live.update(node.inputs)
+            kept.append(node)
+    kept.reverse()
+    made = {value for node in kept for value in node.outputs}
+    values = [v for v in graph.values if v.kind is not ValueKind.RESULT or v.id in made]
+    number = {value.id: position for position, value in enumerate(values)}
+    return replace(
+        graph,
+        values=tuple(_renumber_values(values)),
+        nodes=tuple(
+            replace(
+                node,
+                id=position,
+                inputs=tuple(number[v] for v in node.inputs),
+                outputs=tuple(number[v] for v in node.outputs),
+            )
+            for position, node in enumerate(kept)
+        ),
+        inputs=tuple(number[v] for v in graph.inputs),
+        outputs=tuple(_renumber_outputs(graph.outputs, number)),
+    )
+
+
+def _renumber_values(values: list[Value]) -> Iterator[Value]:
+    for position, value in enumerate(values):
+        yield replace(value, id=position)
+
+
+def _renumber_outputs(outputs: tuple[Output, ...], number: Mapping[int, int]) -> Iterator[Output]:
+    for output in outputs:
+        yield replace(output, value=number[output.value])
