@@ -182,6 +182,15 @@ class Executor:
             self.advance()
         return self.result
 
+    def take_result(self) -> StepResult:
+        """The result of the finished step; nothing of the step stays alive here."""
+        result, self.result = self.result, StepResult()
+        self._step = self._optimize = self._keep = None
+        self._microbatches = {}
+        self._registers.clear()
+        self._contexts.clear()
+        return result
+
     @property
     def position(self) -> int:
         """Index of the next instruction."""
@@ -346,12 +355,20 @@ class Executor:
                 case OutputKind.BOUNDARY:
                     self._registers[Register(output.target, microbatch)] = tensor
                 case OutputKind.BUFFER:
-                    self._tensors[output.target] = tensor
+                    self._tensors[output.target] = self._own(tensor)
                 case OutputKind.USER:
                     self.result.outputs.setdefault(output.target, []).append(tensor)
                 case OutputKind.LOSS:
                     term = tensor.double() * self._step.weights[microbatch]
                     self.result.loss = term if self.result.loss is None else self.result.loss + term
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """`tensor` itself, or a copy if it is part of an input, which its owner may change."""
+        assert self._step is not None
+        storage = tensor.untyped_storage().data_ptr()
+        inputs = self._step.inputs.values()
+        shared = any(item.untyped_storage().data_ptr() == storage for item in inputs)
+        return tensor.clone() if shared else tensor
 
     def _backward_input(self, stage: int, microbatch: int) -> None:
         kernels = self._kernels[stage]
@@ -435,18 +452,25 @@ class Executor:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for name in parameters:
             if name in self.touched:
-                total += self._gradients[name].double().square().sum()
+                total += _norm(self._gradients[name]).double().square()
         self._norm = total
 
     def _clip(self, max_norm: float) -> None:
         factor = float(max_norm / (self._norm.sqrt() + 1e-6))
-        if factor < 1.0:
+        if not factor >= 1.0:  # a norm of NaN spoils every gradient, as in torch
             for name in self.touched:
                 self._gradients[name].mul_(factor)
 
     def _label(self, register: Register) -> str:
         kind = "gradient of" if register.is_gradient else "value"
         return f"{kind} %{register.value} of microbatch {register.microbatch}"
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """Norm of a tensor in its own precision, at least float32; no copy of it is made."""
+    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    return torch.linalg.vector_norm(parts, dtype=wide)
 
 
 def _with_zeros(

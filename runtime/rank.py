@@ -73,9 +73,20 @@ class Rank:
         self._programs.clear()
 
     def load(
-        self, *, key: str, program: str, source: str, compile: bool = False
+        self,
+        *,
+        key: str,
+        program: str,
+        source: str,
+        compile: bool = False,
+        cuda_graphs: bool = True,
     ) -> dict[str, float]:
         """Make the program with text form `program` and stage functions `source` runnable.
+
+        Args:
+            key: names the program in later calls.
+            compile: run kernels through Inductor.
+            cuda_graphs: on CUDA, replay kernels as CUDA graphs.
 
         Returns:
             `trace_seconds`, the time to derive the kernels.
@@ -101,6 +112,7 @@ class Rank:
             communicator=self._communicator,
             device=self.device,
             timeout_seconds=self._timeout,
+            cuda_graphs=cuda_graphs,
         )
         return {"trace_seconds": time.perf_counter() - began}
 
@@ -195,9 +207,8 @@ class Rank:
         """Forward only; arguments of `begin_infer`, reply as of `train_step`."""
         return self._run(self.begin_infer(**arguments), arguments["key"], measure_memory)
 
-    def outputs(self, key: str) -> dict[str, Tensor]:
-        """User outputs of the last inference step of program `key`, microbatches joined."""
-        found = self._executors[key].result.outputs
+    def _outputs(self, key: str, found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """User outputs of a step of program `key`, microbatches joined."""
         table = {
             output.target: output
             for stage in self._programs[key].stages
@@ -228,11 +239,11 @@ class Rank:
         return self.reply(key) | {"seconds": time.perf_counter() - began, "peak_bytes": peak}
 
     def reply(self, key: str) -> dict[str, Any]:
-        """Results of the finished step of program `key`."""
-        result = self._executors[key].result
+        """Results of the finished step of program `key`, which are kept no longer here."""
+        result = self._executors[key].take_result()
         return {
             "loss": None if result.loss is None else float(result.loss),
-            "outputs": self.outputs(key),
+            "outputs": self._outputs(key, result.outputs),
             "times": [(t.instruction, t.begin_seconds, t.end_seconds) for t in result.times],
         }
 

@@ -1,0 +1,84 @@
+"""Models and calls that a partitioned run can get wrong in silence."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .partitioned import WIDTH, Plain, batch, chain, partition, train_both
+
+BATCHES = [batch(seed=seed) for seed in range(2)]
+
+
+def decaying(parameters: Any) -> torch.optim.Optimizer:
+    """Changes every parameter whose gradient is not None, even if it is zero."""
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+class Two(nn.Module):
+    """Two linears, pinned to a stage each by `PINS`; subclasses put something in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH)
+
+
+PINS = {"first": 0, "second": 1}
+
+
+def made(kind: type[nn.Module]) -> nn.Module:
+    """The same weights on every call."""
+    torch.manual_seed(0)
+    return kind().double().train()
+
+
+class OneBadGradient(Two):
+    """The gradient of `bad` is NaN, all others are finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) + torch.sqrt(self.bad * 0.0)
+
+
+def test_a_norm_of_nan_spoils_all_gradients_as_in_torch() -> None:
+    parallel = partition(made(OneBadGradient), clip_grad_norm=1.0, constraints=PINS)
+    plain = Plain(made(OneBadGradient), clip=1.0)
+    parallel.train_step(*batch())
+    plain.step(*batch())
+    for name, tensor in plain.model.state_dict().items():
+        assert tensor.isnan().all(), name
+        assert parallel.state_dict()[name].isnan().all(), name
+
+
+class Spectral(Two):
+    """A complex parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(WIDTH // 2 + 1, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.fft.rfft(self.first(x)) * self.filter
+        return self.second(torch.fft.irfft(h, n=WIDTH))
+
+
+def test_complex_gradients_count_in_the_norm() -> None:
+    parallel = partition(made(Spectral), clip_grad_norm=0.01, constraints=PINS)
+    train_both(parallel, Plain(made(Spectral), clip=0.01), BATCHES, 1e-10)
+
+
+def test_a_finished_step_keeps_nothing_alive() -> None:
+    parallel = partition(chain())
+    x, y = (tensor.clone() for tensor in batch())
+    parallel.train_step(x, y)
+    parallel(x)
+    alive = weakref.ref(x.untyped_storage()), weakref.ref(x), weakref.ref(y)
+    del x, y
+    assert [item() for item in alive] == [None, None, None]
