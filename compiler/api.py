@@ -19,7 +19,8 @@ from torch import nn
 from ..cost_models import parse_devices
 from ..passes.context import PlanOptions
 from ..passes.pipeline import plan_graph
-from ..runtime.session import Session
+from ..runtime.launcher import under_torchrun
+from ..runtime.session import LocalSession, Session
 from .batch import Call, batch_size, divisors, signature_of, take_rows
 from .capture import Captured, capture
 from .ir.cluster import Cluster
@@ -27,7 +28,7 @@ from .ir.errors import UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
 from .ir.plan import OptimizerModel, Plan
-from .parallel import OptimizerFactory, Parallel, RunOptions
+from .parallel import OptimizerFactory, Parallel, RunOptions, start_workers
 from .plan_json import check_plan_matches, load_plan
 from .planned import ModelPlan, PlannedModel, build_programs
 
@@ -142,6 +143,7 @@ def auto_partition(
     mode: str = "train",
     optimizer: OptimizerFactory | None = None,
     compile: bool = False,
+    cuda_graphs: bool = True,
     seed: int = 0,
     keep_gradients: bool = False,
     timeout_seconds: float = 300.0,
@@ -155,6 +157,7 @@ def auto_partition(
         optimizer: called with the model's parameters, returns a `torch.optim.Optimizer`;
             None: AdamW with learning rate 1e-3.
         compile: run stage graphs through Inductor.
+        cuda_graphs: on CUDA, replay stage kernels as CUDA graphs.
         seed: of all randomness; the same seed trains the same weights under any plan.
         keep_gradients: keep each step's gradients for `Parallel.gradients()`.
         timeout_seconds: longest wait for another rank before the run is given up.
@@ -162,30 +165,65 @@ def auto_partition(
         planning: further arguments of `plan_model`.
 
     Raises:
-        See `plan_model`. Workers start on first use of the result, not here.
+        See `plan_model`. Local workers start in the background meanwhile; a failure to start is
+        raised by the first step.
     """
     factory = optimizer or _default_optimizer
-    planned = plan_model(
-        model,
-        devices,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        loss_fn=loss_fn,
-        mode=mode,
-        clip_grad_norm=clip_grad_norm,
-        optimizer_model=planning.pop("optimizer_model", None) or optimizer_model_of(factory, model),
-        **planning,
-    )
-    options = RunOptions(
-        loss_fn=loss_fn,
-        optimizer=factory,
-        compile=compile,
-        seed=seed,
-        keep_gradients=keep_gradients,
-        timeout_seconds=timeout_seconds,
-        clip_grad_norm=clip_grad_norm,
-    )
-    return Parallel(planned, options, session)
+    planning["plan"] = _given_plan(planning.get("plan"))
+    own = None
+    if session is None and (example_inputs is not None or example_kwargs):
+        own = _early_workers(model, devices, planning, timeout_seconds)
+    with contextlib.ExitStack() as on_error:
+        if own is not None:
+            on_error.callback(own.close)
+        planned = plan_model(
+            model,
+            devices,
+            example_inputs=example_inputs,
+            example_kwargs=example_kwargs,
+            loss_fn=loss_fn,
+            mode=mode,
+            clip_grad_norm=clip_grad_norm,
+            optimizer_model=planning.pop("optimizer_model", None)
+            or optimizer_model_of(factory, model),
+            **planning,
+        )
+        options = RunOptions(
+            loss_fn=loss_fn,
+            optimizer=factory,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            seed=seed,
+            keep_gradients=keep_gradients,
+            timeout_seconds=timeout_seconds,
+            clip_grad_norm=clip_grad_norm,
+        )
+        if own is not None and own.num_ranks != len(planned.programs):
+            own.close()  # others, which share the cores anew, start on first use
+            own = None
+        parallel = Parallel(planned, options, session or own, owns_session=own is not None)
+        on_error.pop_all()
+    return parallel
+
+
+def _early_workers(
+    model: nn.Module, devices: Devices, planning: Mapping[str, Any], timeout_seconds: float
+) -> LocalSession | None:
+    """Workers that start while the model is captured and planned; None if none will be used.
+
+    As many as the plan is likely to need: one a stage if that is pinned, else one a device.
+    """
+    cluster = parse_devices(devices, planning.get("memory_limit_bytes"))
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    if under_torchrun() or is_meta or not cluster.local:
+        return None
+    plan = planning["plan"]
+    count = len(cluster.devices)
+    if plan is not None and plan.stages:
+        count = min(count, 1 + max(stage.device for stage in plan.stages))
+    elif planning.get("num_stages"):
+        count = min(count, planning["num_stages"])
+    return start_workers(cluster, count, timeout_seconds=timeout_seconds, wait=False)
 
 
 def optimizer_model_of(factory: OptimizerFactory, model: nn.Module) -> OptimizerModel:

@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_map_only
 from ..passes.schedule import build_schedule
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
 from ..runtime.optimizer import current_hyperparameters, describe_optimizer
-from ..runtime.session import Session
+from ..runtime.session import LocalSession, Session
 from .batch import Call, batch_size, divisors, signature_of, take_rows
 from .capture import Captured, capture
 from .codegen.python import emit_python
+from .ir.cluster import Cluster
 from .ir.errors import UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode, ValueKind
@@ -32,7 +33,7 @@ from .ir.program import Program
 from .ir.text import print_program
 from .planned import PlannedModel, build_programs
 
-__all__ = ["OptimizerFactory", "Parallel", "RunOptions"]
+__all__ = ["OptimizerFactory", "Parallel", "RunOptions", "start_workers"]
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
@@ -44,6 +45,7 @@ class RunOptions:
     loss_fn: Callable[..., Tensor] | None
     optimizer: OptimizerFactory
     compile: bool = False
+    cuda_graphs: bool = True
     seed: int = 0
     keep_gradients: bool = False
     timeout_seconds: float = 300.0
@@ -72,6 +74,8 @@ class Parallel:
         planned: PlannedModel,
         options: RunOptions,
         session: Session | None = None,
+        *,
+        owns_session: bool = False,
     ) -> None:
         model = planned.model
         self.model = model
@@ -84,8 +88,8 @@ class Parallel:
         self._variants: dict[str, Variant] = {}
         self._homes: dict[str, tuple[int, ...]] = {}
         self._session = session
-        self._owns_session = session is None
-        self._clean = session is None
+        self._owns_session = owns_session or session is None
+        self._clean = self._owns_session
         self._step = 0
         self._restored: dict[str, dict[str, Any]] | None = None
         self._measure = False
@@ -250,6 +254,7 @@ class Parallel:
                     "program": print_program(program),
                     "source": emit_python(program),
                     "compile": self._options.compile,
+                    "cuda_graphs": self._options.cuda_graphs,
                 }
                 for program in variant.programs
             ],
@@ -452,7 +457,6 @@ class Parallel:
                 ways_out=("give it values: model.to_empty(device='cpu'), then load them",),
             )
         num_ranks = len(self._planned.programs)
-        backends = {self.plan.cluster.type_of(rank).backend for rank in range(num_ranks)}
         if under_torchrun():
             session: Session = spmd_session(timeout_seconds=self._options.timeout_seconds)
             if session.num_ranks != num_ranks:
@@ -461,16 +465,8 @@ class Parallel:
                     ways_out=(f"pass devices={session.num_ranks}", "start as many processes"),
                 )
             return session
-        kind = "cuda" if backends == {"cuda"} else "cpu"
-        places = [
-            torch.device(kind, r) if kind == "cuda" else torch.device(kind)
-            for r in range(num_ranks)
-        ]
-        return launch_local(
-            num_ranks,
-            backend="nccl" if kind == "cuda" else "gloo",
-            devices=places,
-            timeout_seconds=self._options.timeout_seconds,
+        return start_workers(
+            self.plan.cluster, num_ranks, timeout_seconds=self._options.timeout_seconds
         )
 
     def save_programs(self, directory: str | Path) -> None:
@@ -498,6 +494,25 @@ class Parallel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def start_workers(
+    cluster: Cluster, num_ranks: int, *, timeout_seconds: float, wait: bool = True
+) -> LocalSession:
+    """Workers on the first devices of a local cluster; see `launch_local`."""
+    backends = {cluster.type_of(rank).backend for rank in range(num_ranks)}
+    kind = "cuda" if backends == {"cuda"} else "cpu"
+    places = [
+        torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+        for rank in range(num_ranks)
+    ]
+    return launch_local(
+        num_ranks,
+        backend="nccl" if kind == "cuda" else "gloo",
+        devices=places,
+        timeout_seconds=timeout_seconds,
+        wait=wait,
+    )
 
 
 def _inputs_of(program: Program) -> list[str]:

@@ -171,11 +171,13 @@ class WorkerProcesses:
         """After `stop`: wait until all output is in."""
         self._output.join(1.0)
 
-    def stop(self, *, politely: bool = False) -> None:
+    def stop(self, *, politely: bool = False, starting: bool = False) -> None:
         """End all processes and wait until they are gone. May be called again.
 
         Args:
             politely: give workers that are idle a moment to end by themselves.
+            starting: the nursery may still be importing, deaf for seconds: kill it at once.
+                Workers that it has just forked end with it, or when their channels close.
         """
         if self._stopped or os.getpid() != self._owner:
             return  # in a fork of the driver: the workers are not ours
@@ -189,6 +191,8 @@ class WorkerProcesses:
         for channel in self.channels:
             channel.close()
         self._control.close()  # the nursery kills and reaps its workers, then ends
+        if starting:
+            self._nursery.kill()
         try:
             self._nursery.wait(_KILL_SECONDS)
         except subprocess.TimeoutExpired:

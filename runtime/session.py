@@ -178,7 +178,7 @@ class LocalSession:
     def close(self) -> None:
         self._broken = self._broken or "it was closed"
         if self._starting:
-            self._processes.stop()  # nobody is ready to end by itself
+            self._processes.stop(starting=True)  # nobody is ready to end by itself
         self._finalizer()
 
     @property

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
 from cutset.compiler.ir.errors import UsageError
