@@ -14,8 +14,8 @@ from .check import check_against_model
 from .export import export_model
 from .gradients import refuse_hooks
 from .lower import lower
-from .quiet import without_trace_log
 from .masks import simplify_masks
+from .quiet import without_trace_log
 from .signature import InputSignature, LossFunction, OutputSignature, num_targets
 
 __all__ = ["Captured", "capture"]
