@@ -5,7 +5,8 @@ steps, each of which keeps the graph of units acyclic, so that every monotone as
 is a legal partition:
 
 1. Nodes that touch one buffer which the step changes are one unit, with all nodes on paths between
-   them (the strongly connected components of the contracted graph).
+   them (the strongly connected components of the contracted graph). Nodes that exchange no value
+   with others join the node before them.
 2. A cheap unit joins its only predecessor or its only successor, over the heavier edge first:
    views, casts, activations and norms are cut where least would be sent.
 3. If more units remain than wanted, program order is cut into intervals at positions where fewer
@@ -55,6 +56,7 @@ def coarsen(graph: Graph, nodes: Iterable[int], how: Coarsening) -> tuple[tuple[
     chosen = sorted(nodes)
     groups = _Groups(graph, chosen, how)
     groups.join_cycles(_buffer_groups(graph, set(chosen)))
+    groups.join_isolated()
     groups.fuse_cheap()
     units = groups.units()
     if len(units) > how.max_units:
@@ -126,6 +128,15 @@ class _Groups:
             first, *others = sorted(component)
             for other in others:
                 self.join(first, other)
+
+    def join_isolated(self) -> None:
+        """Merge each unit without neighbours (a counter of batches) into the one before it."""
+        previous: int | None = None
+        for unit in sorted(self.members):
+            if self.before[unit] or self.after[unit]:
+                previous = unit
+            elif previous is not None and self.label[unit] == self.label[previous]:
+                self.join(previous, unit)
 
     def fuse_cheap(self) -> None:
         """Merge cheap units into neighbours until none is left that can be."""

@@ -42,7 +42,7 @@ class PlanOptions:
     optimizer: OptimizerModel = ADAMW
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
-    time_limit_seconds: float = 10.0
+    time_limit_seconds: float = 4.0
     seed: int = 0
     tolerance: float = 1e-3
 

@@ -25,6 +25,7 @@ __all__ = ["ChooseMicrobatches", "candidates"]
 
 _MOST_CANDIDATES = 8
 _PATIENCE = 2
+_THRESHOLDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,9 @@ def _choose(plan: Plan, context: Context) -> int:
         return numbers[0]
     statement = state(plan, context)
     counts = stage_counts(plan, context, len(statement.units))
-    limits = SearchLimits(tolerance=context.options.tolerance, num_orders=1)
+    limits = SearchLimits(
+        tolerance=context.options.tolerance, num_orders=1, num_thresholds=_THRESHOLDS
+    )
     best, chosen, slower = math.inf, numbers[-1], 0
     for number in reversed(numbers):
         seconds = estimate(state_problem(statement, number), counts, limits).seconds

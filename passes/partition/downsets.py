@@ -33,7 +33,6 @@ __all__ = ["ChainResult", "DeviceOrders", "DownSets", "all_down_sets", "outlook"
 
 Table = NDArray[np.float64]
 _STEP = 0.002  # relative distance of two bottleneck thresholds
-_MAX_THRESHOLDS = 40
 _EXACT = 1.0 + 1e-12
 
 
@@ -368,7 +367,12 @@ def outlook(sets: DownSets, max_stages: int) -> tuple[float, ...]:
 
 
 def search_chains(
-    sets: DownSets, num_stages: int, orders: DeviceOrders, cutoff: float
+    sets: DownSets,
+    num_stages: int,
+    orders: DeviceOrders,
+    *,
+    cutoff: float,
+    num_thresholds: int,
 ) -> ChainResult:
     """Best partition into exactly `num_stages` stages, searched for what beats `cutoff` seconds.
 
@@ -384,7 +388,7 @@ def search_chains(
     best: Assignment | None = None
     seconds, bound = math.inf, math.inf
     repeats = problem.num_microbatches - 1
-    for low, high in _brackets(least) if repeats else ((0.0, math.inf),):
+    for low, high in _brackets(least, num_thresholds) if repeats else ((0.0, math.inf),):
         path = search.run(search.additive, np.add, high * _EXACT)
         found = path.assignment()
         total = step_seconds(problem, found)
@@ -397,11 +401,11 @@ def search_chains(
     return ChainResult(best, seconds, bound)
 
 
-def _brackets(least: float) -> Iterator[tuple[float, float]]:
+def _brackets(least: float, count: int) -> Iterator[tuple[float, float]]:
     """Consecutive brackets of bottlenecks, the first one the single value `least`."""
     yield least, least
     low, step = least, _STEP
-    for number in range(_MAX_THRESHOLDS):
+    for number in range(count):
         if number % 10 == 9:
             step *= 2
         yield low, low * (1 + step)

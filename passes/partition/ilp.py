@@ -38,6 +38,7 @@ from .problem import Assignment, Flow, Shared, StageProblem, Unit, topological_o
 __all__ = ["StageProgramModel", "SolveOutcome", "build", "decode", "solve", "unit_windows"]
 
 _TICKS = 1 << 27  # ticks in the cutoff (or in the scale, without one)
+_WORK_PER_SECOND = 0.25  # the solver's deterministic time in a second, on these programs
 Linear = Any  # an OR-Tools linear expression, or an int
 
 
@@ -49,7 +50,7 @@ class SolveOutcome:
         status: `optimal`, `feasible`, `infeasible` or `unknown`.
         bound_seconds: no partition that the program describes is faster; infinite if infeasible.
         assignment: the best partition found.
-        work: deterministic time that the solver spent.
+        work: deterministic time that the solver spent, in about seconds.
     """
 
     status: str
@@ -465,9 +466,9 @@ def solve(
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = seed
-    solver.parameters.max_deterministic_time = time_limit
+    solver.parameters.max_deterministic_time = time_limit * _WORK_PER_SECOND
     status = solver.solve(program.model)
-    work = float(solver.response_proto.deterministic_time)
+    work = float(solver.response_proto.deterministic_time) / _WORK_PER_SECOND
     if status == cp_model.INFEASIBLE:
         return SolveOutcome("infeasible", math.inf, None, work)
     bound = solver.best_objective_bound / program.ticks_per_second

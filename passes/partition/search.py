@@ -34,6 +34,7 @@ class SearchLimits:
         max_down_sets: down-sets, hence table rows, of the dynamic program.
         max_program: units x stages x classes above which device classes are fixed beforehand.
         max_work: arcs x down-sets^2 above which not every device sequence is enumerated.
+        num_thresholds: bottlenecks that the dynamic program tries for each number of stages.
         confirm: units x stages up to which the integer program confirms a proof on a chain.
         accept: relative gap at which a larger program is not built.
     """
@@ -44,7 +45,8 @@ class SearchLimits:
     num_orders: int = 8
     max_down_sets: int = 600
     max_program: int = 6000
-    max_work: int = 60_000_000
+    max_work: int = 10_000_000
+    num_thresholds: int = 40
     confirm: int = 4000
     accept: float = 5e-3
 
@@ -156,7 +158,13 @@ def _search_devices(
     alike = len({link for row in problem.links for link in row}) == 1
     exact = complete and table.complete and (alike or table.flows_are_local())
     for number, devices in enumerate(orders):
-        found = search_chains(table, candidate.num_stages, devices, least)
+        found = search_chains(
+            table,
+            candidate.num_stages,
+            devices,
+            cutoff=least,
+            num_thresholds=limits.num_thresholds,
+        )
         margin = 1 - limits.tolerance if number else 1.0  # by index unless others are better
         if found.seconds < candidate.seconds * margin:
             candidate.best, candidate.seconds = found.assignment, found.seconds
