@@ -332,8 +332,8 @@ def _convolution_workspaces(
 ) -> tuple[float, float, float]:
     """Forward, image gradient, weight gradient.
 
-    Float64 unfolds the image into columns, kernel size times as large. Other dtypes reorder
-    operands and results into blocks of 16 channels, unless the kernel is 1 x 1.
+    Float64 and tiny images are unfolded into columns, kernel size times as large. Others are
+    reordered, with weights and results, into blocks of 16 channels, unless the kernel is 1 x 1.
     """
     read, weights, made = c.sizes[image], c.sizes[weight], c.out_bytes
     kernel = math.prod(c.value(weight).type.shape[2:])
@@ -342,7 +342,7 @@ def _convolution_workspaces(
     strided = isinstance(stride, tuple) and any(step != 1 for step in stride)
     if kernel == 1 and not strided and itemsize >= 4:
         return 0.0, weights, 2 * weights
-    if c.backend == "cpu" and itemsize == 8:
+    if c.backend == "cpu" and (itemsize == 8 or _is_tiny(c, image, weight)):
         return _column_workspaces(c, image, weight)
     blocks_in, blocks_out = (_blocks(c, index) for index in (image, c.node.outputs[0]))
     inner, outer, kernels = read * blocks_in, made * blocks_out, weights * blocks_in * blocks_out
@@ -354,6 +354,19 @@ def _convolution_workspaces(
         max(inner + outer + kernels - made, outer, 2 * made if is_transposed(c.node) else 0.0),
         back_image + narrow,
         inner + outer + 2 * kernels + narrow,
+    )
+
+
+def _is_tiny(c: NodeContext, image: int, weight: int) -> bool:
+    """Torch leaves single images of up to 20480 elements and small kernels to its own kernel."""
+    value = c.value(image).type
+    kernel = c.value(weight).type.shape[2:]
+    elements = c.sizes[image] / value.dtype.itemsize
+    return (
+        elements <= 20480
+        and elements * value.shape[0] <= value.numel
+        and max(kernel) <= 3
+        and c.value(weight).type.shape[1] == value.shape[1]
     )
 
 

@@ -32,6 +32,7 @@ from .backward import StageSteps, stage_steps
 from .liveness import live_bytes
 
 _GLOO_MESSAGES = 8
+_MARGIN, _MARGIN_BYTES = 0.02, 16384
 
 __all__ = [
     "ActionMemory",
@@ -256,7 +257,9 @@ def stage_memory(
         model, steps, chosen, in_flight=in_flight, num_microbatches=num_microbatches
     )
     closing = optimizer_temporaries(optimizer, trained, model.backend) if train else 0.0
-    transient = max(actions.peak_bytes - saved, closing - activations)
+    # scalars, rows of statistics and rounding by allocators are not modelled one by one
+    margin = _MARGIN * (activations + actions.peak_bytes - saved + messages) + _MARGIN_BYTES
+    transient = max(actions.peak_bytes - saved, closing - activations) + margin
     return MemoryPrediction(
         device=device,
         parameters_bytes=math.ceil(parameters),

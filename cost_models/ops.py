@@ -12,16 +12,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..compiler.ir.cluster import DeviceType
-from ..compiler.ir.graph import Graph, Node, Value
+from ..compiler.ir.graph import Graph, Node, Value, users
 from ..compiler.ir.ops import Category
 from .analysis import batch_values, weight_like_values
 from .flops import forward_flops, is_product
 
 __all__ = ["NodeCost", "price"]
 
-# Passes over the bytes of its operands that an op's kernel makes where it is not one.
-_RANDOM_PASSES = 12.0  # counter-based hashing in integer ops instead of one kernel
-_FREE = (Category.VIEW,)
+# Ops that run as several kernels, or whose kernels pass over memory more than once (reordering of
+# convolutions on CPU, statistics of norms, hashing of counter-based random numbers): how many
+# times the overhead and the bytes count. Fitted on CPU; compilers fuse most of it.
+_KERNELS = {Category.CONVOLUTION: 4.0, Category.NORM: 2.0, Category.LOSS: 3.0}
+_PASSES = {Category.CONVOLUTION: 3.0, Category.NORM: 2.0, Category.LOSS: 3.0}
+_RANDOM_KERNELS, _RANDOM_PASSES = 26.0, 16.0
+_PARTS = frozenset("slice select split chunk unbind narrow split_with_sizes unfold".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class _Pricing:
     batch_fraction: float
     batched: frozenset[int]
     weights: frozenset[int]
+    num_users: dict[int, int]
 
     def num_bytes(self, value: Value) -> float:
         scale = self.batch_fraction if value.id in self.batched else 1.0
@@ -67,30 +72,60 @@ def price(
         batch_fraction: price at `b * batch_fraction` rows instead: flops and bytes of values that
             grow with the batch are scaled.
     """
+    num_users = {value: len(nodes) for value, nodes in users(graph).items()}
     pricing = _Pricing(
-        graph, device_type, batch_fraction, batch_values(graph), weight_like_values(graph)
+        graph=graph,
+        device_type=device_type,
+        batch_fraction=batch_fraction,
+        batched=batch_values(graph),
+        weights=weight_like_values(graph),
+        num_users=num_users,
     )
     return tuple(_node_cost(pricing, node) for node in graph.nodes)
 
 
 def _node_cost(pricing: _Pricing, node: Node) -> NodeCost:
-    if node.op.category in _FREE or not node.outputs:
+    if not node.outputs:
         return NodeCost(0.0, 0.0, 0.0)
     values = pricing.graph.values
+    wanted = [values[i] for i in node.inputs if values[i].requires_grad]
+    differentiable = bool(wanted) and any(values[i].requires_grad for i in node.outputs)
+    if node.op.category is Category.VIEW:
+        backward = _view_adjoint_seconds(pricing, node, wanted) if differentiable else 0.0
+        return NodeCost(0.0, backward, 0.0)
     scaled = any(index in pricing.batched for index in (*node.inputs, *node.outputs))
     flops = forward_flops(pricing.graph, node) * (pricing.batch_fraction if scaled else 1.0)
-    moved = _forward_bytes(pricing, node)
-    forward = _seconds(pricing, node, flops, moved * (_RANDOM_PASSES if node.op.random else 1.0))
-    wanted = [values[i] for i in node.inputs if values[i].requires_grad]
-    if not wanted or not any(values[i].requires_grad for i in node.outputs):
+    forward = _seconds(pricing, node, flops, _forward_bytes(pricing, node), drawing=True)
+    if not differentiable:
         return NodeCost(forward, 0.0, 0.0)
-    backward = {True: 0.0, False: 0.0}
+    backward_by_kind = {True: 0.0, False: 0.0}
     arriving = sum(pricing.num_bytes(values[i]) for i in node.outputs if values[i].requires_grad)
     for is_weight in (False, True):
         group = [value for value in wanted if (value.id in pricing.weights) is is_weight]
         if group:
-            backward[is_weight] = _adjoint_seconds(pricing, node, group, flops, arriving)
-    return NodeCost(forward, backward[False], backward[True])
+            seconds = _adjoint_seconds(pricing, node, group, flops, arriving)
+            backward_by_kind[is_weight] = seconds + _summing_seconds(pricing, group)
+    return NodeCost(forward, backward_by_kind[False], backward_by_kind[True])
+
+
+def _view_adjoint_seconds(pricing: _Pricing, node: Node, wanted: list[Value]) -> float:
+    """The gradient of a view is a view; that of a part is zeros of the whole, part filled in."""
+    seconds = _summing_seconds(pricing, wanted)
+    if node.op.packet in _PARTS:
+        size = sum(pricing.num_bytes(value) for value in wanted)
+        seconds += size / pricing.device_type.memory_bytes_per_second + _overhead(pricing)
+    return seconds
+
+
+def _summing_seconds(pricing: _Pricing, group: list[Value]) -> float:
+    """Share of this user in adding up the gradients of operands with several users."""
+    seconds = 0.0
+    for value in group:
+        count = pricing.num_users[value.id]
+        if count > 1:
+            moved = 3 * pricing.num_bytes(value) / pricing.device_type.memory_bytes_per_second
+            seconds += (moved + _overhead(pricing)) * (count - 1) / count
+    return seconds
 
 
 def _forward_bytes(pricing: _Pricing, node: Node) -> float:
@@ -143,13 +178,28 @@ def _adjoint_seconds(
     return _seconds(pricing, node, 2 * flops, reads + written)
 
 
-def _seconds(pricing: _Pricing, node: Node, flops: float, moved: float) -> float:
+def _seconds(
+    pricing: _Pricing, node: Node, flops: float, moved: float, *, drawing: bool = False
+) -> float:
+    """Roofline of one op; `drawing`: random numbers are drawn on the way."""
     device = pricing.device_type
     dtype = pricing.graph.values[node.outputs[0]].type.dtype
+    kernels, passes = _KERNELS.get(node.op.category, 1.0), _PASSES.get(node.op.category, 1.0)
+    if drawing and node.random_draw is not None:
+        kernels, passes = kernels + _RANDOM_KERNELS, passes + _RANDOM_PASSES
+        moved += _score_bytes(pricing, node)
     return (
-        max(flops / device.rate(dtype), moved / device.memory_bytes_per_second)
-        + device.overhead_seconds
+        max(flops / device.rate(dtype), passes * moved / device.memory_bytes_per_second)
+        + kernels * device.overhead_seconds
     )
+
+
+def _score_bytes(pricing: _Pricing, node: Node) -> float:
+    """Attention with dropout holds its score matrices, one number per query and key row."""
+    if node.op.category is not Category.ATTENTION:
+        return 0.0
+    query, key = (pricing.graph.values[index] for index in (node.inputs[0], node.inputs[1]))
+    return pricing.num_bytes(query) / query.type.shape[-1] * key.type.shape[-2]
 
 
 def _overhead(pricing: _Pricing) -> float:
