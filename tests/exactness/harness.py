@@ -56,6 +56,8 @@ class Subject:
         clip_grad_norm: float | None = None,
         device: str = "cpu",
     ) -> None:
+        # cuDNN's fastest gradients of convolutions are sums in no fixed order
+        torch.backends.cudnn.deterministic = True
         torch.manual_seed(SEED)
         made = make()
         self.numerics = numerics

@@ -266,7 +266,7 @@ class Checkpointed(_Residual):
 
 class Autocast(_Residual):
     def middle(self, layer: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype is torch.float32):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype is torch.float32):
             return torch.tanh(layer(x)).to(x.dtype)
 
 
