@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["EXACT_MODELS", "ROWS", "ExactModel"]
+__all__ = ["EXACT_MODELS", "ROWS", "ExactModel", "gradient_hook"]
 
 ROWS = 4
 VOCAB = 96
@@ -316,9 +316,7 @@ EXACT_MODELS: dict[str, Callable[[], ExactModel]] = {
     "no_grad": _small(NoGradRegion),
     "checkpoint": _small(Checkpointed),
     "autocast": _small(Autocast),
+    "straight_through": _small(StraightThrough),
 }
 
-REFUSED_OR_EXACT: dict[str, Callable[[], ExactModel]] = {
-    "straight_through": _small(StraightThrough),
-    "gradient_hook": _small(GradientHook),
-}
+gradient_hook = _small(GradientHook)
