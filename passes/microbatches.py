@@ -18,8 +18,8 @@ from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.plan import Plan
 from .context import Context
 from .partition.from_graph import state_problem
+from .partition.prepare import stage_counts, state
 from .partition.search import SearchLimits, estimate
-from .partition.statement import stage_counts, state
 
 __all__ = ["ChooseMicrobatches", "candidates"]
 

@@ -16,7 +16,7 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.plan import Plan
 from ..compiler.ir.schedule import Action, ActionKind, Schedule
 from .context import Context
-from .partition.statement import schedule_name
+from .partition.prepare import schedule_name
 
 __all__ = ["BuildSchedule", "build_schedule"]
 

@@ -19,11 +19,12 @@ from ..cost_models.analysis import batch_rows
 from ..cost_models.memory import MemoryModel, memory_model, stage_memory
 from .context import Context
 from .partition.diagnosis import closest_partition, infeasible, unsupported
-from .partition.from_graph import Statement, state_problem
+from .partition.from_graph import state_problem
 from .partition.objective import stage_figures, step_seconds
+from .partition.prepare import stage_counts, state
 from .partition.problem import Assignment, StageProblem
 from .partition.search import SearchLimits, Solution, search, simple_bound
-from .partition.statement import stage_counts, state
+from .partition.statement import Statement
 from .replicate import needed_replicas, replicated_nodes
 
 __all__ = ["PartitionStages", "stages_of"]

@@ -147,7 +147,8 @@ def _place(
             return _Conflict(node, name, stages, earliest)
         if owners or sources or node.id in hints:
             wanted = hints.get(node.id, earliest)
-            stage_of[node.id] = min(legal, key=lambda s, w=wanted: (s < w, abs(s - w)))
+            later = [stage for stage in legal if stage >= wanted]
+            stage_of[node.id] = later[0] if later else legal[-1]
     _place_late(graph, stage_of, replicated, num_stages)
     return stage_of
 

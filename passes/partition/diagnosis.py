@@ -18,8 +18,9 @@ from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.graph import Mode
 from ...compiler.ir.plan import MemoryPrediction
 from .downsets import DownSets
-from .from_graph import Statement, state_problem
+from .from_graph import state_problem
 from .problem import Assignment, DeviceClass, StageProblem, topological_order
+from .statement import Statement
 
 __all__ = ["closest_partition", "infeasible", "unsupported"]
 
@@ -38,9 +39,7 @@ def closest_partition(
     """
     count = len(problem.units)
     table = _prefixes(problem)
-    found = [
-        _least_excess(table, num_stages) for num_stages in stage_counts if num_stages <= count
-    ]
+    found = [_least_excess(table, num_stages) for num_stages in stage_counts if num_stages <= count]
     return min(found, key=lambda item: item[1])
 
 
@@ -161,9 +160,7 @@ def _ways_out(
     ratio = statement.optimizer.state_bytes_per_parameter_byte
     if statement.graph.mode is Mode.TRAIN and ratio > 0:
         leaner = replace(statement.optimizer, state_bytes_per_parameter_byte=0.0)
-        other = state_problem(
-            replace(statement, optimizer=leaner), problem.num_microbatches
-        )
+        other = state_problem(replace(statement, optimizer=leaner), problem.num_microbatches)
         if _fits(other, stage_counts):
             yield "an optimizer with less state, such as SGD without momentum"
     yield f"devices, or a memory limit, of {_size(need)} or more"

@@ -179,8 +179,8 @@ class DownSets:
             self.update_peak = np.maximum(self.update_peak, peak)
             if shared.reduced_bytes and len(shared.users) > 1:
                 users = self._inside[:, list(shared.users)]
-                begun, done = users.any(axis=1), users.all(axis=1)
-                last = (begun & ~done)[:, None] & done[None, :]
+                begun, done = np.any(users, axis=1), np.all(users, axis=1)
+                last = np.outer(begun & ~done, done)
                 self.sync += last * sync_seconds(self.problem, shared, 2)
 
     def _add_flows(self) -> None:
@@ -204,9 +204,7 @@ class DownSets:
 
     def transfers(self, way: int, link: Link) -> Table:
         """Seconds of receiving values (way 0) or returning gradients (way 1) over `link`."""
-        return (
-            self._messages[way] * link.latency_seconds + self._bytes[way] / link.bytes_per_second
-        )
+        return self._messages[way] * link.latency_seconds + self._bytes[way] / link.bytes_per_second
 
     def _fitting(self, in_flight: int, limit_bytes: int) -> NDArray[np.bool_]:
         """Where I lies in J and J - I fits into so much memory."""
@@ -308,8 +306,9 @@ class _Search:
                     better = best < following[target]
                     following[target] = np.where(better, best, following[target])
                     starts, numbers = origin[target]
-                    origin[target] = np.where(better, first, starts), np.where(
-                        better, number, numbers
+                    origin[target] = (
+                        np.where(better, first, starts),
+                        np.where(better, number, numbers),
                     )
             values = following
             trail.append(origin)

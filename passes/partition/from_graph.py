@@ -7,48 +7,25 @@ inputs that several units read, and replicated nodes.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ...compiler.ir.cluster import Cluster, DeviceType, Link
-from ...compiler.ir.errors import UsageError
-from ...compiler.ir.graph import Graph, Mode, OutputKind, Value, ValueKind, users
-from ...compiler.ir.plan import OptimizerModel
+from ...compiler.ir.cluster import DeviceType
+from ...compiler.ir.graph import Mode, OutputKind, Value, ValueKind, users
 from ...cost_models.analysis import batch_rows, batch_values
 from ...cost_models.memory import memory_profile
 from ...cost_models.ops import NodeCost, price
 from ...cost_models.stages import optimizer_seconds
-from .problem import DeviceClass, Flow, Shared, StageProblem, Unit
+from .devices import class_links, device_classes, slowest_link, used_types
+from .pins import class_pins, stage_pins
+from .problem import Flow, Shared, StageProblem, Unit
+from .statement import Statement, unit_name
 
-__all__ = ["Statement", "device_classes", "node_labels", "state_problem"]
+__all__ = ["state_problem"]
 
 _KEPT = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """Everything but the number of microbatches that a stage problem follows from.
-
-    Args:
-        units: node ids of every unit, in topological order.
-        replicas: for every unit, the replicated nodes that it needs.
-        batch_size: rows of a step.
-        pins, device_pins: see `PlanOptions`.
-    """
-
-    graph: Graph
-    units: tuple[tuple[int, ...], ...]
-    replicas: tuple[tuple[int, ...], ...]
-    cluster: Cluster
-    batch_size: int
-    optimizer: OptimizerModel
-    schedule: str
-    memory_limit_bytes: int | None = None
-    pins: tuple[tuple[str, int], ...] = ()
-    device_pins: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +45,7 @@ def state_problem(statement: Statement, num_microbatches: int) -> StageProblem:
     figures = _figures(statement, num_microbatches)
     classes = device_classes(statement)
     units = [
-        _unit(statement, figures, index, num_microbatches)
-        for index in range(len(statement.units))
+        _unit(statement, figures, index, num_microbatches) for index in range(len(statement.units))
     ]
     shared = []
     for item in _held_by_several(statement, figures, num_microbatches):
@@ -83,19 +59,19 @@ def state_problem(statement: Statement, num_microbatches: int) -> StageProblem:
         flows=_flows(statement, figures, node_unit),
         shared=tuple(shared),
         classes=classes,
-        links=_links(statement.cluster, classes),
-        sync_link=_slowest_link(statement.cluster),
+        links=class_links(statement.cluster, classes),
+        sync_link=slowest_link(statement.cluster),
         num_microbatches=num_microbatches,
         schedule=statement.schedule,
-        stage_pins=_stage_pins(statement),
-        class_pins=_class_pins(statement, classes),
+        stage_pins=stage_pins(statement),
+        class_pins=class_pins(statement, classes),
     )
 
 
 def _figures(statement: Statement, num_microbatches: int) -> _Figures:
     graph = statement.graph
     fraction = statement.batch_size / num_microbatches / batch_rows(graph)
-    types = _used_types(statement.cluster)
+    types = used_types(statement.cluster)
     profiles = [
         memory_profile(graph, batch_fraction=fraction, backend=backend)
         for backend in sorted({entry.backend for entry in types})
@@ -118,23 +94,24 @@ def _figures(statement: Statement, num_microbatches: int) -> _Figures:
     )
 
 
-def _used_types(cluster: Cluster) -> tuple[DeviceType, ...]:
-    used = {device.type for device in cluster.devices}
-    return tuple(entry for entry in cluster.types if entry.name in used)
-
-
 def _unit(statement: Statement, figures: _Figures, index: int, num_microbatches: int) -> Unit:
     graph, nodes = statement.graph, statement.units[index]
     trains = graph.mode is Mode.TRAIN
     returned = {output.value for output in graph.outputs_of(OutputKind.USER)}
-    kept = 0 if trains else 2 * num_microbatches * sum(
-        figures.value_bytes[value]
-        for node in nodes
-        for value in graph.nodes[node].outputs
-        if value in returned
+    kept = (
+        0
+        if trains
+        else 2
+        * num_microbatches
+        * sum(
+            figures.value_bytes[value]
+            for node in nodes
+            for value in graph.nodes[node].outputs
+            if value in returned
+        )
     )
     return Unit(
-        name=_unit_name(graph, nodes),
+        name=unit_name(graph, nodes),
         forward_seconds=tuple(
             _sum_or_never(statement, figures, position, nodes, "forward_seconds")
             for position in range(len(figures.types))
@@ -160,14 +137,6 @@ def _sum_or_never(
     return float(sum(getattr(figures.costs[position][node], name) for node in nodes))
 
 
-def _unit_name(graph: Graph, nodes: tuple[int, ...]) -> str:
-    """The module path that the first and last node of a unit share, or both paths."""
-    paths = [graph.nodes[node].module_path for node in nodes]
-    named = [path for path in paths if path] or [graph.nodes[nodes[0]].name]
-    first, last = named[0], named[-1]
-    return first if first == last else f"{first} .. {last}"
-
-
 def _held_by_several(
     statement: Statement, figures: _Figures, num_microbatches: int
 ) -> list[Shared]:
@@ -190,17 +159,17 @@ def _held_by_several(
     for node, units in sorted(replica_users.items()):
         together[tuple(sorted(units))].append(node)
     trains = graph.mode is Mode.TRAIN
-    for group, nodes in together.items():
+    for group, members in together.items():
         held.append(
             Shared(
-                name=graph.nodes[nodes[0]].name,
+                name=graph.nodes[members[0]].name,
                 users=group,
                 forward_seconds=tuple(
-                    _sum_or_never(statement, figures, position, nodes, "forward_seconds")
+                    _sum_or_never(statement, figures, position, members, "forward_seconds")
                     for position in range(len(figures.types))
                 ),
-                saved_bytes=sum(figures.saved[node] for node in nodes) if trains else 0,
-                transient_bytes=max(figures.transient[node] for node in nodes),
+                saved_bytes=sum(figures.saved[node] for node in members) if trains else 0,
+                transient_bytes=max(figures.transient[node] for node in members),
                 optimizer_seconds=(0.0,) * len(figures.types),
             )
         )
@@ -287,9 +256,7 @@ def _add(first: tuple[float, ...], second: tuple[float, ...]) -> tuple[float, ..
     return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
-def _flows(
-    statement: Statement, figures: _Figures, node_unit: dict[int, int]
-) -> tuple[Flow, ...]:
+def _flows(statement: Statement, figures: _Figures, node_unit: dict[int, int]) -> tuple[Flow, ...]:
     graph = statement.graph
     read_by = users(graph)
     trains = graph.mode is Mode.TRAIN
@@ -304,131 +271,3 @@ def _flows(
                     carries = trains and graph.values[value].requires_grad
                     flows.append(Flow(unit, consumers, size, size if carries else 0))
     return tuple(flows)
-
-
-def device_classes(statement: Statement) -> tuple[DeviceClass, ...]:
-    """Devices grouped by type and link neighbourhood; pinned devices stand alone."""
-    cluster = statement.cluster
-    alone = {device for _, device in statement.device_pins}
-    uniform = len(set(_sample_links(cluster))) <= 1
-    position = {entry.name: index for index, entry in enumerate(_used_types(cluster))}
-    groups: dict[tuple[str, str, int], list[int]] = defaultdict(list)
-    for device in cluster.devices:
-        single = device.index if device.index in alone else -1
-        groups[device.type, "" if uniform else device.node, single].append(device.index)
-    return tuple(
-        DeviceClass(position[kind], _memory(statement, members[0]), tuple(members))
-        for (kind, _, _), members in sorted(groups.items(), key=lambda item: item[1])
-    )
-
-
-def _memory(statement: Statement, device: int) -> int:
-    own = statement.cluster.type_of(device).memory_bytes
-    limit = statement.memory_limit_bytes
-    return own if limit is None else min(own, limit)
-
-
-def _sample_links(cluster: Cluster) -> list[Link]:
-    """The links between one pair of devices of every two nodes and within every node."""
-    by_node: dict[str, list[int]] = defaultdict(list)
-    for device in cluster.devices:
-        by_node[device.node].append(device.index)
-    nodes = list(by_node.values())
-    links = [cluster.link(node[0], node[1]) for node in nodes if len(node) > 1]
-    for index, node in enumerate(nodes):
-        links += [cluster.link(node[0], other[0]) for other in nodes[index + 1 :]]
-    return links
-
-
-def _links(cluster: Cluster, classes: tuple[DeviceClass, ...]) -> tuple[tuple[Link, ...], ...]:
-    """Link between devices of every two classes, the slowest one where there are no two."""
-
-    def link(first: DeviceClass, second: DeviceClass) -> Link:
-        source = first.devices[0]
-        target = second.devices[-1 if first is second else 0]
-        return cluster.link(source, target) if source != target else _slowest_link(cluster)
-
-    return tuple(tuple(link(first, second) for second in classes) for first in classes)
-
-
-def _slowest_link(cluster: Cluster) -> Link:
-    links = _sample_links(cluster)
-    if not links:
-        return Link(0.0, math.inf)
-    return Link(
-        max(link.latency_seconds for link in links), min(link.bytes_per_second for link in links)
-    )
-
-
-def _stage_pins(statement: Statement) -> tuple[tuple[int, int], ...]:
-    found: dict[int, int] = {}
-    for pattern, stage in statement.pins:
-        for unit in _matching_units(statement, pattern):
-            if found.setdefault(unit, stage) != stage:
-                raise _contradiction(statement, unit, found[unit], stage, "stages")
-    return tuple(sorted(found.items()))
-
-
-def _class_pins(
-    statement: Statement, classes: tuple[DeviceClass, ...]
-) -> tuple[tuple[int, int], ...]:
-    found: dict[int, int] = {}
-    for pattern, device in statement.device_pins:
-        known = [index for index, entry in enumerate(classes) if device in entry.devices]
-        if not known:
-            raise UsageError(
-                f"pin of {pattern!r} to device {device}, which the cluster does not have",
-                ways_out=(f"devices are 0 to {len(statement.cluster.devices) - 1}",),
-            )
-        for unit in _matching_units(statement, pattern):
-            if found.setdefault(unit, known[0]) != known[0]:
-                raise _contradiction(statement, unit, found[unit], device, "devices")
-    return tuple(sorted(found.items()))
-
-
-def _contradiction(
-    statement: Statement, unit: int, first: int, second: int, kind: str
-) -> UsageError:
-    name = _unit_name(statement.graph, statement.units[unit])
-    return UsageError(
-        f"pins put {name} on two {kind}, {first} and {second}",
-        ways_out=("make the patterns disjoint",),
-    )
-
-
-def _matching_units(statement: Statement, pattern: str) -> list[int]:
-    graph = statement.graph
-    found = [
-        index
-        for index, nodes in enumerate(statement.units)
-        if any(matches(pattern, graph.nodes[node].module_path) for node in nodes)
-    ]
-    if not found:
-        raise UsageError(
-            f"pin {pattern!r} matches no module",
-            ways_out=("give a module path such as 'model.layers.3', or a pattern with *",),
-        )
-    return found
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a module path, or one of the modules around it, matches `pattern`."""
-    parts = path.split(".")
-    return any(
-        fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1)
-    )
-
-
-def node_labels(
-    graph: Graph, pins: tuple[tuple[str, int], ...], device_pins: tuple[tuple[str, int], ...]
-) -> dict[int, Hashable]:
-    """Which pins hold for each node that some pin matches: units may not mix them."""
-    patterns = [pattern for pattern, _ in (*pins, *device_pins)]
-    labels: dict[int, Hashable] = {}
-    if not patterns:
-        return labels
-    for node in graph.nodes:
-        hits = tuple(i for i, pattern in enumerate(patterns) if matches(pattern, node.module_path))
-        if hits:
-            labels[node.id] = hits
-    return labels

@@ -19,7 +19,7 @@ For S stages, units v, edges u -> v, device classes c:
 Prefix variables are those of DESIGN 4.3: they make precedence a set of two-variable inequalities
 and remove the symmetry of stages. A unit's window follows from the work of its ancestors and
 descendants: under a cutoff on the step time the bottleneck is at most B_max, and stages 0 .. s
-hold at most (s + 1) B_max of work (`unit_windows`). Seconds are rounded down to ticks of 1e-8 of
+hold at most (s + 1) B_max of work (`windows.py`). Seconds are rounded down to ticks of 1e-8 of
 the cutoff, so the program's optimum never exceeds the true one; bytes are exact.
 """
 
@@ -33,9 +33,9 @@ from typing import Any
 
 from ...compiler.ir.cluster import Link
 from .objective import sync_seconds, transfer
-from .problem import Assignment, Flow, Shared, StageProblem, Unit, topological_order
+from .problem import Assignment, Flow, Shared, StageProblem, Unit
 
-__all__ = ["StageProgramModel", "SolveOutcome", "build", "decode", "solve", "unit_windows"]
+__all__ = ["StageProgramModel", "SolveOutcome", "build", "decode", "solve"]
 
 _TICKS = 1 << 27  # ticks in the cutoff (or in the scale, without one)
 _WORK_PER_SECOND = 0.25  # the solver's deterministic time in a second, on these programs
@@ -69,63 +69,6 @@ class StageProgramModel:
     ticks_per_second: float
     y: dict[tuple[int, int], Linear]
     z: dict[tuple[int, int], Linear]
-
-
-def unit_windows(
-    problem: StageProblem, num_stages: int, bottleneck_seconds: float
-) -> tuple[tuple[int, int], ...] | None:
-    """First and last stage of every unit if no stage takes longer than the bottleneck.
-
-    None when some unit has no stage left, which proves that no partition is that fast.
-    """
-    count = len(problem.units)
-    before, after = _closures(problem)
-    work = [
-        min(f + b for f, b in zip(unit.forward_seconds, unit.backward_seconds, strict=True))
-        for unit in problem.units
-    ]
-    memory = max(entry.memory_bytes for entry in problem.classes)
-    windows = []
-    pins = dict(problem.stage_pins)
-    for unit in range(count):
-        lead = _stages_needed(problem, work, before[unit], bottleneck_seconds, memory)
-        tail = _stages_needed(problem, work, after[unit], bottleneck_seconds, memory)
-        first, last = lead - 1, num_stages - tail
-        if unit in pins:
-            first, last = max(first, pins[unit]), min(last, pins[unit])
-        windows.append((max(first, 0), last))
-    for source, target in sorted(problem.edges(), key=lambda edge: bin(before[edge[1]]).count("1")):
-        windows[target] = max(windows[target][0], windows[source][0]), windows[target][1]
-    for source, target in sorted(problem.edges(), key=lambda edge: bin(after[edge[0]]).count("1")):
-        windows[source] = windows[source][0], min(windows[source][1], windows[target][1])
-    return tuple(windows) if all(first <= last for first, last in windows) else None
-
-
-def _stages_needed(
-    problem: StageProblem, work: list[float], members: int, bottleneck: float, memory: int
-) -> int:
-    """Least number of stages that hold the units of the bit set `members`."""
-    units = [unit for unit in range(len(work)) if members >> unit & 1]
-    seconds = sum(work[unit] for unit in units)
-    static = sum(problem.units[unit].static_bytes for unit in units)
-    if bottleneck <= 0:
-        return len(work) + 1
-    by_time = math.ceil(seconds / bottleneck * (1 - 1e-9))
-    return max(1, by_time, -(-static // memory) if memory > 0 else 1)
-
-
-def _closures(problem: StageProblem) -> tuple[list[int], list[int]]:
-    """Bit sets of each unit with its ancestors, and with its descendants."""
-    edges = problem.edges()
-    order = topological_order(len(problem.units), edges, lambda unit: unit)
-    before = [1 << unit for unit in range(len(problem.units))]
-    after = list(before)
-    position = {unit: index for index, unit in enumerate(order)}
-    for source, target in sorted(edges, key=lambda edge: position[edge[0]]):
-        before[target] |= before[source]
-    for source, target in sorted(edges, key=lambda edge: -position[edge[1]]):
-        after[source] |= after[target]
-    return before, after
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,9 +429,7 @@ def decode(program: StageProgramModel, solver: Any) -> Assignment:
         return variable if isinstance(variable, int) else int(solver.value(variable))
 
     stages = tuple(
-        next(
-            stage for stage in range(program.num_stages) if value(program.y[unit, stage])
-        )
+        next(stage for stage in range(program.num_stages) if value(program.y[unit, stage]))
         for unit in range(len(program.problem.units))
     )
     classes = tuple(

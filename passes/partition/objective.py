@@ -78,9 +78,7 @@ def _figures(
     device = problem.classes[own]
     in_flight = problem.in_flight(assignment.num_stages, stage)
     compute = sum(item.forward_seconds[device.type] for item in members)
-    compute += sum(
-        item.backward_seconds[device.type] for item in members if isinstance(item, Unit)
-    )
+    compute += sum(item.backward_seconds[device.type] for item in members if isinstance(item, Unit))
     messages = sum(flow.incoming_bytes(in_flight) for flow, _ in crossing)
     messages += sum(
         flow.outgoing_bytes(in_flight)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...compiler.ir.cluster import Link
-from .downsets import DeviceOrders, DownSets, all_down_sets, outlook, search_chains
-from .ilp import SolveOutcome, build, solve, unit_windows
+from .downsets import DownSets, all_down_sets, outlook, search_chains
+from .ilp import SolveOutcome, build, solve
 from .objective import step_seconds
-from .problem import Assignment, DeviceClass, StageProblem, topological_order
+from .orders import device_orders, devices_by_index, topological_orders
+from .problem import Assignment, DeviceClass, StageProblem
+from .windows import unit_windows
 
-__all__ = ["SearchLimits", "Solution", "device_orders", "estimate", "search", "simple_bound"]
+__all__ = ["SearchLimits", "Solution", "estimate", "search", "simple_bound"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,7 @@ class _Candidate:
     seconds: float = math.inf
 
 
-def search(
-    problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
-) -> Solution:
+def search(problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits) -> Solution:
     """The fastest legal partition into one of `stage_counts` stages."""
     candidates = _by_down_sets(problem, stage_counts, limits)
     best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
@@ -140,7 +138,7 @@ def down_sets(problem: StageProblem, limits: SearchLimits) -> DownSets:
     if every is not None:
         return DownSets(problem, every, complete=True)
     found: dict[int, None] = {}
-    for order in _topological_orders(problem, limits):
+    for order in topological_orders(problem, count=limits.num_orders, seed=limits.seed):
         prefixes = list(itertools.accumulate((1 << unit for unit in order), initial=0))
         if found and len(found) + count > limits.max_down_sets:
             break
@@ -154,7 +152,9 @@ def _search_devices(
 ) -> None:
     """Improve what is known of `candidate` by dynamic programming over down-sets."""
     problem = table.problem
-    orders, complete = device_orders(problem, candidate.num_stages, limits, table.size)
+    orders, complete = device_orders(
+        problem, candidate.num_stages, max(limits.max_work // table.size**2, 1)
+    )
     alike = len({link for row in problem.links for link in row}) == 1
     exact = complete and table.complete and (alike or table.flows_are_local())
     for number, devices in enumerate(orders):
@@ -264,69 +264,6 @@ def _relaxed(problem: StageProblem) -> StageProblem:
     )
 
 
-def _topological_orders(problem: StageProblem, limits: SearchLimits) -> list[tuple[int, ...]]:
-    """Program order, orders by distance from sources and to sinks, and random ones; distinct."""
-    count, edges = len(problem.units), problem.edges()
-    program = topological_order(count, edges, lambda unit: unit)
-    early, late = _levels(count, edges, program)
-    ranks: list[Callable[[int], object]] = [lambda unit: early[unit], lambda unit: late[unit]]
-    orders = [program, *(topological_order(count, edges, rank) for rank in ranks)]
-    for number in range(limits.num_orders - len(orders)):
-        numbers = random.Random(limits.seed * 1000 + number).sample(range(count), count)
-        orders.append(topological_order(count, edges, lambda unit, r=numbers: r[unit]))
-    return list(dict.fromkeys(orders))
-
-
-def _levels(
-    count: int, edges: tuple[tuple[int, int], ...], order: tuple[int, ...]
-) -> tuple[list[int], list[int]]:
-    """Longest path from a source to each unit, and minus that from each unit to a sink."""
-    early, late = [0] * count, [0] * count
-    position = {unit: index for index, unit in enumerate(order)}
-    for source, target in sorted(edges, key=lambda edge: position[edge[0]]):
-        early[target] = max(early[target], early[source] + 1)
-    for source, target in sorted(edges, key=lambda edge: -position[edge[1]]):
-        late[source] = min(late[source], late[target] - 1)
-    return early, late
-
-
-def device_orders(
-    problem: StageProblem, num_stages: int, limits: SearchLimits, num_sets: int
-) -> tuple[tuple[DeviceOrders, ...], bool]:
-    """All device sequences if they are few enough, else some good ones; whether they are all.
-
-    The good ones keep devices of a class together: by index, fastest first or last, most memory
-    first (early stages keep more microbatches in flight).
-    """
-    if len(problem.classes) == 1:
-        return (DeviceOrders.of_sequence((0,) * num_stages),), True
-    counts = tuple(len(entry.devices) for entry in problem.classes)
-    most = max(limits.max_work // num_sets**2, 1)
-    every = DeviceOrders.all(counts, num_stages, most)
-    if every is not None:
-        return (every,), True
-    by_index = sorted(
-        (device, cls) for cls, entry in enumerate(problem.classes) for device in entry.devices
-    )
-    speed = [
-        sum(unit.forward_seconds[entry.type] for unit in problem.units)
-        for entry in problem.classes
-    ]
-    memory = [entry.memory_bytes for entry in problem.classes]
-    ranks: tuple[Callable[[tuple[int, int]], tuple[float, int]], ...] = (
-        lambda item: (0.0, item[0]),
-        lambda item: (speed[item[1]], item[0]),
-        lambda item: (-speed[item[1]], item[0]),
-        lambda item: (-memory[item[1]], item[0]),
-    )
-    chosen = []
-    for rank in ranks:
-        ordered = sorted(by_index, key=rank)
-        chosen.append(tuple(cls for _, cls in ordered[:num_stages]))
-    sequences = dict.fromkeys([*chosen, *(tuple(reversed(item)) for item in chosen)])
-    return tuple(DeviceOrders.of_sequence(item) for item in sequences), False
-
-
 def _by_program(
     problem: StageProblem,
     candidate: _Candidate,
@@ -345,9 +282,9 @@ def _by_program(
         return SolveOutcome("infeasible", math.inf, None, 0.0), True
     fixed = None
     if not decide:
-        fixed = (candidate.best or best.best or _any_classes(problem, num_stages)).classes
-        if len(fixed) != num_stages:
-            fixed = _any_classes(problem, num_stages).classes
+        fixed = tuple(cls for _, cls in devices_by_index(problem)[:num_stages])
+        if candidate.best is not None:
+            fixed = candidate.best.classes
     program = build(
         problem,
         num_stages,
@@ -358,13 +295,6 @@ def _by_program(
     )
     hint = candidate.best if candidate.best is not None else None
     return solve(program, hint=hint, time_limit=time_limit, seed=limits.seed), decide
-
-
-def _any_classes(problem: StageProblem, num_stages: int) -> Assignment:
-    by_index = sorted(
-        (device, cls) for cls, entry in enumerate(problem.classes) for device in entry.devices
-    )
-    return Assignment((), tuple(cls for _, cls in by_index[:num_stages]))
 
 
 def _loose_seconds(problem: StageProblem) -> float:

@@ -1,62 +1,42 @@
-"""From a plan and its graph to the statement of the stage problem: schedule, units, replicas."""
+"""What a stage problem is stated from: graph, units, cluster, and what the user fixed."""
 
 from __future__ import annotations
 
-from ...compiler.ir.graph import Mode
-from ...compiler.ir.plan import Plan
-from ...cost_models.ops import price
-from ..coarsen import Coarsening, coarsen
-from ..context import Context
-from ..replicate import needed_replicas, replicated_nodes
-from .from_graph import Statement, node_labels
+from dataclasses import dataclass
 
-__all__ = ["schedule_name", "stage_counts", "state"]
+from ...compiler.ir.cluster import Cluster
+from ...compiler.ir.graph import Graph
+from ...compiler.ir.plan import OptimizerModel
 
-_FEW_UNITS = 150
-_UNITS_PER_STAGE = 6
-_UNITS_TIMES_STAGES = 1200
+__all__ = ["Statement", "unit_name"]
 
 
-def schedule_name(plan: Plan, context: Context) -> str:
-    """1F1B unless asked otherwise: as fast as GPipe and never more in flight."""
-    if plan.mode is Mode.INFER:
-        return "forward"
-    return context.options.schedule or "1f1b"
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """Everything but the number of microbatches that a stage problem follows from.
+
+    Args:
+        units: node ids of every unit, in topological order.
+        replicas: for every unit, the replicated nodes that it needs.
+        batch_size: rows of a step.
+        pins, device_pins: see `PlanOptions`.
+    """
+
+    graph: Graph
+    units: tuple[tuple[int, ...], ...]
+    replicas: tuple[tuple[int, ...], ...]
+    cluster: Cluster
+    batch_size: int
+    optimizer: OptimizerModel
+    schedule: str
+    memory_limit_bytes: int | None = None
+    pins: tuple[tuple[str, int], ...] = ()
+    device_pins: tuple[tuple[str, int], ...] = ()
 
 
-def stage_counts(plan: Plan, context: Context, num_units: int) -> tuple[int, ...]:
-    """Numbers of stages that may be chosen."""
-    pinned = context.options.num_stages
-    if pinned is not None:
-        return (pinned,)
-    least = 1 + max((stage for _, stage in context.options.pins), default=0)
-    most = min(len(plan.cluster.devices), num_units)
-    return tuple(range(least, most + 1))
-
-
-def state(plan: Plan, context: Context) -> Statement:
-    """What `state_problem` needs, at any number of microbatches."""
-    graph, options = context.graph, context.options
-    replicated = replicated_nodes(graph)
-    costs = price(graph, plan.cluster.types[0])
-    most = options.num_stages or len(plan.cluster.devices)
-    fine = min(_FEW_UNITS, _UNITS_TIMES_STAGES // most)
-    how = Coarsening(
-        seconds=[cost.total_seconds for cost in costs],
-        num_stages=most,
-        max_units=max(_UNITS_PER_STAGE * most, fine),
-        labels=node_labels(graph, options.pins, options.device_pins),
-    )
-    units = coarsen(graph, [node.id for node in graph.nodes if node.id not in replicated], how)
-    return Statement(
-        graph=graph,
-        units=units,
-        replicas=tuple(needed_replicas(graph, replicated, unit) for unit in units),
-        cluster=plan.cluster,
-        batch_size=plan.batch_size,
-        optimizer=plan.optimizer,
-        schedule=schedule_name(plan, context),
-        memory_limit_bytes=options.memory_limit_bytes,
-        pins=options.pins,
-        device_pins=options.device_pins,
-    )
+def unit_name(graph: Graph, nodes: tuple[int, ...]) -> str:
+    """The module path that the first and last node of a unit share, or both paths."""
+    paths = [graph.nodes[node].module_path for node in nodes]
+    named = [path for path in paths if path] or [graph.nodes[nodes[0]].name]
+    first, last = named[0], named[-1]
+    return first if first == last else f"{first} .. {last}"
