@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...runtime.rng import ReplayRandomness, make_key
 from ..ir.errors import CaptureError
-from ..ir.graph import Graph, OutputKind, ValueKind
+from ..ir.graph import Graph, OutputKind
 from .export import call_model, mode_of
 from .interpret import run_graph
 from .signature import LossFunction, OutputSignature
@@ -54,7 +54,7 @@ def check_against_model(
             raise _broken(graph, "the model itself", error) from error
     with mode_of(model, graph.mode):
         try:
-            ours = _run_graph(captured, tensors, key)
+            ours = _run_graph(captured, model, tensors, key)
         except RuntimeError as error:
             raise _broken(graph, "the captured graph", error) from error
     for kind in theirs:
@@ -101,11 +101,11 @@ def _run_model(
             results["outputs"] = {str(place): item for place, item in enumerate(outputs)}
         if loss is not None:
             results["loss"] = {"the loss": loss}
-            results["gradients"] = _gradients(graph, loss, dict(model.named_parameters()))
+            results["gradients"] = _gradients(loss, model)
     return _detached(results)
 
 
-def _run_graph(captured: Captured, tensors: list[Tensor], key: Tensor) -> Results:
+def _run_graph(captured: Captured, model: nn.Module, tensors: list[Tensor], key: Tensor) -> Results:
     graph = captured.graph
     leaves = captured.inputs.tensor_leaves
     given = {leaf.origin: tensor for leaf, tensor in zip(leaves, tensors, strict=True)}
@@ -115,7 +115,7 @@ def _run_graph(captured: Captured, tensors: list[Tensor], key: Tensor) -> Result
     for output, value in zip(graph.outputs, values, strict=True):
         if output.kind is OutputKind.LOSS:
             results["loss"] = {"the loss": value}
-            results["gradients"] = _gradients(graph, value, captured.tensors)
+            results["gradients"] = _gradients(value, model)
         else:
             kind = "buffers" if output.kind is OutputKind.BUFFER else "outputs"
             results[kind][output.target] = value
@@ -129,13 +129,9 @@ def _buffers(graph: Graph, model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _gradients(graph: Graph, loss: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of all trained parameters; zeros where the loss does not depend on one."""
-    wanted = {
-        value.origin: tensors[value.origin]
-        for value in graph.values_of(ValueKind.PARAMETER)
-        if value.requires_grad
-    }
+def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of all parameters, which the graph reads too; zeros where there is none."""
+    wanted = {name: item for name, item in model.named_parameters() if item.requires_grad}
     found: Sequence[Tensor | None] = torch.autograd.grad(
         loss, list(wanted.values()), allow_unused=True
     )

@@ -130,7 +130,8 @@ class _Lowering:
             inputs=tuple(value.id for value in self.values if value.kind is ValueKind.INPUT),
             outputs=outputs,
         )
-        return Lowered(_without_dead_code(graph), self.tensors, self.draws)
+        graph = _without_idle_gradients(_without_dead_code(graph))
+        return Lowered(graph, self.tensors, self.draws)
 
     def placeholder(self, node: fx.Node, spec: InputSpec) -> None:
         if spec.kind is InputKind.USER_INPUT:
@@ -385,9 +386,33 @@ def _module_path(node: fx.Node) -> str:
     return ".".join(part.partition("@")[0] for part in path.split(".")[1:])
 
 
+def _without_idle_gradients(graph: Graph) -> Graph:
+    """Only values that the loss is differentiated through require a gradient, as in torch.
+
+    What goes into `detach` alone has no gradient, which is not the same as one of zero: weight
+    decay leaves such a parameter as it is.
+    """
+    reached = {output.value for output in graph.outputs_of(OutputKind.LOSS)}
+    for node in reversed(graph.nodes):
+        if any(value in reached and graph.values[value].requires_grad for value in node.outputs):
+            reached.update(node.inputs)
+    return replace(
+        graph,
+        values=tuple(
+            replace(value, requires_grad=value.requires_grad and value.id in reached)
+            for value in graph.values
+        ),
+    )
+
+
 def _without_dead_code(graph: Graph) -> Graph:
-    """Only nodes and values that an output depends on, and all inputs; ids stay dense."""
+    """Only nodes and values that an output depends on, changed buffers, and all inputs.
+
+    Ids stay dense.
+    """
+    changed = {output.target for output in graph.outputs_of(OutputKind.BUFFER)}
     needed = {output.value for output in graph.outputs}
+    needed.update(item.id for item in graph.values_of(ValueKind.BUFFER) if item.origin in changed)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
         if any(value in needed for value in node.outputs):

@@ -2,7 +2,8 @@
 
 From `Graph` and stage node sets to one `StageProgram` a stage. A value read in a stage that does
 not compute it becomes a BOUNDARY value there and a BOUNDARY output of the stage that does. When
-several stages compute a value (replicated nodes), each reads its own copy.
+several stages compute a value (replicated nodes), each reads its own copy. A stage that returns the
+new content of a buffer holds that buffer, whether it reads the old content or not.
 """
 
 from __future__ import annotations
@@ -61,15 +62,26 @@ def _assign_outputs(
     """Outputs of the whole graph by the stage that returns them."""
     table: list[list[Output]] = [[] for _ in stages]
     readers = _stages_reading(graph, stages)
+    buffers = _buffers(graph)
     for output in graph.outputs:
         if output.kind is OutputKind.USER and graph.mode is Mode.TRAIN:
             continue
-        candidates = computed_by.get(output.value) or readers.get(output.value) or (0,)
-        home = candidates[0]
-        if output.kind is OutputKind.LOSS:
-            home = candidates[-1]
+        candidates = computed_by.get(output.value)
+        if candidates is None and output.kind is OutputKind.BUFFER:
+            candidates = readers.get(buffers[output.target])
+        candidates = candidates or readers.get(output.value) or (0,)
+        home = candidates[-1] if output.kind is OutputKind.LOSS else candidates[0]
         table[home].append(output)
     return table
+
+
+def _buffers(graph: Graph) -> dict[str, int]:
+    """Value ids of buffers by each of their names."""
+    return {
+        name: value.id
+        for value in graph.values_of(ValueKind.BUFFER)
+        for name in (value.origin, *value.aliases)
+    }
 
 
 def _stages_reading(graph: Graph, stages: tuple[Stage, ...]) -> dict[int, tuple[int, ...]]:
@@ -87,6 +99,9 @@ def _external_reads(graph: Graph, stage: Stage, outputs: list[Output]) -> tuple[
     own = {value for node in nodes for value in node.outputs}
     used = {value for node in nodes for value in node.inputs}
     used.update(output.value for output in outputs)
+    changed = [output.target for output in outputs if output.kind is OutputKind.BUFFER]
+    buffers = _buffers(graph) if changed else {}
+    used.update(buffers[name] for name in changed)
     return tuple(sorted(used - own))
 
 

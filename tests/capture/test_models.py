@@ -53,7 +53,8 @@ def test_gradients_are_the_model_s(name: str) -> None:
 
 def _check_value(value: Value, tensor: Tensor) -> None:
     assert TensorType.of(tensor) == value.type, value
-    assert tensor.requires_grad == value.requires_grad, value
+    # what only goes into `detach` has no gradient, though autograd records it
+    assert tensor.requires_grad or not value.requires_grad, value
 
 
 @pytest.mark.parametrize("name", INFERRED)

@@ -82,3 +82,67 @@ def test_a_finished_step_keeps_nothing_alive() -> None:
     alive = weakref.ref(x.untyped_storage()), weakref.ref(x), weakref.ref(y)
     del x, y
     assert [item() for item in alive] == [None, None, None]
+
+
+class Teacher(nn.Module):
+    """A branch under no_grad, deep enough to be cut; its parameters require gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.student = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = torch.tanh(self.teacher[0](x))
+            target = self.teacher[1](torch.sin(target))
+        return self.student(x) - target
+
+
+def test_what_is_cut_off_from_the_loss_has_no_gradient_rather_than_zero() -> None:
+    pins = {"teacher.0": 0, "teacher.1": 1, "student": 1}
+    parallel = partition(made(Teacher), optimizer=decaying, constraints=pins)
+    trained = {v.origin for v in parallel.planned.captured.graph.values if v.requires_grad}
+    assert "student.weight" in trained and "teacher.0.weight" not in trained
+    train_both(parallel, Plain(made(Teacher), decaying), BATCHES)
+
+
+class Remembering(Two):
+    """A buffer that is written, never read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        self.last.copy_(h.detach().mean(0))
+        return self.second(h)
+
+
+def test_a_buffer_that_is_only_written() -> None:
+    parallel = partition(made(Remembering), constraints=PINS)
+    train_both(parallel, Plain(made(Remembering)), BATCHES)
+    assert parallel.state_dict()["last"].any()
+
+
+class Delayed(Two):
+    """A buffer becomes the input, which stage 0 reads; stage 1 reads the old content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.last.clone()
+        self.last.copy_(x)
+        return self.second(torch.tanh(self.first(x))) * (1.0 + old)
+
+
+def test_a_buffer_that_becomes_an_input_is_a_copy_of_it() -> None:
+    parallel = partition(made(Delayed), constraints=PINS)
+    x, y = (tensor.clone() for tensor in batch())
+    train_both(parallel, Plain(made(Delayed)), [(x, y)])
+    before = parallel.state_dict()["last"].clone()
+    x.zero_()
+    assert torch.equal(parallel.state_dict()["last"], before)

@@ -81,11 +81,28 @@ def _verify_stages(programs: tuple[Program, ...]) -> None:
     for index, rank in enumerate(stage_ranks):
         check(index in stages, f"rank {rank} does not hold stage {index}", f"program {rank}")
     _verify_boundaries(stages)
+    _verify_buffers(stages)
     losses = [index for index, stage in stages.items() if stage.graph.outputs_of(OutputKind.LOSS)]
     expected = 1 if programs[0].mode is Mode.TRAIN else 0
     check(
         len(losses) == expected, f"{len(losses)} stages return a loss: {losses}", "stage programs"
     )
+
+
+def _verify_buffers(stages: dict[int, StageProgram]) -> None:
+    """A buffer that the step changes is held by one stage: copies elsewhere would grow stale."""
+    holders: dict[str, list[int]] = {}
+    for index, stage in sorted(stages.items()):
+        for value in stage.graph.values_of(ValueKind.BUFFER):
+            holders.setdefault(value.origin, []).append(index)
+    for index, stage in sorted(stages.items()):
+        for output in stage.graph.outputs_of(OutputKind.BUFFER):
+            held = holders.get(output.target, [index])
+            check(
+                held == [index],
+                f"stage {index} changes the buffer, but stages {held} hold it",
+                f"buffer {output.target!r}",
+            )
 
 
 def _verify_boundaries(stages: dict[int, StageProgram]) -> None:
