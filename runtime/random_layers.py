@@ -6,6 +6,7 @@ Each computes what the ATen operator computes, differentiably, with numbers hash
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,19 @@ def _keep(key: Tensor, draw: int, tensor: Tensor, p: float, *, feature: bool = F
 
 def _drop(keep: Tensor, tensor: Tensor, p: float) -> Tensor:
     # `where` saves one byte an element for backward, where a product with the mask saves four.
-    return torch.where(keep, tensor, 0.0) * (1.0 / (1.0 - p))
+    return torch.where(keep, tensor, 0.0) * _kept_scale(p, tensor)
+
+
+def _kept_scale(p: float, tensor: Tensor) -> float:
+    """1 / (1 - p); on CPU rounded to the tensor's type, as torch's dropout does there."""
+    scale = 1.0 / (1.0 - p)
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float16:
+        (scale,) = struct.unpack("e", struct.pack("e", scale))
+    elif tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
+        (word,) = struct.unpack("I", struct.pack("f", scale))
+        word += 0x7FFF + ((word >> 16) & 1)  # to nearest, ties to even
+        (scale,) = struct.unpack("f", struct.pack("I", word & 0xFFFF0000))
+    return scale
 
 
 def draw_dropout(key: Tensor, draw: int, /, input: Tensor, p: float, train: bool) -> Tensor:
@@ -121,7 +134,15 @@ def draw_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot product attention with dropout, in the form of torch's math kernel."""
+    """Scaled dot product attention with dropout, in the form of torch's math kernel.
+
+    As there, half precision is computed in single precision on CPU.
+    """
+    result_type = query.dtype
+    if query.device.type == "cpu" and result_type in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.float()
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -135,7 +156,7 @@ def draw_attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     weights = torch.ops.aten._safe_softmax(scores, -1)
-    return draw_dropout(seed, draw, weights, dropout_p, True) @ value
+    return (draw_dropout(seed, draw, weights, dropout_p, True) @ value).to(result_type)
 
 
 def draw_recurrent(

@@ -242,3 +242,17 @@ def test_recurrent_layers_draw_as_torch_does() -> None:
     found = call(KEY, 0, x, [zeros, zeros], net._flat_weights, True, 3, 0.5, True, True, True)
     for ours, theirs in zip(found, (expected, hidden, cell), strict=True):
         assert (ours - theirs).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_replay_equals_replacements_bit_for_bit_in_every_type(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 6, 8).to(dtype) for _ in range(3))
+    with ReplayRandomness(KEY):
+        dropped = F.dropout(q, 0.1)
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True)
+    assert torch.equal(dropped, random_op("aten.native_dropout.default")(KEY, 0, q, 0.1, True)[0])
+    attention = random_op("aten.scaled_dot_product_attention.default")
+    ours = attention(KEY, 1, q, k, v, None, 0.1, True)
+    assert ours.dtype == dtype
+    assert (ours - attended).abs().max() <= 2 * torch.finfo(dtype).eps
