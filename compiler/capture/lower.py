@@ -195,6 +195,9 @@ class _Lowering:
         if packet == "copy":
             self.copy(node)
             return
+        if packet == "as_strided":
+            self.as_strided(node)
+            return
         inputs: list[int] = []
         args = tuple(self.attribute(node, item, inputs) for item in node.args)
         kwargs = tuple(
@@ -226,6 +229,31 @@ class _Lowering:
             call = _Call(torch.ops.aten.expand.default, args, (), (value,))
             (value,) = self.emit(node, call, wanted)
         self.single[node] = value
+
+    def as_strided(self, node: fx.Node) -> None:
+        """`as_strided`, whose result depends on the input's strides, on a copy that has them.
+
+        A stage may receive the input, or compute it by other kernels, with strides of its own.
+        """
+        source, size, stride, *rest = node.args
+        assert isinstance(source, fx.Node)
+        input: Tensor = source.meta["val"]
+        order = tuple(sorted(range(input.ndim), key=input.stride, reverse=True))
+        given = rest[0] if rest else node.kwargs.get("storage_offset")
+        begin = 0 if given is None else given - input.storage_offset()
+        end = begin + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if begin < 0 or end >= input.numel() or not input.permute(order).is_contiguous():
+            raise _refusal(node, "it reads memory beyond its input")
+        value = self.single[source]
+        if order != tuple(range(input.ndim)):
+            call = _Call(torch.ops.aten.permute.default, (Operand(0), order), (), (value,))
+            (value,) = self.emit(node, call, input.permute(order))
+        dense = (("memory_format", torch.contiguous_format),)
+        call = _Call(torch.ops.aten.clone.default, (Operand(0),), dense, (value,))
+        (value,) = self.emit(node, call, input.permute(order))
+        args = (Operand(0), tuple(size), tuple(stride), begin)
+        call = _Call(torch.ops.aten.as_strided.default, args, (), (value,))
+        (self.single[node],) = self.emit(node, call, node.meta["val"])
 
     def emit(self, node: fx.Node, call: _Call, *results: Any) -> tuple[int, ...]:
         """Add the node of `call`, which stands for `node`; returns the values of its results."""

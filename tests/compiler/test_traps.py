@@ -5,8 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from cutset.compiler.ir.errors import CaptureError
 
 from .partitioned import WIDTH, Plain, batch, chain, partition, train_both
 
@@ -146,3 +149,35 @@ def test_a_buffer_that_becomes_an_input_is_a_copy_of_it() -> None:
     before = parallel.state_dict()["last"].clone()
     x.zero_()
     assert torch.equal(parallel.state_dict()["last"], before)
+
+
+class Strided(Two):
+    """Reads memory by strides of its own, which a value loses on its way between stages."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(torch.tanh(self.first(x)).t())
+        return self.second(h.as_strided((x.shape[0], WIDTH), (1, x.shape[0])))
+
+
+class StridedRows(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(torch.tanh(self.first(x)).t().contiguous().t())
+        windows = h.t().as_strided((WIDTH, x.shape[0]), (x.shape[0], 1))
+        return self.second(windows.as_strided((x.shape[0], WIDTH), (WIDTH, 1)))
+
+
+@pytest.mark.parametrize("kind", [Strided, StridedRows])
+def test_as_strided_sees_the_strides_of_the_model(kind: type[nn.Module]) -> None:
+    for cut in ({"first": 0, "second": 1}, {"first": 0, "second": 0}):
+        parallel = partition(made(kind), constraints=cut)
+        train_both(parallel, Plain(made(kind)), BATCHES)
+
+
+def test_as_strided_beyond_its_input_is_refused() -> None:
+    class Beyond(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.second(torch.tanh(self.first(x)))
+            return h[:, :2].as_strided((1, WIDTH), (WIDTH, 1))
+
+    with pytest.raises(CaptureError, match="beyond its input"):
+        partition(made(Beyond))
