@@ -92,6 +92,7 @@ def plan_model(
     cluster = parse_devices(spec, memory_limit_bytes)
     given = _given_plan(plan)
     rows = batch_size(*call)
+    signature_of(call)  # refuses inputs that are no data
     modes = Mode(mode)
     options = PlanOptions(
         num_stages=num_stages,

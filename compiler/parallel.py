@@ -253,6 +253,10 @@ class Parallel:
                     "key": variant.key,
                     "program": print_program(program),
                     "source": emit_python(program),
+                    "constants": {
+                        name: variant.captured.tensors[name]
+                        for name in _tensors_of(program, ValueKind.CONSTANT)
+                    },
                     "compile": self._options.compile,
                     "cuda_graphs": self._options.cuda_graphs,
                 }
@@ -262,11 +266,11 @@ class Parallel:
         )
 
     def _place_tensors(self, variant: Variant) -> None:
-        """Send every rank the parameters, buffers and constants it lacks, with today's values."""
+        """Send every rank the parameters and buffers it lacks, with today's values."""
         session = self._started()
         missing: list[list[str]] = []
         for program in variant.programs:
-            needed = _tensors_of(program)
+            needed = _tensors_of(program, ValueKind.PARAMETER, ValueKind.BUFFER)
             missing.append([n for n in needed if program.rank not in self._homes.get(n, ())])
         if not any(missing):
             return
@@ -525,8 +529,7 @@ def _inputs_of(program: Program) -> list[str]:
     )
 
 
-def _tensors_of(program: Program) -> list[str]:
-    kinds = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
+def _tensors_of(program: Program, *kinds: ValueKind) -> list[str]:
     return sorted(
         {
             value.origin

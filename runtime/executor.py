@@ -9,7 +9,7 @@ waits and executes to the end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -114,7 +114,7 @@ class Executor:
         program: Program,
         kernels: Mapping[int, StageKernels],
         *,
-        tensors: dict[str, Tensor],
+        tensors: MutableMapping[str, Tensor],
         gradients: dict[str, Tensor],
         communicator: Communicator,
         device: torch.device,

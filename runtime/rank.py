@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import linecache
 import time
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,7 @@ class Rank:
         self._communicator = communicator
         self._timeout = timeout_seconds
         self._tensors: dict[str, Tensor] = {}
+        self._constants: dict[str, dict[str, Tensor]] = {}
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._gradients: dict[str, Tensor] = {}
         self._kept_gradients: dict[str, Tensor] = {}
@@ -65,6 +67,7 @@ class Rank:
     def reset(self) -> None:
         """Forget all tensors and programs, for another model."""
         self._tensors.clear()
+        self._constants.clear()
         self._parameters.clear()
         self._gradients.clear()
         self._kept_gradients.clear()
@@ -78,6 +81,7 @@ class Rank:
         key: str,
         program: str,
         source: str,
+        constants: Mapping[str, Tensor] | None = None,
         compile: bool = False,
         cuda_graphs: bool = True,
     ) -> dict[str, float]:
@@ -85,6 +89,7 @@ class Rank:
 
         Args:
             key: names the program in later calls.
+            constants: of this program alone: another may call others by the same names.
             compile: run kernels through Inductor.
             cuda_graphs: on CUDA, replay kernels as CUDA graphs.
 
@@ -104,10 +109,14 @@ class Rank:
             self._allocate_gradients(parsed)
         self._communicator.prepare(parsed)
         self._programs[key] = parsed
+        self._constants[key] = {
+            name: tensor.detach().to(self.device, copy=True)
+            for name, tensor in (constants or {}).items()
+        }
         self._executors[key] = Executor(
             parsed,
             kernels,
-            tensors=self._tensors,
+            tensors=ChainMap(self._tensors, self._constants[key]),
             gradients=self._gradients if parsed.mode is Mode.TRAIN else {},
             communicator=self._communicator,
             device=self.device,
@@ -129,7 +138,7 @@ class Rank:
                     )
 
     def set_tensors(self, *, tensors: Mapping[str, Tensor], parameters: list[str]) -> None:
-        """Take copies of parameters, buffers and constants by name; `parameters` names the first.
+        """Take copies of parameters and buffers by name; `parameters` names the first.
 
         A parameter that is already here keeps its storage, which the optimizer knows.
         """
@@ -250,6 +259,8 @@ class Rank:
     def _held_tensors(self) -> list[Tensor]:
         """Tensors alive between steps: parameters, buffers, gradients, optimizer states."""
         held = [*self._tensors.values(), *self._gradients.values()]
+        for constants in self._constants.values():
+            held.extend(constants.values())
         if self._optimizer is not None:
             for entries in self._optimizer.state().values():
                 held.extend(value for value in entries.values() if isinstance(value, Tensor))
