@@ -91,12 +91,15 @@ def stage_steps(
     adjoints: Sequence[Adjoint],
     storages: Storages,
     sizes: Sequence[float],
+    consumers: Mapping[int, int] | None = None,
 ) -> StageSteps:
     """Steps of the stage that consists of `nodes` of `graph` (a whole graph or a stage's own).
 
     Args:
         adjoints: by node id.
         sizes: bytes by value id.
+        consumers: sent value id -> stages that read it, where more than one: each returns a
+            gradient, and they are summed.
     """
     ordered = tuple(graph.nodes[index] for index in sorted(nodes))
     made = {value for node in ordered for value in node.outputs}
@@ -117,7 +120,9 @@ def stage_steps(
     sent = _sent_values(graph, ordered, made)
     ends = {output.value for output in graph.outputs if output.value in made}
     forward = _forward_steps(build)
-    arriving = _arriving(build, sent, ends) if graph.mode is Mode.TRAIN else {}
+    arriving: dict[int, float] = {}
+    if graph.mode is Mode.TRAIN:
+        arriving = _arriving(build, sent, ends, consumers or {})
     returned = _backward_steps(build, received) if arriving else {}
     first, second = _split(build.backward, returned)
     made_in_b = {storage: size for step in first for storage, size in step.writes}
@@ -184,8 +189,13 @@ def _forward_steps(build: _Build) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _arriving(build: _Build, sent: set[int], ends: set[int]) -> dict[int, float]:
-    """Gradients that the stage is given, one storage each; the loss's is a scalar."""
+def _arriving(
+    build: _Build, sent: set[int], ends: set[int], consumers: Mapping[int, int]
+) -> dict[int, float]:
+    """Gradients that the stage is given; the loss's is a scalar.
+
+    Several consumers' gradients lie beside their sum until B is done.
+    """
     table: dict[int, float] = {}
     losses = {o.value for o in build.graph.outputs if o.kind is OutputKind.LOSS} & ends
     for value in sorted(sent | losses):
@@ -193,6 +203,8 @@ def _arriving(build: _Build, sent: set[int], ends: set[int]) -> dict[int, float]
             storage = build.new()
             build.gradient[value] = storage
             table[storage] = build.sizes[value]
+            if consumers.get(value, 1) > 1:
+                table[build.new()] = consumers[value] * build.sizes[value]
     return table
 
 

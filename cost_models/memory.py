@@ -20,11 +20,12 @@ where `received` are bytes of boundary values read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..compiler.ir.graph import Graph, Mode, ValueKind
-from ..compiler.ir.plan import MemoryPrediction, OptimizerModel
+from ..compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
 from .adjoint_types import Adjoint, NodeContext
 from .adjoints import adjoint
 from .analysis import Storages, batch_values, find_storages, weight_like_values
@@ -39,6 +40,7 @@ __all__ = [
     "MemoryModel",
     "NodeMemory",
     "action_memory",
+    "consuming_stages",
     "memory_model",
     "memory_profile",
     "optimizer_temporaries",
@@ -108,8 +110,10 @@ class MemoryModel:
     adjoints: tuple[Adjoint, ...]
     weights: frozenset[int]
 
-    def steps(self, nodes: Iterable[int]) -> StageSteps:
-        """Kernels of the stage made of `nodes`.
+    def steps(
+        self, nodes: Iterable[int], consumers: Mapping[int, int] | None = None
+    ) -> StageSteps:
+        """Kernels of the stage made of `nodes`; `consumers` as in `stage_steps`.
 
         A boundary value arrives contiguous; where it is not so in the whole graph, copies differ,
         and the stage's storages and rules are derived anew.
@@ -121,7 +125,12 @@ class MemoryModel:
             own = {node: self._adjoint(node, storages) for node in chosen}
             adjoints = tuple(own.get(node.id, Adjoint()) for node in self.graph.nodes)
         return stage_steps(
-            self.graph, chosen, adjoints=adjoints, storages=storages, sizes=self.sizes
+            self.graph,
+            chosen,
+            adjoints=adjoints,
+            storages=storages,
+            sizes=self.sizes,
+            consumers=consumers,
         )
 
     def _arrives_otherwise(self, nodes: tuple[int, ...]) -> bool:
@@ -227,6 +236,7 @@ def stage_memory(
     num_microbatches: int = 1,
     batch_fraction: float = 1.0,
     backend: str = "cpu",
+    consumers: Mapping[int, int] | None = None,
 ) -> MemoryPrediction:
     """Upper bound of the memory of a rank that runs the stage made of `nodes`.
 
@@ -239,6 +249,8 @@ def stage_memory(
         mode: TRAIN or INFER; by default that of the graph.
         device: index stored in the prediction.
         num_microbatches: of a step: user inputs and outputs of all of them are held.
+        consumers: value id -> number of other stages that read it (`consuming_stages`); without
+            it every sent value is taken to have one.
     """
     model = (
         graph
@@ -246,7 +258,7 @@ def stage_memory(
         else memory_model(graph, batch_fraction=batch_fraction, backend=backend)
     )
     chosen = tuple(sorted(nodes))
-    steps = model.steps(chosen)
+    steps = model.steps(chosen, consumers)
     train = (mode or model.graph.mode) is Mode.TRAIN
     trained, held = _parameters(model, chosen, train)
     parameters = sum(trained) + held
@@ -269,6 +281,16 @@ def stage_memory(
         transients_bytes=math.ceil(transient),
         communication_bytes=math.ceil(messages),
     )
+
+
+def consuming_stages(graph: Graph, stages: Iterable[Stage]) -> dict[int, int]:
+    """Value id -> number of stages that read it and do not compute it."""
+    counts: Counter[int] = Counter()
+    for stage in stages:
+        nodes = [graph.nodes[node] for node in stage.nodes]
+        made = {value for node in nodes for value in node.outputs}
+        counts.update({value for node in nodes for value in node.inputs} - made)
+    return dict(counts)
 
 
 def _parameters(

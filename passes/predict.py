@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..compiler.ir.graph import Graph, Mode
 from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction
 from ..cost_models.analysis import batch_rows
-from ..cost_models.memory import memory_model, stage_memory
+from ..cost_models.memory import consuming_stages, memory_model, stage_memory
 from ..cost_models.ops import price
 from .context import Context
 from .partition.problem import in_flight_microbatches
@@ -46,6 +46,7 @@ def _memory(plan: Plan, graph: Graph, fraction: float) -> tuple[MemoryPrediction
         backend: memory_model(graph, batch_fraction=fraction, backend=backend)
         for backend in backends
     }
+    consumers = consuming_stages(graph, plan.stages)
     return tuple(
         stage_memory(
             models[plan.cluster.type_of(stage.device).backend],
@@ -57,6 +58,7 @@ def _memory(plan: Plan, graph: Graph, fraction: float) -> tuple[MemoryPrediction
             mode=plan.mode,
             device=stage.device,
             num_microbatches=plan.num_microbatches,
+            consumers=consumers,
         )
         for stage in plan.stages
     )

@@ -16,6 +16,7 @@ from cutset.compiler.ir.plan import OptimizerModel, Stage
 from cutset.cost_models.liveness import Step, live_bytes
 from cutset.cost_models.memory import (
     action_memory,
+    consuming_stages,
     memory_model,
     memory_profile,
     stage_memory,
@@ -86,6 +87,23 @@ def test_gloo_keeps_messages_until_there_are_eight() -> None:
     )
     assert few.communication_bytes == 128 + 4 * 128 + 4 * 128
     assert many.communication_bytes == 128 + 8 * 128 + 100 * 128
+
+
+def test_gradients_of_several_consumers_lie_beside_their_sum() -> None:
+    """Two stages read relu's result: two gradients of 128 bytes are received, then summed."""
+    model = memory_model(two_layers())
+    relu = 3
+    assert sum(model.steps([0, 1]).arriving.values()) == 128
+    assert sum(model.steps([0, 1], {relu: 2}).arriving.values()) == 2 * 128 + 128
+
+
+def test_stages_that_read_a_value() -> None:
+    """linear (2) and relu (3) are read by the second stage; the input (0) by the first alone."""
+    graph = two_layers()
+    stages = (Stage(0, 0, (0,)), Stage(1, 1, (1,)), Stage(2, 2, (1, 2, 3)))
+    counts = consuming_stages(graph, stages)
+    assert counts[2] == 2, "by stages 1 and 2, which both compute relu"
+    assert 3 not in counts and counts[0] == 1
 
 
 def test_the_last_stage_by_hand() -> None:
