@@ -116,7 +116,7 @@ def _trained(name: str, group: str, seconds: float, example: Example, captured: 
         seed=SEED,
     )
     worst = relative_error(gradients, reference.gradients)
-    loss_error = abs(losses - reference.losses[0]) / abs(reference.losses[0])
+    loss_error = abs(losses - reference.losses[0]) / max(abs(reference.losses[0]), 1e-30)
     limit = COARSE.get(name, TOLERANCE)
     exact = worst.value <= limit and loss_error <= limit
     return Row(

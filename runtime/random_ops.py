@@ -92,6 +92,9 @@ def num_draws(packet: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> in
         tail = args[3:] if isinstance(args[3], bool) else args[4:]
         _, num_layers, dropout, train = tail[:4]
         return num_layers - 1 if train and dropout > 0.0 else 0
+    if packet == "_cudnn_rnn":
+        dropout, train = args[11:13]
+        return int(train and dropout > 0.0)
     if packet.startswith("rrelu"):
         position = 3 if packet == "rrelu" else 4
         train = args[position] if len(args) > position else kwargs.get("training", False)
@@ -111,6 +114,8 @@ def replacement(operator: torch._ops.OpOverload) -> RandomOp | None:
         return _rrelu_into_noise
     if packet.startswith("_scaled_dot_product") or packet in _RECURRENT:
         return None  # fused kernels: reached only where they draw nothing
+    if packet == "_cudnn_rnn":
+        return _refuse_cudnn
     if not packet.endswith("_"):
         return random_op(f"aten.{packet}.default")
     base = "normal_functional" if packet == "normal_" else packet[:-1]
@@ -122,6 +127,13 @@ def replacement(operator: torch._ops.OpOverload) -> RandomOp | None:
         return tensor.copy_(function(key, draw, tensor, *(args or defaults), **kwargs))
 
     return in_place
+
+
+def _refuse_cudnn(key: Tensor, draw: int, *args: Any) -> Tensor:
+    raise CaptureError(
+        "cuDNN's recurrent layers draw their dropout by themselves, out of reach of a replay",
+        ways_out=("run the reference under torch.backends.cudnn.flags(enabled=False)",),
+    )
 
 
 def _rrelu_into_noise(

@@ -106,10 +106,10 @@ VISION = {
         key_dim=[8, 8, 8],
     ),
     "mobilenet_v1": transformers_model(
-        "MobileNetV1ForImageClassification", _image(), depth_multiplier=0.25
+        "MobileNetV1ForImageClassification", _image(64), depth_multiplier=0.25
     ),
     "mobilenet_v2": transformers_model(
-        "MobileNetV2ForImageClassification", _image(), depth_multiplier=0.25
+        "MobileNetV2ForImageClassification", _image(64), depth_multiplier=0.25
     ),
     "mobilevit": transformers_model(
         "MobileViTForImageClassification",
@@ -229,15 +229,6 @@ MULTIMODAL = {
         projection_dim=16,
     ),
     "blip": transformers_model("BlipForConditionalGeneration", _image_and_text(), **CLIP),
-    "bridgetower": transformers_model(
-        "BridgeTowerModel",
-        _image_and_text(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        text_config=BERT,
-        vision_config=VIT,
-    ),
     "chinese_clip": transformers_model("ChineseCLIPModel", _image_and_text(), **CLIP),
     "clip": transformers_model("CLIPModel", _image_and_text(), **CLIP),
     "clipseg": transformers_model("CLIPSegModel", _image_and_text(), **CLIP),
