@@ -16,7 +16,12 @@ from dataclasses import dataclass, replace
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.plan import Certificate, MemoryPrediction, Plan, Stage
 from ..cost_models.analysis import batch_rows
-from ..cost_models.memory import MemoryModel, memory_model, stage_memory
+from ..cost_models.memory import (
+    MemoryModel,
+    consuming_stages,
+    memory_model,
+    stage_memory,
+)
 from .context import Context
 from .partition.diagnosis import closest_partition, infeasible, unsupported
 from .partition.from_graph import state_problem
@@ -93,6 +98,9 @@ def _solve_within_memory(
     Raises:
         InfeasibleError: nothing fits.
     """
+    error = unsupported(statement, problem)
+    if error is not None:
+        raise error
     needs = _Needs.of(plan, statement, problem)
     share = _GENEROUS
     for attempt in range(_ATTEMPTS):
@@ -106,9 +114,6 @@ def _solve_within_memory(
             break
         if attempt == _ATTEMPTS - 2:
             share = 1.0
-    error = unsupported(statement, problem)
-    if error is not None:
-        raise error
     closest, _ = closest_partition(problem, counts)
     if needs.fitting_share(closest) is not None:
         raise infeasible(statement, problem, counts, closest, needs.by_liveness(closest))
@@ -150,6 +155,7 @@ class _Needs:
 
     def by_liveness(self, assignment: Assignment) -> tuple[MemoryPrediction, ...]:
         stages = stages_of(self.statement, self.problem, assignment)
+        consumers = consuming_stages(self.statement.graph, stages)
         return tuple(
             stage_memory(
                 self.models[self.plan.cluster.type_of(stage.device).backend],
@@ -158,6 +164,7 @@ class _Needs:
                 optimizer=self.plan.optimizer,
                 device=stage.device,
                 num_microbatches=self.plan.num_microbatches,
+                consumers=consumers,
             )
             for stage in stages
         )
