@@ -53,11 +53,24 @@ class _GraphedKernel:
 
     def __call__(self) -> Sequence[Tensor | None]:
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._results = self._kernel(list(self._static))
+            self._graph = self._capture()
         self._graph.replay()
         return self._results
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record the kernel on its static inputs.
+
+        Unlike `torch.cuda.graph` this does not wait for the device: a receive that is under way
+        there may need what this rank is about to compute.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.graph(graph).capture_stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._results = self._kernel(list(self._static))
+            finally:
+                graph.capture_end()
+        return graph
 
 
 class _Slot:
@@ -94,6 +107,16 @@ class GraphSlots:
         self._num_gradients = len(kernels.signature.differentiable) - len(kernels.zero_inputs)
         self._free: list[_Slot] = []
         self._broken = False
+        self._ran_eagerly = False
+
+    def trim(self) -> None:
+        """Give back what eager runs left in the allocator's cache, which graphs cannot use.
+
+        To be called between steps, as it waits for the device.
+        """
+        if self._ran_eagerly and not self._broken:
+            torch.cuda.empty_cache()
+        self._ran_eagerly = False
 
     def forward(
         self, arguments: list[Tensor | None], keep: Callable[[list[Tensor | None]], None]
@@ -105,6 +128,7 @@ class GraphSlots:
         slot = self._free.pop() if self._free else _Slot(self._kernels)
         slot.uses += 1
         if slot.uses == 1:
+            self._ran_eagerly = True
             keep(arguments)
             return list(self._kernels.forward(arguments)), slot
         static = slot.forward.stage(arguments)
@@ -122,27 +146,40 @@ class GraphSlots:
         self, slot: _Slot | None, name: str, kernel: Kernel, arguments: list[Tensor | None]
     ) -> list[Tensor | None]:
         """Results of B (`name` = `input`) or W (`weight`); releases the slot after W."""
-        if slot is None or slot.uses == 1:
+        results = None
+        if slot is not None and slot.uses > 1 and not self._broken:
+            results = self._replayed(slot, name, arguments)
+        if results is None:
             results = list(kernel(arguments))
-        else:
-            graphed = slot.backward[name]
-            graphed.stage(arguments)
+        if name == "weight":
+            self.release(slot)
+        return results
+
+    def _replayed(
+        self, slot: _Slot, name: str, arguments: list[Tensor | None]
+    ) -> list[Tensor | None] | None:
+        """Results of B or W by its graph; None if it cannot be captured."""
+        graphed = slot.backward[name]
+        graphed.stage(arguments)
+        try:
             results = list(graphed())
-            if name == "input":
-                count = self._num_gradients
-                results = [_copy(tensor) for tensor in results[:count]] + results[count:]
-        if slot is not None and name == "weight":
-            self._free.append(slot)
+        except RuntimeError as error:
+            self._give_up(error)
+            return None
+        if name == "input":
+            count = self._num_gradients
+            results = [_copy(tensor) for tensor in results[:count]] + results[count:]
         return results
 
     def release(self, slot: _Slot | None) -> None:
-        """Return a slot that will see no backward."""
-        if slot is not None:
+        """Take back a slot that will see no further kernel of its microbatch."""
+        if slot is not None and not self._broken:
             self._free.append(slot)
 
     def _give_up(self, error: RuntimeError) -> None:
         self._broken = True
-        reason = str(error).splitlines()[0]
+        self._free.clear()
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"stage runs without CUDA graphs, because capturing one failed: {reason}",
             stacklevel=2,

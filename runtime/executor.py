@@ -172,6 +172,8 @@ class Executor:
         }
         for gradient in self._gradients.values():
             gradient.zero_()
+        for slots in self._slots.values():
+            slots.trim()
         self._began = time.perf_counter()
 
     def run(self) -> StepResult:
@@ -216,7 +218,8 @@ class Executor:
 
     def _note(self, instruction: Instruction, begin: float) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            # not the device: a receive under way may need what this rank is yet to compute
+            torch.cuda.current_stream(self._device).synchronize()
         times = self.result.times
         previous = times[-1].end_seconds if times else 0.0
         start = begin - self._began

@@ -1,0 +1,84 @@
+"""Where a kernel cannot be captured, a stage goes on without graphs; with kernels that run here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from cutset.compiler.ir.graph import Graph, Mode, OutputKind
+from cutset.runtime import cuda_graphs
+from cutset.runtime.cuda_graphs import GraphSlots
+from cutset.runtime.kernels import Source, StageKernels, trace_training
+from tests.ir.builders import GraphBuilder
+from tests.runtime.test_kernels import CPU, compile_stage, values_for
+
+
+def linear() -> Graph:
+    build = GraphBuilder("linear", Mode.TRAIN)
+    h = build.boundary("h", (2, 8), torch.float64)
+    w = build.parameter("w", (8, 8), torch.float64)
+    y = build.op("aten.tanh.default", build.op("aten.linear.default", h, w))
+    build.output(y, OutputKind.BOUNDARY, target=y.name)
+    return build.build()
+
+
+class Recorded:
+    """In place of a kernel's graph: runs the kernel, or fails to capture the one named."""
+
+    def __init__(self, failing: str) -> None:
+        self.failing = failing
+
+    def __call__(self, graphed: cuda_graphs._GraphedKernel) -> Sequence[Tensor | None]:
+        number = ("forward", "input", "weight").index(self.failing)
+        if graphed._kernel is self.kernels[number]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return graphed._kernel(list(graphed._static))
+
+    kernels: tuple[object, ...] = ()
+
+
+def microbatch(slots: GraphSlots, kernels: StageKernels, tensors: list[Tensor]) -> list[Tensor]:
+    """Output, input gradient and weight gradient of one microbatch, as the executor runs it."""
+    kept: dict[tuple[Source, int], Tensor | None] = {
+        (Source.TANGENT, 0): torch.ones_like(tensors[0])
+    }
+
+    def keep(arguments: list[Tensor | None]) -> None:
+        kept.update({(Source.ARGUMENT, i): tensor for i, tensor in enumerate(arguments)})
+
+    results, slot = slots.forward([torch.tensor(0), *tensors], keep)
+    saved = results[kernels.num_outputs :]
+    kept.update({(Source.SAVED, i): tensor for i, tensor in enumerate(saved)})
+    assert kernels.backward_input is not None and kernels.backward_weight is not None
+    arguments = [kept[source] for source in kernels.input_sources]
+    back = slots.backward(slot, "input", kernels.backward_input, arguments)
+    kept.update({(Source.PASSED, i): tensor for i, tensor in enumerate(back[1:])})
+    buffer = torch.zeros_like(tensors[1])
+    arguments = [*(kept[source] for source in kernels.weight_sources), buffer]
+    slots.backward(slot, "weight", kernels.backward_weight, arguments)
+    assert results[0] is not None and back[0] is not None
+    return [results[0], back[0], buffer]
+
+
+@pytest.mark.parametrize("failing", ["forward", "input", "weight"])
+def test_a_stage_that_cannot_be_captured_runs_without_graphs(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = linear()
+    kernels = trace_training(compile_stage(graph), graph, CPU)
+    recorded = Recorded(failing)
+    recorded.kernels = (kernels.forward, kernels.backward_input, kernels.backward_weight)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(cuda_graphs._GraphedKernel, "__call__", lambda graphed: recorded(graphed))
+    slots = GraphSlots(kernels)
+    tensors = values_for(graph)
+    eager = microbatch(slots, kernels, tensors)
+    with pytest.warns(UserWarning, match="without CUDA graphs.*not permitted"):
+        second = microbatch(slots, kernels, tensors)
+    third = microbatch(slots, kernels, tensors)
+    for got in (second, third):
+        for mine, theirs in zip(got, eager, strict=True):
+            assert torch.equal(mine, theirs)
