@@ -24,7 +24,7 @@ from ..runtime.session import LocalSession, Session
 from .batch import Call, batch_size, divisors, signature_of, take_rows
 from .capture import Captured, capture
 from .ir.cluster import Cluster
-from .ir.errors import UsageError
+from .ir.errors import CaptureError, PlanFormatError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
 from .ir.plan import OptimizerModel, Plan
@@ -93,7 +93,15 @@ def plan_model(
     given = _given_plan(plan)
     rows = batch_size(*call)
     signature_of(call)  # refuses inputs that are no data
-    modes = Mode(mode)
+    modes = _mode(mode)
+    if given is not None and given.mode is not modes:
+        raise PlanFormatError(
+            f"the plan is for mode={given.mode.value!r}, mode={mode!r} is wanted",
+            where="plan: mode",
+            ways_out=(f"pass mode={given.mode.value!r}", "plan again for this mode"),
+        )
+    for name, number in (("num_stages", num_stages), ("clip_grad_norm", clip_grad_norm)):
+        _refuse_unless_positive(name, number)
     options = PlanOptions(
         num_stages=num_stages,
         num_microbatches=given.num_microbatches if given else num_microbatches,
@@ -109,6 +117,12 @@ def plan_model(
         return capture(model, args, kwargs, mode=modes, loss_fn=loss_fn, check=check)
 
     captured = captured_at(count)
+    if not captured.graph.nodes:
+        raise CaptureError(
+            "the model computes nothing from its inputs: there is nothing to partition",
+            where=f"model {type(model).__name__}",
+            ways_out=("pass a model with at least one operator on tensors",),
+        )
     if given is not None:
         check_plan_matches(given, fingerprint(captured.graph, type(model).__name__), cluster)
         chosen = replace(given, cluster=cluster)
@@ -170,6 +184,8 @@ def auto_partition(
         raised by the first step.
     """
     factory = optimizer or _default_optimizer
+    _refuse_unless_positive("timeout_seconds", timeout_seconds)
+    _refuse_unless_factory(factory)
     planning["plan"] = _given_plan(planning.get("plan"))
     own = None
     if session is None and (example_inputs is not None or example_kwargs):
@@ -247,6 +263,33 @@ def optimizer_model_of(factory: OptimizerFactory, model: nn.Module) -> Optimizer
         ratio = num_bytes / (probe.numel() * probe.element_size())
         return OptimizerModel(kind.__name__.lower(), ratio)
     return OptimizerModel("unknown", 2.0)
+
+
+def _mode(name: str) -> Mode:
+    known = [mode.value for mode in Mode]
+    if name not in known:
+        raise UsageError(
+            f"unknown mode {name!r}", where="mode", ways_out=(f"one of: {', '.join(known)}",)
+        )
+    return Mode(name)
+
+
+def _refuse_unless_positive(name: str, number: float | None) -> None:
+    if number is not None and not number > 0:
+        raise UsageError(
+            f"{name} = {number} is not positive",
+            where=name,
+            ways_out=(f"pass a positive {name}, or leave it out",),
+        )
+
+
+def _refuse_unless_factory(factory: Any) -> None:
+    if not callable(factory) or isinstance(factory, torch.optim.Optimizer):
+        raise UsageError(
+            f"the optimizer is a {type(factory).__name__}, not a function that makes one",
+            where="optimizer",
+            ways_out=("pass e.g. optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3)",),
+        )
 
 
 def _default_optimizer(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:

@@ -56,6 +56,12 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str
             foreign parameters.
     """
     kind = type(optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"the factory of the optimizer made a {kind.__name__}",
+            where="optimizer",
+            ways_out=("return a torch.optim.Optimizer",),
+        )
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UsageError(
