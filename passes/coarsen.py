@@ -29,7 +29,8 @@ from ..compiler.ir.graph import Graph, OutputKind, ValueKind, producers, users
 __all__ = ["Coarsening", "coarsen"]
 
 _CHEAP = 1 / 64  # of a stage's even share of the work
-_LARGEST = 1 / 8
+_LARGEST = 1 / 8  # of the same: cheap units do not grow further by joining each other
+_NEGLIGIBLE = 1.1  # a unit may grow by a tenth at a time beyond that
 _FINE = 1 / 16  # of a stage's share: lighter intervals are not split further
 _MIDDLE = 0.25  # the lighter part of a split interval has at least this share of it
 
@@ -162,8 +163,8 @@ class _Groups:
             options += [(-size, other) for other, size in self.after[unit].items()]
         for _, other in sorted(options):
             together = self.seconds[unit] + self.seconds[other]
-            fits = together <= largest or self.seconds[unit] == 0.0
-            if fits and self.label[unit] == self.label[other]:
+            fits = together <= max(largest, _NEGLIGIBLE * self.seconds[other])
+            if (fits or self.seconds[unit] == 0.0) and self.label[unit] == self.label[other]:
                 return other
         return None
 

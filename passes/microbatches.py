@@ -17,6 +17,7 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.plan import Plan
 from .context import Context
+from .partition.fitting import find_fitting
 from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
 from .partition.search import SearchLimits, estimate
@@ -59,10 +60,17 @@ def _choose(plan: Plan, context: Context) -> int:
     )
     best, chosen, slower = math.inf, numbers[-1], 0
     for number in reversed(numbers):
-        seconds = estimate(state_problem(statement, number), counts, limits).seconds
-        context.progress(f"{number} microbatches: {seconds:.6g} s a step")
-        if math.isinf(seconds):
+        fit = find_fitting(
+            statement,
+            state_problem(statement, number),
+            counts,
+            lambda problem: estimate(problem, counts, limits),
+        )
+        if fit is None:
+            context.progress(f"{number} microbatches do not fit")
             break
+        seconds = fit.solution.seconds
+        context.progress(f"{number} microbatches: {seconds:.6g} s a step")
         slower = slower + 1 if seconds > best else 0
         if seconds <= best:
             best, chosen = seconds, number

@@ -1,75 +1,34 @@
 """Why no partition fits, by how much it fails, and what would help.
 
-The partition that comes closest minimises the largest excess of any stage over its device's
-memory, by dynamic programming over prefixes of program order. Each way out that is named was tried
-on the same problem: it makes that excess vanish.
+Each way out that is named was tried: with it, a partition was found that fits.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
+from ...compiler.ir.cluster import Cluster
 from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.graph import Mode
-from ...compiler.ir.plan import MemoryPrediction
-from .downsets import DownSets
+from ...compiler.ir.plan import MemoryPrediction, OptimizerModel
+from .closest import program_order
+from .fitting import find_fitting
 from .from_graph import state_problem
-from .problem import Assignment, DeviceClass, StageProblem, topological_order
+from .problem import Assignment, DeviceClass, StageProblem
+from .search import SearchLimits, estimate
 from .statement import Statement
 
-__all__ = ["closest_partition", "infeasible", "unsupported"]
+__all__ = ["explain", "unsupported"]
 
 _GIB = 1 << 30
 _MIB = 1 << 20
 _MOST_DEVICES = 256
-
-
-def closest_partition(
-    problem: StageProblem, stage_counts: tuple[int, ...]
-) -> tuple[Assignment, float]:
-    """The interval partition of program order whose worst stage exceeds its memory least.
-
-    Stages take devices by memory, most first (early stages keep most microbatches in flight).
-    Returns it with that excess in bytes, negative if everything fits.
-    """
-    count = len(problem.units)
-    table = _prefixes(problem)
-    found = [_least_excess(table, num_stages) for num_stages in stage_counts if num_stages <= count]
-    return min(found, key=lambda item: item[1])
-
-
-def _prefixes(problem: StageProblem) -> DownSets:
-    order = topological_order(len(problem.units), problem.edges(), lambda unit: unit)
-    sets = itertools.accumulate((1 << unit for unit in order), initial=0)
-    return DownSets(problem, tuple(sets), complete=False)
-
-
-def _least_excess(table: DownSets, num_stages: int) -> tuple[Assignment, float]:
-    problem = table.problem
-    devices = sorted(
-        (-entry.memory_bytes, device, cls)
-        for cls, entry in enumerate(problem.classes)
-        for device in entry.devices
-    )
-    classes = tuple(cls for _, _, cls in devices[:num_stages])
-    value = np.where(np.arange(table.size) == 0, -math.inf, math.inf)
-    trail = []
-    for stage, cls in enumerate(classes):
-        need = table.memory(problem.in_flight(num_stages, stage))
-        excess = np.where(table.nested, need - problem.classes[cls].memory_bytes, math.inf)
-        reached = np.maximum(value[:, None], excess)
-        trail.append(reached.argmin(axis=0))
-        value = reached.min(axis=0)
-    end, ends = table.size - 1, []
-    for origins in reversed(trail):
-        ends.append(end)
-        end = int(origins[end])
-    return table.assign(ends[::-1], classes), float(value[-1])
+_MOST_TRIES = 6
+_GENEROUS = 1.25
 
 
 def unsupported(statement: Statement, problem: StageProblem) -> InfeasibleError | None:
@@ -92,7 +51,7 @@ def unsupported(statement: Statement, problem: StageProblem) -> InfeasibleError 
     return None
 
 
-def infeasible(
+def explain(
     statement: Statement,
     problem: StageProblem,
     stage_counts: tuple[int, ...],
@@ -144,54 +103,70 @@ def _ways_out(
     statement: Statement, problem: StageProblem, stage_counts: tuple[int, ...], need: int
 ) -> Iterator[str]:
     """Remedies, each tried on the problem; the last ones always apply."""
-    most = max(stage_counts)
-    if most < min(problem.num_devices, len(problem.units)):
-        wider = tuple(range(most + 1, min(problem.num_devices, len(problem.units)) + 1))
-        if closest_partition(problem, wider)[1] <= 0:
-            yield "allow more stages: the cluster has devices left"
-    devices = _enough_devices(problem)
+    most = min(problem.num_devices, len(problem.units))
+    wider = tuple(range(max(stage_counts) + 1, most + 1))
+    if wider and _fits(statement, problem, wider):
+        yield "allow more stages: the cluster has devices left"
+    devices = _enough_devices(statement, problem)
     if devices is not None:
         yield f"{devices} devices of this memory instead of {problem.num_devices}"
-    if problem.schedule == "gpipe" and _fits(replace(problem, schedule="1f1b"), stage_counts):
+    leaner = replace(problem, schedule="1f1b")
+    if problem.schedule == "gpipe" and _fits(statement, leaner, stage_counts):
         yield "schedule 1f1b, which keeps fewer microbatches in flight"
     number = _more_microbatches(statement, problem, stage_counts)
     if number is not None:
         yield f"{number} microbatches instead of {problem.num_microbatches}"
-    ratio = statement.optimizer.state_bytes_per_parameter_byte
-    if statement.graph.mode is Mode.TRAIN and ratio > 0:
-        leaner = replace(statement.optimizer, state_bytes_per_parameter_byte=0.0)
-        other = state_problem(replace(statement, optimizer=leaner), problem.num_microbatches)
-        if _fits(other, stage_counts):
-            yield "an optimizer with less state, such as SGD without momentum"
+    if statement.graph.mode is Mode.TRAIN and statement.optimizer.state_bytes_per_parameter_byte:
+        stateless = replace(statement, optimizer=OptimizerModel("sgd", 0.0))
+        other = state_problem(stateless, problem.num_microbatches)
+        if _fits(stateless, other, stage_counts):
+            yield "an optimizer without state, such as SGD without momentum"
     yield f"devices, or a memory limit, of {_size(need)} or more"
     yield "a smaller batch or shorter sequences"
 
 
-def _fits(problem: StageProblem, stage_counts: tuple[int, ...]) -> bool:
-    return closest_partition(problem, stage_counts)[1] <= 0
+def _fits(statement: Statement, problem: StageProblem, stage_counts: tuple[int, ...]) -> bool:
+    limits = SearchLimits(num_orders=1, num_thresholds=1)
+    found = find_fitting(
+        statement, problem, stage_counts, lambda other: estimate(other, stage_counts, limits)
+    )
+    return found is not None
 
 
-def _enough_devices(problem: StageProblem) -> int | None:
-    """Least number of devices, all as the largest of the problem, that would do."""
+def _enough_devices(statement: Statement, problem: StageProblem) -> int | None:
+    """Least number of devices, all as the largest of the problem, that was found to do."""
     largest = max(problem.classes, key=lambda entry: entry.memory_bytes)
     most = min(len(problem.units), _MOST_DEVICES)
-    if most <= problem.num_devices:
-        return None
-    many = replace(
+    table = program_order(_on_many(problem, largest, most))
+    reached = np.arange(table.size) == table.size - 1
+    tries = 0
+    for count in range(1, most + 1):
+        in_flight = problem.in_flight(count, 0)
+        fits = table.fitting(in_flight, math.floor(_GENEROUS * largest.memory_bytes))
+        reached = (fits & reached[None, :]).any(axis=1)
+        if reached[0] and count > problem.num_devices and tries < _MOST_TRIES:
+            tries += 1
+            more = replace(statement, cluster=_of_kind(statement.cluster, largest, count))
+            if _fits(more, _on_many(problem, largest, count), (count,)):
+                return count
+    return None
+
+
+def _on_many(problem: StageProblem, kind: DeviceClass, count: int) -> StageProblem:
+    """`problem` on `count` devices of one kind."""
+    return replace(
         problem,
-        classes=(DeviceClass(largest.type, largest.memory_bytes, tuple(range(most))),),
+        classes=(replace(kind, devices=tuple(range(count))),),
         links=((problem.sync_link,),),
         class_pins=(),
         stage_pins=(),
     )
-    table = _prefixes(many)
-    reached = np.arange(table.size) == table.size - 1
-    for tail in range(1, most + 1):
-        fits = table.fitting(many.in_flight(tail, 0), largest.memory_bytes)
-        reached = (fits & reached[None, :]).any(axis=1)
-        if reached[0] and tail > problem.num_devices:
-            return tail
-    return None
+
+
+def _of_kind(cluster: Cluster, kind: DeviceClass, count: int) -> Cluster:
+    """A cluster of `count` devices like those of `kind`."""
+    model = cluster.devices[kind.devices[0]]
+    return replace(cluster, devices=tuple(replace(model, index=index) for index in range(count)))
 
 
 def _more_microbatches(
@@ -200,10 +175,9 @@ def _more_microbatches(
     """The least larger divisor of the batch size that would do, of those tried by doubling."""
     wanted = 2 * problem.num_microbatches
     for number in range(problem.num_microbatches + 1, statement.batch_size + 1):
-        if statement.batch_size % number == 0 and (
-            number >= wanted or number == statement.batch_size
-        ):
-            if _fits(state_problem(statement, number), stage_counts):
+        last = number == statement.batch_size
+        if statement.batch_size % number == 0 and (number >= wanted or last):
+            if _fits(statement, state_problem(statement, number), stage_counts):
                 return number
             wanted = 2 * number
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...compiler.ir.errors import UsageError
 from ...compiler.ir.graph import Mode
 from ...compiler.ir.plan import Plan
 from ...cost_models.ops import price
@@ -26,13 +27,21 @@ def schedule_name(plan: Plan, context: Context) -> str:
 
 
 def stage_counts(plan: Plan, context: Context, num_units: int) -> tuple[int, ...]:
-    """Numbers of stages that may be chosen."""
+    """Numbers of stages that may be chosen.
+
+    Raises:
+        UsageError: more stages are asked for than there are devices or units.
+    """
     pinned = context.options.num_stages
-    if pinned is not None:
-        return (pinned,)
-    least = 1 + max((stage for _, stage in context.options.pins), default=0)
+    least = pinned or 1 + max((stage for _, stage in context.options.pins), default=0)
     most = min(len(plan.cluster.devices), num_units)
-    return tuple(range(least, most + 1))
+    if not 1 <= least <= most:
+        raise UsageError(
+            f"{least} stages wanted of {len(plan.cluster.devices)} devices and {num_units} "
+            "separable parts of the model",
+            ways_out=(f"ask for 1 to {most} stages",),
+        )
+    return (least,) if pinned else tuple(range(least, most + 1))
 
 
 def state(plan: Plan, context: Context) -> Statement:

@@ -1,0 +1,146 @@
+"""The fastest partition that fits into memory, by additive bounds first and liveness in the end.
+
+What a stage needs is not a sum over its units: tensors live and die. The stage problem therefore
+holds an additive bound of memory, and what it finds is held to the memory by liveness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ...compiler.ir.plan import MemoryPrediction, Stage
+from ...cost_models.analysis import batch_rows
+from ...cost_models.memory import MemoryModel, consuming_stages, memory_model, stage_memory
+from ..replicate import needed_replicas, replicated_nodes
+from .closest import closest_partition
+from .devices import used_types
+from .objective import stage_figures, step_seconds
+from .problem import Assignment, StageProblem
+from .search import Solution, simple_bound
+from .statement import Statement
+
+__all__ = ["Fit", "Needs", "find_fitting", "stages_of"]
+
+_ATTEMPTS = 5
+_GENEROUS = 1.25  # the additive bound of memory exceeds that by liveness by about this
+_SMALLER = 0.995
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A solution that fits, its stages, and the share of the devices' memory that the additive
+    bound of a partition was allowed to take up."""
+
+    solution: Solution
+    stages: tuple[Stage, ...]
+    share: float
+
+
+def find_fitting(
+    statement: Statement,
+    problem: StageProblem,
+    stage_counts: tuple[int, ...],
+    solve: Callable[[StageProblem], Solution],
+) -> Fit | None:
+    """The fastest partition that fits by liveness, None if none is found.
+
+    The additive bound exceeds the need by some share. So the problem is first solved with that
+    much more memory than there is, then, while what is found does not fit, with the share that
+    its worst stage shows. In the end the partition that needs least memory is tried.
+    """
+    needs = Needs.of(statement, problem)
+    share = _GENEROUS
+    for _ in range(_ATTEMPTS):
+        solution = solve(_with_memory(problem, share))
+        if solution.assignment is None:
+            break
+        fitting = needs.fitting_share(solution.assignment)
+        if fitting is None:
+            return Fit(solution, stages_of(statement, problem, solution.assignment), share)
+        share = min(fitting, share * _SMALLER)
+    closest, _ = closest_partition(problem, stage_counts)
+    if needs.fitting_share(closest) is not None:
+        return None
+    seconds = step_seconds(problem, closest)
+    bound = min(seconds, *(simple_bound(problem, count) for count in stage_counts))
+    solution = Solution(closest, seconds, bound, ("least memory of program order",))
+    return Fit(solution, stages_of(statement, problem, closest), _GENEROUS)
+
+
+def _with_memory(problem: StageProblem, share: float) -> StageProblem:
+    """`problem` on devices with `share` times their memory."""
+    classes = tuple(
+        replace(entry, memory_bytes=math.floor(entry.memory_bytes * share))
+        for entry in problem.classes
+    )
+    return replace(problem, classes=classes)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Memory of stages by liveness; one model for each kind of device."""
+
+    statement: Statement
+    problem: StageProblem
+    models: dict[str, MemoryModel]
+
+    @staticmethod
+    def of(statement: Statement, problem: StageProblem) -> Needs:
+        graph = statement.graph
+        fraction = statement.batch_size / problem.num_microbatches / batch_rows(graph)
+        backends = sorted({entry.backend for entry in used_types(statement.cluster)})
+        models = {
+            backend: memory_model(graph, batch_fraction=fraction, backend=backend)
+            for backend in backends
+        }
+        return Needs(statement, problem, models)
+
+    def by_liveness(self, assignment: Assignment) -> tuple[MemoryPrediction, ...]:
+        """Memory of each stage."""
+        stages = stages_of(self.statement, self.problem, assignment)
+        consumers = consuming_stages(self.statement.graph, stages)
+        return tuple(
+            stage_memory(
+                self.models[self.statement.cluster.type_of(stage.device).backend],
+                stage.nodes,
+                in_flight=self.problem.in_flight(len(stages), stage.index),
+                optimizer=self.statement.optimizer,
+                device=stage.device,
+                num_microbatches=self.problem.num_microbatches,
+                consumers=consumers,
+            )
+            for stage in stages
+        )
+
+    def fitting_share(self, assignment: Assignment) -> float | None:
+        """None if all stages fit; else the least additive bound of a stage that does not, as a
+        share of its need by liveness."""
+        bounds = stage_figures(self.problem, assignment)
+        shares = [
+            bound.memory_bytes / need.total_bytes
+            for bound, need in zip(bounds, self.by_liveness(assignment), strict=True)
+            if need.total_bytes > bound.limit_bytes
+        ]
+        return min(shares, default=None)
+
+
+def stages_of(
+    statement: Statement, problem: StageProblem, assignment: Assignment
+) -> tuple[Stage, ...]:
+    """Stages of the nodes of `assignment`, with the replicated nodes that each needs."""
+    graph = statement.graph
+    replicated = replicated_nodes(graph)
+    groups: list[set[int]] = [set() for _ in assignment.classes]
+    for unit, stage in enumerate(assignment.stages):
+        groups[stage].update(statement.units[unit])
+    for group in groups:
+        group.update(needed_replicas(graph, replicated, group))
+    placed = set().union(*groups)
+    groups[-1].update(node.id for node in graph.nodes if node.id not in placed)
+    devices = assignment.devices(problem)
+    return tuple(
+        Stage(index, device, tuple(sorted(group)))
+        for index, (device, group) in enumerate(zip(devices, groups, strict=True))
+    )
