@@ -1,7 +1,6 @@
-"""Memory rules of ops with a kernel of their own: products, attention, norms, losses, pooling.
+"""Memory rules of ops with a kernel of their own: norms, losses, reductions, pooling, lookup.
 
-See `adjoints.py`, which holds the elementwise ones and the tables. Workspaces are measured ones of
-torch's CPU kernels (one thread); other backends need no more.
+See `adjoints.py`, which holds the elementwise ones.
 """
 
 from __future__ import annotations
@@ -9,192 +8,12 @@ from __future__ import annotations
 import math
 
 from ..compiler.ir.ops import Category
-from .adjoint_types import Adjoint, Gradient, NodeContext, Rule
-from .flops import is_transposed, keyword, positional
+from .adjoint_convolution import convolution
+from .adjoint_products import attention, einsum, linear, matmul
+from .adjoint_types import Adjoint, Gradient, NodeContext, Rule, joint_gradients, unknown
+from .flops import positional
 
-__all__ = ["KERNEL_RULES", "KERNEL_RULES_BY_CATEGORY", "unknown"]
-
-
-def unknown(c: NodeContext) -> Adjoint:
-    """An op without a rule: everything it touches is saved, temporaries are generous."""
-    return Adjoint(
-        gradients=c.each(*c.node.inputs, *c.node.outputs, temporary=2 * c.all_bytes),
-        forward_temporary_bytes=c.all_bytes,
-    )
-
-
-# -- matrix products ---------------------------------------------------------------------------
-
-
-def _linear(c: NodeContext) -> Adjoint:
-    """linear, addmm: dx reads the weight, dw reads x, the bias nothing.
-
-    An x of more than two dims that cannot be viewed as rows is copied, and the copy saved.
-    """
-    first = 0 if c.node.op.packet == "linear" else 1
-    left, right = c.operand(first), c.operand(first + 1)
-    if left is None or right is None:
-        return unknown(c)
-    copied = 0.0 if c.storages.folds(c.value(left), 1) else c.sizes[left]
-    others = {left: (right,), right: () if copied else (left,)}
-    return Adjoint(
-        gradients=tuple(
-            Gradient(index, others.get(index, ()), _narrow_scratch(c, index)) for index in c.wanted
-        ),
-        extra_bytes=copied if right in c.wanted else 0.0,
-        forward_temporary_bytes=_narrow_scratch(c, c.node.outputs[0])
-        + (0.0 if right in c.wanted else copied)
-        + (c.out_bytes if copied and len(c.node.inputs) > 2 else 0.0),  # the bias comes after
-    )
-
-
-def _narrow_scratch(c: NodeContext, made: int) -> float:
-    """Workspace of a 16-bit product on CPU: the result in float32 and a reordered operand."""
-    if c.backend != "cpu" or c.value(made).type.dtype.itemsize != 2:
-        return 0.0
-    largest = max(c.sizes[index] for index in (*c.node.inputs, *c.node.outputs))
-    return 2 * c.sizes[made] + largest
-
-
-def _matmul(c: NodeContext) -> Adjoint:
-    """Each gradient reads the other operand, or the copy of it that could be multiplied."""
-    left, right = c.operand(0), c.operand(1)
-    if left is None or right is None:
-        return unknown(c)
-    dims = {index: len(c.value(index).type.shape) for index in (left, right)}
-    copied = dict.fromkeys((left, right), 0.0)
-    if c.node.op.packet == "matmul" and max(dims.values()) > 2:
-        rows = 1 if min(dims.values()) <= 2 else 2
-        for index in copied:
-            if dims[index] > 2 and not c.storages.folds(c.value(index), rows):
-                copied[index] = c.sizes[index]
-    copies = sum(copied.values())
-    if not c.wanted:
-        return Adjoint(forward_temporary_bytes=copies + _narrow_scratch(c, c.node.outputs[0]))
-    gradients = []
-    for index in c.wanted:
-        other = right if index == left else left
-        stretched = c.value(other).type.shape[:-2] != c.value(index).type.shape[:-2]
-        summed = c.sizes[other] if stretched and dims[index] > 2 else 0.0
-        summed += _narrow_scratch(c, index)
-        gradients.append(Gradient(index, () if copied[other] else (other,), summed))
-    return Adjoint(
-        gradients=tuple(gradients),
-        extra_bytes=copies,
-        forward_temporary_bytes=_narrow_scratch(c, c.node.outputs[0]),
-    )
-
-
-def _einsum(c: NodeContext) -> Adjoint:
-    """Runs as permutes, copies and a batched product: the copies are what is saved."""
-    operands = sum(c.sizes[index] for index in c.node.inputs)
-    return Adjoint(
-        gradients=c.each(temporary=operands + c.out_bytes),
-        extra_bytes=operands if c.wanted else 0.0,
-        forward_temporary_bytes=c.out_bytes + (0.0 if c.wanted else operands),
-    )
-
-
-# -- attention ---------------------------------------------------------------------------------
-
-
-def _attention(c: NodeContext) -> Adjoint:
-    query, key, value = (c.operand(position) for position in range(3))
-    if query is None or key is None or value is None:
-        return unknown(c)
-    if _is_fused(c, query, key, value):
-        return _fused_attention(c, query, key, value)
-    return _score_matrices(c, query, key, value)
-
-
-def _dropout(c: NodeContext) -> float:
-    probability = positional(c.node, 4, keyword(c.node, "dropout_p", 0.0))
-    return probability if isinstance(probability, float) else 0.0
-
-
-def _is_fused(c: NodeContext, query: int, key: int, value: int) -> bool:
-    """Whether torch runs this call as one kernel that keeps no score matrix."""
-    mask = c.operand(3)
-    if _dropout(c) > 0.0 or (mask is not None and c.value(mask).requires_grad):
-        return False
-    shapes = [c.value(index).type.shape for index in (query, key, value)]
-    if any(len(shape) != 4 for shape in shapes) or len({shape[-1] for shape in shapes}) > 1:
-        return False
-    return c.backend == "cpu" or c.value(query).type.dtype.itemsize < 8
-
-
-def _fused_attention(c: NodeContext, query: int, key: int, value: int) -> Adjoint:
-    """Saved: operands, result, one log-sum-exp a row. A boolean mask is first made a float one.
-
-    The CPU kernel works on blocks of rows x up to 512 columns; its backward copies a gradient.
-    """
-    rows, size = c.value(query).type.shape[-2:]
-    itemsize = c.value(query).type.dtype.itemsize
-    wide = max(itemsize, 4)
-    block = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
-    columns = min(512, c.value(key).type.shape[-2])
-    statistics = c.sizes[query] / itemsize / max(size, 1) * wide
-    mask = c.operand(3)
-    converted = 0.0
-    masks: tuple[int, ...] = ()
-    if mask is not None:
-        masks = (mask,)
-        if c.value(mask).type.dtype.itemsize == 1:
-            converted, masks = c.sizes[mask] * itemsize, ()
-    reads = (*dict.fromkeys((query, key, value, *masks)), c.node.outputs[0])
-    workspace = c.sizes[query] * wide / itemsize + 2 * block * columns * wide + statistics
-    return Adjoint(
-        gradients=_joint(c.each(*reads), workspace),
-        extra_bytes=statistics + converted,
-        forward_temporary_bytes=wide * block * (columns + 2 + size),
-        joint=True,
-    )
-
-
-def _score_matrices(c: NodeContext, query: int, key: int, value: int) -> Adjoint:
-    """softmax(q k^T) v in steps. Saved: scaled q and k, v, softmax, dropout's mask and product.
-
-    While numbers are drawn three 32-bit words an element are live; later steps need less.
-    """
-    shape, columns = c.value(query).type.shape, c.value(key).type.shape[-2]
-    itemsize = c.value(query).type.dtype.itemsize
-    # without dropout torch computes 16-bit operands in float32
-    wide = 2 if itemsize == 2 and not _dropout(c) else 1
-    elements = c.sizes[query] / itemsize / max(shape[-1], 1) * columns
-    scores = elements * itemsize * wide
-    heads = shape[-3] / c.value(key).type.shape[-3] if len(shape) > 3 else 1.0
-    keys, values = c.sizes[key] * heads * wide, c.sizes[value] * heads * wide
-    copies_value = heads > 1 or wide > 1 or not c.storages.folds(c.value(value), 2)
-    scaled = c.sizes[query] * wide + keys
-    saved = scaled + (values if copies_value else 0.0) + scores
-    busy = scaled + 2.25 * scores + (2 * c.sizes[query] if wide > 1 else 0.0)
-    if _dropout(c) > 0.0:
-        saved += scores + elements
-        busy = max(busy, scaled + scores + 12 * elements, scaled + 3 * scores + elements)
-    mask = c.operand(3)
-    if mask is not None and c.value(mask).type.dtype.itemsize == 1:
-        saved += c.sizes[mask] * (1 if _dropout(c) > 0.0 else itemsize)
-    if positional(c.node, 5, keyword(c.node, "is_causal", False)) is True:
-        triangle = shape[-2] * columns * itemsize
-        saved, busy = saved + triangle, busy + triangle
-    written = sum(c.sizes[index] for index in c.wanted)
-    computing = scores * (1 if _dropout(c) > 0.0 else 2) + (keys + values) * (heads > 1)
-    return Adjoint(
-        gradients=_joint(
-            c.each(*(() if copies_value else (value,))), max(0.0, computing + values - written)
-        ),
-        extra_bytes=saved if c.wanted else 0.0,
-        forward_temporary_bytes=max(0.0, busy - (saved + c.out_bytes if c.wanted else 0.0)),
-        joint=True,
-    )
-
-
-def _joint(gradients: tuple[Gradient, ...], temporary: float) -> tuple[Gradient, ...]:
-    """Gradients of one kernel, whose workspace is counted with the first."""
-    if not gradients:
-        return ()
-    first = Gradient(gradients[0].operand, gradients[0].reads, temporary)
-    return (first, *gradients[1:])
+__all__ = ["KERNEL_RULES", "KERNEL_RULES_BY_CATEGORY"]
 
 
 # -- norms, softmax, losses --------------------------------------------------------------------
@@ -211,7 +30,7 @@ def _norm(c: NodeContext) -> Adjoint:
     if "batch_norm" in c.node.op.packet or "instance_norm" in c.node.op.packet:
         workspace += c.sizes[source]
     return Adjoint(
-        gradients=_joint(c.each(source, *c.node.inputs[1:2], *saved), workspace),
+        gradients=joint_gradients(c.each(source, *c.node.inputs[1:2], *saved), workspace),
         extra_bytes=groups if c.wanted else 0.0,
         forward_temporary_bytes=workspace - c.sizes[source] if workspace > c.sizes[source] else 0.0,
         joint=True,
@@ -309,94 +128,7 @@ def _reduction(c: NodeContext) -> Adjoint:
     return unknown(c)
 
 
-# -- convolution, pooling, lookup, recurrence --------------------------------------------------
-
-
-def _convolution(c: NodeContext) -> Adjoint:
-    """dI reads the weight, dW the image, in two kernels with workspaces of their own."""
-    image, weight = c.node.inputs[0], c.node.inputs[1]
-    forward, back_image, back_weight = _convolution_workspaces(c, image, weight)
-    copied = 0.0 if c.storages.scattered.isdisjoint(c.node.outputs) else c.out_bytes
-    rules = {
-        image: Gradient(image, (weight,), back_image + copied),
-        weight: Gradient(weight, (image,), back_weight + copied),
-    }
-    return Adjoint(
-        gradients=tuple(rules.get(index, Gradient(index)) for index in c.wanted),
-        forward_temporary_bytes=forward,
-    )
-
-
-def _convolution_workspaces(
-    c: NodeContext, image: int, weight: int
-) -> tuple[float, float, float]:
-    """Forward, image gradient, weight gradient.
-
-    Float64 and tiny images are unfolded into columns, kernel size times as large. Others are
-    reordered, with weights and results, into blocks of 16 channels, unless the kernel is 1 x 1.
-    """
-    read, weights, made = c.sizes[image], c.sizes[weight], c.out_bytes
-    kernel = math.prod(c.value(weight).type.shape[2:])
-    itemsize = c.value(image).type.dtype.itemsize
-    stride = positional(c.node, 3)
-    strided = isinstance(stride, tuple) and any(step != 1 for step in stride)
-    if kernel == 1 and not strided and itemsize >= 4:
-        return 0.0, weights, 2 * weights
-    if c.backend == "cpu" and (itemsize == 8 or _is_tiny(c, image, weight)):
-        return _column_workspaces(c, image, weight)
-    blocks_in, blocks_out = (_blocks(c, index) for index in (image, c.node.outputs[0]))
-    inner, outer, kernels = read * blocks_in, made * blocks_out, weights * blocks_in * blocks_out
-    narrow = 8 * kernels + inner if itemsize == 2 else 0.0
-    back_image = max(inner + outer + kernels - read, inner, 2 * read if strided else 0.0)
-    if c.value(image).type.shape[1] < 8:  # images of few channels are read as they are
-        return max(outer, 2 * weights) + narrow, back_image + narrow, outer + 2 * weights + narrow
-    return (
-        max(inner + outer + kernels - made, outer, 2 * made if is_transposed(c.node) else 0.0),
-        back_image + narrow,
-        inner + outer + 2 * kernels + narrow,
-    )
-
-
-def _is_tiny(c: NodeContext, image: int, weight: int) -> bool:
-    """Torch leaves single images of up to 20480 elements and small kernels to its own kernel."""
-    value = c.value(image).type
-    kernel = c.value(weight).type.shape[2:]
-    elements = c.sizes[image] / value.dtype.itemsize
-    return (
-        elements <= 20480
-        and elements * value.shape[0] <= value.numel
-        and max(kernel) <= 3
-        and c.value(weight).type.shape[1] == value.shape[1]
-    )
-
-
-def _column_workspaces(
-    c: NodeContext, image: int, weight: int
-) -> tuple[float, float, float]:
-    """Workspaces of float64 convolution, which multiplies with columns of the unfolded image.
-
-    Grouped convolutions go group by group and join the parts; transposed ones unfold the result,
-    their backward one row of the batch at a time.
-    """
-    read, weights, made = c.sizes[image], c.sizes[weight], c.out_bytes
-    kernel = math.prod(c.value(weight).type.shape[2:])
-    shape, result = c.value(image).type.shape, c.value(c.node.outputs[0]).type.shape
-    if is_transposed(c.node):
-        columns = made / max(1, math.prod(result[2:])) * kernel * math.prod(shape[2:])
-        each = columns / max(shape[0], 1) + weights
-        return columns + weights, each, each
-    columns = read / max(1, math.prod(shape[2:])) * kernel * math.prod(result[2:])
-    groups = shape[1] // max(c.value(weight).type.shape[1], 1)
-    if groups <= 1:
-        return columns, weights, columns + weights
-    part = (columns + read + made) / groups
-    return part + made, part + read, part + weights
-
-
-def _blocks(c: NodeContext, index: int) -> float:
-    """By how much a tensor grows when its channels are padded to blocks of 16."""
-    channels = max(c.value(index).type.shape[1], 1)
-    return -(-channels // 16) * 16 / channels
+# -- pooling, lookup, recurrence ---------------------------------------------------------------
 
 
 def _pooling(c: NodeContext) -> Adjoint:
@@ -451,9 +183,9 @@ def _recurrent(c: NodeContext) -> Adjoint:
 
 
 _GROUPS: tuple[tuple[Rule, str], ...] = (
-    (_linear, "linear addmm"),
-    (_matmul, "matmul mm bmm mv dot"),
-    (_einsum, "einsum"),
+    (linear, "linear addmm"),
+    (matmul, "matmul mm bmm mv dot"),
+    (einsum, "einsum"),
     (_rms_norm, "rms_norm"),
     (_logsumexp, "logsumexp"),
     (_cross_entropy, "cross_entropy_loss"),
@@ -464,8 +196,8 @@ KERNEL_RULES: dict[str, Rule] = {
 }
 KERNEL_RULES_BY_CATEGORY: dict[Category, Rule] = {
     Category.REDUCTION: _reduction,
-    Category.ATTENTION: _attention,
-    Category.CONVOLUTION: _convolution,
+    Category.ATTENTION: attention,
+    Category.CONVOLUTION: convolution,
     Category.NORM: _norm,
     Category.SOFTMAX: _softmax,
     Category.LOSS: _loss,

@@ -9,7 +9,7 @@ from ..compiler.ir.graph import Graph, Node, Operand, Value
 from .analysis import Storages
 from .flops import positional
 
-__all__ = ["Adjoint", "Gradient", "NodeContext", "Rule"]
+__all__ = ["Adjoint", "Gradient", "NodeContext", "Rule", "joint_gradients", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +87,19 @@ class NodeContext:
 
 
 Rule = Callable[[NodeContext], Adjoint]
+
+
+def joint_gradients(gradients: tuple[Gradient, ...], temporary: float) -> tuple[Gradient, ...]:
+    """Gradients of one kernel, whose workspace is counted with the first."""
+    if not gradients:
+        return ()
+    first = Gradient(gradients[0].operand, gradients[0].reads, temporary)
+    return (first, *gradients[1:])
+
+
+def unknown(c: NodeContext) -> Adjoint:
+    """An op without a rule: everything it touches is saved, temporaries are generous."""
+    return Adjoint(
+        gradients=c.each(*c.node.inputs, *c.node.outputs, temporary=2 * c.all_bytes),
+        forward_temporary_bytes=c.all_bytes,
+    )

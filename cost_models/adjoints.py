@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from ..compiler.ir.graph import Operand
 from ..compiler.ir.ops import Category
-from .adjoint_kernels import KERNEL_RULES, KERNEL_RULES_BY_CATEGORY, unknown
-from .adjoint_types import Adjoint, Gradient, NodeContext, Rule
+from .adjoint_kernels import KERNEL_RULES, KERNEL_RULES_BY_CATEGORY
+from .adjoint_types import Adjoint, Gradient, NodeContext, Rule, unknown
 from .flops import keyword, positional
 
 __all__ = ["adjoint"]

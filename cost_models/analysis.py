@@ -193,9 +193,7 @@ def _view_strides(
     except (RuntimeError, TypeError, ValueError):
         return None  # illegal on these strides: functional graphs then hold an explicit copy
     results = [result] if isinstance(result, torch.Tensor) else list(result)
-    return [
-        tuple(out.stride()) if out._is_view() or out is tensor else None for out in results
-    ]
+    return [tuple(out.stride()) if out._is_view() or out is tensor else None for out in results]
 
 
 def _keep_layout(graph: Graph, node: Node, strides: list[tuple[int, ...]]) -> None:

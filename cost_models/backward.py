@@ -178,9 +178,7 @@ def _forward_steps(build: _Build) -> tuple[Step, ...]:
     for node in build.nodes:
         rule = build.adjoints[node.id]
         writes = [
-            (value, build.sizes[value])
-            for value in node.outputs
-            if build.root[value] == value
+            (value, build.sizes[value]) for value in node.outputs if build.root[value] == value
         ]
         if rule.extra_bytes:
             writes.append((build.extra(node), rule.extra_bytes))
@@ -244,9 +242,7 @@ def _node_backward(build: _Build, node: Node, arrivals: tuple[int, ...]) -> None
         _contribute(build, node, index, storage)
 
 
-def _joint_backward(
-    build: _Build, node: Node, rule: Adjoint, arrivals: tuple[int, ...]
-) -> None:
+def _joint_backward(build: _Build, node: Node, rule: Adjoint, arrivals: tuple[int, ...]) -> None:
     """One step that writes all gradients of the node."""
     reads = build.roots(value for item in rule.gradients for value in item.reads)
     fresh = {item.operand: build.new() for item in rule.gradients}

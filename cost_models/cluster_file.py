@@ -43,10 +43,11 @@ from typing import TypeVar
 from ..compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from ..compiler.ir.errors import ClusterError
 from ..compiler.ir.types import DTYPES_BY_NAME
+from .cluster_text import render_cluster
 
 _T = TypeVar("_T")
 
-__all__ = ["parse_cluster", "read_cluster", "render_cluster", "write_cluster"]
+__all__ = ["parse_cluster", "read_cluster", "write_cluster"]
 
 _BYTES: dict[str, float] = {
     **{f"{prefix}B": 1000.0**power for power, prefix in enumerate(("", "K", "M", "G", "T"))},
@@ -161,6 +162,27 @@ def _device_type(name: str, body: object, source: _Source) -> DeviceType:
             where=source.where(name, "backend"),
             ways_out=(f"one of: {', '.join(_BACKENDS)}",),
         )
+    unsupported = table.get("unsupported_ops", [])
+    if not isinstance(unsupported, list) or not all(isinstance(op, str) for op in unsupported):
+        raise ClusterError(
+            "unsupported_ops is a list of op names", where=source.where(name, "unsupported_ops")
+        )
+    return DeviceType(
+        name=name,
+        backend=backend,
+        memory_bytes=int(_quantity(table, "memory", _BYTES, source, place)),
+        memory_bytes_per_second=_quantity(table, "memory_bandwidth", _BANDWIDTHS, source, place),
+        flops_per_second=_rates(table, name, source),
+        overhead_seconds=(
+            _quantity(table, "overhead", _TIMES, source, place, allow_zero=True)
+            if "overhead" in table
+            else 0.0
+        ),
+        unsupported_ops=tuple(unsupported),
+    )
+
+
+def _rates(table: dict[str, object], name: str, source: _Source) -> tuple[tuple[str, float], ...]:
     raw_rates = _as_table(table.get("rates"), f"rates of {name}", source)
     for dtype in raw_rates:
         if dtype not in DTYPES_BY_NAME:
@@ -175,33 +197,12 @@ def _device_type(name: str, body: object, source: _Source) -> DeviceType:
             where=source.where(name),
             ways_out=('add rates = { f32 = "50 TFLOP/s" }',),
         )
-    rates = tuple(
-        (dtype, _quantity(raw_rates, dtype, _RATES, source, (*place, "rates")))
-        for dtype in raw_rates
-    )
-    unsupported = table.get("unsupported_ops", [])
-    if not isinstance(unsupported, list) or not all(isinstance(op, str) for op in unsupported):
-        raise ClusterError(
-            "unsupported_ops is a list of op names", where=source.where(name, "unsupported_ops")
-        )
-    return DeviceType(
-        name=name,
-        backend=backend,
-        memory_bytes=int(_quantity(table, "memory", _BYTES, source, place)),
-        memory_bytes_per_second=_quantity(table, "memory_bandwidth", _BANDWIDTHS, source, place),
-        flops_per_second=rates,
-        overhead_seconds=(
-            _quantity(table, "overhead", _TIMES, source, place, allow_zero=True)
-            if "overhead" in table
-            else 0.0
-        ),
-        unsupported_ops=tuple(unsupported),
+    return tuple(
+        (dtype, _quantity(raw_rates, dtype, _RATES, source, (name, "rates"))) for dtype in raw_rates
     )
 
 
-def _devices(
-    body: object, types: tuple[str, ...], source: _Source
-) -> tuple[tuple[str, str], ...]:
+def _devices(body: object, types: tuple[str, ...], source: _Source) -> tuple[tuple[str, str], ...]:
     table = _as_table(body, "devices", source)
     _check_keys(table, "device", source, ("devices",))
     kind = _typed(table, "type", str, source, ("devices",))
@@ -356,79 +357,3 @@ def write_cluster(cluster: Cluster, path: str | Path) -> None:
     """Write `cluster` to a `.toml` or `.json` file that `read_cluster` reads back equal."""
     path = Path(path)
     path.write_text(render_cluster(cluster, format=path.suffix.removeprefix(".")), encoding="utf-8")
-
-
-def render_cluster(cluster: Cluster, *, format: str = "toml") -> str:
-    """`cluster` as the text of a file. `parse_cluster` is its inverse."""
-    if format not in ("toml", "json"):
-        raise ClusterError(
-            f"a cluster file is .toml or .json, not {format!r}", ways_out=("rename the file",)
-        )
-    types = {entry.name: _render_type(entry) for entry in cluster.types}
-    groups = _device_groups(cluster)
-    links = [_render_link(rule) for rule in cluster.links]
-    if format == "json":
-        table = {
-            "name": cluster.name,
-            "local": cluster.local,
-            "types": types,
-            "devices": groups,
-            "links": links,
-        }
-        return json.dumps(table, indent=2) + "\n"
-    lines = [f"name = {_quoted(cluster.name)}", f"local = {json.dumps(cluster.local)}"]
-    for name, body in types.items():
-        lines += ["", f"[types.{_quoted(name)}]", *_toml_lines(body)]
-    for title, bodies in (("devices", groups), ("links", links)):
-        for body in bodies:
-            lines += ["", f"[[{title}]]", *_toml_lines(body)]
-    return "\n".join(lines) + "\n"
-
-
-def _render_type(entry: DeviceType) -> dict[str, object]:
-    return {
-        "backend": entry.backend,
-        "memory": f"{entry.memory_bytes} B",
-        "memory_bandwidth": f"{entry.memory_bytes_per_second!r} B/s",
-        "overhead": f"{entry.overhead_seconds!r} s",
-        "rates": {dtype: f"{rate!r} FLOP/s" for dtype, rate in entry.flops_per_second},
-        "unsupported_ops": list(entry.unsupported_ops),
-    }
-
-
-def _device_groups(cluster: Cluster) -> list[dict[str, object]]:
-    """Runs of devices of one type on one node."""
-    runs: list[tuple[str, str, int]] = []
-    for device in cluster.devices:
-        if runs and runs[-1][:2] == (device.type, device.node):
-            runs[-1] = (device.type, device.node, runs[-1][2] + 1)
-        else:
-            runs.append((device.type, device.node, 1))
-    return [{"type": kind, "node": node, "count": count} for kind, node, count in runs]
-
-
-def _render_link(rule: LinkRule) -> dict[str, object]:
-    body: dict[str, object] = {"a": rule.a, "b": rule.b}
-    if rule.same_node is not None:
-        body["same_node"] = rule.same_node
-    body["latency"] = f"{rule.link.latency_seconds!r} s"
-    body["bandwidth"] = f"{rule.link.bytes_per_second!r} B/s"
-    return body
-
-
-def _toml_lines(body: dict[str, object]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in body.items()]
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, dict):
-        items = (f"{_quoted(key)} = {_toml_value(item)}" for key, item in value.items())
-        return "{ " + ", ".join(items) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return _quoted(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _quoted(text: str) -> str:
-    """A TOML basic string: JSON's, but for characters beyond the BMP, which JSON splits in two."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

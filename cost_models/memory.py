@@ -110,9 +110,7 @@ class MemoryModel:
     adjoints: tuple[Adjoint, ...]
     weights: frozenset[int]
 
-    def steps(
-        self, nodes: Iterable[int], consumers: Mapping[int, int] | None = None
-    ) -> StageSteps:
+    def steps(self, nodes: Iterable[int], consumers: Mapping[int, int] | None = None) -> StageSteps:
         """Kernels of the stage made of `nodes`; `consumers` as in `stage_steps`.
 
         A boundary value arrives contiguous; where it is not so in the whole graph, copies differ,
@@ -147,9 +145,7 @@ class MemoryModel:
         return adjoint(context)
 
 
-def memory_model(
-    graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu"
-) -> MemoryModel:
+def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu") -> MemoryModel:
     """Prepare memory prediction of `graph`.
 
     Args:

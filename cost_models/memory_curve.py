@@ -69,9 +69,7 @@ class MemoryCurve:
         freed = sum(self._registers.pop(register, 0.0) for register in registers)
         self._change(seconds, -freed)
 
-    def action(
-        self, kind: str, stage: int, microbatch: int, begin: float, end: float
-    ) -> None:
+    def action(self, kind: str, stage: int, microbatch: int, begin: float, end: float) -> None:
         """A computation: its transients while it runs, what it saves or frees afterwards.
 
         Boundary values are registers already; a saved one counts twice until it is freed.

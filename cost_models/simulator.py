@@ -239,9 +239,7 @@ class _Run:
             rank.memory.define(register, value_type, begin + length)
         return True
 
-    def _reads(
-        self, action: Forward | Backward | BackwardInput | BackwardWeight
-    ) -> list[Register]:
+    def _reads(self, action: Forward | Backward | BackwardInput | BackwardWeight) -> list[Register]:
         stage = self.stages[action.stage]
         if isinstance(action, Forward):
             return [Register(name, action.microbatch) for name, _ in stage.producers]

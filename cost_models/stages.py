@@ -40,9 +40,7 @@ def stage_seconds(
     forward = sum(cost.forward_seconds for cost in costs)
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
-    reached = {
-        value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad
-    }
+    reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
     first, second = 0.0, 0.0
     for node, cost in zip(graph.nodes, costs, strict=True):
         second += cost.backward_weight_seconds

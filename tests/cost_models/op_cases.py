@@ -232,9 +232,14 @@ CASES: dict[str, Maker] = {
     ),
     "batch_norm": lambda c: c.first(
         "_native_batch_norm_legit_functional.default",
-        c.x("x", (4, 16, 8, 8)), c.w("w", (16,)), c.w("b", (16,)),
-        c.build.buffer("mean", (16,), c.dtype), c.build.buffer("var", (16,), c.dtype),
-        True, 0.1, 1e-5,
+        c.x("x", (4, 16, 8, 8)),
+        c.w("w", (16,)),
+        c.w("b", (16,)),
+        c.build.buffer("mean", (16,), c.dtype),
+        c.build.buffer("var", (16,), c.dtype),
+        True,
+        0.1,
+        1e-5,
     ),  # fmt: skip
     # convolution and pooling
     "conv 3x3": _convolution(16, 16, 3, padding=1),

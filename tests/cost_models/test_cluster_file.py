@@ -8,12 +8,8 @@ from hypothesis import strategies as st
 
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.compiler.ir.errors import ClusterError
-from cutset.cost_models.cluster_file import (
-    parse_cluster,
-    read_cluster,
-    render_cluster,
-    write_cluster,
-)
+from cutset.cost_models.cluster_file import parse_cluster, read_cluster, write_cluster
+from cutset.cost_models.cluster_text import render_cluster
 from cutset.cost_models.presets import preset, preset_names
 
 GOOD = """\
@@ -150,7 +146,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
         read_cluster(path)
 
 
-@pytest.mark.parametrize("text", ["", "[types]", "devices = []", '[[devices]]\ncount = 1'])
+@pytest.mark.parametrize("text", ["", "[types]", "devices = []", "[[devices]]\ncount = 1"])
 def test_a_file_with_parts_missing(text: str) -> None:
     with pytest.raises(ClusterError):
         parse_cluster(text)
