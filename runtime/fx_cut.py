@@ -224,13 +224,16 @@ def mutates(graph: fx.Graph) -> list[fx.Node]:
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Drop `detach` (kernels run without autograd) and pairs of transposes.
+    """Drop `detach` (kernels run without autograd), pairs of transposes, chains of views.
 
     `view` becomes `reshape`: fake tensors do not always have the strides of real kernels.
     """
     for node in list(graph.nodes):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
+            source = node.args[0]
+            if source.target is aten.reshape.default:
+                node.args = (source.args[0], *node.args[1:])
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -302,6 +305,40 @@ def _erase_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+# A call through `torch.ops` converts its arguments twice; these bindings convert them once.
+_DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.reshape.default: torch.reshape,
+    aten.t.default: torch.t,
+    aten.transpose.int: torch.transpose,
+    aten.permute.default: torch.permute,
+    aten.expand.default: Tensor.expand,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.unbind.int: torch.unbind,
+    aten.clone.default: torch.clone,
+    aten.cat.default: torch.cat,
+    aten.stack.default: torch.stack,
+    aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
+    aten.addmm.default: torch.addmm,
+    aten.addmm_.default: Tensor.addmm_,
+    aten.add.Tensor: torch.add,
+    aten.add_.Tensor: Tensor.add_,
+    aten.sub.Tensor: torch.sub,
+    aten.mul.Tensor: torch.mul,
+    aten.div.Tensor: torch.div,
+    aten.neg.default: torch.neg,
+    aten.rsqrt.default: torch.rsqrt,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.relu.default: torch.relu,
+    aten.tanh.default: torch.tanh,
+    aten.sigmoid.default: torch.sigmoid,
+    aten.sum.dim_IntList: torch.sum,
+    aten.mean.dim: torch.mean,
+    aten.native_layer_norm.default: torch.native_layer_norm,
+    aten.embedding.default: torch.embedding,
+}
+
+
 class _Boxed(CodeGen):
     """Generates `forward(self, arguments)`, which empties the list it is given."""
 
@@ -322,6 +359,8 @@ def boxed_module(module: fx.GraphModule) -> Callable[[list[Tensor | None]], Sequ
     """A callable of one list, run without autograd; a tensor dies after its last use."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        node.target = _DIRECT.get(node.target, node.target)
     graph.set_codegen(_Boxed())
     boxed = fx.GraphModule(module, graph)
 
