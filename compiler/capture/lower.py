@@ -22,10 +22,11 @@ from ...runtime.rng import draws_inside, num_draws, random_op
 from ..ir.errors import CaptureError
 from ..ir.graph import Attribute, Graph, Mode, Node, Operand, Output, OutputKind, Value, ValueKind
 from ..ir.ops import op_named
-from ..ir.types import DTYPE_NAMES, TensorType
+from ..ir.types import TensorType
 from .export import MODEL_PREFIX, Exported
-from .locate import last_user_line
 from .names import Names, canonical_names, identifier
+from .places import module_path, mutation_error, place, refusal, source_line, static_type
+from .prune import without_dead_code, without_idle_gradients
 from .signature import InputSignature, TensorLeaf
 
 __all__ = ["DEVICE", "Lowered", "lower"]
@@ -121,7 +122,7 @@ class _Lowering:
             elif node.op == "call_function":
                 self.call(node)
             elif node.users:
-                raise _refusal(node, f"the traced module's attribute {node.target} is used")
+                raise refusal(node, f"the traced module's attribute {node.target} is used")
         graph = Graph(
             name=name,
             mode=self.mode,
@@ -130,7 +131,7 @@ class _Lowering:
             inputs=tuple(value.id for value in self.values if value.kind is ValueKind.INPUT),
             outputs=outputs,
         )
-        graph = _without_idle_gradients(_without_dead_code(graph))
+        graph = without_idle_gradients(without_dead_code(graph))
         return Lowered(graph, self.tensors, self.draws)
 
     def placeholder(self, node: fx.Node, spec: InputSpec) -> None:
@@ -139,7 +140,7 @@ class _Lowering:
             self.single[node] = self.add_input(leaf)
             return
         if spec.kind not in _KINDS:
-            raise _refusal(node, f"an input of kind {spec.kind.name} is needed")
+            raise refusal(node, f"an input of kind {spec.kind.name} is needed")
         kind, prefix = _KINDS[spec.kind]
         path = str(spec.target).removeprefix(f"{MODEL_PREFIX}.")
         origin, aliases = self.canonical.get(path, (path, ()))
@@ -188,7 +189,7 @@ class _Lowering:
             return
         target = node.target
         if not isinstance(target, torch._ops.OpOverload):
-            raise _refusal(node, f"{target} is not an ATen operator")
+            raise refusal(node, f"{target} is not an ATen operator")
         packet = target.overloadpacket.__name__
         if packet in _CHECKS:
             return
@@ -235,15 +236,16 @@ class _Lowering:
 
         A stage may receive the input, or compute it by other kernels, with strides of its own.
         """
-        source, size, stride, *rest = node.args
+        given_args: tuple[Any, ...] = node.args
+        source, size, stride, *rest = given_args
         assert isinstance(source, fx.Node)
         input: Tensor = source.meta["val"]
         order = tuple(sorted(range(input.ndim), key=input.stride, reverse=True))
-        given = rest[0] if rest else node.kwargs.get("storage_offset")
+        given: Any = rest[0] if rest else node.kwargs.get("storage_offset")
         begin = 0 if given is None else given - input.storage_offset()
         end = begin + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if begin < 0 or end >= input.numel() or not input.permute(order).is_contiguous():
-            raise _refusal(node, "it reads memory beyond its input")
+            raise refusal(node, "it reads memory beyond its input")
         value = self.single[source]
         if order != tuple(range(input.ndim)):
             call = _Call(torch.ops.aten.permute.default, (Operand(0), order), (), (value,))
@@ -268,8 +270,8 @@ class _Lowering:
                 args=call.args,
                 kwargs=call.kwargs,
                 outputs=outputs,
-                module_path=_module_path(node),
-                source=last_user_line(node.meta.get("stack_trace")),
+                module_path=module_path(node),
+                source=source_line(node),
                 random_draw=self.draw(node, call),
             )
         )
@@ -286,7 +288,7 @@ class _Lowering:
         try:
             random_op(str(call.target))
         except CaptureError as error:
-            raise CaptureError(error.cause, where=_where(node), ways_out=error.ways_out) from None
+            raise CaptureError(error.cause, where=place(node), ways_out=error.ways_out) from None
         self.draws += draws
         return self.draws - draws
 
@@ -298,8 +300,8 @@ class _Lowering:
         )
         for position, tensor in enumerate(results):
             if not isinstance(tensor, Tensor):
-                raise _refusal(node, f"a result is not a tensor but a {type(tensor).__name__}")
-            type_ = _type_of(node, tensor)
+                raise refusal(node, f"a result is not a tensor but a {type(tensor).__name__}")
+            type_ = static_type(node, tensor)
             counts = type_.is_float and not (position and call.packet in _FIRST_ONLY)
             unique = name if len(results) == 1 else self.names.take(f"{name}_{position}")
             self.values.append(
@@ -317,7 +319,7 @@ class _Lowering:
         """An argument as the IR has it; values it refers to are added to `inputs`."""
         if isinstance(item, fx.Node):
             if item not in self.single:
-                raise _refusal(node, f"its argument {item.name} is not a tensor")
+                raise refusal(node, f"its argument {item.name} is not a tensor")
             value = self.single[item]
             if value not in inputs:
                 inputs.append(value)
@@ -329,7 +331,7 @@ class _Lowering:
         plain = (bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
         if item is None or isinstance(item, plain):
             return item
-        raise _refusal(node, f"its argument {item!r} is a {type(item).__name__}")
+        raise refusal(node, f"its argument {item!r} is a {type(item).__name__}")
 
     def outputs(self, node: fx.Node) -> Iterator[Output]:
         """Typed outputs: the loss first, then those of the user, then new contents of buffers."""
@@ -347,7 +349,7 @@ class _Lowering:
                 target = self.canonical.get(path, (path, ()))[0]
                 changed.append(Output(OutputKind.BUFFER, value, target))
             elif spec.kind is not ExportedKind.USER_OUTPUT:
-                raise _mutation_error(result, spec)
+                raise mutation_error(result, spec)
             elif not loss_found:
                 loss_found = True
                 yield Output(OutputKind.LOSS, value)
@@ -357,18 +359,6 @@ class _Lowering:
         yield from changed
 
 
-def _type_of(node: fx.Node, tensor: Tensor) -> TensorType:
-    if not all(isinstance(size, int) for size in tensor.shape):
-        raise _refusal(
-            node,
-            f"its shape {tuple(tensor.shape)} depends on data",
-            "replace boolean indexing, nonzero and .item() sizes by masks or torch.where",
-        )
-    if tensor.dtype not in DTYPE_NAMES:
-        raise _refusal(node, f"its element type {tensor.dtype} is not supported")
-    return TensorType.of(tensor)
-
-
 def _one_of_one(node: fx.Node, call: _Call) -> _Call:
     """A call that returns a list of one tensor, as one that returns the tensor."""
     if call.packet == "unbind":
@@ -376,91 +366,4 @@ def _one_of_one(node: fx.Node, call: _Call) -> _Call:
         return replace(call, target=torch.ops.aten.select.int, args=(call.args[0], dim, 0))
     if call.packet in ("split", "split_with_sizes", "chunk", "tensor_split"):
         return replace(call, target=torch.ops.aten.alias.default, args=call.args[:1], kwargs=())
-    raise _refusal(node, "it returns a list of one tensor")
-
-
-def _where(node: fx.Node) -> str:
-    line = last_user_line(node.meta.get("stack_trace"))
-    path = _module_path(node) or "(the model)"
-    return f"node {node.name} of module {path}" + (f", {line}" if line else "")
-
-
-def _refusal(node: fx.Node, cause: str, *ways_out: str) -> CaptureError:
-    return CaptureError(
-        f"{node.target} has no place in the graph: {cause}",
-        where=_where(node),
-        ways_out=ways_out or ("write this part of the model with other operators",),
-    )
-
-
-def _mutation_error(node: fx.Node, spec: Any) -> CaptureError:
-    what = {"USER_INPUT_MUTATION": "input", "PARAMETER_MUTATION": "parameter"}
-    kind = what.get(spec.kind.name, spec.kind.name.lower().replace("_", " "))
-    return CaptureError(
-        f"the model changes its {kind} {spec.target} in place",
-        where=_where(node),
-        ways_out=("change a copy: x = x.clone()", "keep what changes in a buffer"),
-    )
-
-
-def _module_path(node: fx.Node) -> str:
-    """Path of the innermost module, without the wrapper; a second call's mark `@1` is dropped."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(next(reversed(stack.values()))[0])
-    if path != MODEL_PREFIX and not path.startswith(f"{MODEL_PREFIX}."):
-        return ""
-    return ".".join(part.partition("@")[0] for part in path.split(".")[1:])
-
-
-def _without_idle_gradients(graph: Graph) -> Graph:
-    """Only values that the loss is differentiated through require a gradient, as in torch.
-
-    What goes into `detach` alone has no gradient, which is not the same as one of zero: weight
-    decay leaves such a parameter as it is.
-    """
-    reached = {output.value for output in graph.outputs_of(OutputKind.LOSS)}
-    for node in reversed(graph.nodes):
-        if any(value in reached and graph.values[value].requires_grad for value in node.outputs):
-            reached.update(node.inputs)
-    return replace(
-        graph,
-        values=tuple(
-            replace(value, requires_grad=value.requires_grad and value.id in reached)
-            for value in graph.values
-        ),
-    )
-
-
-def _without_dead_code(graph: Graph) -> Graph:
-    """Only nodes and values that an output depends on, changed buffers, and all inputs.
-
-    Ids stay dense.
-    """
-    changed = {output.target for output in graph.outputs_of(OutputKind.BUFFER)}
-    needed = {output.value for output in graph.outputs}
-    needed.update(item.id for item in graph.values_of(ValueKind.BUFFER) if item.origin in changed)
-    kept: list[Node] = []
-    for node in reversed(graph.nodes):
-        if any(value in needed for value in node.outputs):
-            needed.update(node.inputs)
-            needed.update(node.outputs)
-            kept.append(node)
-    alive = [value for value in graph.values if value.id in needed or value.kind is ValueKind.INPUT]
-    number = {value.id: position for position, value in enumerate(alive)}
-    return replace(
-        graph,
-        values=tuple(replace(value, id=number[value.id]) for value in alive),
-        nodes=tuple(
-            replace(
-                node,
-                id=position,
-                inputs=tuple(number[value] for value in node.inputs),
-                outputs=tuple(number[value] for value in node.outputs),
-            )
-            for position, node in enumerate(reversed(kept))
-        ),
-        inputs=tuple(number[value] for value in graph.inputs),
-        outputs=tuple(replace(output, value=number[output.value]) for output in graph.outputs),
-    )
+    raise refusal(node, "it returns a list of one tensor")

@@ -9,14 +9,15 @@ or sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..ir.graph import Graph, Node, Operand, Output, Value, ValueKind, producers
+from ..ir.graph import Attribute, Graph, Node, Operand, producers
 from .interpret import execute_node
+from .prune import without_dead_code
 
 __all__ = ["simplify_masks"]
 
@@ -40,7 +41,7 @@ def simplify_masks(graph: Graph) -> Graph:
         causal = meanings[value]
         if causal is not None and not (causal and _argument(node, "is_causal", 5, False)):
             nodes[node.id] = _without_mask(node, causal)
-    return _without_dead_nodes(graph, nodes) if meanings else graph
+    return without_dead_code(replace(graph, nodes=tuple(nodes))) if meanings else graph
 
 
 def _constant_nodes(graph: Graph) -> frozenset[int]:
@@ -96,10 +97,10 @@ def _evaluate(graph: Graph, value: int, made_by: Mapping[int, int]) -> Tensor:
             stack.extend(made_by[source] for source in graph.nodes[node].inputs)
     tensors: dict[int, Tensor] = {}
     for number in sorted(needed):
-        node = graph.nodes[number]
-        inputs = [tensors[source] for source in node.inputs]
-        results = execute_node(node, inputs, None, torch.device("cpu"))
-        tensors.update(zip(node.outputs, results, strict=True))
+        call = graph.nodes[number]
+        inputs = [tensors[source] for source in call.inputs]
+        results = execute_node(call, inputs, None, torch.device("cpu"))
+        tensors.update(zip(call.outputs, results, strict=True))
     return tensors[value]
 
 
@@ -107,8 +108,8 @@ def _without_mask(node: Node, causal: bool) -> Node:
     """The attention node without its mask operand, causal if asked for."""
     mask = _mask_of(node)
     assert mask is not None
-    args = [None if item == mask else item for item in node.args]
-    kwargs = {name: item for name, item in node.kwargs if item != mask}
+    args: list[Attribute] = [None if item == mask else item for item in node.args]
+    kwargs: dict[str, Attribute] = {name: item for name, item in node.kwargs if item != mask}
     if causal and len(args) > 5:
         args[5] = True
     elif causal:
@@ -121,49 +122,10 @@ def _without_mask(node: Node, causal: bool) -> Node:
     )
 
 
-def _shifted(item: object, removed: int) -> object:
+def _shifted(item: Attribute, removed: int) -> Attribute:
     """An attribute after operand number `removed` is gone."""
     if isinstance(item, Operand):
         return Operand(item.index - (item.index > removed))
     if isinstance(item, tuple):
         return tuple(_shifted(entry, removed) for entry in item)
     return item
-
-
-def _without_dead_nodes(graph: Graph, nodes: list[Node]) -> Graph:
-    """The graph of those `nodes` that outputs need, with dense ids."""
-    live = {output.value for output in graph.outputs}
-    kept: list[Node] = []
-    for node in reversed(nodes):
-        if live.intersection(node.outputs):
-            live.update(node.inputs)
-            kept.append(node)
-    kept.reverse()
-    made = {value for node in kept for value in node.outputs}
-    values = [v for v in graph.values if v.kind is not ValueKind.RESULT or v.id in made]
-    number = {value.id: position for position, value in enumerate(values)}
-    return replace(
-        graph,
-        values=tuple(_renumber_values(values)),
-        nodes=tuple(
-            replace(
-                node,
-                id=position,
-                inputs=tuple(number[v] for v in node.inputs),
-                outputs=tuple(number[v] for v in node.outputs),
-            )
-            for position, node in enumerate(kept)
-        ),
-        inputs=tuple(number[v] for v in graph.inputs),
-        outputs=tuple(_renumber_outputs(graph.outputs, number)),
-    )
-
-
-def _renumber_values(values: list[Value]) -> Iterator[Value]:
-    for position, value in enumerate(values):
-        yield replace(value, id=position)
-
-
-def _renumber_outputs(outputs: tuple[Output, ...], number: Mapping[int, int]) -> Iterator[Output]:
-    for output in outputs:
-        yield replace(output, value=number[output.value])
