@@ -361,7 +361,8 @@ def outlook(sets: DownSets, max_stages: int) -> tuple[float, ...]:
         fits = sets.fitting(problem.in_flight(tail, 0), device.memory_bytes)
         low = np.where(fits, np.maximum(bottleneck, low[None, :]), math.inf).min(axis=1)
         free = np.where(fits, additive + free[None, :], math.inf).min(axis=1)
-        bounds.append(float(free[0]) + (problem.num_microbatches - 1) * float(low[0]))
+        repeated = (problem.num_microbatches - 1) * float(low[0]) if low[0] < math.inf else math.inf
+        bounds.append(float(free[0]) + repeated)
     return tuple(bounds)
 
 

@@ -40,6 +40,15 @@ def brute_force(
     return best, chosen
 
 
+def chain(seconds: tuple[float, ...], devices: int = 2) -> StageProblem:
+    """Units of the given seconds, each feeding the next."""
+    units = tuple(Unit(f"u{i}", (s / 2,), (s / 2,)) for i, s in enumerate(seconds))
+    flows = tuple(Flow(i, (i + 1,), 1, 1) for i in range(len(seconds) - 1))
+    link = Link(0.0, 1e9)
+    classes = (DeviceClass(0, 1 << 30, tuple(range(devices))),)
+    return StageProblem(units, flows, (), classes, ((link,),), link, 4, "1f1b")
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> StageProblem:
     """Random DAGs of up to 8 units on 2 to 4 devices of up to 3 classes, memory often binding."""
