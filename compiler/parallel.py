@@ -8,6 +8,7 @@ from `auto_partition`; others are captured when first needed, and kept.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from .ir.graph import Mode, ValueKind
 from .ir.plan import Plan
 from .ir.program import Program
 from .ir.text import print_program
+from .placement import Needs, Placement
 from .planned import PlannedModel, build_programs
 
 __all__ = ["OptimizerFactory", "Parallel", "RunOptions", "start_workers"]
@@ -60,6 +62,7 @@ class Variant:
     captured: Captured
     plan: Plan
     programs: tuple[Program, ...]
+    needs: Needs
 
 
 class Parallel:
@@ -86,7 +89,9 @@ class Parallel:
         self._spec = describe_optimizer(self.optimizer, self._names)
         self._planned = planned
         self._variants: dict[str, Variant] = {}
-        self._homes: dict[str, tuple[int, ...]] = {}
+        self._flags = _flags(model)
+        self._tensors = Placement()  # parameters and buffers
+        self._states = Placement()  # states of optimizers, by parameter
         self._session = session
         self._owns_session = owns_session or session is None
         self._clean = self._owns_session
@@ -95,6 +100,7 @@ class Parallel:
         self._measure = False
         self._record = False
         self._peaks: list[int] = []
+        self._times: list[list[tuple[str, float, float]]] = []
         self._closed = False
 
     @property
@@ -124,6 +130,8 @@ class Parallel:
             hyperparameters=current_hyperparameters(self.optimizer),
             keep_gradients=self._options.keep_gradients,
         )
+        self._tensors.change(variant.needs.changed)
+        self._states.change(entry for entry in variant.needs.changed if entry[0] in self._states)
         self._step += 1
         self._tick_mirror()
         (loss,) = [reply["loss"] for reply in replies if reply["loss"] is not None]
@@ -182,18 +190,23 @@ class Parallel:
             self._peaks = [reply["peak_bytes"] for reply in replies]
             self._measure = False
         self._record = False
-        self.last_replies = replies
+        self._times = [reply["times"] for reply in replies]
         return replies
 
     # -- variants ------------------------------------------------------------------------------
 
     def _variant(self, mode: Mode, call: Call) -> Variant:
-        key = f"{mode.value} training={self.model.training} {signature_of(call)}"
-        if key not in self._variants:
+        flags = _flags(self.model) if mode is Mode.TRAIN else "eval"
+        key = f"{mode.value} {flags} {signature_of(call)}"
+        variant = self._variants.get(key)
+        if variant is None:
             variant = self._first_variant(mode, call, key) or self._new_variant(mode, call, key)
+            self._place(variant)
             self._load(variant)
             self._variants[key] = variant
-        return self._variants[key]
+        else:
+            self._place(variant)
+        return variant
 
     def _first_variant(self, mode: Mode, call: Call, key: str) -> Variant | None:
         """The planned variant, if it is for this kind of call."""
@@ -201,12 +214,13 @@ class Parallel:
         rows = self.plan.batch_size
         if mode is not self.plan.mode or batch_size(*call) != rows:
             return None
-        if planned.training != self.model.training and mode is Mode.TRAIN:
+        if mode is Mode.TRAIN and self._flags != _flags(self.model):
             return None
         micro = take_rows(call, rows // self.plan.num_microbatches)
         if signature_of(micro) != planned.call_signature:
             return None
-        return Variant(key, planned.captured, self.plan, planned.programs)
+        needs = Needs.of(planned.programs)
+        return Variant(key, planned.captured, self.plan, planned.programs, needs)
 
     def _new_variant(self, mode: Mode, call: Call, key: str) -> Variant:
         """Capture for a new kind of call and carry the plan's stages over."""
@@ -235,8 +249,8 @@ class Parallel:
             certificate=None,
         )
         clip = self._options.clip_grad_norm if mode is Mode.TRAIN else None
-        programs = build_programs(captured, plan, clip)
-        return Variant(key, captured, plan, programs)
+        programs = build_programs(captured, plan, clip, len(self._planned.programs))
+        return Variant(key, captured, plan, programs, Needs.of(programs))
 
     def _microbatch_count(self, rows: int, mode: Mode) -> int:
         """Fewest equal microbatches that are no larger than the planned ones."""
@@ -244,9 +258,7 @@ class Parallel:
         return min(count for count in divisors(rows) if rows // count <= largest)
 
     def _load(self, variant: Variant) -> None:
-        session = self._started()
-        self._place_tensors(variant)
-        session.call(
+        self._started().call(
             "load",
             [
                 {
@@ -265,32 +277,25 @@ class Parallel:
             timeout_seconds=self._limit,
         )
 
-    def _place_tensors(self, variant: Variant) -> None:
-        """Send every rank the parameters and buffers it lacks, with today's values."""
-        session = self._started()
-        missing: list[list[str]] = []
-        for program in variant.programs:
-            needed = _tensors_of(program, ValueKind.PARAMETER, ValueKind.BUFFER)
-            missing.append([n for n in needed if program.rank not in self._homes.get(n, ())])
-        if not any(missing):
-            return
-        moved = sorted({name for names in missing for name in names if name in self._homes})
-        current = self._gather("tensors", moved) if moved else {}
-        source = {**variant.captured.tensors, **current}
-        parameters = [value.origin for value in _parameters(variant)]
-        session.call(
-            "set_tensors",
-            [
-                {"tensors": {name: source[name] for name in names}, "parameters": parameters}
-                for names in missing
-            ],
-            timeout_seconds=self._limit,
-        )
-        for program, names in zip(variant.programs, missing, strict=True):
-            for name in names:
-                self._homes[name] = (*self._homes.get(name, ()), program.rank)
-        if self.plan.mode is Mode.TRAIN:
+    def _place(self, variant: Variant) -> None:
+        """Send every rank what it lacks today's value of: parameters, buffers, states."""
+        missing = self._tensors.missing(variant.needs.held)
+        if any(missing):
+            moved = sorted({n for names in missing for n in names if n in self._tensors})
+            source = {**variant.captured.tensors, **self._gather("tensors", moved)}
+            parameters = [value.origin for value in _parameters(variant)]
+            self._started().call(
+                "set_tensors",
+                [
+                    {"tensors": {name: source[name] for name in names}, "parameters": parameters}
+                    for names in missing
+                ],
+                timeout_seconds=self._limit,
+            )
+            self._tensors.add(missing)
+        if variant.plan.mode is Mode.TRAIN and any(self._states.missing(variant.needs.trained)):
             self._configure_optimizer()
+            self._states.add(variant.needs.trained)
 
     def _configure_optimizer(self) -> None:
         state = self._optimizer_state()
@@ -305,27 +310,22 @@ class Parallel:
         """The model's `state_dict()` with today's values, on the CPU; tied names share a tensor."""
         own = self.model.state_dict()
         canonical = _canonical_names(self.model)
-        current = self._gather("tensors", sorted(self._homes)) if self._homes else {}
-        return {
-            name: current.get(canonical.get(name, name), tensor) for name, tensor in own.items()
-        }
+        current = self._gather("tensors", self._tensors.names)
+        for name, tensor in own.items():
+            own[name] = current.get(canonical.get(name, name), tensor)
+        return own
 
-    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
-        """As `nn.Module.load_state_dict`, on every rank."""
-        self.model.load_state_dict(state, strict=strict)
-        if not self._homes:
-            return
-        values = dict(self.model.state_dict(keep_vars=False))
-        values |= dict(self.model.named_buffers())
-        names = [name for name in self._homes if name in values]
-        arguments = [
-            {
-                "tensors": {name: values[name] for name in names if rank in self._homes[name]},
-                "parameters": [],
-            }
-            for rank in range(self._started().num_ranks)
-        ]
-        self._started().call("set_tensors", arguments, timeout_seconds=self._limit)
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> Any:
+        """As `nn.Module.load_state_dict`; ranks get the values before they next read them.
+
+        The model itself takes them too, on top of today's values for what `state` lacks.
+        """
+        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in self._gather("tensors", self._tensors.names).items():
+                own[name].copy_(tensor)
+        self._tensors = Placement()
+        return self.model.load_state_dict(state, strict=strict)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the last training step, before clipping, by parameter name.
@@ -337,7 +337,7 @@ class Parallel:
                 "gradients are not kept after the optimizer step",
                 ways_out=("pass keep_gradients=True to auto_partition",),
             )
-        found = self._gather("gradients", sorted(self._homes))
+        found = self._gather("gradients", self._tensors.names)
         return {name: found[name] for name in self._names.values() if name in found}
 
     def optimizer_state_dict(self) -> dict[str, Any]:
@@ -389,15 +389,21 @@ class Parallel:
 
     @property
     def _configured(self) -> bool:
-        """Whether the ranks have optimizers: they get them with their parameters."""
-        return bool(self._homes)
+        """Whether the ranks have optimizers: they get them before the first training step."""
+        return bool(self._states)
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
         """Optimizer state by parameter name, on the CPU."""
         if self._restored is not None or not self._configured:
             return dict(self._restored or {})
-        merged = self._merged("optimizer_state", [{}] * self._started().num_ranks)
-        return tree_map_only(Tensor, Tensor.cpu, merged)
+        replies = self._started().call("optimizer_state", timeout_seconds=self._limit)
+        current = {
+            name: entries
+            for rank, reply in enumerate(replies)
+            for name, entries in reply.items()
+            if rank in self._states.ranks(name)
+        }
+        return tree_map_only(Tensor, Tensor.cpu, current)
 
     def record_times(self) -> None:
         """Record when each instruction of the next step runs (see `instruction_times`)."""
@@ -405,7 +411,7 @@ class Parallel:
 
     def instruction_times(self) -> list[list[tuple[str, float, float]]]:
         """Per rank, (instruction, begin, end) in seconds of the last recorded step."""
-        return [reply["times"] for reply in self.last_replies]
+        return self._times
 
     def measure_memory(self) -> None:
         """Measure the peak memory of the next step (see `peak_memory_bytes`); it runs slower."""
@@ -416,20 +422,20 @@ class Parallel:
         return list(self._peaks)
 
     def _gather(self, method: str, names: list[str]) -> dict[str, Tensor]:
-        """Named tensors from the lowest rank that holds each."""
+        """Named tensors, each from the lowest rank that has today's value."""
+        if not names:
+            return {}
         arguments = [
-            {"names": [name for name in names if self._homes.get(name, (0,))[0] == rank]}
+            {"names": [name for name in names if self._tensors.ranks(name)[0] == rank]}
             for rank in range(self._started().num_ranks)
         ]
-        return {name: tensor.cpu() for name, tensor in self._merged(method, arguments).items()}
-
-    def _merged(self, method: str, arguments: list[dict[str, Any]]) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
         replies = self._started().call(method, arguments, timeout_seconds=self._limit)
-        for reply in replies:
-            for name, item in reply.items():
-                merged.setdefault(name, item)
-        return merged
+        is_here = bool(self._started().local_ranks)  # then replies are the rank's own tensors
+        return {
+            name: tensor.detach().to("cpu", copy=is_here)
+            for reply in replies
+            for name, tensor in reply.items()
+        }
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -542,6 +548,13 @@ def _tensors_of(program: Program, *kinds: ValueKind) -> list[str]:
 
 def _parameters(variant: Variant) -> Iterator[Any]:
     return iter(variant.captured.graph.values_of(ValueKind.PARAMETER))
+
+
+def _flags(model: nn.Module) -> str:
+    """What of a model decides what is captured for training, as short text."""
+    modes = "".join("ft"[module.training] for module in model.modules())
+    frozen = "".join("ft"[parameter.requires_grad] for parameter in model.parameters())
+    return hashlib.sha256(f"{modes} {frozen}".encode()).hexdigest()[:12]
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cutset.compiler.ir.errors import CaptureError
 
-from .partitioned import WIDTH, Plain, batch, chain, partition, train_both
+from .partitioned import WIDTH, Plain, assert_same, batch, chain, partition, train_both
 
 BATCHES = [batch(seed=seed) for seed in range(2)]
 
@@ -155,13 +155,13 @@ class Strided(Two):
     """Reads memory by strides of its own, which a value loses on its way between stages."""
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.sin(torch.tanh(self.first(x)).t())
+        h = torch.cos(torch.sin(torch.tanh(self.first(x)).t()))
         return self.second(h.as_strided((x.shape[0], WIDTH), (1, x.shape[0])))
 
 
 class StridedRows(Two):
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.sin(torch.tanh(self.first(x)).t().contiguous().t())
+        h = torch.cos(torch.sin(torch.tanh(self.first(x)).t().contiguous().t()))
         windows = h.t().as_strided((WIDTH, x.shape[0]), (x.shape[0], 1))
         return self.second(windows.as_strided((x.shape[0], WIDTH), (WIDTH, 1)))
 
@@ -181,3 +181,87 @@ def test_as_strided_beyond_its_input_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="beyond its input"):
         partition(made(Beyond))
+
+
+class SometimesTied(nn.Module):
+    """The first weight is used again at the end, on another rank, but not in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor, tied: bool = True) -> Tensor:
+        h = self.layers[1](torch.tanh(self.layers[0](x)))
+        return h @ self.layers[0].weight if tied else h
+
+
+def test_a_copy_that_one_kind_of_call_does_not_train_is_sent_again() -> None:
+    pins = {"layers.0": 0, "layers.1": 1}
+    parallel = partition(made(SometimesTied), constraints=pins, optimizer=decaying)
+    plain = Plain(made(SometimesTied), decaying)
+    for tied in (True, False, True, False, False, True):
+        loss, expected = (
+            float(run(*batch(), tied=tied)) for run in (parallel.train_step, plain.step)
+        )
+        assert abs(loss - expected) < 1e-12
+        plain.model.eval()
+        for other in (tied, not tied):
+            x = batch(seed=1)[0]
+            torch.testing.assert_close(parallel(x, tied=other), plain.model(x, tied=other))
+        plain.model.train()
+    assert_same(parallel.state_dict(), plain.model.state_dict())
+
+
+def test_inference_first() -> None:
+    parallel, plain = partition(chain()), Plain(chain())
+    x = batch()[0]
+    torch.testing.assert_close(parallel(x), plain.model(x))
+    train_both(parallel, plain, BATCHES)
+    torch.testing.assert_close(parallel(x), plain.model(x))
+
+
+def test_loading_part_of_a_state_leaves_the_rest_as_it_is() -> None:
+    parallel = partition(chain())
+    parallel.train_step(*batch())
+    expected = {name: tensor.clone() for name, tensor in parallel.state_dict().items()}
+    part = {"layers.0.weight": torch.ones(WIDTH, WIDTH, dtype=torch.float64)}
+    parallel.load_state_dict(part, strict=False)
+    assert_same(parallel.state_dict(), expected | part)
+
+
+class Averaging(Two):
+    """A buffer that is not part of the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        self.mean.mul_(0.5).add_(h.detach().mean(0))
+        return self.second(h) + self.mean
+
+
+def test_loading_a_state_leaves_other_buffers_as_they_are() -> None:
+    parallel, plain = partition(made(Averaging)), Plain(made(Averaging))
+    train_both(parallel, plain, BATCHES)
+    parallel.load_state_dict(plain.model.state_dict())
+    train_both(parallel, plain, BATCHES)
+
+
+def test_modules_that_change_their_mode_are_captured_again() -> None:
+    class Normed(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.norm(self.first(x)))
+
+    model = made(Normed)
+    parallel, plain = partition(model), Plain(made(Normed))
+    train_both(parallel, plain, BATCHES, 1e-10)
+    for changed in (model, plain.model):
+        changed.norm.eval()
+        changed.first.weight.requires_grad_(False)
+    train_both(parallel, plain, BATCHES, 1e-10)
