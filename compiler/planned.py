@@ -75,15 +75,26 @@ class PlannedModel:
 
 
 def build_programs(
-    captured: Captured, plan: Plan, clip_grad_norm: float | None = None
+    captured: Captured,
+    plan: Plan,
+    clip_grad_norm: float | None = None,
+    num_ranks: int | None = None,
 ) -> tuple[Program, ...]:
-    """Programs of a plan, proved safe. Raises VerificationError."""
+    """Programs of a plan, proved safe: one for each of `num_ranks` ranks.
+
+    By default there are as many as this job has under torchrun, else as many as the plan uses.
+
+    Raises:
+        VerificationError: a program breaks a rule.
+    """
+    if num_ranks is None and under_torchrun():
+        num_ranks = len(plan.cluster.devices)
     programs = generate_programs(
         captured.graph,
         plan,
         plan_hash=plan_hash(plan),
         clip_grad_norm=clip_grad_norm,
-        num_ranks=len(plan.cluster.devices) if under_torchrun() else None,
+        num_ranks=num_ranks,
     )
     verify_programs(programs)
     return programs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from cutset.compiler.ir.errors import UsageError
+from cutset.compiler.ir.errors import CaptureError, UsageError
 
 from .partitioned import WIDTH, Chain, Plain, assert_same, batch, chain, partition, train_both
 
@@ -250,6 +250,17 @@ def test_load_state_dict_before_and_after_the_first_step() -> None:
         train_both(parallel, plain, BATCHES[:1])
 
 
+def test_values_that_a_partial_state_lacks_stay_as_trained() -> None:
+    parallel = partition(normed())
+    parallel.train_step(*batch())
+    state = parallel.state_dict()
+    bias = {"last.bias": state["last.bias"] + 1.0}
+    result = parallel.load_state_dict(bias, strict=False)
+    assert "first.weight" in result.missing_keys
+    assert "last.bias" not in result.missing_keys
+    assert_same(parallel.state_dict(), state | bias, 0.0)
+
+
 def test_load_state_dict_is_as_strict_as_the_model() -> None:
     parallel = partition(normed())
     parallel.train_step(*batch())
@@ -262,9 +273,6 @@ def test_load_state_dict_is_as_strict_as_the_model() -> None:
     with pytest.raises(RuntimeError, match="size mismatch for last.bias"):
         parallel.load_state_dict({**state, "last.bias": torch.zeros(1)})
     assert_same(parallel.state_dict(), state, 0.0)
-    shifted = {"last.bias": state["last.bias"] + 1.0}
-    parallel.load_state_dict(shifted, strict=False)
-    assert_same(parallel.state_dict(), state | shifted, 0.0)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -295,6 +303,31 @@ def test_gradients_need_to_be_kept() -> None:
     assert_same(parallel.gradients(), plain.gradients())
     with pytest.raises(UsageError, match="keep_gradients"):
         partition(chain()).gradients()
+
+
+def test_a_call_that_cannot_be_captured_leaves_the_run_as_it_is() -> None:
+    parallel, plain = partition(chain()), Plain(chain())
+    train_both(parallel, plain, BATCHES[:1])
+    with pytest.raises(CaptureError, match="fails on the example inputs"):
+        parallel.train_step(torch.randn(4, 9).double(), torch.randn(4, 9).double())
+    train_both(parallel, plain, BATCHES[1:])
+
+
+def test_another_optimizer_state_is_refused() -> None:
+    state = partition(normed()).optimizer_state_dict()
+    with pytest.raises(UsageError, match="parameter groups"):
+        partition(chain()).load_optimizer_state_dict(state)
+
+
+def test_the_rate_of_a_scheduler_resumes_with_the_optimizer() -> None:
+    make = lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9)  # noqa: E731
+    first = partition(chain(), optimizer=make)
+    first.train_step(*batch())
+    first.optimizer.param_groups[0]["lr"] = 0.5
+    second = partition(chain(), optimizer=make, stages=1)
+    second.load_optimizer_state_dict(first.optimizer_state_dict())
+    assert second.optimizer.param_groups[0]["lr"] == 0.5
+    assert second.optimizer_state_dict()["num_steps"] == 1
 
 
 def test_after_close_only_one_clear_error() -> None:
