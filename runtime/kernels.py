@@ -110,26 +110,13 @@ class StageKernels:
     modules: dict[str, fx.GraphModule] = field(default_factory=dict)
 
     def compiled(self) -> StageKernels:
-        """The same kernels through Inductor (compiled at their first call)."""
-        if not self.modules:
-            return replace(self, forward=_compiled(self.forward))
+        """The same kernels of a training stage through Inductor (compiled at their first call)."""
         return replace(
             self,
             forward=_compiled_module(self.modules["forward"]),
             backward_input=_compiled_module(self.modules["input"]),
             backward_weight=_compiled_module(self.modules["weight"]),
         )
-
-
-def _compiled(kernel: Kernel) -> Kernel:
-    compiled = torch.compile(kernel, dynamic=False)
-
-    def run(tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
-        arguments = list(tensors)
-        tensors.clear()
-        return compiled(arguments)
-
-    return run
 
 
 def _compiled_module(module: fx.GraphModule) -> Kernel:
@@ -147,7 +134,11 @@ def _compiled_module(module: fx.GraphModule) -> Kernel:
 
 
 def trace_inference(function: StageFunction, graph: Graph, device: torch.device) -> StageKernels:
-    """Kernels of a forward-only stage: the stage function itself, without autograd."""
+    """Kernels of a forward-only stage: the stage function itself, without autograd.
+
+    The function may be a compiled one. (Compiling the kernel would not do: torch counts
+    compilations by code, which all these kernels share, and gives up after a few.)
+    """
 
     def forward(tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
         key, *rest = tensors

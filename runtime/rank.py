@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.ir.graph import Mode, Output, OutputKind, ValueKind
+from ..compiler.ir.graph import Graph, Mode, Output, OutputKind, ValueKind
 from ..compiler.ir.program import Program
 from ..compiler.ir.text import parse_program
 from .communicator import Communicator
@@ -100,11 +100,9 @@ class Rank:
         parsed = parse_program(program)
         functions = _functions(source, f"<cutset rank {self.rank} {key}>")
         kernels = {
-            stage.index: self._kernels(functions[f"stage_{stage.index}"], parsed, stage.index)
+            stage.index: self._kernels(functions[f"stage_{stage.index}"], stage.graph, compile)
             for stage in parsed.stages
         }
-        if compile:
-            kernels = {index: entry.compiled() for index, entry in kernels.items()}
         if parsed.mode is Mode.TRAIN:
             self._allocate_gradients(parsed)
         self._communicator.prepare(parsed)
@@ -125,9 +123,13 @@ class Rank:
         )
         return {"trace_seconds": time.perf_counter() - began}
 
-    def _kernels(self, function: Any, program: Program, stage: int) -> StageKernels:
-        trace = trace_training if program.mode is Mode.TRAIN else trace_inference
-        return trace(function, program.stage(stage).graph, self.device)
+    def _kernels(self, function: Any, graph: Graph, compile: bool) -> StageKernels:
+        if graph.mode is Mode.TRAIN:
+            kernels = trace_training(function, graph, self.device)
+            return kernels.compiled() if compile else kernels
+        if compile:
+            function = torch.compile(function, dynamic=False)
+        return trace_inference(function, graph, self.device)
 
     def _allocate_gradients(self, program: Program) -> None:
         for stage in program.stages:
