@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cutset.compiler.api import auto_partition
+from cutset.compiler.api import auto_partition, plan_model
 from cutset.compiler.batch import batch_size, microbatches_of
 from cutset.compiler.capture.signature import find_loss, num_targets
-from cutset.compiler.parallel import Parallel
+from cutset.compiler.parallel import Parallel, RunOptions
+from cutset.compiler.planned import PlannedModel
 from cutset.runtime.inprocess import InProcessSession
 from cutset.runtime.rng import ReplayRandomness, make_key
 
@@ -66,6 +68,26 @@ def partition(
         session=InProcessSession(stages),
         **options,
     )
+
+
+@functools.cache
+def _planned_chain(dropout: float, stages: int) -> PlannedModel:
+    return plan_model(
+        chain(dropout),
+        stages,
+        example_inputs=batch(),
+        loss_fn=F.mse_loss,
+        num_stages=stages,
+        num_microbatches=2,
+        check=False,
+    )
+
+
+def partition_chain(dropout: float = 0.0, stages: int = 2, **options: Any) -> Parallel:
+    """As `partition(chain(dropout))`, captured and planned once; its model must not be changed."""
+    options.setdefault("optimizer", lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+    run = RunOptions(loss_fn=F.mse_loss, **options)
+    return Parallel(_planned_chain(dropout, stages), run, InProcessSession(stages))
 
 
 class Plain:
