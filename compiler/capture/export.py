@@ -164,8 +164,9 @@ def export_model(
     with mode_of(model, mode), _quiet():
         program, functions = _export_functions(model, trace, tensors)
         if mode is Mode.TRAIN:
-            buffers = program.graph_signature.inputs_to_buffers
-            detach_no_grad_regions(program.graph_module, frozenset(buffers))
+            signature = program.graph_signature
+            own = {*signature.inputs_to_buffers, *signature.inputs_to_parameters}
+            detach_no_grad_regions(program.graph_module, frozenset(own))
         graph = flatten(program.graph_module)
         if graph is None:
             program = program.run_decompositions({})

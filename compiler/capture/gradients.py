@@ -20,8 +20,14 @@ from .locate import called_by_capture, current_place
 __all__ = ["Watch", "refuse_hooks"]
 
 
+_READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class Watch(TorchFunctionMode):
-    """Refuses, while a model runs, calls whose effect on gradients a graph would not have."""
+    """Refuses, while a model runs, calls whose effect on gradients a graph would not have.
+
+    `x.data`, which export does not get through, is traced as `x.detach()`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -44,6 +50,8 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func == _READ_DATA:
+            return args[0].detach()
         refused = self._refused.get(func)
         if refused is not None and torch.is_grad_enabled() and not called_by_capture(__file__):
             what, name = refused

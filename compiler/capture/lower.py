@@ -364,6 +364,9 @@ def _one_of_one(node: fx.Node, call: _Call) -> _Call:
     if call.packet == "unbind":
         dim = call.args[1] if len(call.args) > 1 else 0
         return replace(call, target=torch.ops.aten.select.int, args=(call.args[0], dim, 0))
+    if call.packet == "meshgrid" and isinstance(call.args[0], tuple):
+        args = call.args[0]
+        return replace(call, target=torch.ops.aten.alias.default, args=args, kwargs=())
     if call.packet in ("split", "split_with_sizes", "chunk", "tensor_split"):
         return replace(call, target=torch.ops.aten.alias.default, args=call.args[:1], kwargs=())
     raise refusal(node, "it returns a list of one tensor")

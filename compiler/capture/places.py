@@ -53,10 +53,14 @@ def mutation_error(node: fx.Node, spec: Any) -> CaptureError:
     what = {"USER_INPUT_MUTATION": "input", "PARAMETER_MUTATION": "parameter"}
     kind = what.get(spec.kind.name, spec.kind.name.lower().replace("_", " "))
     return CaptureError(
-        f"the model changes its {kind} {spec.target} in place",
+        f"the model changes its {kind} {_own_name(spec.target)} in place",
         where=place(node),
         ways_out=("change a copy: x = x.clone()", "keep what changes in a buffer"),
     )
+
+
+def _own_name(target: object) -> str:
+    return str(target).removeprefix(f"{MODEL_PREFIX}.")
 
 
 def module_path(node: fx.Node) -> str:

@@ -67,11 +67,12 @@ def detach_no_grad_regions(module: fx.GraphModule, own: frozenset[str]) -> None:
     region without gradients hands it to the region's output or to a nested region.
 
     Args:
-        own: names of the placeholders of `module` that such a region may change in place (buffers).
+        own: names of the placeholders of `module` that may be changed so: buffers, and parameters,
+            whose change is refused later on.
 
     Raises:
-        CaptureError: a region without gradients changes another value in place, which then has a
-            gradient that ignores the change.
+        CaptureError: a region without gradients, or a write through `detach`, changes another
+            value in place, whose gradient then ignores the change.
     """
     _detach(module, own, grad_enabled=True)
 
@@ -88,8 +89,8 @@ def _detach(module: fx.GraphModule, own: frozenset[str], *, grad_enabled: bool) 
         inner = frozenset(name for name, source in passed if source.name in own)
         mode = grad_enabled if region.grad_enabled is None else region.grad_enabled
         _detach(body, inner, grad_enabled=mode)
+    _refuse_changes(module, own, grad_enabled)
     if not grad_enabled:
-        _refuse_changes(module, own)
         _detach_exits(module)
         module.recompile()
 
@@ -118,22 +119,33 @@ def _is_plain_float(node: fx.Node) -> bool:
     return region_of(source) is None and (value.is_floating_point() or value.is_complex())
 
 
-def _refuse_changes(module: fx.GraphModule, own: frozenset[str]) -> None:
+def _refuse_changes(module: fx.GraphModule, own: frozenset[str], grad_enabled: bool) -> None:
+    """Refuse changes in place that autograd does not see, of values that it follows."""
     for node in module.graph.nodes:
         target = node.target
         if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
             continue
-        base = node.args[0]
-        while isinstance(base, fx.Node) and base.op == "call_function" and base.args:
-            base = base.args[0]
-        value = base.meta.get("val") if isinstance(base, fx.Node) else None
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        base, detached = _base(node.args[0])
+        value = base.meta.get("val") if base is not None else None
+        if base is None or not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        assert isinstance(base, fx.Node)
-        if base.op == "placeholder" and base.name not in own:
+        given = base.op == "placeholder"
+        if base.name not in own and (detached or (given and not grad_enabled)):
             raise CaptureError(
-                f"a value is changed in place ({target}) under torch.no_grad(): its gradient would "
-                "have to ignore the change",
+                f"a value is changed in place ({target}) under torch.no_grad(), or through .data "
+                "or detach(): its gradient would have to ignore the change",
                 where=last_user_line(node.meta.get("stack_trace")) or "the model",
                 ways_out=("write x = x + (changed - x).detach() in place of the change",),
             )
+
+
+def _base(item: object) -> tuple[fx.Node | None, bool]:
+    """What a tensor is a view of, and whether a `detach` lies between."""
+    detached = False
+    while isinstance(item, fx.Node) and isinstance(item.target, torch._ops.OpOverload):
+        arguments = item.target._schema.arguments
+        if not arguments or arguments[0].alias_info is None:
+            break
+        detached |= item.target is torch.ops.aten.detach.default
+        item = item.args[0]
+    return (item if isinstance(item, fx.Node) else None), detached

@@ -105,6 +105,50 @@ def test_change_in_place_without_gradients_is_refused() -> None:
         _train(Clamped(), check=False)
 
 
+def test_write_through_data_is_refused() -> None:
+    class Scaled(_Net):
+        def middle(self, x: Tensor) -> Tensor:
+            x = x * 1.0
+            x.data.mul_(2.0)
+            return x
+
+    with pytest.raises(CaptureError, match=r"in place .*mul_"):
+        _train(Scaled(), check=False)
+
+
+def test_changed_parameter_is_refused_by_name() -> None:
+    class Renormed(_Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, 6, max_norm=0.5)
+
+        def middle(self, x: Tensor) -> Tensor:
+            return x + self.table(torch.arange(3))
+
+    with pytest.raises(CaptureError, match=r"changes its parameter table\.weight in place"):
+        _train(Renormed())
+
+
+def test_data_is_read_as_a_detached_value() -> None:
+    class Quantized(_Net):
+        def middle(self, x: Tensor) -> Tensor:
+            return x + (x.round() - x).data * self.second.weight.data.norm()
+
+    _train(Quantized())
+
+
+def test_spectral_norm_is_exact() -> None:
+    """It writes to fresh values and to buffers under no_grad."""
+
+    class Normed(_Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+
+    captured = _train(Normed())
+    assert {output.target[-2:] for output in captured.graph.outputs[1:]} == {"_u", "_v"}
+
+
 def test_buffer_updated_without_gradients_is_exact() -> None:
     class Averaged(_Net):
         def middle(self, x: Tensor) -> Tensor:
