@@ -59,13 +59,13 @@ def partition(
     """Partition over so many ranks of this process; a chain's loss unless told otherwise."""
     options.setdefault("loss_fn", F.mse_loss)
     options.setdefault("check", False)
+    options.setdefault("session", InProcessSession(stages))
     return auto_partition(
         model,
         stages,
         example_inputs=args or batch(),
         num_stages=stages,
         num_microbatches=microbatches,
-        session=InProcessSession(stages),
         **options,
     )
 
