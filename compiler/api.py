@@ -88,8 +88,7 @@ def plan_model(
             ways_out=("pass example_inputs=(tensor, ...) and/or example_kwargs={...}",),
         )
     call: Call = (_as_tuple(example_inputs), dict(example_kwargs or {}))
-    spec = Path(devices) if isinstance(devices, PathLike) else devices
-    cluster = parse_devices(spec, memory_limit_bytes)
+    cluster = _cluster(devices, memory_limit_bytes)
     given = _given_plan(plan)
     rows = batch_size(*call)
     signature_of(call)  # refuses inputs that are no data
@@ -223,6 +222,11 @@ def auto_partition(
     return parallel
 
 
+def _cluster(devices: Devices, memory_limit_bytes: int | None) -> Cluster:
+    spec = Path(devices) if isinstance(devices, PathLike) else devices
+    return parse_devices(spec, memory_limit_bytes)
+
+
 def _early_workers(
     model: nn.Module, devices: Devices, planning: Mapping[str, Any], timeout_seconds: float
 ) -> LocalSession | None:
@@ -230,7 +234,7 @@ def _early_workers(
 
     As many as the plan is likely to need: one a stage if that is pinned, else one a device.
     """
-    cluster = parse_devices(devices, planning.get("memory_limit_bytes"))
+    cluster = _cluster(devices, planning.get("memory_limit_bytes"))
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     if under_torchrun() or is_meta or not cluster.local:
         return None

@@ -403,7 +403,8 @@ class Parallel:
             for name, entries in reply.items()
             if rank in self._states.ranks(name)
         }
-        return tree_map_only(Tensor, Tensor.cpu, current)
+        on_cpu: dict[str, dict[str, Any]] = tree_map_only(Tensor, Tensor.cpu, current)
+        return on_cpu
 
     def record_times(self) -> None:
         """Record when each instruction of the next step runs (see `instruction_times`)."""

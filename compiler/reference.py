@@ -155,9 +155,7 @@ def train_reference(
     )
 
 
-def infer_reference(
-    model: nn.Module, call: Call, num_microbatches: int
-) -> dict[str, torch.Tensor]:
+def infer_reference(model: nn.Module, call: Call, num_microbatches: int) -> dict[str, torch.Tensor]:
     """Outputs of the unpartitioned model in eval mode, by path, over so many microbatches."""
     return _infer(model, None, _split(call, num_microbatches))
 

@@ -473,7 +473,8 @@ def _norm(tensor: Tensor) -> Tensor:
     """Norm of a tensor in its own precision, at least float32; no copy of it is made."""
     parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     wide = torch.promote_types(parts.dtype, torch.float32)
-    return torch.linalg.vector_norm(parts, dtype=wide)
+    norm: Tensor = torch.linalg.vector_norm(parts, dtype=wide)
+    return norm
 
 
 def _with_zeros(

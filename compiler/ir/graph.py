@@ -85,7 +85,6 @@ class Operand:
     index: int
 
 
-
 Attribute = (
     Operand
     | int

@@ -71,9 +71,7 @@ class Schedule:
         return Schedule(match[1], int(match[2]), int(match[3]), tuple(ranks))
 
     def __str__(self) -> str:
-        head = (
-            f"schedule {self.name} stages={self.num_stages} microbatches={self.num_microbatches}"
-        )
+        head = f"schedule {self.name} stages={self.num_stages} microbatches={self.num_microbatches}"
         rows = [
             f"{rank}: {' '.join(map(str, actions))}".rstrip()
             for rank, actions in enumerate(self.ranks)
