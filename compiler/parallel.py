@@ -89,7 +89,8 @@ class Parallel:
         self._spec = describe_optimizer(self.optimizer, self._names)
         self._planned = planned
         self._variants: dict[str, Variant] = {}
-        self._flags = _flags(model)
+        self._flags = _Flags(model)
+        self._planned_flags = self._flags.text()
         self._tensors = Placement()  # parameters and buffers
         self._states = Placement()  # states of optimizers, by parameter
         self._session = session
@@ -196,7 +197,7 @@ class Parallel:
     # -- variants ------------------------------------------------------------------------------
 
     def _variant(self, mode: Mode, call: Call) -> Variant:
-        flags = _flags(self.model) if mode is Mode.TRAIN else "eval"
+        flags = self._flags.text() if mode is Mode.TRAIN else "eval"
         key = f"{mode.value} {flags} {signature_of(call)}"
         variant = self._variants.get(key)
         if variant is None:
@@ -214,7 +215,7 @@ class Parallel:
         rows = self.plan.batch_size
         if mode is not self.plan.mode or batch_size(*call) != rows:
             return None
-        if mode is Mode.TRAIN and self._flags != _flags(self.model):
+        if mode is Mode.TRAIN and self._flags.text() != self._planned_flags:
             return None
         micro = take_rows(call, rows // self.plan.num_microbatches)
         if signature_of(micro) != planned.call_signature:
@@ -551,11 +552,18 @@ def _parameters(variant: Variant) -> Iterator[Any]:
     return iter(variant.captured.graph.values_of(ValueKind.PARAMETER))
 
 
-def _flags(model: nn.Module) -> str:
-    """What of a model decides what is captured for training, as short text."""
-    modes = "".join("ft"[module.training] for module in model.modules())
-    frozen = "".join("ft"[parameter.requires_grad] for parameter in model.parameters())
-    return hashlib.sha256(f"{modes} {frozen}".encode()).hexdigest()[:12]
+class _Flags:
+    """What of a model decides what is captured for training: modes, and what is frozen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = tuple(model.modules())
+        self._parameters = tuple(model.parameters())
+
+    def text(self) -> str:
+        """Short, equal where the flags are; quick, as each step asks for it."""
+        flags = [module.training for module in self._modules]
+        flags += [parameter.requires_grad for parameter in self._parameters]
+        return hashlib.sha256(bytes(flags)).hexdigest()[:12]
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:
