@@ -41,8 +41,7 @@ from tests.models.zoo import GROUPS, ROWS, ZOO, Example, with_dtype
 SEED = 3
 COUNT = 2
 TOLERANCE = 1e-10
-"""Of loss and gradients in float64; models that compute in bfloat16 inside have `COARSE`."""
-COARSE = {"autocast": 2e-2}
+"""Largest relative error of loss and gradients in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +116,7 @@ def _trained(name: str, group: str, seconds: float, example: Example, captured: 
     )
     worst = relative_error(gradients, reference.gradients)
     loss_error = abs(losses - reference.losses[0]) / max(abs(reference.losses[0]), 1e-30)
-    limit = COARSE.get(name, TOLERANCE)
-    exact = worst.value <= limit and loss_error <= limit
+    exact = worst.value <= TOLERANCE and loss_error <= TOLERANCE
     return Row(
         model=name,
         group=group,
@@ -130,7 +128,7 @@ def _trained(name: str, group: str, seconds: float, example: Example, captured: 
         loss_error=loss_error,
         gradient_error=worst.value,
         worst=worst.tensor,
-        reason="" if exact else f"not exact to {limit:g}",
+        reason="" if exact else f"not exact to {TOLERANCE:g}",
     )
 
 

@@ -189,7 +189,14 @@ class _Lowering:
             return
         target = node.target
         if not isinstance(target, torch._ops.OpOverload):
-            raise refusal(node, f"{target} is not an ATen operator")
+            raise refusal(node, "it is not an operator")
+        if target.namespace not in ("aten", "prims"):
+            raise refusal(
+                node,
+                "it is not torch's own, and the processes that run stages do not load it",
+                "choose an implementation in plain torch (experts of transformers: "
+                'config._experts_implementation = "batched_mm")',
+            )
         packet = target.overloadpacket.__name__
         if packet in _CHECKS:
             return

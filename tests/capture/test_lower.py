@@ -198,6 +198,21 @@ def test_model_that_fails_by_itself_is_told_apart() -> None:
         _train(Model())
 
 
+def test_operator_of_a_library_is_refused_by_name() -> None:
+    @torch.library.custom_op("cutset_test::double", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    double.register_fake(lambda x: torch.empty_like(x))
+
+    class Model(_Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return double(self.layer(x))
+
+    with pytest.raises(CaptureError, match=r"cutset_test\.double.* not torch's own"):
+        capture(Model(), (torch.ones(3, 4),), mode=Mode.INFER)
+
+
 def test_lists_of_one_are_single_results() -> None:
     class Model(_Net):
         def forward(self, x: Tensor) -> Tensor:
