@@ -21,7 +21,7 @@ from ..passes.context import PlanOptions
 from ..passes.pipeline import plan_graph
 from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
-from .batch import Call, batch_size, divisors, signature_of, take_rows
+from .batch import batch_size, contiguous, divisors, signature_of, take_rows
 from .capture import Captured, capture
 from .ir.cluster import Cluster
 from .ir.errors import CaptureError, PlanFormatError, UsageError
@@ -87,7 +87,7 @@ def plan_model(
             where="auto_partition",
             ways_out=("pass example_inputs=(tensor, ...) and/or example_kwargs={...}",),
         )
-    call: Call = (_as_tuple(example_inputs), dict(example_kwargs or {}))
+    call = contiguous((_as_tuple(example_inputs), dict(example_kwargs or {})))
     cluster = _cluster(devices, memory_limit_bytes)
     given = _given_plan(plan)
     rows = batch_size(*call)

@@ -15,7 +15,15 @@ from torch.utils import _pytree as pytree
 
 from .ir.errors import UsageError
 
-__all__ = ["Call", "batch_size", "divisors", "microbatches_of", "signature_of", "take_rows"]
+__all__ = [
+    "Call",
+    "batch_size",
+    "contiguous",
+    "divisors",
+    "microbatches_of",
+    "signature_of",
+    "take_rows",
+]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -47,6 +55,12 @@ def take_rows(call: Call, rows: int, begin: int = 0) -> Call:
 
     cut_args, cut_kwargs = pytree.tree_map(cut, (tuple(args), dict(kwargs)))
     return cut_args, cut_kwargs
+
+
+def contiguous(call: Call) -> Call:
+    """The call with tensors in row-major order, as graphs are captured and messages arrive."""
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, call)
+    return tuple(args), dict(kwargs)
 
 
 def microbatches_of(call: Call, rows: int) -> Iterator[Call]:

@@ -22,11 +22,11 @@ from ..passes.schedule import build_schedule
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
 from ..runtime.optimizer import current_hyperparameters, describe_optimizer
 from ..runtime.session import LocalSession, Session
-from .batch import Call, batch_size, divisors, signature_of, take_rows
+from .batch import Call, batch_size, contiguous, divisors, signature_of, take_rows
 from .capture import Captured, capture
 from .codegen.python import emit_python
 from .ir.cluster import Cluster
-from .ir.errors import UsageError
+from .ir.errors import CaptureError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode, ValueKind
 from .ir.plan import Plan
@@ -122,7 +122,7 @@ class Parallel:
                 "this plan is for inference",
                 ways_out=("plan with mode='train'",),
             )
-        call = (args, kwargs)
+        call = contiguous((args, kwargs))
         variant = self._variant(Mode.TRAIN, call)
         replies = self._run(
             "train_step",
@@ -152,7 +152,7 @@ class Parallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Inference in eval mode, without gradients: the value that the model returns."""
-        call = (args, kwargs)
+        call = contiguous((args, kwargs))
         variant = self._variant(Mode.INFER, call)
         replies = self._run("infer", variant, call)
         outputs: dict[str, Tensor] = {}
@@ -229,7 +229,10 @@ class Parallel:
         count = self._microbatch_count(rows, mode)
         args, kwargs = take_rows(call, rows // count)
         loss_fn = self._options.loss_fn if mode is Mode.TRAIN else None
-        captured = capture(self.model, args, kwargs, mode=mode, loss_fn=loss_fn, check=False)
+        try:
+            captured = capture(self.model, args, kwargs, mode=mode, loss_fn=loss_fn, check=False)
+        except CaptureError as error:
+            raise self._at_another_size(error, rows, count) from error
         from ..passes.transfer import transfer
 
         stages = transfer(self.plan, self._planned.captured.graph, captured.graph)
@@ -252,6 +255,18 @@ class Parallel:
         clip = self._options.clip_grad_norm if mode is Mode.TRAIN else None
         programs = build_programs(captured, plan, clip, len(self._planned.programs))
         return Variant(key, captured, plan, programs, Needs.of(programs))
+
+    def _at_another_size(self, error: CaptureError, rows: int, count: int) -> CaptureError:
+        """The same error, saying so if the microbatches are smaller than the planned ones."""
+        planned = self.plan.batch_size // self.plan.num_microbatches
+        if rows // count == planned:
+            return error
+        return CaptureError(
+            f"{error.cause}; this call has {rows} rows, run as {count} microbatches of "
+            f"{rows // count} where the plan has {planned} rows each",
+            where=error.where,
+            ways_out=(f"pass batches of a multiple of {planned} rows", *error.ways_out),
+        )
 
     def _microbatch_count(self, rows: int, mode: Mode) -> int:
         """Fewest equal microbatches that are no larger than the planned ones."""

@@ -227,6 +227,36 @@ def test_a_batch_of_another_size_is_captured_once_and_exact(rows: int, microbatc
     assert len(parallel._variants) == 2
 
 
+class Normed(Wrapped):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.chain(x))
+
+
+def test_a_last_batch_whose_microbatches_get_too_small_is_refused_with_the_size() -> None:
+    parallel = partition(Normed())
+    with pytest.raises(CaptureError, match="3 rows, run as 3 microbatches of 1 where") as caught:
+        parallel.train_step(*batch(3))
+    assert caught.value.ways_out[0] == "pass batches of a multiple of 2 rows"
+    parallel.train_step(*batch(2))
+
+
+def test_strides_of_the_inputs_do_not_matter() -> None:
+    class Flat(Wrapped):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.chain(x.view(-1, WIDTH))
+
+    parallel, plain = partition(Flat(), X, Y), Plain(Flat())
+    train_both(parallel, plain, [(X, Y)])
+    strided = X.T.contiguous().T, Y
+    loss = float(parallel.train_step(*strided))
+    assert loss == pytest.approx(plain.step(X, Y), rel=1e-12)
+    assert len(parallel._variants) == 1
+
+
 # -- parameters that do not train --------------------------------------------------------------
 
 
