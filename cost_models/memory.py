@@ -33,7 +33,7 @@ from .backward import StageSteps, stage_steps
 from .liveness import live_bytes
 
 _GLOO_MESSAGES = 8
-_MARGIN, _MARGIN_BYTES = 0.02, 16384
+_MARGIN, _MARGIN_BYTES = 0.025, 2048
 
 __all__ = [
     "ActionMemory",
