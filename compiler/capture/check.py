@@ -24,6 +24,7 @@ from ..ir.graph import Graph, OutputKind
 from .export import call_model, mode_of
 from .interpret import run_graph
 from .signature import LossFunction, OutputSignature
+from .state import same_contents
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -96,7 +97,7 @@ def _run_model(
     with ReplayRandomness(key):
         loss, result = call_model(model, captured.inputs, copies, mode=graph.mode, loss_fn=loss_fn)
         _, outputs = OutputSignature.of(result, captured.inputs.rows)
-        results: Results = {"buffers": _buffers(graph, model), "outputs": {}}
+        results: Results = {"buffers": _buffers(model), "outputs": {}}
         if graph.outputs_of(OutputKind.USER):
             results["outputs"] = {str(place): item for place, item in enumerate(outputs)}
         if loss is not None:
@@ -111,7 +112,7 @@ def _run_graph(captured: Captured, model: nn.Module, tensors: list[Tensor], key:
     given = {leaf.origin: tensor for leaf, tensor in zip(leaves, tensors, strict=True)}
     given.update(captured.tensors)
     values = run_graph(graph, given, key=key)
-    results: Results = {"buffers": {}, "outputs": {}}
+    results: Results = {"buffers": _buffers(model), "outputs": {}}
     for output, value in zip(graph.outputs, values, strict=True):
         if output.kind is OutputKind.LOSS:
             results["loss"] = {"the loss": value}
@@ -122,11 +123,9 @@ def _run_graph(captured: Captured, model: nn.Module, tensors: list[Tensor], key:
     return _detached(results)
 
 
-def _buffers(graph: Graph, model: nn.Module) -> dict[str, Tensor]:
-    buffers = dict(model.named_buffers())
-    return {
-        item.target: buffers[item.target].clone() for item in graph.outputs_of(OutputKind.BUFFER)
-    }
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """All of them: a change that the graph has lost shows as well."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
 
 def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
@@ -150,17 +149,13 @@ def _detached(results: Results) -> Results:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put buffers and Python's generator back afterwards; torch's is kept by the replay."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """Put the model and Python's generator back afterwards; torch's is kept by the replay."""
     state = random.getstate()
     try:
-        yield
+        with same_contents(model):
+            yield
     finally:
         random.setstate(state)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before:
-                    buffer.copy_(before[name])
 
 
 def _tolerance(graph: Graph) -> float:

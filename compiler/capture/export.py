@@ -21,12 +21,14 @@ from torch import Tensor, fx, nn
 
 from ..ir.errors import CaptureError, CutsetError
 from ..ir.graph import Mode
+from .buffers import replacements_as_changes
 from .flatten import flatten
 from .functions import as_operators, python_functions, refuse_functions, refuse_nonlinear
 from .gradients import Watch
 from .locate import explain_broken_call, explain_failure
 from .regions import detach_no_grad_regions
 from .signature import InputSignature, LossFunction, OutputSignature, find_loss
+from .state import same_contents, unchanged
 from .symbolic import trace_symbolically
 
 __all__ = ["MODEL_PREFIX", "Exported", "call_model", "export_model", "mode_of"]
@@ -44,12 +46,14 @@ class Exported:
         signature: what every placeholder and output of `graph` is.
         tensors: state of the program: lifted constants, parameters and buffers by target.
         outputs: what the model returns.
+        changed: attributes of modules that the forward pass sets to tensors.
     """
 
     graph: fx.Graph
     signature: torch.export.ExportGraphSignature
     tensors: Mapping[str, Tensor]
     outputs: OutputSignature
+    changed: tuple[str, ...]
 
 
 def call_model(
@@ -102,7 +106,7 @@ class _Call(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         trace, model = self._trace, self.get_submodule(MODEL_PREFIX)
-        with Watch(model):
+        with Watch(model), replacements_as_changes(model):
             loss, result = call_model(
                 model, trace.inputs, list(tensors), mode=trace.mode, loss_fn=trace.loss_fn
             )
@@ -161,7 +165,7 @@ def export_model(
             return computes other gradients than the model.
     """
     trace = _Trace(inputs, mode, loss_fn, keep_outputs)
-    with mode_of(model, mode), _quiet():
+    with mode_of(model, mode), unchanged(model) as changed, _quiet():
         program, functions = _export_functions(model, trace, tensors)
         if mode is Mode.TRAIN:
             signature = program.graph_signature
@@ -175,7 +179,7 @@ def export_model(
             refuse_nonlinear(graph, functions)
     assert trace.outputs is not None
     state = {**program.state_dict, **program.constants}
-    return Exported(graph, program.graph_signature, state, trace.outputs)
+    return Exported(graph, program.graph_signature, state, trace.outputs, tuple(changed))
 
 
 def _export_functions(
@@ -226,17 +230,12 @@ def _export_traced(
 
 def _refuse_broken_calls(model: nn.Module, trace: _Trace, tensors: list[Tensor]) -> None:
     """Raise CaptureError if the model fails on the example inputs without being traced as well."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), same_contents(model):
             args, kwargs, _ = trace.inputs.unflatten(tensors)
             model(*args, **kwargs)
     except Exception as error:
         raise explain_broken_call(model, error) from error
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
 
 
 @contextlib.contextmanager

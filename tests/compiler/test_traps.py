@@ -265,3 +265,38 @@ def test_modules_that_change_their_mode_are_captured_again() -> None:
         changed.norm.eval()
         changed.first.weight.requires_grad_(False)
     train_both(parallel, plain, BATCHES, 1e-10)
+
+
+class Replacing(Two):
+    """Assigns new tensors to buffers, without changing the old ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        self.count = self.count + 1
+        return self.second(h - self.mean) / self.count
+
+
+def test_buffers_that_are_replaced() -> None:
+    parallel = partition(made(Replacing), check=True, constraints=PINS)
+    train_both(parallel, Plain(made(Replacing)), BATCHES)
+    assert parallel.state_dict()["count"] == 4
+
+
+def test_a_buffer_that_is_replaced_by_another_shape_is_refused() -> None:
+    class Growing(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = torch.cat([self.seen, x])
+            return self.second(self.first(x))
+
+    with pytest.raises(CaptureError, match="buffer seen of shape .1, 6. .* is replaced"):
+        partition(made(Growing))
