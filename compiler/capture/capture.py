@@ -97,13 +97,19 @@ def capture(
         inputs=inputs,
         outputs=exported.outputs,
         num_draws=lowered.num_draws,
-        warnings=tuple(
-            f"{what} cannot be returned and is None instead" for what in exported.outputs.dropped
-        ),
+        warnings=(*map(_not_returned, exported.outputs.dropped), *map(_not_kept, exported.changed)),
     )
     if check and not is_meta:
         check_against_model(captured, model, tensors, loss_fn=loss_fn)
     return captured
+
+
+def _not_returned(what: str) -> str:
+    return f"{what} cannot be returned and is None instead"
+
+
+def _not_kept(attribute: str) -> str:
+    return f"the forward pass sets the attribute {attribute}, which a partitioned run does not keep"
 
 
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:

@@ -215,6 +215,8 @@ class _Lowering:
         )
         call = _Call(target, args, kwargs, tuple(inputs))
         result = node.meta.get("val")
+        if result is None and not node.users:
+            return  # a call that failed and whose error the model caught
         if isinstance(result, (list, tuple)) and len(result) == 1:
             self.multiple[node] = (self.emit(node, _one_of_one(node, call), result[0])[0],)
         elif isinstance(result, (list, tuple)):

@@ -237,11 +237,61 @@ def test_names_do_not_collide_with_generated_code() -> None:
     assert all(name.isidentifier() for name in names) and len(set(names)) == len(names)
 
 
-def test_state_that_export_refuses_is_traced_symbolically() -> None:
+def test_what_export_refuses_is_traced_symbolically() -> None:
     class Model(_Net):
         def forward(self, x: Tensor) -> Tensor:
-            self.cache = self.layer(x)
-            return self.cache.tanh()
+            if torch.compiler.is_exporting():
+                raise RuntimeError("not under export")
+            return self.layer(x).tanh()
 
     captured = _train(Model())
     assert _packets(captured.graph)[:2] == ["linear", "tanh"]
+    assert captured.graph.nodes[0].module_path == "layer"
+    assert "layer.weight" in captured.tensors
+
+
+def test_symbolic_traces_that_miss_a_region_are_refused() -> None:
+    class Model(_Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.compiler.is_exporting():
+                raise RuntimeError("not under export")
+            with torch.no_grad():
+                x = x * 2
+            return self.layer(x)
+
+    with pytest.raises(CaptureError, match="switches gradients"):
+        _train(Model())
+
+
+def test_attributes_that_a_call_sets_are_put_back_and_reported() -> None:
+    class Model(_Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+            self.register_buffer("total", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.cache = self.layer(x)
+            self.total = self.total + self.cache.detach().mean(0)
+            return self.cache + self.total
+
+    model = Model()
+    total = model.total
+    captured = _train(model)
+    assert model.calls == 0 and not hasattr(model, "cache") and model.total is total
+    assert torch.equal(total, torch.zeros(4))
+    assert len(captured.warnings) == 1 and "attribute cache" in captured.warnings[0]
+    assert [output.target for output in captured.graph.outputs] == ["", "total"]
+
+
+def test_errors_that_the_model_catches_leave_no_node() -> None:
+    class Model(_Net):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                x = x.view(7, 7)
+            except RuntimeError:
+                x = x * 2
+            return self.layer(x)
+
+    assert _packets(_train(Model()).graph)[:2] == ["mul", "linear"]

@@ -1,0 +1,63 @@
+"""Keep a model as it was while it is traced or checked.
+
+A forward pass may set attributes of modules (a cache, a counter). Under tracing these would be left
+as fake tensors, and what the trace did would count as a call. So attributes are put back; those
+that got a tensor are reported, since a partitioned run does not set them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["same_contents", "unchanged"]
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[list[str]]:
+    """Put back attributes of all modules, and which tensors are their buffers and parameters.
+
+    Yields a list that holds, afterwards, the attributes that were set to tensors meanwhile.
+    """
+    before = [(path, module, dict(module.__dict__)) for path, module in model.named_modules()]
+    tables = [{name: dict(module.__dict__[name]) for name in _TABLES} for _, module, _ in before]
+    found: list[str] = []
+    try:
+        yield found
+    finally:
+        for (path, module, attributes), contents in zip(before, tables, strict=True):
+            prefix = f"{path}." if path else ""
+            found.extend(prefix + name for name in _new_tensors(module, attributes))
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, entries in contents.items():
+                table = module.__dict__[name]
+                table.clear()
+                table.update(entries)
+
+
+def _new_tensors(module: nn.Module, before: dict[str, object]) -> Iterator[str]:
+    for name, value in module.__dict__.items():
+        if name not in _TABLES and value is not before.get(name):
+            leaves = pytree.tree_leaves(value)
+            if any(isinstance(leaf, Tensor) for leaf in leaves):
+                yield name
+
+
+@contextlib.contextmanager
+def same_contents(model: nn.Module) -> Iterator[None]:
+    """`unchanged`, and the contents of buffers as well."""
+    contents = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with unchanged(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(contents[name])
