@@ -33,7 +33,7 @@ from .backward import StageSteps, stage_steps
 from .liveness import live_bytes
 
 _GLOO_MESSAGES = 8
-_MARGIN, _MARGIN_BYTES = 0.025, 2048
+_MARGIN, _MARGIN_BYTES = 0.025, 1024
 
 __all__ = [
     "ActionMemory",
@@ -364,14 +364,15 @@ def _messages(
 def optimizer_temporaries(
     optimizer: OptimizerModel, trained: Sequence[float], backend: str
 ) -> float:
-    """Temporaries of the update, and of the gradient norm in float64 before it.
+    """Temporaries of the update, and of the gradient norm before it.
 
     On CUDA torch updates all parameters at once (`foreach`): one temporary as large as all of
-    them. On CPU one after the other: twice the largest.
+    them. On CPU one after the other: twice the largest (AdamW's denominator and a root; the norm
+    of a 16-bit gradient takes a copy in float32).
     """
     if not trained:
         return 0.0
-    largest = 4 * max(trained)  # norm: the gradient and its square in float64
+    largest = 2 * max(trained)
     if backend == "cpu" or not optimizer.state_bytes_per_parameter_byte:
         return largest
     return max(largest, sum(trained))
