@@ -44,10 +44,16 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
 
 def _new_tensors(module: nn.Module, before: dict[str, object]) -> Iterator[str]:
     for name, value in module.__dict__.items():
-        if name not in _TABLES and value is not before.get(name):
-            leaves = pytree.tree_leaves(value)
-            if any(isinstance(leaf, Tensor) for leaf in leaves):
-                yield name
+        if name in _TABLES or value is before.get(name) or _lists_parameters(before.get(name)):
+            continue
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            yield name
+
+
+def _lists_parameters(value: object) -> bool:
+    """Recurrent layers keep such a list, which follows their parameters."""
+    leaves = pytree.tree_leaves(value)
+    return bool(leaves) and all(isinstance(leaf, nn.Parameter) for leaf in leaves)
 
 
 @contextlib.contextmanager

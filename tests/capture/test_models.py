@@ -42,6 +42,7 @@ def test_gradients_are_the_model_s(name: str) -> None:
         loss_fn=example.loss_fn,
         check=False,
     )
+    assert not captured.warnings
     verify_graph(captured.graph)
     assert parse_graph(print_graph(captured.graph)) == captured.graph
     error = worst_error(captured, example)
