@@ -4,7 +4,8 @@ More of them shrink the pipeline's bubble and the activations in flight, fewer k
 large and messages few. Divisors of the batch size around four microbatches a stage are priced,
 each at its own microbatch size, from many to few; dynamic programming finds a partition for each.
 Fewer microbatches never need less memory, so the search ends with the first number that does not
-fit, or after two that are slower than the best. Ties go to fewer microbatches.
+fit, or after one that is much slower than the best, or two that are slower. Ties go to fewer
+microbatches. The number chosen is held to the memory by liveness, else the next larger one is.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.plan import Plan
 from .context import Context
-from .partition.fitting import find_fitting
+from .partition.fitting import find_fitting, with_memory
 from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
-from .partition.search import SearchLimits, estimate
+from .partition.problem import StageProblem
+from .partition.search import SearchLimits, Solution, Tables, estimate
+from .partition.statement import Statement
 
 __all__ = ["ChooseMicrobatches", "candidates"]
 
 _MOST_CANDIDATES = 8
-_PATIENCE = 2
+_MUCH = 1.05
+_TYPICAL = 1.1  # the additive bound of memory, as a share of the need
 _THRESHOLDS = 5
 
 
@@ -58,25 +62,37 @@ def _choose(plan: Plan, context: Context) -> int:
     limits = SearchLimits(
         tolerance=context.options.tolerance, num_orders=1, num_thresholds=_THRESHOLDS
     )
-    best, chosen, slower = math.inf, numbers[-1], 0
+    seconds: dict[int, float] = {}
     for number in reversed(numbers):
-        fit = find_fitting(
-            statement,
-            state_problem(statement, number),
-            counts,
-            lambda problem: estimate(problem, counts, limits),
-        )
-        if fit is None:
-            context.progress(f"{number} microbatches do not fit")
+        problem = with_memory(state_problem(statement, number), _TYPICAL)
+        seconds[number] = estimate(problem, counts, limits).seconds
+        context.progress(f"{number} microbatches: {seconds[number]:.6g} s a step")
+        if math.isinf(seconds[number]) or _past_the_best(list(seconds.values())):
             break
-        seconds = fit.solution.seconds
-        context.progress(f"{number} microbatches: {seconds:.6g} s a step")
-        slower = slower + 1 if seconds > best else 0
-        if seconds <= best:
-            best, chosen = seconds, number
-        if slower == _PATIENCE:
-            break
-    return chosen
+    best = min(seconds, key=lambda number: (seconds[number], number))
+    return _first_that_fits(statement, [n for n in numbers if n >= best], counts, limits)
+
+
+def _past_the_best(seconds: list[float]) -> bool:
+    """Whether the last number was much slower than the best, or the last two were slower."""
+    best = min(seconds)
+    return seconds[-1] > _MUCH * best or best < min(seconds[-2:])
+
+
+def _first_that_fits(
+    statement: Statement, numbers: list[int], counts: tuple[int, ...], limits: SearchLimits
+) -> int:
+    """The first of `numbers` for which a partition fits by liveness, the last if none does."""
+    for number in numbers[:-1]:
+        problem = state_problem(statement, number)
+        tables = Tables.of(problem, limits)
+
+        def solve(other: StageProblem, tables: Tables = tables) -> Solution:
+            return estimate(other, counts, limits, tables)
+
+        if find_fitting(statement, problem, counts, solve) is not None:
+            return number
+    return numbers[-1]
 
 
 def _divisors(number: int) -> Iterator[int]:

@@ -20,7 +20,7 @@ from .partition.fitting import Needs, find_fitting
 from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
 from .partition.problem import StageProblem
-from .partition.search import SearchLimits, Solution, search
+from .partition.search import SearchLimits, Solution, Tables, search
 from .partition.statement import Statement
 
 __all__ = ["PartitionStages"]
@@ -49,7 +49,10 @@ class PartitionStages:
         fit = None
         error = unsupported(statement, problem)
         if error is None:
-            fit = find_fitting(statement, problem, counts, lambda p: search(p, counts, limits))
+            tables = Tables.of(problem, limits)
+            fit = find_fitting(
+                statement, problem, counts, lambda other: search(other, counts, limits, tables)
+            )
         if fit is None:
             raise error or _infeasible(statement, problem, counts)
         space = (

@@ -19,7 +19,7 @@ from .closest import program_order
 from .fitting import find_fitting
 from .from_graph import state_problem
 from .problem import Assignment, DeviceClass, StageProblem
-from .search import SearchLimits, estimate
+from .search import SearchLimits, Tables, estimate
 from .statement import Statement
 
 __all__ = ["explain", "unsupported"]
@@ -127,8 +127,12 @@ def _ways_out(
 
 def _fits(statement: Statement, problem: StageProblem, stage_counts: tuple[int, ...]) -> bool:
     limits = SearchLimits(num_orders=1, num_thresholds=1)
+    tables = Tables.of(problem, limits)
     found = find_fitting(
-        statement, problem, stage_counts, lambda other: estimate(other, stage_counts, limits)
+        statement,
+        problem,
+        stage_counts,
+        lambda other: estimate(other, stage_counts, limits, tables),
     )
     return found is not None
 

@@ -17,6 +17,7 @@ graphs with too many, D holds the prefixes of several topological orders.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -136,6 +137,12 @@ class DownSets:
         self._add_shared()
         self._add_flows()
         self.fitting = functools.cache(self._fitting)
+
+    def under(self, problem: StageProblem) -> DownSets:
+        """The same tables for `problem`, which may differ in the memory of its devices only."""
+        other = copy.copy(self)
+        other.problem = problem
+        return other
 
     def _sums(self, figures: list[float]) -> Table:
         row = np.array(figures)

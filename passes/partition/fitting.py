@@ -7,7 +7,7 @@ holds an additive bound of memory, and what it finds is held to the memory by li
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ...compiler.ir.plan import MemoryPrediction, Stage
@@ -21,11 +21,12 @@ from .problem import Assignment, StageProblem
 from .search import Solution, simple_bound
 from .statement import Statement
 
-__all__ = ["Fit", "Needs", "find_fitting", "stages_of"]
+__all__ = ["Fit", "Needs", "find_fitting", "stages_of", "with_memory"]
 
 _ATTEMPTS = 5
 _GENEROUS = 1.25  # the additive bound of memory exceeds that by liveness by about this
 _SMALLER = 0.995
+_DOUBTFUL = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def find_fitting(
     needs = Needs.of(statement, problem)
     share = _GENEROUS
     for _ in range(_ATTEMPTS):
-        solution = solve(_with_memory(problem, share))
+        solution = solve(with_memory(problem, share))
         if solution.assignment is None:
             break
         fitting = needs.fitting_share(solution.assignment)
@@ -69,7 +70,7 @@ def find_fitting(
     return Fit(solution, stages_of(statement, problem, closest), _GENEROUS)
 
 
-def _with_memory(problem: StageProblem, share: float) -> StageProblem:
+def with_memory(problem: StageProblem, share: float) -> StageProblem:
     """`problem` on devices with `share` times their memory."""
     classes = tuple(
         replace(entry, memory_bytes=math.floor(entry.memory_bytes * share))
@@ -99,29 +100,42 @@ class Needs:
 
     def by_liveness(self, assignment: Assignment) -> tuple[MemoryPrediction, ...]:
         """Memory of each stage."""
+        every = range(assignment.num_stages)
+        return tuple(self._by_liveness(assignment, every).values())
+
+    def _by_liveness(
+        self, assignment: Assignment, wanted: Iterable[int]
+    ) -> dict[int, MemoryPrediction]:
+        """Memory of the `wanted` stages."""
         stages = stages_of(self.statement, self.problem, assignment)
         consumers = consuming_stages(self.statement.graph, stages)
-        return tuple(
-            stage_memory(
-                self.models[self.statement.cluster.type_of(stage.device).backend],
-                stage.nodes,
-                in_flight=self.problem.in_flight(len(stages), stage.index),
+        return {
+            index: stage_memory(
+                self.models[self.statement.cluster.type_of(stages[index].device).backend],
+                stages[index].nodes,
+                in_flight=self.problem.in_flight(len(stages), index),
                 optimizer=self.statement.optimizer,
-                device=stage.device,
+                device=stages[index].device,
                 num_microbatches=self.problem.num_microbatches,
                 consumers=consumers,
             )
-            for stage in stages
-        )
+            for index in wanted
+        }
 
     def fitting_share(self, assignment: Assignment) -> float | None:
         """None if all stages fit; else the least additive bound of a stage that does not, as a
-        share of its need by liveness."""
+        share of its need by liveness. Stages far below their limit are not looked at."""
         bounds = stage_figures(self.problem, assignment)
+        doubtful = [
+            index
+            for index, bound in enumerate(bounds)
+            if bound.memory_bytes > _DOUBTFUL * bound.limit_bytes
+        ]
+        needs = self._by_liveness(assignment, doubtful)
         shares = [
-            bound.memory_bytes / need.total_bytes
-            for bound, need in zip(bounds, self.by_liveness(assignment), strict=True)
-            if need.total_bytes > bound.limit_bytes
+            bounds[index].memory_bytes / need.total_bytes
+            for index, need in needs.items()
+            if need.total_bytes > bounds[index].limit_bytes
         ]
         return min(shares, default=None)
 

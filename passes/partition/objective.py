@@ -50,21 +50,19 @@ def stage_figures(problem: StageProblem, assignment: Assignment) -> tuple[StageF
     for shared in problem.shared:
         for stage in sorted({assignment.stages[user] for user in shared.users}):
             members[stage].append(shared)
-    crossing = [_incoming(problem, assignment, stage) for stage in range(len(members))]
-    return tuple(
-        _figures(problem, assignment, stage, members[stage], crossing[stage])
-        for stage in range(len(members))
-    )
-
-
-def _incoming(problem: StageProblem, assignment: Assignment, stage: int) -> list[tuple[Flow, int]]:
-    """Flows that cross into `stage`, each with the class of its producer's device."""
-    found = []
+    incoming: list[list[tuple[Flow, int]]] = [[] for _ in assignment.classes]
+    outgoing: list[list[Flow]] = [[] for _ in assignment.classes]
     for flow in problem.flows:
         origin = assignment.stages[flow.producer]
-        if origin != stage and any(assignment.stages[user] == stage for user in flow.consumers):
-            found.append((flow, assignment.classes[origin]))
-    return found
+        targets = {assignment.stages[user] for user in flow.consumers} - {origin}
+        for target in sorted(targets):
+            incoming[target].append((flow, assignment.classes[origin]))
+        if targets:
+            outgoing[origin].append(flow)
+    return tuple(
+        _figures(problem, assignment, stage, members[stage], incoming[stage], outgoing[stage])
+        for stage in range(len(members))
+    )
 
 
 def _figures(
@@ -72,27 +70,24 @@ def _figures(
     assignment: Assignment,
     stage: int,
     members: list[Unit | Shared],
-    crossing: list[tuple[Flow, int]],
+    incoming: list[tuple[Flow, int]],
+    outgoing: list[Flow],
 ) -> StageFigures:
+    """`incoming` are flows with the class of the device that they come from."""
     own = assignment.classes[stage]
     device = problem.classes[own]
     in_flight = problem.in_flight(assignment.num_stages, stage)
     compute = sum(item.forward_seconds[device.type] for item in members)
     compute += sum(item.backward_seconds[device.type] for item in members if isinstance(item, Unit))
-    messages = sum(flow.incoming_bytes(in_flight) for flow, _ in crossing)
-    messages += sum(
-        flow.outgoing_bytes(in_flight)
-        for flow in problem.flows
-        if assignment.stages[flow.producer] == stage
-        and any(assignment.stages[user] != stage for user in flow.consumers)
-    )
+    messages = sum(flow.incoming_bytes(in_flight) for flow, _ in incoming)
+    messages += sum(flow.outgoing_bytes(in_flight) for flow in outgoing)
     return StageFigures(
         compute_seconds=compute,
         receive_seconds=sum(
-            transfer(problem.links[origin][own], flow.forward_bytes) for flow, origin in crossing
+            transfer(problem.links[origin][own], flow.forward_bytes) for flow, origin in incoming
         ),
         return_seconds=sum(
-            transfer(problem.links[own][origin], flow.gradient_bytes) for flow, origin in crossing
+            transfer(problem.links[own][origin], flow.gradient_bytes) for flow, origin in incoming
         ),
         optimizer_seconds=sum(
             item.optimizer_seconds[device.type] for item in members if item.optimizer_seconds

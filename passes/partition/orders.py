@@ -42,7 +42,8 @@ def device_orders(
     """All device sequences if they are few enough, else some good ones; whether they are all.
 
     The good ones keep devices of a class together: by index, fastest first or last, most memory
-    first (early stages keep more microbatches in flight).
+    first (early stages keep more microbatches in flight). Devices that are all alike are taken by
+    index.
     """
     if len(problem.classes) == 1:
         return (DeviceOrders.of_sequence((0,) * num_stages),), True
@@ -51,6 +52,9 @@ def device_orders(
     if every is not None:
         return (every,), True
     by_index = devices_by_index(problem)
+    if len({(entry.type, entry.memory_bytes) for entry in problem.classes}) == 1:
+        sequence = tuple(cls for _, cls in by_index[:num_stages])
+        return (DeviceOrders.of_sequence(sequence),), False
     speed = [
         sum(unit.forward_seconds[entry.type] for unit in problem.units) for entry in problem.classes
     ]

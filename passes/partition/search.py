@@ -19,7 +19,7 @@ from .orders import device_orders, devices_by_index, topological_orders
 from .problem import Assignment, DeviceClass, StageProblem
 from .windows import unit_windows
 
-__all__ = ["SearchLimits", "Solution", "estimate", "search", "simple_bound"]
+__all__ = ["SearchLimits", "Solution", "Tables", "estimate", "search", "simple_bound"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,12 @@ class SearchLimits:
     max_work: int = 10_000_000
     num_thresholds: int = 40
     confirm: int = 4000
-    accept: float = 5e-3
+    accept: float = 9e-3
+
+    def margin(self, num_units: int, num_stages: int) -> float:
+        """Relative gap that is not worth closing at this size."""
+        small = num_units * num_stages <= self.confirm
+        return self.tolerance if small else max(self.tolerance, self.accept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +76,45 @@ class _Candidate:
     seconds: float = math.inf
 
 
-def search(problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits) -> Solution:
-    """The fastest legal partition into one of `stage_counts` stages."""
-    candidates = _by_down_sets(problem, stage_counts, limits)
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Tables of the problem's down-sets, and the same for the problem on devices all alike."""
+
+    real: DownSets
+    relaxed: DownSets
+
+    @staticmethod
+    def of(problem: StageProblem, limits: SearchLimits) -> Tables:
+        real = _down_sets(problem, limits)
+        relaxed = _relaxed(problem)
+        if relaxed is problem:
+            return Tables(real, real)
+        return Tables(real, DownSets(relaxed, real.sets, real.complete))
+
+    def under(self, problem: StageProblem) -> Tables:
+        """For `problem`, which may differ in the memory of its devices only."""
+        return Tables(self.real.under(problem), self.relaxed.under(_relaxed(problem)))
+
+
+def search(
+    problem: StageProblem,
+    stage_counts: tuple[int, ...],
+    limits: SearchLimits,
+    tables: Tables | None = None,
+) -> Solution:
+    """The fastest legal partition into one of `stage_counts` stages.
+
+    `tables` of the same problem, at whatever memory, save making them again.
+    """
+    tables = tables.under(problem) if tables else Tables.of(problem, limits)
+    candidates = _by_down_sets(tables, stage_counts, limits)
     best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
     methods = ["dynamic programming over down-sets"]
     budget = limits.time_limit
     for candidate in sorted(candidates, key=lambda item: (item.lower_bound, item.num_stages)):
         small = len(problem.units) * candidate.num_stages <= limits.confirm
-        allowance = limits.tolerance if small else max(limits.tolerance, limits.accept)
-        proven = candidate.lower_bound >= best.seconds * (1 - allowance)
+        margin = limits.margin(len(problem.units), candidate.num_stages)
+        proven = candidate.lower_bound >= best.seconds * (1 - margin)
         if proven and not (candidate is best and small):
             continue
         outcome, covered = _by_program(problem, candidate, best, budget, limits)
@@ -98,25 +132,25 @@ def search(problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchL
 
 
 def estimate(
-    problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
+    problem: StageProblem,
+    stage_counts: tuple[int, ...],
+    limits: SearchLimits,
+    tables: Tables | None = None,
 ) -> Solution:
-    """The fastest partition that dynamic programming finds; quick, often optimal, not proven."""
-    candidates = _by_down_sets(problem, stage_counts, limits)
+    """As `search`, by dynamic programming alone: quick, often optimal, not proven."""
+    tables = tables.under(problem) if tables else Tables.of(problem, limits)
+    candidates = _by_down_sets(tables, stage_counts, limits)
     best = min(candidates, key=lambda item: (item.seconds, item.num_stages))
     bound = min([item.lower_bound for item in candidates] + [best.seconds])
     return Solution(best.best, best.seconds, bound, ("dynamic programming over down-sets",))
 
 
 def _by_down_sets(
-    problem: StageProblem, stage_counts: tuple[int, ...], limits: SearchLimits
+    tables: Tables, stage_counts: tuple[int, ...], limits: SearchLimits
 ) -> list[_Candidate]:
-    """Best interval partition for every stage count that may still win."""
-    table = down_sets(problem, limits)
-    relaxed = _relaxed(problem)
-    relaxed_table = table
-    if relaxed is not problem:
-        relaxed_table = DownSets(relaxed, table.sets, table.complete)
-    bounds = outlook(relaxed_table, max(stage_counts))
+    """Best partition of the down-sets for every stage count that may still win."""
+    table, problem = tables.real, tables.real.problem
+    bounds = outlook(tables.relaxed, max(stage_counts))
     candidates = [_Candidate(count, simple_bound(problem, count)) for count in stage_counts]
     if table.complete:
         for candidate in candidates:
@@ -125,13 +159,14 @@ def _by_down_sets(
     for candidate in sorted(
         candidates, key=lambda item: (bounds[item.num_stages - 1], -item.num_stages)
     ):
-        if bounds[candidate.num_stages - 1] < least * (1 - limits.tolerance):
+        margin = limits.margin(len(problem.units), candidate.num_stages)
+        if bounds[candidate.num_stages - 1] < least * (1 - margin):
             _search_devices(table, candidate, least, limits)
             least = min(least, candidate.seconds)
     return candidates
 
 
-def down_sets(problem: StageProblem, limits: SearchLimits) -> DownSets:
+def _down_sets(problem: StageProblem, limits: SearchLimits) -> DownSets:
     """All down-sets of the problem's DAG, or the prefixes of several topological orders."""
     count, edges = len(problem.units), problem.edges()
     every = all_down_sets(count, edges, limits.max_down_sets)
@@ -192,11 +227,12 @@ def simple_bound(problem: StageProblem, num_stages: int) -> float:
     total = sum(map(min, work))
     if not 0.0 < total < math.inf:
         return 0.0 if total == 0.0 else math.inf
-    paces = sorted(
-        min(row[entry.type] / min(row) for row in work if min(row) > 0)
-        for entry in problem.classes
-        for _ in entry.devices
-    )[:num_stages]
+    pace_of = {
+        kind: min(row[kind] / min(row) for row in work if min(row) > 0)
+        for kind in sorted({entry.type for entry in problem.classes})
+    }
+    devices = [entry for entry in problem.classes for _ in entry.devices]
+    paces = sorted(pace_of[entry.type] for entry in devices)[:num_stages]
     rates = list(itertools.accumulate(1 / pace for pace in paces))
     heaviest = max(map(min, work))
     bottlenecks = [heaviest, *(total / rate for rate in rates if rate > 0)]
