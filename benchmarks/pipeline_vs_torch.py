@@ -3,7 +3,7 @@
 Both train the same transformer with the same cut, schedule, microbatches and optimizer, over gloo,
 each worker on one thread. Steps of the two alternate, so that what else the machine does hits
 both; medians are compared. The *ideal* is the length of the schedule at the stage times that
-cutset's workers measured, with no time for communication.
+cutset's workers measured in those steps, with no time for communication or the optimizer.
 
     python benchmarks/pipeline_vs_torch.py --stages 2 4 --steps 20
 """
@@ -93,12 +93,18 @@ def _compare(shape: Shape, num_stages: int, options: argparse.Namespace) -> dict
         ) as parallel,
     ):
         _check_cut(parallel, cuts)
-        ours, theirs = _interleave(
-            lambda: float(parallel.train_step(ids, targets)), rival.step, options.steps
-        )
-        forward, backward = _stage_seconds(parallel, ids, targets, num_stages)
+        samples: dict[tuple[str, int], list[float]] = {}
+
+        def recorded_step() -> float:
+            parallel.record_times()
+            loss = float(parallel.train_step(ids, targets))
+            _collect(parallel, samples)
+            return loss
+
+        ours, theirs = _interleave(recorded_step, rival.step, options.steps)
     assert parallel.plan.schedule is not None
-    ideal = ideal_seconds(parallel.plan.schedule, forward, backward)
+    forward, backward, shares = _stage_seconds(samples, num_stages)
+    ideal = ideal_seconds(parallel.plan.schedule, forward, backward, shares)
     return {
         "stages": num_stages,
         "microbatches": options.microbatches,
@@ -150,22 +156,28 @@ def _interleave(
     return times
 
 
+def _collect(parallel: Parallel, samples: dict[tuple[str, int], list[float]]) -> None:
+    """Add the times of the last step's computations, by kind and stage."""
+    for instruction, begin, end in itertools.chain(*parallel.instruction_times()):
+        match = re.match(r"(Forward|Backward\w*)\(stage=(\d+)", instruction)
+        if match:
+            samples.setdefault((match[1], int(match[2])), []).append(end - begin)
+
+
 def _stage_seconds(
-    parallel: Parallel, ids: torch.Tensor, targets: torch.Tensor, num_stages: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Median forward and backward seconds of a microbatch, by stage, in recorded steps."""
-    samples: dict[tuple[str, int], list[float]] = {}
-    for _ in range(3):
-        parallel.record_times()
-        parallel.train_step(ids, targets)
-        for instruction, begin, end in itertools.chain(*parallel.instruction_times()):
-            match = re.match(r"(Forward|Backward\w*)\(stage=(\d+)", instruction)
-            if match:
-                samples.setdefault((match[1], int(match[2])), []).append(end - begin)
-    sums = [[0.0] * num_stages, [0.0] * num_stages]
-    for (kind, stage), seconds in samples.items():
-        sums[kind != "Forward"][stage] += statistics.median(seconds)
-    return tuple(sums[0]), tuple(sums[1])
+    samples: dict[tuple[str, int], list[float]], num_stages: int
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Median forward and backward seconds of a microbatch by stage, and the share of backward
+    that computes input gradients."""
+    median = {key: statistics.median(seconds) for key, seconds in samples.items()}
+
+    def of(kind: str) -> list[float]:
+        return [median.get((kind, stage), 0.0) for stage in range(num_stages)]
+
+    inputs, whole = of("BackwardInput"), of("Backward")
+    backward = [sum(parts) for parts in zip(inputs, of("BackwardWeight"), whole, strict=True)]
+    shares = [part / total for part, total in zip(inputs, backward, strict=True)]
+    return tuple(of("Forward")), tuple(backward), tuple(shares)
 
 
 def _table(rows: list[dict[str, object]]) -> str:

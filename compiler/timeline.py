@@ -18,21 +18,29 @@ _GRADIENT_KINDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 
 
 def ideal_seconds(
-    schedule: Schedule, forward_seconds: tuple[float, ...], backward_seconds: tuple[float, ...]
+    schedule: Schedule,
+    forward_seconds: tuple[float, ...],
+    backward_seconds: tuple[float, ...],
+    input_shares: tuple[float, ...] | None = None,
 ) -> float:
     """Length of a step in `ideal_simulation`."""
-    return ideal_simulation(schedule, forward_seconds, backward_seconds).step_seconds
+    simulation = ideal_simulation(schedule, forward_seconds, backward_seconds, input_shares)
+    return simulation.step_seconds
 
 
 def ideal_simulation(
-    schedule: Schedule, forward_seconds: tuple[float, ...], backward_seconds: tuple[float, ...]
+    schedule: Schedule,
+    forward_seconds: tuple[float, ...],
+    backward_seconds: tuple[float, ...],
+    input_shares: tuple[float, ...] | None = None,
 ) -> Simulation:
     """The course of one step; memory and links, which a schedule does not tell, are left empty.
 
     Args:
         schedule: actions of each rank, in order.
-        forward_seconds, backward_seconds: time of each stage for one microbatch; the two halves of
-            a split backward take half of it each.
+        forward_seconds, backward_seconds: time of each stage for one microbatch.
+        input_shares: of each stage, the part of a split backward that computes the gradients of
+            its inputs; None: half of it.
 
     Raises:
         VerificationError: the schedule waits for itself.
@@ -52,7 +60,7 @@ def ideal_simulation(
                 if ready is None:
                     break
                 begin = max(free[rank], ready)
-                length = _duration(action, forward_seconds, backward_seconds)
+                length = _duration(action, forward_seconds, backward_seconds, input_shares)
                 ends[action] = free[rank] = begin + length
                 busy[rank] += length
                 spans.append(_span(rank, action, begin, free[rank]))
@@ -103,9 +111,15 @@ def _ready(action: Action, ends: dict[Action, float], num_stages: int) -> float 
 
 
 def _duration(
-    action: Action, forward_seconds: tuple[float, ...], backward_seconds: tuple[float, ...]
+    action: Action,
+    forward_seconds: tuple[float, ...],
+    backward_seconds: tuple[float, ...],
+    input_shares: tuple[float, ...] | None,
 ) -> float:
     if action.kind is ActionKind.FORWARD:
         return forward_seconds[action.stage]
-    share = 1.0 if action.kind is ActionKind.BACKWARD else 0.5
+    share = 1.0
+    if action.kind is not ActionKind.BACKWARD:
+        first = input_shares[action.stage] if input_shares else 0.5
+        share = first if action.kind is ActionKind.BACKWARD_INPUT else 1.0 - first
     return share * backward_seconds[action.stage]
