@@ -73,10 +73,11 @@ def _infeasible(
 
 
 def _certificate(solution: Solution, space: str, seconds: float) -> Certificate:
+    gap = max(0.0, 1.0 - solution.lower_bound / solution.seconds) if solution.seconds else 0.0
     return Certificate(
         objective=solution.seconds,
         lower_bound=solution.lower_bound,
-        gap=max(0.0, (solution.seconds - solution.lower_bound) / solution.seconds),
+        gap=gap,
         search_space=space,
         solver=f"{' + '.join(solution.methods)}, OR-Tools {importlib.metadata.version('ortools')}",
         solver_seconds=seconds,

@@ -21,7 +21,7 @@ __all__ = ["closest_partition", "program_order"]
 def closest_partition(
     problem: StageProblem, stage_counts: tuple[int, ...]
 ) -> tuple[Assignment, float]:
-    """The interval partition of program order whose worst stage exceeds its memory least.
+    """The partition of program order whose worst stage exceeds its memory least.
 
     Stages take devices by memory, most first (early stages keep most microbatches in flight).
     Returns it with that excess in bytes, negative if everything fits.

@@ -22,6 +22,9 @@ from .windows import unit_windows
 __all__ = ["SearchLimits", "Solution", "Tables", "estimate", "search", "simple_bound"]
 
 
+_INSTANT = 1e-12  # seconds: a step takes at least this
+
+
 @dataclass(frozen=True, slots=True)
 class SearchLimits:
     """How hard to search.
@@ -325,7 +328,7 @@ def _by_program(
         problem,
         num_stages,
         windows,
-        scale_seconds=best.seconds if best.best else _loose_seconds(problem),
+        scale_seconds=max(best.seconds, _INSTANT) if best.best else _loose_seconds(problem),
         cutoff_seconds=cutoff,
         fixed_classes=fixed,
     )
@@ -339,7 +342,7 @@ def _loose_seconds(problem: StageProblem) -> float:
     recomputed = [s for item in problem.shared for s in item.forward_seconds]
     total = sum(s for s in units if s < math.inf)
     total += problem.num_devices * sum(s for s in recomputed if s < math.inf)
-    return max(total * (problem.num_microbatches + 1), 1e-9)
+    return max(total * (problem.num_microbatches + 1), _INSTANT)
 
 
 def _largest_bottleneck(problem: StageProblem, num_stages: int, cutoff: float) -> float:

@@ -170,3 +170,12 @@ def test_replicated_nodes_stand_in_each_stage_that_needs_them() -> None:
     graph = build.build()
     stages = plan(graph, 2, num_stages=2).stages
     assert all(0 in stage.nodes for stage in stages)
+
+
+def test_a_graph_that_costs_nothing_still_has_a_plan() -> None:
+    build = GraphBuilder("view", Mode.INFER)
+    hidden = build.input("x", (4, 8))
+    build.output(build.op("aten.view.default", hidden, (8, 4)))
+    found = plan(build.build(), 2, 4)
+    assert [stage.nodes for stage in found.stages] == [(0,)]
+    assert found.certificate is not None and found.certificate.gap == 0.0
