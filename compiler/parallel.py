@@ -129,7 +129,8 @@ class Parallel:
             variant,
             call,
             hyperparameters=current_hyperparameters(self.optimizer),
-            keep_gradients=self._options.keep_gradients,
+            # copies of the gradients would count as memory of the step
+            keep_gradients=self._options.keep_gradients and not self._measure,
         )
         self._tensors.change(variant.needs.changed)
         self._states.change(entry for entry in variant.needs.changed if entry[0] in self._states)

@@ -18,6 +18,7 @@ All kernels take one list of tensors and empty it, so that a dead tensor is free
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..compiler.ir.graph import Graph, OutputKind, Value, ValueKind
+from ..compiler.ir.ops import Category
 from .fx_cut import boxed_module, cut_backward, mutates, use_addmm
 
 __all__ = ["Kernel", "StageKernels", "StageSignature", "trace_inference", "trace_training"]
@@ -213,7 +215,7 @@ def _trace_joint(
             )
         return [output.detach() for output in outputs], list(gradients)
 
-    with FakeTensorMode():
+    with FakeTensorMode(), _plain_recurrent(graph):
         key = torch.zeros((), dtype=torch.int64, device=device)
         arguments = [_example(value, device) for value in signature.arguments]
         tangents = [
@@ -226,6 +228,14 @@ def _trace_joint(
     left = mutates(traced.graph)
     assert not left, f"in-place ops survive functionalisation: {left}"
     return traced
+
+
+def _plain_recurrent(graph: Graph) -> contextlib.AbstractContextManager[object]:
+    """Keep oneDNN away from recurrent layers: its backward needs a workspace of the real forward,
+    which a trace on fake tensors does not have."""
+    if any(node.op.category is Category.RECURRENT for node in graph.nodes):
+        return torch.backends.mkldnn.flags(enabled=False)
+    return contextlib.nullcontext()
 
 
 def _example(value: Value, device: torch.device) -> Tensor:

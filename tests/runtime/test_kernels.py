@@ -193,3 +193,24 @@ def test_oracle_is_not_trivial() -> None:
     tensors = values_for(graph)
     outputs, _, _ = run_kernels(kernels, tensors, [torch.ones(2, 6, 8, dtype=torch.float64)])
     assert not torch.equal(outputs[0], compile_stage(graph)(0, CPU, *tensors)[0])
+
+
+def test_recurrent_layers_in_single_precision() -> None:
+    build = GraphBuilder("lstm", Mode.TRAIN)
+    h = build.boundary("h", (2, 5, 4))
+    zero = build.op("aten.zeros.default", [1, 2, 3])
+    shapes = ((12, 4), (12, 3), (12,), (12,))
+    weights = [build.parameter(f"w{i}", shape) for i, shape in enumerate(shapes)]
+    options = (True, 1, 0.0, True, False, True)
+    out = build.ops("aten.lstm.input", h, [zero, zero], weights, *options)
+    graph = boundary_out(build, out[0])
+    kernels = trace_training(compile_stage(graph), graph, CPU)
+    tensors = values_for(graph)
+    outputs, inputs, sums = run_kernels(kernels, tensors, [torch.ones(2, 5, 3)])
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    (expected,) = compile_stage(graph)(torch.tensor(0), CPU, *leaves)
+    expected.sum().backward()
+    torch.testing.assert_close(outputs[0], expected.detach())
+    torch.testing.assert_close(inputs[0], leaves[0].grad)
+    for index, total in sums.items():
+        torch.testing.assert_close(total, 2 * leaves[index].grad)
