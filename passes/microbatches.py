@@ -54,7 +54,7 @@ class ChooseMicrobatches:
 def _choose(plan: Plan, context: Context) -> int:
     most = context.options.num_stages or len(plan.cluster.devices)
     batched = any(value.batch_dim is not None for value in context.graph.values_of(ValueKind.INPUT))
-    numbers = list(candidates(plan.batch_size, most)) if batched and most > 1 else [1]
+    numbers = list(candidates(plan.batch_size, most)) if batched else [1]
     if len(numbers) == 1:
         return numbers[0]
     statement = state(plan, context)

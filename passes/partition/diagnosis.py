@@ -94,9 +94,11 @@ def _parts(need: MemoryPrediction, in_flight: int) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    if abs(num_bytes) >= 0.1 * _GIB:
+    if num_bytes >= _GIB:
         return f"{num_bytes / _GIB:.1f} GiB"
-    return f"{num_bytes / _MIB:.2f} MiB"
+    return (
+        f"{num_bytes / _MIB:.1f} MiB" if num_bytes >= 10 * _MIB else f"{num_bytes / _MIB:.2f} MiB"
+    )
 
 
 def _ways_out(
