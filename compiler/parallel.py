@@ -80,6 +80,13 @@ class Parallel:
         *,
         owns_session: bool = False,
     ) -> None:
+        if session is not None and session.num_ranks != len(planned.programs):
+            raise UsageError(
+                f"the plan is for {len(planned.programs)} ranks, the session has "
+                f"{session.num_ranks}",
+                where="session",
+                ways_out=(f"pass num_stages={session.num_ranks}", "pass a session of as many"),
+            )
         model = planned.model
         self.model = model
         self.plan = planned.plan

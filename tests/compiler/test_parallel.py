@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from cutset.compiler.ir.errors import CaptureError, UsageError
+from cutset.runtime.inprocess import InProcessSession
 
 from .partitioned import (
     WIDTH,
@@ -334,6 +335,11 @@ def test_the_rate_of_a_scheduler_resumes_with_the_optimizer() -> None:
     second.load_optimizer_state_dict(first.optimizer_state_dict())
     assert second.optimizer.param_groups[0]["lr"] == 0.5
     assert second.optimizer_state_dict()["num_steps"] == 1
+
+
+def test_a_session_of_another_size_is_refused() -> None:
+    with pytest.raises(UsageError, match="the plan is for 2 ranks, the session has 3"):
+        partition(chain(), session=InProcessSession(3))
 
 
 def test_after_close_only_one_clear_error() -> None:
