@@ -14,6 +14,7 @@ only, so no code travels. Bytes of tensors go from and to their storage without 
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import pickle
@@ -59,6 +60,12 @@ class _Pickler(pickle.Pickler):
             self._index[id(obj)] = len(self.tensors)
             self.tensors.append(obj)
         return self._index[id(obj)]
+
+    def reducer_override(self, obj: object) -> Any:
+        """Enum members by value: some releases of Python 3.11 pickle them through `getattr`."""
+        if isinstance(obj, enum.Enum):
+            return type(obj), (obj.value,)
+        return NotImplemented
 
 
 class _Unpickler(pickle.Unpickler):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cutset.compiler.ir.errors import InfeasibleError
+from cutset.compiler.ir.graph import Mode
 from cutset.compiler.ir.program import Register, Send
 from cutset.compiler.ir.types import DTYPE_NAMES, TensorType
 from cutset.runtime.rpc import Channel, ConnectionLost, decode, encode
@@ -157,3 +158,9 @@ class TestChannel:
         with pytest.raises(pickle.UnpicklingError):
             far.recv()
         assert far.recv() == "next"
+
+
+def test_enums_travel_by_value() -> None:
+    """Whatever this release of Python would pickle an enum as."""
+    pickled = b"".join(bytes(part) for part in encode({"mode": Mode.TRAIN}))
+    assert b"getattr" not in pickled
