@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..passes.schedule import build_schedule
+from ..passes.transfer import transfer
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
 from ..runtime.optimizer import current_hyperparameters, describe_optimizer
 from ..runtime.session import LocalSession, Session
@@ -241,8 +242,6 @@ class Parallel:
             captured = capture(self.model, args, kwargs, mode=mode, loss_fn=loss_fn, check=False)
         except CaptureError as error:
             raise self._at_another_size(error, rows, count) from error
-        from ..passes.transfer import transfer
-
         stages = transfer(self.plan, self._planned.captured.graph, captured.graph)
         plan = replace(
             self.plan,

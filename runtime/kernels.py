@@ -168,16 +168,14 @@ def trace_training(function: StageFunction, graph: Graph, device: torch.device) 
         num_input_gradients=len(signature.differentiable),
     )
     use_addmm(parts.weight)
-    sources = {"argument": Source.ARGUMENT, "saved": Source.SAVED}
-    sources |= {"tangent": Source.TANGENT, "passed": Source.PASSED}
     return StageKernels(
         signature=signature,
         num_outputs=len(graph.outputs),
         forward=boxed_module(parts.forward),
         backward_input=boxed_module(parts.input),
         backward_weight=boxed_module(parts.weight),
-        input_sources=tuple((sources[kind], index) for kind, index in parts.input_sources),
-        weight_sources=tuple((sources[kind], index) for kind, index in parts.weight_sources),
+        input_sources=tuple((Source(kind), index) for kind, index in parts.input_sources),
+        weight_sources=tuple((Source(kind), index) for kind, index in parts.weight_sources),
         accumulated=tuple(signature.trained[index] for index in parts.accumulated),
         zero_inputs=parts.zero_inputs,
         modules={"forward": parts.forward, "input": parts.input, "weight": parts.weight},
