@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 from .types import TensorType
 
-__all__ = ["Layout", "Mesh", "MeshAxis", "Partial", "Placement", "Replicate", "Shard", "local_type"]
+__all__ = [
+    "Layout",
+    "Mesh",
+    "MeshAxis",
+    "Partial",
+    "Placement",
+    "Replicate",
+    "Shard",
+    "local_offset",
+    "local_type",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +139,22 @@ def local_type(
             part = -(-shape[placement.dim] // axis.size)
             shape[placement.dim] = max(0, min(part, shape[placement.dim] - part * position))
     return TensorType(tuple(shape), type.dtype)
+
+
+def local_offset(
+    type: TensorType, layout: Layout, mesh: Mesh, coordinate: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Where the part of a tensor held at `coordinate` begins in the whole tensor, per dim.
+
+    Raises:
+        ValueError: as `local_type`.
+    """
+    offset = [0] * len(type.shape)
+    for position, placement in enumerate(layout.placements):
+        if isinstance(placement, Shard):
+            before = Layout(layout.placements[:position])
+            axes = Mesh(mesh.axes[:position])
+            whole = local_type(type, before, axes, coordinate[:position]).shape[placement.dim]
+            part = -(-whole // mesh.axes[position].size)
+            offset[placement.dim] += min(part * coordinate[position], whole)
+    return tuple(offset)

@@ -15,7 +15,10 @@ import torch
 
 from .errors import CaptureError
 
-__all__ = ["Category", "Op", "op_named", "resolve"]
+__all__ = ["COLLECTIVES", "Category", "Op", "op_named", "resolve"]
+
+COLLECTIVES = "cutset"
+"""Namespace of the collectives; `runtime/collective_ops.py` defines them."""
 
 
 class Category(enum.Enum):
@@ -34,6 +37,7 @@ class Category(enum.Enum):
     COPY = "copy"  # cat, stack, clone, pad, roll: bytes move, nothing is computed
     FACTORY = "factory"  # creates a tensor from scalars
     RECURRENT = "recurrent"
+    COLLECTIVE = "collective"  # of namespace cutset: ranks of one mesh axis take part
     OTHER = "other"
 
 
@@ -118,6 +122,8 @@ def op_named(name: str) -> Op:
     if len(parts) != 3 or not all(parts):
         raise CaptureError(f"{name!r} is not an operator name (namespace.packet.overload)")
     packet = parts[1]
+    if parts[0] == COLLECTIVES:
+        return Op(name, Category.COLLECTIVE, False)
     return Op(name, _CATEGORY.get(packet, Category.OTHER), packet in _RANDOM)
 
 
