@@ -1,8 +1,8 @@
 """What a rule is given to rewrite one node to its local part, and the graph that it builds.
 
 A `LocalGraph` collects the values and nodes of one rank's graph. A `Lowering` is handed to a rule:
-operands are local values already in the layout that the node's strategies ask for, and the rule emits
-whatever computes the local results, collectives included.
+operands are local values already in the layout that the node's strategies ask for, and the rule
+emits whatever computes the local results, collectives included.
 
 Collectives are nodes of namespace `cutset` whose adjoints are collectives too (see
 `runtime/collective_ops.py`). All take the name of the mesh axis whose ranks take part.
@@ -228,8 +228,8 @@ class Lowering:
     Args:
         view: the global node.
         local: the local graph; rules emit into it through the methods below.
-        inputs: local values of `node.inputs`, laid out as `input_layouts` says. A replicated operand
-            of a node that works on parts is already such that its gradient may be partial.
+        inputs: local values of `node.inputs`, laid out as `input_layouts` says. A replicated
+            operand of a node that works on parts is already such that its gradient may be partial.
         input_layouts, output_layouts: one placement per mesh axis.
     """
 

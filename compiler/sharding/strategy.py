@@ -1,14 +1,14 @@
 """Strategies: the ways to run one node over one mesh axis.
 
-A strategy gives a placement to every tensor that the node reads and makes, in DTensor's vocabulary.
-It speaks of *one* axis; over a mesh with several axes a node has one strategy an axis, and no tensor
-dim is sharded by two of them.
+A strategy gives a placement to every tensor that the node reads and makes, in DTensor's
+vocabulary. It speaks of *one* axis; over a mesh with several axes a node has one strategy an axis,
+and no tensor dim is sharded by two of them.
 
 Gradients follow from placements. The gradient of a `Shard` is sharded alike; that of a `Partial` (a
-term of a sum) is replicated, as each term counts fully. A `Replicate` operand of a node that works on
-parts gets from each rank the *term* of its gradient that comes from that rank's part, so its gradient
-is `Partial`; unless the strategy says in `full_gradients` that each rank computes all of it. A
-`Replicate` result expects a replicated gradient. (Megatron-LM's operators f and g are the
+term of a sum) is replicated, as each term counts fully. A `Replicate` operand of a node that works
+on parts gets from each rank the *term* of its gradient that comes from that rank's part, so its
+gradient is `Partial`; unless the strategy says in `full_gradients` that each rank computes all of
+it. A `Replicate` result expects a replicated gradient. (Megatron-LM's operators f and g are the
 conversions that follow from this: Shoeybi et al., 2019.)
 """
 
