@@ -6,13 +6,32 @@ from ...ir.graph import Graph, Node
 from ..rule import Rule, Table
 from ..strategy import OpStrategy, OpView, replicated
 from .class_losses import CLASS_LOSSES
+from .elementwise import ELEMENTWISE
+from .factories import FACTORIES
+from .indexing import INDEXING
 from .losses import LOSSES
+from .pieces import PIECES
 from .products import PRODUCTS
+from .random import RANDOM
+from .reductions import REDUCTIONS
+from .shapes import SHAPES
 from .softmax import SOFTMAX
 
 __all__ = ["RULES", "rule_of", "strategies_of"]
 
-RULES: Table = {**CLASS_LOSSES, **LOSSES, **PRODUCTS, **SOFTMAX}
+RULES: Table = {
+    **CLASS_LOSSES,
+    **LOSSES,
+    **PRODUCTS,
+    **SOFTMAX,
+    **ELEMENTWISE,
+    **SHAPES,
+    **PIECES,
+    **REDUCTIONS,
+    **INDEXING,
+    **FACTORIES,
+    **RANDOM,
+}
 
 
 def rule_of(node: Node) -> Rule | None:
