@@ -35,7 +35,6 @@ CASES: dict[str, Case] = {
     "var_mean": one_node("aten.var_mean.correction", X, [0, 2], correction=0),
     "norm": one_node("aten.norm.ScalarOpt_dim", X, 2, [1]),
     "linalg_vector_norm": one_node("aten.linalg_vector_norm.default", X, 2.0, [-1], True),
-    "logsumexp": one_node("aten.logsumexp.default", X, [-1]),
     "cumsum": one_node("aten.cumsum.default", X, 1),
     "cumprod": one_node("aten.cumprod.default", X, -1),
     "sort": one_node("aten.sort.default", X, 1, True),

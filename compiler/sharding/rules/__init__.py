@@ -13,6 +13,7 @@ from .losses import LOSSES
 from .pieces import PIECES
 from .products import PRODUCTS
 from .random import RANDOM
+from .recurrent import RECURRENT
 from .reductions import REDUCTIONS
 from .shapes import SHAPES
 from .softmax import SOFTMAX
@@ -31,6 +32,7 @@ RULES: Table = {
     **INDEXING,
     **FACTORIES,
     **RANDOM,
+    **RECURRENT,
 }
 
 

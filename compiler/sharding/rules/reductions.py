@@ -103,7 +103,7 @@ REDUCTIONS: Table = {
     "mean": Rule(_sum, _lower_mean),
     **for_all(
         "amax amin aminmax max min argmax argmin prod any all var std var_mean std_mean norm "
-        "linalg_vector_norm logsumexp nansum nanmean median nanmedian mode kthvalue",
+        "linalg_vector_norm nansum nanmean median nanmedian mode kthvalue",
         Rule(_reduction),
     ),
     **for_all("cumsum", Rule(_linear_along)),
