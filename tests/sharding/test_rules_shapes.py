@@ -63,6 +63,7 @@ CASES: dict[str, Case] = {
     "constant_pad_nd": one_node("aten.constant_pad_nd.default", X, [0, 0, 1, 1]),
     "replication_pad1d": one_node("aten.replication_pad1d.default", X, [1, 2]),
     "cat": one_node("aten.cat.default", [X, randn(4, 2, 6), X], 1),
+    "cat to nothing": one_node("aten.cat.default", [randn(0), X], 1),
     "stack": one_node("aten.stack.default", [X, randn(4, 3, 6).sin()], -2),
     "select_scatter": one_node("aten.select_scatter.default", X, randn(4, 6), 1, 2),
     "slice_scatter": one_node("aten.slice_scatter.default", X, randn(4, 3, 2), 2, 1, 3),

@@ -15,6 +15,6 @@ def test_every_operator_has_its_rule_in_one_place() -> None:
         loaded = importlib.import_module(f"{rules.__name__}.{module.name}")
         for name in loaded.__all__:
             if name.isupper():
-                count.update(getattr(loaded, name))
+                count.update(list(getattr(loaded, name)))
     assert not [packet for packet, places in count.items() if places > 1]
     assert set(count) == set(rules.RULES), "a table is not part of RULES"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...ir.mesh import Placement, Shard
 from ..rule import Rule, Table
-from ..strategy import OpStrategy, OpView, can_shard
+from ..strategy import OpStrategy, OpView
 from .common import dim_of, dims_of, for_all, linear, moved, over, strategy, whole_dims
 
 __all__ = ["PIECES"]
@@ -80,21 +80,19 @@ def _pad(view: OpView, parts: int) -> Iterator[OpStrategy]:
 
 def _cat(view: OpView, parts: int) -> Iterator[OpStrategy]:
     """Joins along one dim, a new one for `stack`; the others are sharded in all operands."""
-    ranks = {len(type.shape) for type in view.inputs}
-    if len(ranks) > 1:
-        return  # an empty tensor of one dim may be among them
     new = view.packet == "stack"
-    dim = view.argument("dim")
-    assert isinstance(dim, int)
-    dim %= len(view.output().shape)
-    listed = view.argument("tensors")
-    assert isinstance(listed, tuple)
+    dim, listed, result = view.argument("dim"), view.argument("tensors"), view.output()
+    assert isinstance(dim, int) and isinstance(listed, tuple)
+    dim %= len(result.shape)
     yield from linear(view, [getattr(item, "index", None) for item in listed])
-    for old in range(ranks.pop()):
-        after = old + (new and old >= dim)
-        if (new or old != dim) and can_shard(view.output(), after, parts):
-            reads = [(position, Shard(old)) for position in range(len(view.inputs))]
-            yield from strategy(view, reads, Shard(after))
+    for after in over(result, parts, without=[dim]):
+        before = after - (new and after > dim)
+        reads = [
+            (position, Shard(before))
+            for position, type in enumerate(view.inputs)
+            if type.shape != (0,)  # which is joined to tensors of any shape
+        ]
+        yield from strategy(view, reads, Shard(after))
 
 
 def _scattered_piece(view: OpView, parts: int) -> Iterator[OpStrategy]:
