@@ -5,11 +5,14 @@ from __future__ import annotations
 from ...ir.graph import Graph, Node
 from ..rule import Rule, Table
 from ..strategy import OpStrategy, OpView, replicated
+from .attention import ATTENTION
 from .class_losses import CLASS_LOSSES
+from .convolutions import CONVOLUTIONS
 from .elementwise import ELEMENTWISE
 from .factories import FACTORIES
 from .indexing import INDEXING
 from .losses import LOSSES
+from .norms import NORMS
 from .pieces import PIECES
 from .products import PRODUCTS
 from .random import RANDOM
@@ -21,18 +24,21 @@ from .softmax import SOFTMAX
 __all__ = ["RULES", "rule_of", "strategies_of"]
 
 RULES: Table = {
+    **ATTENTION,
     **CLASS_LOSSES,
-    **LOSSES,
-    **PRODUCTS,
-    **SOFTMAX,
+    **CONVOLUTIONS,
     **ELEMENTWISE,
-    **SHAPES,
-    **PIECES,
-    **REDUCTIONS,
-    **INDEXING,
     **FACTORIES,
+    **INDEXING,
+    **LOSSES,
+    **NORMS,
+    **PIECES,
+    **PRODUCTS,
     **RANDOM,
     **RECURRENT,
+    **REDUCTIONS,
+    **SHAPES,
+    **SOFTMAX,
 }
 
 
