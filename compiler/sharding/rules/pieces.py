@@ -1,6 +1,6 @@
 """Rules of operators that cut, join, fill up or turn round some dims and leave the others.
 
-The others can be sharded. All are linear: terms of a sum pass, unless a constant comes in.
+The others can be sharded. All are linear: terms of a sum pass.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...ir.mesh import Placement, Shard
 from ..rule import Rule, Table
 from ..strategy import OpStrategy, OpView
-from .common import dim_of, dims_of, for_all, linear, moved, over, strategy, whole_dims
+from .common import dim_of, dims_of, for_all, linear, moved, over, strategy
 
 __all__ = ["PIECES"]
 
@@ -67,15 +67,11 @@ def _others(view: OpView, worked: Sequence[int]) -> dict[int, int]:
 
 
 def _pad(view: OpView, parts: int) -> Iterator[OpStrategy]:
-    """The dims that get nothing; `pad` lists (before, after) from the last dim on."""
-    x, pad = view.input(0), view.argument("pad", view.argument("padding"))
-    assert isinstance(pad, tuple)
-    rank = len(x.shape)
-    padded = [rank - 1 - i // 2 for i, amount in enumerate(pad) if amount != 0]
-    constant = view.argument("mode", "constant" if view.packet == "constant_pad_nd" else "reflect")
-    if constant != "constant" or not view.argument("value"):
-        yield from linear(view, [0])
-    yield from whole_dims(view, parts, padded)
+    """The dims that get nothing; `padding` lists (before, after) from the last dim on."""
+    rank, padding = len(view.input(0).shape), view.argument("padding")
+    assert isinstance(padding, tuple)
+    padded = [rank - 1 - at // 2 for at, amount in enumerate(padding) if amount != 0]
+    yield from _free(view, parts, _others(view, padded))
 
 
 def _cat(view: OpView, parts: int) -> Iterator[OpStrategy]:
@@ -129,8 +125,8 @@ PIECES: Table = {
     **for_all("flip roll", Rule(_along)),
     **for_all("tril triu", Rule(_last_two)),
     **for_all(
-        "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
-        "replication_pad2d replication_pad3d",
+        "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+        "replication_pad3d",
         Rule(_pad),
     ),
     **for_all("cat concat concatenate stack", Rule(_cat)),
