@@ -175,11 +175,11 @@ def _stages(plan: Plan, graph: Graph, stage_of: dict[int, int]) -> tuple[Stage, 
     for node, stage in stage_of.items():
         groups[stage].add(node)
     pairs = zip(plan.stages, groups, strict=True)
-    kept = [(stage.device, group) for stage, group in pairs if group]
+    kept = [(stage.devices, group) for stage, group in pairs if group]
     for _, group in kept:
         group.update(needed_replicas(graph, replicated, group))
     placed = set().union(*(group for _, group in kept))
     kept[-1][1].update(node.id for node in graph.nodes if node.id not in placed)
     return tuple(
-        Stage(index, device, tuple(sorted(group))) for index, (device, group) in enumerate(kept)
+        Stage(index, devices, tuple(sorted(group))) for index, (devices, group) in enumerate(kept)
     )

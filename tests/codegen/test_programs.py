@@ -60,7 +60,7 @@ def plan_of(graph: Graph, stages: tuple[Stage, ...], timetable: Schedule) -> Pla
 
 def three_stages() -> tuple[Stage, ...]:
     """Nodes: 0 mask, 1 a, 2 mul, 3 b, 4 mul, 5 c, 6 add, 7 mean; the mask is in stages 1 and 2."""
-    return Stage(0, 0, (1,)), Stage(1, 1, (0, 2, 3)), Stage(2, 2, (0, 4, 5, 6, 7))
+    return Stage(0, (0,), (1,)), Stage(1, (1,), (0, 2, 3)), Stage(2, (2,), (0, 4, 5, 6, 7))
 
 
 ROWS = [

@@ -24,7 +24,9 @@ from cutset.compiler.ir.plan import (
     Certificate,
     Fingerprint,
     MemoryPrediction,
+    NodeLayout,
     OptimizerModel,
+    ParameterLayout,
     Plan,
     Prediction,
     Stage,
@@ -248,9 +250,28 @@ plans = st.builds(
     num_microbatches=ids,
     mesh=meshes,
     stages=st.lists(
-        st.builds(Stage, ids, ids, st.lists(ids, max_size=9).map(tuple)), max_size=3
+        st.builds(
+            Stage,
+            ids,
+            st.lists(ids, min_size=1, max_size=3).map(tuple),
+            st.lists(ids, max_size=9).map(tuple),
+        ),
+        max_size=3,
     ).map(tuple),
     layouts=st.lists(st.builds(ValueLayout, texts, layouts), max_size=2).map(tuple),
+    parameter_layouts=st.lists(
+        st.builds(ParameterLayout, texts, layouts, layouts, layouts), max_size=2
+    ).map(tuple),
+    node_layouts=st.lists(
+        st.builds(
+            NodeLayout,
+            st.lists(ids, max_size=9).map(tuple),
+            st.lists(layouts, max_size=3).map(tuple),
+            st.lists(layouts, max_size=2).map(tuple),
+        ),
+        max_size=2,
+    ).map(tuple),
+    recomputed=st.lists(ids, max_size=9).map(tuple),
     schedule=st.none() | schedules,
     prediction=st.none() | predictions,
     certificate=st.none() | st.builds(Certificate, finite, finite, finite, texts, texts, finite),

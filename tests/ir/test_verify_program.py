@@ -478,7 +478,7 @@ def test_ranks_without_stages_take_no_part() -> None:
     spread = replace(
         plan,
         cluster=cluster(3),
-        stages=(first, replace(second, device=2)),
+        stages=(first, replace(second, devices=(2,))),
         schedule=replace(plan.schedule, ranks=rows),
         prediction=None,
     )
