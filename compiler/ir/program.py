@@ -45,6 +45,7 @@ __all__ = [
     "Register",
     "Send",
     "StageProgram",
+    "TensorShard",
 ]
 
 GRADIENT_NORM = "gradient norm"
@@ -155,6 +156,23 @@ Instruction = (
     | ClipGradients
     | OptimizerStep
 )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShard:
+    """The rectangular part of a tensor that a rank holds.
+
+    Args:
+        name: of the parameter, buffer, constant or user input (its origin).
+        whole: type of the whole tensor (an input: of one microbatch).
+        offset: where the part begins, per dim.
+        part: type of the part.
+    """
+
+    name: str
+    whole: TensorType
+    offset: tuple[int, ...]
+    part: TensorType
 
 
 @dataclass(frozen=True, slots=True)
