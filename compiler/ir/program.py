@@ -185,12 +185,15 @@ class StageProgram:
             its results for them.
         consumers: for each BOUNDARY output, value name -> stages that read it.
         producers: for each BOUNDARY value, value name -> stage that computes it.
+        axes: for each mesh axis that the graph's collectives name, the ranks along it that this
+            rank belongs to, in the order of their parts.
     """
 
     index: int
     graph: Graph
     consumers: tuple[tuple[str, tuple[int, ...]], ...]
     producers: tuple[tuple[str, int], ...]
+    axes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

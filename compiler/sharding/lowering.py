@@ -5,7 +5,7 @@ operands are local values already in the layout that the node's strategies ask f
 emits whatever computes the local results, collectives included.
 
 Collectives are nodes of namespace `cutset` whose adjoints are collectives too (see
-`runtime/collective_ops.py`). All take the name of the mesh axis whose ranks take part.
+`compiler/ir/collectives.py`). All take the name of the mesh axis whose ranks take part.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from cutset.compiler.ir.errors import VerificationError, WaitTimeout
 from cutset.compiler.ir.graph import Mode
 from cutset.compiler.ir.program import AllReduce, Instruction, Program, Recv, Register, Send
 from cutset.compiler.ir.types import TensorType
-from cutset.runtime.communicator import Contract, agree
+from cutset.runtime.contract import Contract, agree
 from cutset.runtime.local_communicator import LocalNetwork
 
 HIDDEN = TensorType((2, 4), torch.float32)

@@ -3,6 +3,7 @@
 program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_hash=5f.. {
   stage_ranks (0, 1)
   stage 0 {
+    axis tensor (0, 1)
     to %h (1,)
     graph mlp.stage0 train {
       ...
@@ -59,6 +60,7 @@ def print_program(program: Program) -> str:
     lines = [head, f"  stage_ranks {print_literal(program.stage_ranks)}"]
     for stage in program.stages:
         lines.append(f"  stage {stage.index} {{")
+        lines += [f"    axis {print_text(n)} {print_literal(ranks)}" for n, ranks in stage.axes]
         lines += [f"    to {print_name(name)} {print_literal(to)}" for name, to in stage.consumers]
         lines += [f"    from {print_name(name)} {source}" for name, source in stage.producers]
         lines += textwrap.indent(print_graph(stage.graph), "    ").splitlines()
@@ -139,9 +141,12 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
         head.expect("{")
         consumers: list[tuple[str, tuple[int, ...]]] = []
         producers: list[tuple[str, int]] = []
-        while scanner.peek() in ("to", "from"):
+        axes: list[tuple[str, tuple[int, ...]]] = []
+        while scanner.peek() in ("axis", "to", "from"):
             line = scanner.line()
-            if line.accept("to"):
+            if line.accept("axis"):
+                axes.append((line.string(), _integers(line)))
+            elif line.accept("to"):
                 consumers.append((line.name(), _integers(line)))
             else:
                 line.expect("from")
@@ -149,7 +154,7 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
             line.end()
         graph = read_graph(scanner)
         scanner.line().expect("}")
-        yield StageProgram(index, graph, tuple(consumers), tuple(producers))
+        yield StageProgram(index, graph, tuple(consumers), tuple(producers), tuple(axes))
 
 
 def _read_instructions(scanner: Scanner) -> Iterator[Instruction]:
