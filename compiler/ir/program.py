@@ -206,6 +206,8 @@ class Program:
         plan_hash: agreed by all ranks before the first step.
         memory_limit_bytes: what the verifier holds the rank to.
         shards: parts of the parameters, buffers, constants and inputs that it does not hold whole.
+        updates: parts of the parameters that it updates, where that is less than it holds: its
+            gradients and optimizer states are of these (ZeRO).
         gradient_terms: (parameter, ranks whose gradients of their copies are terms of one sum), for
             the parameters of which this rank is not the only one.
     """
@@ -220,6 +222,7 @@ class Program:
     plan_hash: str
     memory_limit_bytes: int
     shards: tuple[TensorShard, ...] = ()
+    updates: tuple[TensorShard, ...] = ()
     gradient_terms: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def stage(self, index: int) -> StageProgram:

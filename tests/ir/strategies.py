@@ -196,6 +196,10 @@ programs = st.builds(
         st.builds(TensorShard, texts, types, st.lists(ids, max_size=3).map(tuple), types),
         max_size=2,
     ).map(tuple),
+    updates=st.lists(
+        st.builds(TensorShard, texts, types, st.lists(ids, max_size=3).map(tuple), types),
+        max_size=2,
+    ).map(tuple),
     gradient_terms=st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(
         tuple
     ),

@@ -61,9 +61,8 @@ def print_program(program: Program) -> str:
         f"plan_hash={print_text(program.plan_hash)} {{"
     )
     lines = [head, f"  stage_ranks {print_literal(program.stage_ranks)}"]
-    for shard in program.shards:
-        name, offset = print_text(shard.name), print_literal(shard.offset)
-        lines.append(f"  shard {name} {shard.part} of {shard.whole} at {offset}")
+    lines += [f"  shard {_shard(shard)}" for shard in program.shards]
+    lines += [f"  update {_shard(shard)}" for shard in program.updates]
     for target, ranks in program.gradient_terms:
         lines.append(f"  terms {print_text(target)} {print_literal(ranks)}")
     for stage in program.stages:
@@ -125,7 +124,8 @@ def parse_program(text: str) -> Program:
         mode=mode,
         **numbers,
         stage_ranks=_integers(ranks),
-        shards=tuple(_read_shards(scanner)),
+        shards=tuple(_read_shards(scanner, "shard")),
+        updates=tuple(_read_shards(scanner, "update")),
         gradient_terms=tuple(_read_terms(scanner)),
         stages=tuple(_read_stages(scanner)),
         instructions=tuple(_read_instructions(scanner)),
@@ -143,10 +143,15 @@ def _integers(line: Line) -> tuple[int, ...]:
     return tuple(item for item in items if isinstance(item, int))
 
 
-def _read_shards(scanner: Scanner) -> Iterator[TensorShard]:
-    while scanner.peek() == "shard":
+def _shard(shard: TensorShard) -> str:
+    name, offset = print_text(shard.name), print_literal(shard.offset)
+    return f"{name} {shard.part} of {shard.whole} at {offset}"
+
+
+def _read_shards(scanner: Scanner, head: str) -> Iterator[TensorShard]:
+    while scanner.peek() == head:
         line = scanner.line()
-        line.expect("shard")
+        line.expect(head)
         name, part = line.string(), line.type()
         line.expect("of")
         whole = line.type()
