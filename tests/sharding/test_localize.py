@@ -20,7 +20,7 @@ from cutset.compiler.ir.verify import verify_graph
 from cutset.compiler.sharding.localize import LocalPart, localize
 from cutset.compiler.sharding.sharding import Sharding, make_sharding
 from cutset.runtime.rng import make_key
-from tests.models.exact import EXACT_MODELS, ROWS
+from tests.models.exact import ROWS, SHARDED_MODELS
 
 from .choices import Layouts, flowing_layouts, random_layouts
 from .lockstep import RankGraph, assemble, coordinates, run_lockstep
@@ -41,7 +41,7 @@ class Whole:
 @functools.cache
 def whole(name: str) -> Whole:
     torch.manual_seed(0)
-    made = EXACT_MODELS[name]()
+    made = SHARDED_MODELS[name]()
     model = made.model.double().train()
     args, kwargs = torch.utils._pytree.tree_map_only(
         Tensor, lambda t: t.double() if t.is_floating_point() else t, (made.args, made.kwargs)
@@ -150,13 +150,13 @@ def _mesh(text: str) -> Mesh:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", sorted(EXACT_MODELS))
+@pytest.mark.parametrize("name", sorted(SHARDED_MODELS))
 def test_flowing_layouts_are_exact(name: str, mesh: str) -> None:
     check_layouts(name, _mesh(mesh), flowing_layouts(whole(name).graph, _mesh(mesh)))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", sorted(EXACT_MODELS))
+@pytest.mark.parametrize("name", sorted(SHARDED_MODELS))
 def test_random_layouts_are_exact(name: str, mesh: str) -> None:
     for seed in range(3):
         check_layouts(name, _mesh(mesh), random_layouts(whole(name).graph, _mesh(mesh), seed))
