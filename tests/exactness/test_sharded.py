@@ -14,6 +14,7 @@ from tests.models.exact import SHARDED_MODELS
 from tests.sharding.choices import flowing_layouts, random_layouts
 
 TOLERANCE = 1e-9  # sums over ranks are taken in another order
+IN_FLOAT32 = {"mamba": 1e-5}  # its norms compute in float32 whatever the model's precision
 MESHES = (("tensor=2", 1), ("data=2", 1), ("data=2,tensor=2", 2))
 
 
@@ -36,7 +37,7 @@ def check(
 @pytest.mark.parametrize(("mesh", "stages"), MESHES)
 @pytest.mark.parametrize("name", SHARDED_MODELS)
 def test_flowing_layouts_in_double_precision(name: str, mesh: str, stages: int) -> None:
-    check(subject(name), mesh, stages, TOLERANCE)
+    check(subject(name), mesh, stages, IN_FLOAT32.get(name, TOLERANCE))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
