@@ -277,7 +277,9 @@ def _trace_joint(
             )
         return [output.detach() for output in outputs], list(gradients)
 
-    with FakeTensorMode(), _plain_recurrent(graph):
+    # One thread, so that backward is recorded in one order on all ranks that share the stage.
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with FakeTensorMode(), _plain_recurrent(graph), one_thread:
         key = torch.zeros((), dtype=torch.int64, device=device)
         arguments = [_example(value, device) for value in signature.arguments]
         tangents = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 from ..graph import Mode, OutputKind, Value, ValueKind
 from ..program import Free, Program, Recv, Register, StageProgram
 from .actions import verify_actions
+from .axes import verify_axes
 from .exchange import verify_collectives, verify_no_deadlock, verify_transfers
 from .graph import verify_graph
 from .registers import Registers, boundary_inputs, boundary_outputs
@@ -77,6 +78,7 @@ def _verify_stages(programs: tuple[Program, ...]) -> None:
             check(stage.index not in stages, "the rank holds the stage twice", here)
             check(stage.graph.mode is program.mode, "its graph is of another mode", here)
             verify_graph(stage.graph, is_stage=True)
+            verify_axes(program, stage)
             stages[stage.index] = stage
     for index, rank in enumerate(stage_ranks):
         check(index in stages, f"rank {rank} does not hold stage {index}", f"program {rank}")
