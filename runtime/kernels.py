@@ -126,12 +126,16 @@ class StageKernels:
         For kernels that were traced; a kernel whose collectives Inductor cannot take stays as it
         is, with a warning.
         """
-        names = {"forward": "forward", "input": "backward_input", "weight": "backward_weight"}
-        kernels = {
-            names[part]: _compiled_module(module, self.collectives)
+        made = {
+            part: _compiled_module(module, self.collectives)
             for part, module in self.modules.items()
         }
-        return replace(self, **kernels)
+        return replace(
+            self,
+            forward=made.get("forward", self.forward),
+            backward_input=made.get("input", self.backward_input),
+            backward_weight=made.get("weight", self.backward_weight),
+        )
 
 
 def _compiled_module(module: fx.GraphModule, collectives: StageCollectives | None) -> Kernel:
