@@ -126,12 +126,16 @@ class StageKernels:
         For kernels that were traced; a kernel whose collectives Inductor cannot take stays as it
         is, with a warning.
         """
-        names = {"forward": "forward", "input": "backward_input", "weight": "backward_weight"}
-        kernels = {
-            names[part]: _compiled_module(module, self.collectives)
+        made = {
+            part: _compiled_module(module, self.collectives)
             for part, module in self.modules.items()
         }
-        return replace(self, **kernels)
+        return replace(
+            self,
+            forward=made.get("forward", self.forward),
+            backward_input=made.get("input", self.backward_input),
+            backward_weight=made.get("weight", self.backward_weight),
+        )
 
 
 def _compiled_module(module: fx.GraphModule, collectives: StageCollectives | None) -> Kernel:
@@ -277,7 +281,9 @@ def _trace_joint(
             )
         return [output.detach() for output in outputs], list(gradients)
 
-    with FakeTensorMode(), _plain_recurrent(graph):
+    # One thread, so that backward is recorded in one order on all ranks that share the stage.
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with FakeTensorMode(), _plain_recurrent(graph), one_thread:
         key = torch.zeros((), dtype=torch.int64, device=device)
         arguments = [_example(value, device) for value in signature.arguments]
         tangents = [

@@ -183,6 +183,7 @@ stage_programs = st.builds(
     graphs(),
     st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
     st.lists(st.tuples(texts, ids), max_size=2).map(tuple),
+    st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
 )
 programs = st.builds(
     Program,

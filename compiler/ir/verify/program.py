@@ -11,6 +11,7 @@ from __future__ import annotations
 from ..graph import Mode, OutputKind, Value, ValueKind
 from ..program import Free, Program, Recv, Register, StageProgram
 from .actions import verify_actions
+from .axes import verify_axes
 from .exchange import (
     verify_collectives,
     verify_no_deadlock,
@@ -88,10 +89,10 @@ def _verify_stages(programs: tuple[Program, ...]) -> None:
             check(other == stage_ranks, told, f"rank {rank}")
     for stage_ranks, members in columns.items():
         _verify_column(stage_ranks, members)
-    _verify_axes(programs)
+    _verify_groups(programs)
 
 
-def _verify_axes(programs: tuple[Program, ...]) -> None:
+def _verify_groups(programs: tuple[Program, ...]) -> None:
     """The ranks along an axis agree that they are, and hold the same stage."""
     groups = {
         (program.rank, stage.index): dict(stage.axes)
@@ -119,6 +120,7 @@ def _verify_column(stage_ranks: tuple[int, ...], programs: list[Program]) -> Non
             check(stage.index not in stages, "the rank holds the stage twice", here)
             check(stage.graph.mode is program.mode, "its graph is of another mode", here)
             verify_graph(stage.graph, is_stage=True)
+            verify_axes(program, stage)
             stages[stage.index] = stage
     for index, rank in enumerate(stage_ranks):
         check(index in stages, f"rank {rank} does not hold stage {index}", f"program {rank}")
