@@ -1,28 +1,28 @@
 """How ranks talk to each other: the interface, and what they agree on before the first step.
 
-A `Communicator` belongs to one rank. `send`, `recv` and `start_all_reduce` never block; they
-return a `Pending`. Implementations: `torch_communicator.TorchCommunicator` (gloo and NCCL) and
+A `Communicator` belongs to one rank. `send`, `recv` and the methods called `start_*` never block;
+they return a `Pending`. Implementations: `torch_communicator.TorchCommunicator` (gloo and NCCL) and
 `local_communicator.LocalNetwork` (several ranks in one process).
 
 `prepare` is called once per program, before its first step, by all ranks in the same order. As
 gloo never complains (a wrong size, dtype or order corrupts in silence), ranks exchange a
-`Contract` there, the list of what each is going to send, receive and reduce, and refuse to run
-when two contracts contradict each other.
+`Contract` there (`runtime/contract.py`), the list of what each is going to send, receive and do
+together with others, and refuse to run when two contracts contradict each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from ..compiler.ir.errors import RuntimeFailure, VerificationError
-from ..compiler.ir.program import AllReduce, Program, Recv, Send
+from ..compiler.ir.errors import RuntimeFailure
+from ..compiler.ir.program import Program
 from ..compiler.ir.types import TensorType
 
-__all__ = ["Communicator", "Contract", "Message", "PeerLost", "Pending", "Reduction", "agree"]
+__all__ = ["Communicator", "PeerLost", "Pending", "Split"]
 
 
 class PeerLost(RuntimeFailure):
@@ -50,8 +50,37 @@ class Pending(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How ranks share a tensor dim: the i-th of them has `sizes[i]` elements of it."""
+
+    dim: int
+    sizes: tuple[int, ...]
+
+    @property
+    def is_even(self) -> bool:
+        return len(set(self.sizes)) == 1
+
+    def parts(self, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of all parts."""
+        return tuple(whole.split(self.sizes, self.dim))
+
+    def shape(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
+        """`shape` with `size` elements in the dim."""
+        return (*shape[: self.dim], size, *shape[self.dim + 1 :])
+
+    def check(self, tensor: torch.Tensor, size: int, label: str) -> None:
+        """Raises RuntimeFailure unless `tensor` has `size` elements in the dim."""
+        if not self.dim < tensor.ndim or tensor.shape[self.dim] != size:
+            shape = tuple(tensor.shape)
+            raise RuntimeFailure(f"{label}: dim {self.dim} of {shape} is not {size} long")
+
+
 class Communicator(Protocol):
-    """One rank's connection to the others. `label` says what travels, for error messages."""
+    """One rank's connection to the others. `label` says what travels, for error messages.
+
+    The ranks of a collective are given in the order of their parts; all of them name them alike.
+    """
 
     @property
     def rank(self) -> int: ...
@@ -87,6 +116,33 @@ class Communicator(Protocol):
         """Reduce `tensor` in place over `ranks` and return it."""
         ...
 
+    def start_all_gather(
+        self, tensor: torch.Tensor, ranks: Sequence[int], split: Split, *, label: str
+    ) -> Pending:
+        """Start joining the parts of all `ranks`; the result is the whole, contiguous."""
+        ...
+
+    def start_reduce_scatter(
+        self, tensor: torch.Tensor, ranks: Sequence[int], split: Split, *, label: str
+    ) -> Pending:
+        """Start summing `tensor` over `ranks`; the result is this rank's part, contiguous."""
+        ...
+
+    def start_all_to_all(
+        self,
+        tensor: torch.Tensor,
+        ranks: Sequence[int],
+        *,
+        gathered: Split,
+        split: Split,
+        label: str,
+    ) -> Pending:
+        """Start changing which dim is shared: from that of `gathered` to that of `split`.
+
+        The result, contiguous, is whole in the dim of `gathered` and this rank's part in `split`'s.
+        """
+        ...
+
     def broadcast(
         self, tensor: torch.Tensor, source: int, ranks: Sequence[int], *, label: str
     ) -> torch.Tensor:
@@ -97,121 +153,11 @@ class Communicator(Protocol):
         """Wait until all ranks are here."""
         ...
 
+    def is_capturable(self, ranks: Sequence[int]) -> bool:
+        """Whether collectives over `ranks` can be recorded in a CUDA graph."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message of a step, as its sender or its receiver sees it."""
-
-    peer: int
-    tag: int
-    type: str
-    register: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reduction:
-    target: str
-    ranks: tuple[int, ...]
-    reduction: str
-
-
-@dataclass(frozen=True, slots=True)
-class Contract:
-    """What one rank is going to communicate in every step of a program."""
-
-    rank: int
-    plan_hash: str
-    device_type: str
-    sends: tuple[Message, ...]
-    receives: tuple[Message, ...]
-    reductions: tuple[Reduction, ...]
-
-    @staticmethod
-    def of(program: Program, device_type: str) -> Contract:
-        """The contract of `program`, in the order of its instructions."""
-        messages: dict[type, list[Message]] = {Send: [], Recv: []}
-        reductions = []
-        for item in program.instructions:
-            if isinstance(item, Send | Recv):
-                message = Message(item.peer, item.tag, str(item.type), str(item.register))
-                messages[type(item)].append(message)
-            elif isinstance(item, AllReduce):
-                reductions.append(Reduction(item.target, item.ranks, item.reduction))
-        return Contract(
-            rank=program.rank,
-            plan_hash=program.plan_hash,
-            device_type=device_type,
-            sends=tuple(messages[Send]),
-            receives=tuple(messages[Recv]),
-            reductions=tuple(reductions),
-        )
-
-
-def agree(own: Contract, others: Iterable[Contract]) -> None:
-    """Check the contract of one rank against those of others.
-
-    Raises:
-        VerificationError: naming the two ranks and what differs.
-    """
-    for other in others:
-        if other.plan_hash != own.plan_hash:
-            raise VerificationError(
-                f"rank {own.rank} runs plan {own.plan_hash[:12]}, rank {other.rank} runs plan "
-                f"{other.plan_hash[:12]}",
-                where=f"ranks {own.rank} and {other.rank}",
-                ways_out=("give all ranks the same plan, model and version of cutset",),
-            )
-        _check_messages(own, other)
-        _check_messages(other, own)
-        _check_reductions(own, other)
-
-
-def _check_messages(sender: Contract, receiver: Contract) -> None:
-    sent = _by_tag(sender.sends, receiver.rank)
-    received = _by_tag(receiver.receives, sender.rank)
-    for tag in sorted(sent.keys() | received.keys()):
-        if sent.get(tag) != received.get(tag):
-            raise VerificationError(
-                f"rank {sender.rank} sends {_told(sent, tag)} to rank {receiver.rank}, which "
-                f"expects {_told(received, tag)} (tag {tag})",
-                where=f"ranks {sender.rank} and {receiver.rank}",
-                ways_out=("generate the programs of all ranks again from one plan",),
-            )
-
-
-def _by_tag(messages: Iterable[Message], peer: int) -> dict[int, tuple[str, str]]:
-    """Tag -> (register, type) of the messages to or from `peer`."""
-    table: dict[int, tuple[str, str]] = {}
-    for message in messages:
-        if message.peer == peer:
-            if message.tag in table:
-                raise VerificationError(
-                    f"tag {message.tag} is used by {table[message.tag][0]} and {message.register}",
-                    where=f"messages to or from rank {peer}",
-                )
-            table[message.tag] = (message.register, message.type)
-    return table
-
-
-def _told(messages: Mapping[int, tuple[str, str]], tag: int) -> str:
-    return " ".join(messages[tag]) if tag in messages else "nothing"
-
-
-def _check_reductions(one: Contract, two: Contract) -> None:
-    pair = {one.rank, two.rank}
-    lists = [
-        [reduction for reduction in contract.reductions if pair <= set(reduction.ranks)]
-        for contract in (one, two)
-    ]
-    if lists[0] != lists[1]:
-        first = next(i for i in range(max(map(len, lists))) if _at(lists[0], i) != _at(lists[1], i))
-        raise VerificationError(
-            f"the collectives of ranks {one.rank} and {two.rank} differ: number {first} is "
-            f"{_at(lists[0], first) or 'missing'} on one, {_at(lists[1], first) or 'missing'} on "
-            "the other",
-            where=f"ranks {one.rank} and {two.rank}",
-        )
-
-
-def _at(reductions: Sequence[Reduction], position: int) -> Reduction | None:
-    return reductions[position] if position < len(reductions) else None
+    def group_name(self, ranks: Sequence[int]) -> str | None:
+        """Name of the process group of `ranks` for torch's functional collectives, whose members
+        stand in the order of `ranks`; None: there is none that takes this rank's tensors."""
+        ...

@@ -3,6 +3,9 @@
 The ranks may run in turns (a scheduler advances those whose pendings are `done()`) or in one
 thread each. What arrives is checked against what is expected; tensors are copied on the way, as
 between processes, and reductions sum in the order of ranks, so results do not depend on timing.
+
+With threads nobody waits in vain: a rank that fails ends the waits of all (`fail`), and if all
+threads (`running`) wait for what none of them will do any more, that is a deadlock and told so.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch
 from ..compiler.ir.errors import VerificationError, WaitTimeout
 from ..compiler.ir.program import Program
 from ..compiler.ir.types import TensorType
-from .communicator import Contract, agree
+from .communicator import PeerLost, Split
+from .contract import Contract, agree
 
 __all__ = ["LocalCommunicator", "LocalNetwork"]
 
@@ -49,10 +53,56 @@ class LocalNetwork:
         self.mail: dict[tuple[int, int, int], deque[torch.Tensor]] = {}
         self.collectives: dict[tuple[tuple[int, ...], int], _Rendezvous] = {}
         self.contracts: dict[int, dict[int, Contract]] = {}
+        self._running: int | None = None
+        self._waiting: dict[int, tuple[Callable[[], bool], str]] = {}
+        self._failure: str | None = None
 
     def communicator(self, rank: int, device: torch.device | None = None) -> LocalCommunicator:
         """The end of `rank`; what it receives is put on `device` (default: CPU)."""
         return LocalCommunicator(self, rank, device or torch.device("cpu"))
+
+    def start_threads(self, count: int) -> None:
+        """From here on each of `count` threads runs one rank, to the end (`end_thread`)."""
+        with self.changed:
+            self._running = count
+
+    def end_thread(self, failure: str | None = None) -> None:
+        """To be called by each thread at its end; with `failure`, the others end their waits."""
+        with self.changed:
+            assert self._running is not None
+            self._running -= 1
+            self._failure = self._failure or failure
+            self._check_deadlock()
+            self.changed.notify_all()
+
+    def wait_for(self, ready: Callable[[], bool], limit_seconds: float, description: str) -> None:
+        """Wait, with `changed` held, until `ready`.
+
+        Raises:
+            PeerLost: another rank has failed.
+            WaitTimeout: it takes longer than the limit.
+            VerificationError: all threads wait for each other.
+        """
+        own = threading.get_ident()
+        self._waiting[own] = (ready, description)
+        try:
+            self._check_deadlock()
+            done = self.changed.wait_for(lambda: ready() or bool(self._failure), limit_seconds)
+        finally:
+            del self._waiting[own]
+        if ready():
+            return
+        if self._failure:
+            raise PeerLost(f"{self._failure}, which {description} was waiting for")
+        assert not done
+        raise WaitTimeout(f"waited {limit_seconds:g} s for {description}")
+
+    def _check_deadlock(self) -> None:
+        stuck = [text for ready, text in self._waiting.values() if not ready()]
+        if self._running and len(stuck) == self._running and not self._failure:
+            self._failure = "no rank can go on"
+            self.changed.notify_all()
+            raise VerificationError(f"no rank can go on; they wait for {'; '.join(sorted(stuck))}")
 
     def undelivered(self) -> tuple[tuple[int, int, int], ...]:
         """(sender, receiver, tag) of the messages that nobody has received."""
@@ -93,8 +143,7 @@ class _Awaited:
         limit = self._network.timeout_seconds if timeout_seconds is None else timeout_seconds
         with self._network.changed:
             if self._result is None:
-                if not self._network.changed.wait_for(self._ready, limit):
-                    raise WaitTimeout(f"waited {limit:g} s for {self._description}")
+                self._network.wait_for(self._ready, limit, self._description)
                 self._result = self._take()
             return self._result
 
@@ -148,70 +197,116 @@ class LocalCommunicator:
     def start_all_reduce(
         self, tensor: torch.Tensor, ranks: Sequence[int], reduction: str, *, label: str
     ) -> _Awaited:
-        meeting = self._deposit(tensor, ranks, ("all-reduce", reduction), label)
+        def combine(terms: list[torch.Tensor]) -> torch.Tensor:
+            with torch.no_grad():
+                return tensor.copy_(_reduced(terms, reduction))
 
-        def take(tensors: list[torch.Tensor]) -> torch.Tensor:
-            return _reduced(tensors, reduction)
-
-        return self._collect(meeting, tensor, take, f"{label} over ranks {_listed(ranks)}")
+        kind = ("all-reduce", reduction, str(TensorType.of(tensor)))
+        return self._meet(tensor, sorted(ranks), kind, combine, label)
 
     def all_reduce(
         self, tensor: torch.Tensor, ranks: Sequence[int], reduction: str, *, label: str
     ) -> torch.Tensor:
         return self.start_all_reduce(tensor, ranks, reduction, label=label).wait()
 
+    def start_all_gather(
+        self, tensor: torch.Tensor, ranks: Sequence[int], split: Split, *, label: str
+    ) -> _Awaited:
+        split.check(tensor, split.sizes[list(ranks).index(self._rank)], label)
+        kind = ("all-gather", split, tensor.dtype)
+        return self._meet(tensor, ranks, kind, lambda parts: torch.cat(parts, split.dim), label)
+
+    def start_reduce_scatter(
+        self, tensor: torch.Tensor, ranks: Sequence[int], split: Split, *, label: str
+    ) -> _Awaited:
+        split.check(tensor, sum(split.sizes), label)
+        index = list(ranks).index(self._rank)
+        order = sorted(range(len(ranks)), key=list(ranks).__getitem__)
+
+        def combine(terms: list[torch.Tensor]) -> torch.Tensor:
+            parts = [split.parts(terms[position])[index] for position in order]
+            return _reduced(parts, "sum").contiguous()
+
+        kind = ("reduce-scatter", split, str(TensorType.of(tensor)))
+        return self._meet(tensor, ranks, kind, combine, label)
+
+    def start_all_to_all(
+        self,
+        tensor: torch.Tensor,
+        ranks: Sequence[int],
+        *,
+        gathered: Split,
+        split: Split,
+        label: str,
+    ) -> _Awaited:
+        index = list(ranks).index(self._rank)
+        gathered.check(tensor, gathered.sizes[index], label)
+        split.check(tensor, sum(split.sizes), label)
+
+        def combine(all: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([split.parts(item)[index] for item in all], gathered.dim)
+
+        kind = ("all-to-all", gathered, split, tensor.dtype)
+        return self._meet(tensor, ranks, kind, combine, label)
+
     def broadcast(
         self, tensor: torch.Tensor, source: int, ranks: Sequence[int], *, label: str
     ) -> torch.Tensor:
-        meeting = self._deposit(tensor, ranks, ("broadcast", source), label)
-        position = meeting[1].ranks.index(source)
-        description = f"{label} from rank {source}"
-        return self._collect(meeting, tensor, lambda all: all[position], description).wait()
+        position = list(ranks).index(source)
+
+        def combine(all: list[torch.Tensor]) -> torch.Tensor:
+            with torch.no_grad():
+                return tensor.copy_(all[position])
+
+        kind = ("broadcast", source, str(TensorType.of(tensor)))
+        return self._meet(tensor, ranks, kind, combine, label).wait()
+
+    def is_capturable(self, ranks: Sequence[int]) -> bool:
+        return False  # what arrives is copied by the host
+
+    def group_name(self, ranks: Sequence[int]) -> None:
+        return None
 
     def barrier(self, *, label: str) -> None:
         ranks = range(self.num_ranks)
         self.all_reduce(torch.zeros(()), ranks, "sum", label=label)
 
-    def _deposit(
-        self, tensor: torch.Tensor, ranks: Sequence[int], kind: tuple[object, ...], label: str
-    ) -> tuple[tuple[tuple[int, ...], int], _Rendezvous]:
+    def _meet(
+        self,
+        tensor: torch.Tensor,
+        ranks: Sequence[int],
+        kind: tuple[object, ...],
+        combine: Callable[[list[torch.Tensor]], torch.Tensor],
+        label: str,
+    ) -> _Awaited:
+        """Deposit a copy of `tensor`; the result is `combine` of all, in the order of `ranks`."""
         group = tuple(sorted(ranks))
         key = (group, self._posted.get(group, 0))
         self._posted[group] = key[1] + 1
-        signature = (*kind, str(TensorType.of(tensor)), label)
-        with self._network.changed:
-            meeting = self._network.collectives.setdefault(key, _Rendezvous(signature, group))
+        signature = (*kind, tuple(ranks), label)
+        network = self._network
+        with network.changed:
+            meeting = network.collectives.setdefault(key, _Rendezvous(signature, group))
             if meeting.signature != signature:
                 raise VerificationError(
                     f"rank {self._rank} does {signature} where other ranks do {meeting.signature}",
                     where=f"collective {key[1]} of ranks {_listed(group)}",
                 )
             meeting.deposits[self._rank] = tensor.detach().clone()
-            self._network.changed.notify_all()
-        return key, meeting
-
-    def _collect(
-        self,
-        meeting: tuple[tuple[tuple[int, ...], int], _Rendezvous],
-        tensor: torch.Tensor,
-        combine: Callable[[list[torch.Tensor]], torch.Tensor],
-        description: str,
-    ) -> _Awaited:
-        key, rendezvous = meeting
+            network.changed.notify_all()
 
         def take() -> torch.Tensor:
-            result = combine([rendezvous.deposits[rank] for rank in rendezvous.ranks])
-            rendezvous.taken += 1
-            if rendezvous.taken == len(rendezvous.ranks):
-                del self._network.collectives[key]
-            with torch.no_grad():
-                return tensor.copy_(result)
+            result = combine([meeting.deposits[rank].to(self._device) for rank in ranks])
+            meeting.taken += 1
+            if meeting.taken == len(meeting.ranks):
+                del network.collectives[key]
+            return result
 
         return _Awaited(
-            self._network,
-            ready=lambda: rendezvous.complete,
+            network,
+            ready=lambda: meeting.complete,
             take=take,
-            description=f"{description} on rank {self._rank}",
+            description=f"{label} over ranks {_listed(ranks)} on rank {self._rank}",
         )
 
 
@@ -223,9 +318,8 @@ def _reduced(tensors: list[torch.Tensor], reduction: str) -> torch.Tensor:
     """Reduction in the order of ranks."""
     result = tensors[0].clone()
     for tensor in tensors[1:]:
-        other = tensor.to(result.device)
         if reduction in ("sum", "avg"):
-            result += other
+            result += tensor
         else:
-            result = torch.maximum(result, other) if reduction == "max" else result.minimum(other)
+            result = result.maximum(tensor) if reduction == "max" else result.minimum(tensor)
     return result / len(tensors) if reduction == "avg" else result

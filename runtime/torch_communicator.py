@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -27,8 +26,11 @@ import torch.distributed as dist
 from ..compiler.ir.errors import RuntimeFailure, WaitTimeout
 from ..compiler.ir.program import Program
 from ..compiler.ir.types import TensorType
-from .communicator import Contract, Message, PeerLost, Reduction, agree
+from . import torch_collectives as collectives
+from .communicator import PeerLost, Split
+from .contract import Contract, agree, contract_from
 from .stores import Store
+from .torch_pending import TorchPending, Wait
 
 __all__ = ["TorchCommunicator"]
 
@@ -41,63 +43,6 @@ _OPERATIONS = {
 _MAX_OUTSTANDING = 8  # gloo sends to one rank
 _UNUSED_TAG = (1 << 31) - 1  # nobody sends with it
 _Group = Any  # dist.ProcessGroup; its stub lacks what new_group returns for non-members
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Wait:
-    """What is waited for, for messages and limits."""
-
-    description: str
-    limit_seconds: float
-    blocks_host: bool  # gloo: wait returns when the bytes are here; NCCL: orders CUDA streams
-
-
-class _TorchPending:
-    """One `dist.Work`. `finish` makes the result from the buffer; `buffer` is kept alive."""
-
-    def __init__(
-        self,
-        work: dist.Work,
-        wait: _Wait,
-        buffer: torch.Tensor,
-        finish: Callable[[torch.Tensor], torch.Tensor | None],
-    ) -> None:
-        self._work: dist.Work | None = work
-        self._wait = wait
-        self._buffer: torch.Tensor | None = buffer
-        self._finish = finish
-        self._result: torch.Tensor | None = None
-
-    def done(self) -> bool:
-        """Gloo does not tell before it was waited for: False until then."""
-        return self._work is None or (not self._wait.blocks_host and self._work.is_completed())
-
-    def wait(self, timeout_seconds: float | None = None) -> torch.Tensor | None:
-        if self._work is not None:
-            assert self._buffer is not None
-            self._complete(self._work, timeout_seconds)
-            self._result = self._finish(self._buffer)
-            self._work = self._buffer = None
-        return self._result
-
-    def _complete(self, work: dist.Work, timeout_seconds: float | None) -> None:
-        limit = self._wait.limit_seconds if timeout_seconds is None else timeout_seconds
-        began = time.monotonic()
-        try:
-            if self._wait.blocks_host:
-                work.wait(timedelta(seconds=limit))
-            else:
-                work.wait()
-        except RuntimeError as error:
-            waited = time.monotonic() - began
-            if "timed out" in str(error).lower() or waited >= limit:
-                raise WaitTimeout(
-                    f"waited {limit:g} s for {self._wait.description}",
-                    ways_out=("raise timeout_seconds if the other rank is merely slow",),
-                ) from error
-            raise PeerLost(
-                f"the connection broke while waiting for {self._wait.description}"
-            ) from error
 
 
 class TorchCommunicator:
@@ -134,7 +79,7 @@ class TorchCommunicator:
         self._links: dict[tuple[int, int], _Group] = {}  # NCCL groups by (sender, receiver)
         self._groups: dict[tuple[int, ...], tuple[str, _Group]] = {}  # backend and group
         self._groups[tuple(range(num_ranks))] = ("gloo", gloo)
-        self._outstanding: dict[int, deque[_TorchPending]] = {}  # gloo sends by receiver
+        self._outstanding: dict[int, deque[TorchPending]] = {}  # gloo sends by receiver
 
     @property
     def rank(self) -> int:
@@ -148,14 +93,14 @@ class TorchCommunicator:
 
     def prepare(self, program: Program) -> None:
         own = Contract.of(program, self._device.type)
-        contracts = self._exchange(own)
+        contracts = self._contracts(own)
         agree(own, (other for other in contracts if other.rank != self._rank))
         on_cuda = {contract.rank for contract in contracts if contract.device_type == "cuda"}
         fast = on_cuda if self._backend == "nccl" else set()
         self._connect_links(contracts, fast)
         self._connect_groups(contracts, fast)
 
-    def _exchange(self, own: Contract) -> list[Contract]:
+    def _contracts(self, own: Contract) -> list[Contract]:
         """Contracts of all ranks for the same `prepare` call."""
         prefix = f"cutset/contract/{self._prepared}"
         self._prepared += 1
@@ -169,7 +114,7 @@ class TorchCommunicator:
                 raise WaitTimeout(
                     f"waited {self._timeout:g} s for rank {rank} to load plan {own.plan_hash[:12]}"
                 ) from error
-            contracts.append(_contract(json.loads(self._store.get(key))))
+            contracts.append(contract_from(json.loads(self._store.get(key))))
         return contracts
 
     def _connect_links(self, contracts: list[Contract], fast: set[int]) -> None:
@@ -200,9 +145,9 @@ class TorchCommunicator:
 
     def _connect_groups(self, contracts: list[Contract], fast: set[int]) -> None:
         wanted = {
-            tuple(sorted(reduction.ranks))
+            tuple(sorted(meeting.ranks))
             for contract in contracts
-            for reduction in contract.reductions
+            for meeting in (*contract.meetings, *contract.collectives)
         }
         for ranks in sorted(wanted):
             backend = "nccl" if set(ranks) <= fast else "gloo"
@@ -221,18 +166,18 @@ class TorchCommunicator:
 
     # -- messages ------------------------------------------------------------------------------
 
-    def send(self, tensor: torch.Tensor, peer: int, tag: int, *, label: str) -> _TorchPending:
+    def send(self, tensor: torch.Tensor, peer: int, tag: int, *, label: str) -> TorchPending:
         self._check_device(tensor, label)
         group = self._links.get((self._rank, peer))
         wait = self._wait(f"rank {peer} to take {label}", group)
         buffer = tensor.detach().contiguous()
         if group is not None:
             work = self._post(lambda: dist.isend(buffer, peer, group=group), label)
-            return _TorchPending(work, wait, buffer, _nothing)
+            return TorchPending(work, wait, buffer, _nothing)
         self._make_room(peer)
         buffer = _on_host(buffer)
         work = self._post(lambda: dist.isend(buffer, peer, group=self._gloo, tag=tag), label)
-        pending = _TorchPending(work, wait, buffer, _nothing)
+        pending = TorchPending(work, wait, buffer, _nothing)
         self._outstanding.setdefault(peer, deque()).append(pending)
         return pending
 
@@ -246,24 +191,24 @@ class TorchCommunicator:
         while outstanding and (outstanding[0].done() or len(outstanding) >= _MAX_OUTSTANDING):
             outstanding.popleft().wait()
 
-    def recv(self, type: TensorType, peer: int, tag: int, *, label: str) -> _TorchPending:
+    def recv(self, type: TensorType, peer: int, tag: int, *, label: str) -> TorchPending:
         group = self._links.get((peer, self._rank))
         wait = self._wait(f"{label} from rank {peer}", group)
         if group is not None:
             buffer = torch.empty(type.shape, dtype=type.dtype, device=self._device)
             work = self._post(lambda: dist.irecv(buffer, peer, group=group), label)
-            return _TorchPending(work, wait, buffer, lambda received: received)
+            return TorchPending(work, wait, buffer, lambda received: received)
         pinned = self._device.type == "cuda"
         buffer = torch.empty(type.shape, dtype=type.dtype, pin_memory=pinned)
         work = self._post(lambda: dist.irecv(buffer, peer, group=self._gloo, tag=tag), label)
-        return _TorchPending(work, wait, buffer, lambda received: received.to(self._device))
+        return TorchPending(work, wait, buffer, lambda received: received.to(self._device))
 
     def start_all_reduce(
         self, tensor: torch.Tensor, ranks: Sequence[int], reduction: str, *, label: str
-    ) -> _TorchPending:
+    ) -> TorchPending:
         self._check_device(tensor, label)
         backend, group = self._group(ranks, label)
-        buffer = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
+        buffer = tensor.detach().to(collectives.wire_dtype(tensor.dtype)).contiguous()
         if backend == "gloo":
             buffer = _on_host(buffer)
         operation = _OPERATIONS[reduction]
@@ -276,14 +221,58 @@ class TorchCommunicator:
                 reduced = reduced / len(ranks)
             return _written_back(tensor, reduced)
 
-        wait = self._wait(f"{label} over ranks {', '.join(map(str, ranks))}", group, backend)
-        return _TorchPending(work, wait, buffer, finish)
+        wait = self._wait(_over(label, ranks), group, backend)
+        return TorchPending(work, wait, buffer, finish)
 
     def all_reduce(
         self, tensor: torch.Tensor, ranks: Sequence[int], reduction: str, *, label: str
     ) -> torch.Tensor:
         self.start_all_reduce(tensor, ranks, reduction, label=label).wait()
         return tensor
+
+    def start_all_gather(
+        self, tensor: torch.Tensor, ranks: Sequence[int], split: Split, *, label: str
+    ) -> TorchPending:
+        place = self._place(tensor, ranks, label)
+        split.check(tensor, split.sizes[place.index], label)
+        return self._exchange(collectives.all_gather(tensor, place, split), ranks, label)
+
+    def start_reduce_scatter(
+        self, tensor: torch.Tensor, ranks: Sequence[int], split: Split, *, label: str
+    ) -> TorchPending:
+        place = self._place(tensor, ranks, label)
+        split.check(tensor, sum(split.sizes), label)
+        reduce = collectives.summed_all_to_all if place.on_host else collectives.reduce_scatter
+        return self._exchange(reduce(tensor, place, split), ranks, label)
+
+    def start_all_to_all(
+        self,
+        tensor: torch.Tensor,
+        ranks: Sequence[int],
+        *,
+        gathered: Split,
+        split: Split,
+        label: str,
+    ) -> TorchPending:
+        place = self._place(tensor, ranks, label)
+        gathered.check(tensor, gathered.sizes[place.index], label)
+        split.check(tensor, sum(split.sizes), label)
+        return self._exchange(collectives.all_to_all(tensor, place, gathered, split), ranks, label)
+
+    def _place(self, tensor: torch.Tensor, ranks: Sequence[int], label: str) -> collectives.Place:
+        self._check_device(tensor, label)
+        backend, _ = self._group(ranks, label)
+        return collectives.Place(tuple(ranks), self._rank, self._device, backend == "gloo")
+
+    def _exchange(
+        self, exchange: collectives.Exchange, ranks: Sequence[int], label: str
+    ) -> TorchPending:
+        backend, group = self._group(ranks, label)
+        work = self._post(lambda: exchange.start(group), label)
+        wait = self._wait(_over(label, ranks), group, backend)
+        return TorchPending(
+            work, wait, exchange.received, exchange.finish, keep_alive=exchange.sent
+        )
 
     def broadcast(
         self, tensor: torch.Tensor, source: int, ranks: Sequence[int], *, label: str
@@ -295,13 +284,26 @@ class TorchCommunicator:
             buffer = _on_host(buffer)
         work = self._post(lambda: dist.broadcast(buffer, source, group=group, async_op=True), label)
         wait = self._wait(f"{label} from rank {source}", group, backend)
-        _TorchPending(work, wait, buffer, lambda got: _written_back(tensor, got)).wait()
+        TorchPending(work, wait, buffer, lambda got: _written_back(tensor, got)).wait()
         return tensor
 
     def barrier(self, *, label: str) -> None:
         token = torch.zeros(1)
         work = self._post(lambda: dist.all_reduce(token, group=self._gloo, async_op=True), label)
-        _TorchPending(work, self._wait(f"all ranks at {label}", None), token, lambda t: t).wait()
+        TorchPending(work, self._wait(f"all ranks at {label}", None), token, lambda t: t).wait()
+
+    def is_capturable(self, ranks: Sequence[int]) -> bool:
+        return self._groups.get(tuple(sorted(ranks)), ("", None))[0] == "nccl"
+
+    def group_name(self, ranks: Sequence[int]) -> str | None:
+        backend, group = self._groups.get(tuple(sorted(ranks)), ("", None))
+        takes = backend == "nccl" or (backend == "gloo" and self._device.type == "cpu")
+        if not takes or list(ranks) != sorted(ranks):
+            return None
+        if group is None:
+            group = dist.group.WORLD
+        assert group is not None
+        return str(group.group_name)
 
     def abort(self) -> None:
         """Break all connections, so that ranks that wait for this one fail at once.
@@ -341,9 +343,9 @@ class TorchCommunicator:
                 where=f"rank {self._rank}",
             )
 
-    def _wait(self, description: str, group: _Group, backend: str | None = None) -> _Wait:
+    def _wait(self, description: str, group: _Group, backend: str | None = None) -> Wait:
         is_gloo = group is None or backend == "gloo"
-        return _Wait(f"{description} (on rank {self._rank})", self._timeout, is_gloo)
+        return Wait(f"{description} (on rank {self._rank})", self._timeout, is_gloo)
 
     def _post(self, start: Callable[[], dist.Work | None], label: str) -> dist.Work:
         """Starts an operation; a connection that is already broken shows here."""
@@ -355,19 +357,8 @@ class TorchCommunicator:
         return work
 
 
-def _contract(fields: dict[str, Any]) -> Contract:
-    """Inverse of `dataclasses.asdict` on a contract that went through JSON."""
-    return Contract(
-        rank=fields["rank"],
-        plan_hash=fields["plan_hash"],
-        device_type=fields["device_type"],
-        sends=tuple(Message(**entry) for entry in fields["sends"]),
-        receives=tuple(Message(**entry) for entry in fields["receives"]),
-        reductions=tuple(
-            Reduction(entry["target"], tuple(entry["ranks"]), entry["reduction"])
-            for entry in fields["reductions"]
-        ),
-    )
+def _over(label: str, ranks: Sequence[int]) -> str:
+    return f"{label} over ranks {', '.join(map(str, ranks))}"
 
 
 def _nothing(sent: torch.Tensor) -> None:

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .collectives import NAMESPACE as COLLECTIVES
 from .errors import CaptureError
 
 __all__ = ["COLLECTIVES", "Category", "Op", "op_named", "resolve"]
-
-COLLECTIVES = "cutset"
-"""Namespace of the collectives; `runtime/collective_ops.py` defines them."""
 
 
 class Category(enum.Enum):

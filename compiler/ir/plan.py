@@ -14,15 +14,22 @@ from .mesh import Layout, Mesh
 from .schedule import Schedule
 
 __all__ = [
+    "PIPELINE",
     "Certificate",
     "Fingerprint",
     "MemoryPrediction",
+    "NodeLayout",
     "OptimizerModel",
+    "ParameterLayout",
     "Plan",
     "Prediction",
     "Stage",
     "ValueLayout",
 ]
+
+
+PIPELINE = "pipeline"
+"""Name of the mesh axis along which stages lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +62,66 @@ class OptimizerModel:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the graph on one device.
+    """A part of the graph on the devices of one in-stage mesh (one device if nothing is sharded).
+
+    `devices` are in the order of the plan's `stage_mesh`, whose last axis varies fastest. The
+    devices at one place of the mesh, one a stage, are a *column*: pipeline messages stay within it.
 
     `nodes` are node ids in graph order. A node in several stages is recomputed in each (cheap
     nodes that depend on no parameter and no randomness, such as masks and position tables).
     """
 
     index: int
-    device: int
+    devices: tuple[int, ...]
     nodes: tuple[int, ...]
+
+    @property
+    def device(self) -> int:
+        """The device in the first column."""
+        return self.devices[0]
 
 
 @dataclass(frozen=True, slots=True)
 class ValueLayout:
-    """Layout of one value over the plan's mesh. Values without an entry are replicated."""
+    """Layout over the plan's `stage_mesh` in which a value that no node computes is held: a buffer,
+    a constant or a user input. Values without an entry are replicated."""
 
     value: str
     layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterLayout:
+    """Layouts of one parameter; one without an entry is replicated in every respect.
+
+    ZeRO is a matter of layouts (Rajbhandari et al., 2020): sharded states are stage 1, sharded
+    gradients stage 2, and if the parameter itself is held sharded over an axis on which its users
+    replicate it (so that it is gathered on use), stage 3.
+
+    Args:
+        value: name in the graph.
+        held: between its uses.
+        gradient: while it accumulates over microbatches; `Partial` on axes over which its terms are
+            summed at the end of the step.
+        state: of the optimizer's states, and of the part that a rank updates.
+    """
+
+    value: str
+    held: Layout
+    gradient: Layout
+    state: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLayout:
+    """How nodes run over the plan's `stage_mesh`: layouts of what they read and make.
+
+    Nodes without an entry are replicated.
+    """
+
+    nodes: tuple[int, ...]
+    inputs: tuple[Layout, ...]
+    outputs: tuple[Layout, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +182,12 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All decisions. Passes fill in fields one after the other; see `passes/pipeline.py`."""
+    """All decisions. Passes fill in fields one after the other; see `passes/pipeline.py`.
+
+    Args:
+        mesh: all axes, `pipeline` among them if there are several stages.
+        recomputed: nodes whose results backward computes again instead of keeping them.
+    """
 
     fingerprint: Fingerprint
     cluster: Cluster
@@ -143,7 +198,15 @@ class Plan:
     mesh: Mesh = Mesh(())
     stages: tuple[Stage, ...] = ()
     layouts: tuple[ValueLayout, ...] = ()
+    parameter_layouts: tuple[ParameterLayout, ...] = ()
+    node_layouts: tuple[NodeLayout, ...] = ()
+    recomputed: tuple[int, ...] = ()
     schedule: Schedule | None = None
     prediction: Prediction | None = None
     certificate: Certificate | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def stage_mesh(self) -> Mesh:
+        """The axes inside a stage: over them tensors are laid out."""
+        return Mesh(tuple(axis for axis in self.mesh.axes if axis.name != PIPELINE))

@@ -5,7 +5,7 @@ operands are local values already in the layout that the node's strategies ask f
 emits whatever computes the local results, collectives included.
 
 Collectives are nodes of namespace `cutset` whose adjoints are collectives too (see
-`runtime/collective_ops.py`). All take the name of the mesh axis whose ranks take part.
+`compiler/ir/collectives.py`). All take the name of the mesh axis whose ranks take part.
 """
 
 from __future__ import annotations
@@ -38,19 +38,25 @@ class LocalGraph:
     coordinate: tuple[int, ...]
     values: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+    reserved: frozenset[str] = frozenset()  # names that helpers must not take
     names: set[str] = field(default_factory=set)
 
     def type(self, ref: Ref) -> TensorType:
         return self.values[ref.id].type
 
     def add_value(self, name: str, type: TensorType, kind: ValueKind, **fields: Any) -> Ref:
-        """A value of a name that starts with `name`; it is `name` itself where that is free."""
-        unique, number = name, 1
-        while unique in self.names:
-            unique, number = f"{name}_{number}", number + 1
-        self.names.add(unique)
-        self.values.append(Value(len(self.values), unique, type, kind, **fields))
+        """A value called `name`, which must be free."""
+        assert name not in self.names, name
+        self.names.add(name)
+        self.values.append(Value(len(self.values), name, type, kind, **fields))
         return Ref(len(self.values) - 1)
+
+    def free_name(self, stem: str) -> str:
+        """`stem`, or if it is taken `stem` with a number."""
+        name, number = stem, 1
+        while name in self.names or name in self.reserved:
+            name, number = f"{stem}_{number}", number + 1
+        return name
 
     def emit(
         self,
@@ -88,10 +94,15 @@ class LocalGraph:
             flags = [requires_grad] * len(types)
         elif requires_grad is not None:
             flags = list(requires_grad)
-        base = names or [f"{like.name}_{op.split('.')[1]}"] * len(types)
+        stem = f"{like.name}_{op.split('.')[1]}"
         results = tuple(
-            self.add_value(name, type, ValueKind.RESULT, requires_grad=flag)
-            for name, type, flag in zip(base, types, flags, strict=True)
+            self.add_value(
+                names[position] if names else self.free_name(stem),
+                type,
+                ValueKind.RESULT,
+                requires_grad=flag,
+            )
+            for position, (type, flag) in enumerate(zip(types, flags, strict=True))
         )
         number = len(self.nodes)
         self.nodes.append(

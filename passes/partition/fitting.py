@@ -155,6 +155,6 @@ def stages_of(
     groups[-1].update(node.id for node in graph.nodes if node.id not in placed)
     devices = assignment.devices(problem)
     return tuple(
-        Stage(index, device, tuple(sorted(group)))
+        Stage(index, (device,), tuple(sorted(group)))
         for index, (device, group) in enumerate(zip(devices, groups, strict=True))
     )

@@ -13,7 +13,7 @@ from cutset.compiler.ir.verify import verify_programs
 from tests.codegen.test_programs import plan_of, schedule
 from tests.ir.builders import GraphBuilder
 
-STAGES = (Stage(0, 0, (0,)), Stage(1, 1, (1, 2)))
+STAGES = (Stage(0, (0,), (0,)), Stage(1, (1,), (1, 2)))
 
 
 def remembering(*, read_late: bool) -> Graph:

@@ -48,7 +48,7 @@ def plan_of(graph: Graph, *stages: tuple[int, ...]) -> Plan:
         optimizer=OptimizerModel("AdamW", 2.0),
         num_microbatches=2,
         mesh=Mesh((MeshAxis("pipeline", len(stages)),)),
-        stages=tuple(Stage(index, index, nodes) for index, nodes in enumerate(stages)),
+        stages=tuple(Stage(index, (index,), nodes) for index, nodes in enumerate(stages)),
         schedule=Schedule.parse(ONE_F_ONE_B),
         prediction=Prediction(0.012, 0.25, (0.001, 0.002), (0.002, 0.004), memory),
         certificate=Certificate(0.012, 0.0119, 0.00833, "all contiguous cuts", "cp-sat 9.15", 0.4),

@@ -27,7 +27,7 @@ def test_text_with_and_without_the_graph(golden: Golden) -> None:
 
 def test_many_stages_are_listed_one_a_line() -> None:
     graph = mlp(num_layers=12)
-    stages = tuple(Stage(index, index % 2, (2 * index, 2 * index + 1)) for index in range(12))
+    stages = tuple(Stage(index, (index % 2,), (2 * index, 2 * index + 1)) for index in range(12))
     plan = replace(plan_of(graph, (0,), (1,)), stages=stages, schedule=None, prediction=None)
     lines = explain(plan, graph).splitlines()
     assert lines[3] == "stages"
@@ -77,7 +77,7 @@ def test_module_names_are_cut_at_the_block_and_joined() -> None:
     assert block_of("model.layers.3.mlp.up") == "model.layers.3"
     assert block_of("lm_head") == "lm_head"
     graph = mlp(num_layers=4)
-    stages = (Stage(0, 0, (0, 1, 2, 3, 4)), Stage(1, 1, (5, 6, 7, 8)))
+    stages = (Stage(0, (0,), (0, 1, 2, 3, 4)), Stage(1, (1,), (5, 6, 7, 8)))
     assert modules_of_stages(graph, stages) == (
         ("layers.0-1", "layers.2 (part)"),
         ("layers.2 (part)", "layers.3"),
@@ -90,7 +90,7 @@ def test_an_outer_module_is_not_named_beside_its_inner_ones() -> None:
         replace(node, module_path="layers" if node.id == 1 else node.module_path)
         for node in graph.nodes
     )
-    (names,) = modules_of_stages(replace(graph, nodes=nodes), (Stage(0, 0, (0, 1, 2, 3)),))
+    (names,) = modules_of_stages(replace(graph, nodes=nodes), (Stage(0, (0,), (0, 1, 2, 3)),))
     assert names == ("layers.0-1",)
 
 

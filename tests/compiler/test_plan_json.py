@@ -127,7 +127,7 @@ def test_every_edit_of_a_number_or_word_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda plan: plan["stages"][2].update(device="cuda:0"), "stages[2].device"),
+        (lambda plan: plan["stages"][2].update(devices="cuda:0"), "stages[2].devices"),
         (lambda plan: plan["stages"][0].update(nodes="0-3;4"), "stages[0].nodes"),
         (lambda plan: plan["stages"][0].update(nodes="3-0"), "stages[0].nodes"),
         (lambda plan: plan["cluster"]["devices"][1].pop("node"), "cluster.devices[1]"),
@@ -180,7 +180,7 @@ def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
 
 def test_a_consistent_plan_that_breaks_a_rule_is_refused_by_the_verifier() -> None:
     def swap(plan: dict) -> None:
-        plan["stages"][0]["device"], plan["stages"][1]["device"] = 1, 0
+        plan["stages"][0]["devices"], plan["stages"][1]["devices"] = "1", "0"
 
     with pytest.raises(VerificationError, match="stage 0 stands on device 1"):
         plan_from_json(resealed(swap))

@@ -100,7 +100,7 @@ def test_gradients_of_several_consumers_lie_beside_their_sum() -> None:
 def test_stages_that_read_a_value() -> None:
     """linear (2) and relu (3) are read by the second stage; the input (0) by the first alone."""
     graph = two_layers()
-    stages = (Stage(0, 0, (0,)), Stage(1, 1, (1,)), Stage(2, 2, (1, 2, 3)))
+    stages = (Stage(0, (0,), (0,)), Stage(1, (1,), (1,)), Stage(2, (2,), (1, 2, 3)))
     counts = consuming_stages(graph, stages)
     assert counts[2] == 2, "by stages 1 and 2, which both compute relu"
     assert 3 not in counts and counts[0] == 1
@@ -267,7 +267,10 @@ def test_prediction_bounds_what_a_stage_allocates(
     loss_fn = None if loss is None else lambda output, target: loss(output, target)
     captured = capture(model, args, kwargs, mode=Mode.TRAIN, loss_fn=loss_fn, check=False)
     graph, half = captured.graph, len(captured.graph.nodes) // 2
-    stages = (Stage(0, 0, tuple(range(half))), Stage(1, 1, tuple(range(half, len(graph.nodes)))))
+    stages = (
+        Stage(0, (0,), tuple(range(half))),
+        Stage(1, (1,), tuple(range(half, len(graph.nodes)))),
+    )
     tensors = {**captured.tensors, **captured.inputs.bind(args, kwargs)}
     prepared = memory_model(graph)
     for stage, program in zip(stages, cut_stages(graph, stages), strict=True):

@@ -42,7 +42,7 @@ def programs(
         Fingerprint("m", "", "", 0, 0), where, graph.mode, 4 * microbatches, FREE,
         num_microbatches=microbatches,
         stages=tuple(
-            Stage(index, index, tuple(range(cuts[index], cuts[index + 1])))
+            Stage(index, (index,), tuple(range(cuts[index], cuts[index + 1])))
             for index in range(count)
         ),
         schedule=Schedule.parse(text + "\n".join(f"{i}: {row}" for i, row in enumerate(rows))),

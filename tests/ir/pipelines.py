@@ -84,7 +84,7 @@ def cut(graph: Graph, num_stages: int) -> tuple[Stage, ...]:
         placed |= nodes
         if index == num_stages - 1:
             nodes |= free - placed  # nobody reads these
-        stages.append(Stage(index, index, tuple(sorted(nodes))))
+        stages.append(Stage(index, (index,), tuple(sorted(nodes))))
     return tuple(stages)
 
 

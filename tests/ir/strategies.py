@@ -24,7 +24,9 @@ from cutset.compiler.ir.plan import (
     Certificate,
     Fingerprint,
     MemoryPrediction,
+    NodeLayout,
     OptimizerModel,
+    ParameterLayout,
     Plan,
     Prediction,
     Stage,
@@ -45,6 +47,7 @@ from cutset.compiler.ir.program import (
     Register,
     Send,
     StageProgram,
+    TensorShard,
 )
 from cutset.compiler.ir.schedule import Action, ActionKind, Schedule
 from cutset.compiler.ir.types import DTYPE_NAMES, TensorType
@@ -180,6 +183,7 @@ stage_programs = st.builds(
     graphs(),
     st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
     st.lists(st.tuples(texts, ids), max_size=2).map(tuple),
+    st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
 )
 programs = st.builds(
     Program,
@@ -189,6 +193,17 @@ programs = st.builds(
     num_microbatches=ids,
     stages=st.lists(stage_programs, max_size=2).map(tuple),
     stage_ranks=st.lists(ids, max_size=3).map(tuple),
+    shards=st.lists(
+        st.builds(TensorShard, texts, types, st.lists(ids, max_size=3).map(tuple), types),
+        max_size=2,
+    ).map(tuple),
+    updates=st.lists(
+        st.builds(TensorShard, texts, types, st.lists(ids, max_size=3).map(tuple), types),
+        max_size=2,
+    ).map(tuple),
+    gradient_terms=st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(
+        tuple
+    ),
     instructions=st.lists(instructions, max_size=6).map(tuple),
     plan_hash=texts,
     memory_limit_bytes=counts,
@@ -248,9 +263,28 @@ plans = st.builds(
     num_microbatches=ids,
     mesh=meshes,
     stages=st.lists(
-        st.builds(Stage, ids, ids, st.lists(ids, max_size=9).map(tuple)), max_size=3
+        st.builds(
+            Stage,
+            ids,
+            st.lists(ids, min_size=1, max_size=3).map(tuple),
+            st.lists(ids, max_size=9).map(tuple),
+        ),
+        max_size=3,
     ).map(tuple),
     layouts=st.lists(st.builds(ValueLayout, texts, layouts), max_size=2).map(tuple),
+    parameter_layouts=st.lists(
+        st.builds(ParameterLayout, texts, layouts, layouts, layouts), max_size=2
+    ).map(tuple),
+    node_layouts=st.lists(
+        st.builds(
+            NodeLayout,
+            st.lists(ids, max_size=9).map(tuple),
+            st.lists(layouts, max_size=3).map(tuple),
+            st.lists(layouts, max_size=2).map(tuple),
+        ),
+        max_size=2,
+    ).map(tuple),
+    recomputed=st.lists(ids, max_size=9).map(tuple),
     schedule=st.none() | schedules,
     prediction=st.none() | predictions,
     certificate=st.none() | st.builds(Certificate, finite, finite, finite, texts, texts, finite),

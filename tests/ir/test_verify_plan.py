@@ -38,7 +38,8 @@ def test_right_plans_pass() -> None:
 def test_one_device_may_run_two_stages_where_the_schedule_says_so() -> None:
     schedule = PLAN.schedule
     assert schedule is not None
-    stages = (PLAN.stages[0], replace(PLAN.stages[1], device=0), replace(PLAN.stages[2], device=1))
+    first, second, third = PLAN.stages
+    stages = (first, replace(second, devices=(0,)), replace(third, devices=(1,)))
     rows = ("F0.0 F1.0 F0.1 F1.1 B1.0 B0.0 B1.1 B0.1", "F2.0 B2.0 F2.1 B2.1")
     actions = tuple(tuple(map(type(schedule.ranks[0][0]).parse, row.split())) for row in rows)
     shared = replace(
@@ -83,7 +84,14 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "microbatches": (lambda p: replace(p, batch_size=3), "num_microbatches is 4 for a batch of 3"),
     "mode": (lambda p: replace(p, mode=Mode.INFER), "a plan to infer for a graph to train"),
     "stage index": (lambda p: stage(p, 1, index=2), "its index is 2, not 1"),
-    "device": (lambda p: stage(p, 1, device=3), "device 3 is not one of the cluster's 3 devices"),
+    "device": (
+        lambda p: stage(p, 1, devices=(3,)),
+        "device 3 is not one of the cluster's 3 devices",
+    ),
+    "devices": (
+        lambda p: stage(p, 1, devices=(1, 2)),
+        "it has 2 devices for an in-stage mesh of 1",
+    ),
     "empty stage": (lambda p: stage(p, 1, nodes=()), "the stage has no nodes"),
     "node order": (lambda p: stage(p, 1, nodes=(0, 5, 4, 6)), "its node ids do not ascend"),
     "node twice": (lambda p: stage(p, 1, nodes=(0, 4, 4, 5, 6)), "its node ids do not ascend"),
@@ -126,7 +134,7 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         "it is for 2 microbatches, the plan has 4",
     ),
     "schedule on other devices": (
-        lambda p: stage(stage(p, 0, device=1), 1, device=0),
+        lambda p: stage(stage(p, 0, devices=(1,)), 1, devices=(0,)),
         "but stage 0 stands on device 1",
     ),
     "schedule of too many ranks": (

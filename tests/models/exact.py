@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["EXACT_MODELS", "ROWS", "ExactModel", "gradient_hook"]
+__all__ = ["EXACT_MODELS", "ROWS", "SHARDED_MODELS", "ExactModel", "gradient_hook"]
 
 ROWS = 4
 VOCAB = 96
@@ -320,3 +320,27 @@ EXACT_MODELS: dict[str, Callable[[], ExactModel]] = {
 }
 
 gradient_hook = _small(GradientHook)
+
+
+def _in_own_precision(make: Callable[[], ExactModel]) -> Callable[[], ExactModel]:
+    """A language model that returns logits, with a loss in their precision.
+
+    Transformers takes such losses in float32 even of a model in float64; sums over ranks, taken in
+    another order, would then differ by 1e-7.
+    """
+
+    def made() -> ExactModel:
+        entry = make()
+        labels = entry.kwargs["labels"]
+
+        def loss_fn(output: Any, target: Tensor) -> Tensor:
+            return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+
+        return ExactModel(entry.model, (entry.kwargs["input_ids"], labels), {}, loss_fn)
+
+    return made
+
+
+SHARDED_MODELS = EXACT_MODELS | {
+    name: _in_own_precision(EXACT_MODELS[name]) for name in ("gpt2", "llama", "mamba")
+}

@@ -51,10 +51,10 @@ def test_a_stage_that_only_computes_the_loss_is_left_out() -> None:
     last = len(train.nodes) - 1
     parts = (tuple(range(last)), (last,))
     plan = replace(
-        plan, stages=tuple(Stage(index, index + 1, nodes) for index, nodes in enumerate(parts))
+        plan, stages=tuple(Stage(index, (index + 1,), nodes) for index, nodes in enumerate(parts))
     )
     stages = transfer(plan, train, infer)
-    assert stages == (Stage(0, 1, tuple(range(len(infer.nodes)))),)
+    assert stages == (Stage(0, (1,), tuple(range(len(infer.nodes)))),)
 
 
 def without_dropout(num_blocks: int, width: int = 8) -> Graph:

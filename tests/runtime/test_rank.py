@@ -32,7 +32,7 @@ def test_each_loaded_program_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -
     with torch._dynamo.config.patch(error_on_recompile=True):
         for number in range(3):
             graph = scaled(float(number))
-            plan = plan_of(graph, (Stage(0, 0, (0,)),), schedule(["F0.0"], 1, 1))
+            plan = plan_of(graph, (Stage(0, (0,), (0,)),), schedule(["F0.0"], 1, 1))
             (program,) = generate_programs(graph, plan, plan_hash="hash")
             load = {"program": print_program(program), "source": emit_python(program)}
             session.call("load", {"key": str(number), "compile": True, **load})

@@ -8,8 +8,11 @@ cluster workers local=true {
   devices 0-1 type="cpu" node="host"
   link latency_seconds=1e-05 bytes_per_second=5000000000.0 a="*" b="*" same_node=none
 }
-stage 0 device=0 nodes=0-17,19
-layout %h "[S(0),R]"
+stage 0 devices=0-1 nodes=0-17,19
+layout %ids "[S(0),R]"
+parameter %w held="[R,S(0)]" gradient="[P(sum),S(0)]" state="[S(1),S(0)]"
+nodes 0-3,9 inputs="[S(0),R] [R,S(0)]" outputs="[S(0),S(1)]"
+recomputed 3-5
 schedule 1f1b stages=2 microbatches=4
   0: F0.0 F0.1 ...
 prediction step_seconds=0.25 ...
@@ -32,7 +35,9 @@ from ..plan import (
     Certificate,
     Fingerprint,
     MemoryPrediction,
+    NodeLayout,
     OptimizerModel,
+    ParameterLayout,
     Plan,
     Prediction,
     Stage,
@@ -93,9 +98,29 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     yield from print_cluster(plan.cluster).splitlines()
     for stage in plan.stages:
         nodes = print_text(format_ranges(stage.nodes))
-        yield f"stage {stage.index} device={stage.device} nodes={nodes}"
+        devices = print_text(format_ranges(stage.devices))
+        yield f"stage {stage.index} devices={devices} nodes={nodes}"
     for entry in plan.layouts:
         yield f"layout {print_name(entry.value)} {print_literal(str(entry.layout))}"
+    for parameter in plan.parameter_layouts:
+        yield " ".join(
+            [
+                f"parameter {print_name(parameter.value)}",
+                f"held={print_literal(str(parameter.held))}",
+                f"gradient={print_literal(str(parameter.gradient))}",
+                f"state={print_literal(str(parameter.state))}",
+            ]
+        )
+    for group in plan.node_layouts:
+        yield " ".join(
+            [
+                f"nodes {print_text(format_ranges(group.nodes))}",
+                f"inputs={print_literal(' '.join(map(str, group.inputs)))}",
+                f"outputs={print_literal(' '.join(map(str, group.outputs)))}",
+            ]
+        )
+    if plan.recomputed:
+        yield f"recomputed {print_text(format_ranges(plan.recomputed))}"
     if plan.schedule is not None:
         head, *rows = str(plan.schedule).splitlines()
         yield from [head, *(f"  {row}" for row in rows)]
@@ -166,6 +191,13 @@ def parse_plan(text: str) -> Plan:
         mesh=mesh,
         stages=tuple(_read_all(scanner, "stage", _read_stage)),
         layouts=tuple(_read_all(scanner, "layout", _read_layout)),
+        parameter_layouts=tuple(_read_all(scanner, "parameter", _read_parameter)),
+        node_layouts=tuple(_read_all(scanner, "nodes", _read_nodes)),
+        recomputed=tuple(
+            node
+            for run in _read_all(scanner, "recomputed", lambda line: parse_ranges(line.string()))
+            for node in run
+        ),
         schedule=_read_schedule(scanner) if scanner.peek() == "schedule" else None,
     )
     if scanner.peek() == "prediction":
@@ -220,14 +252,31 @@ def _read_link(line: Line) -> LinkRule:
 
 def _read_stage(line: Line) -> Stage:
     index = line.integer()
-    line.expect("device", "=")
-    device = line.integer()
+    line.expect("devices", "=")
+    devices = parse_ranges(line.string())
     line.expect("nodes", "=")
-    return Stage(index, device, parse_ranges(line.string()))
+    return Stage(index, devices, parse_ranges(line.string()))
 
 
 def _read_layout(line: Line) -> ValueLayout:
     return ValueLayout(line.name(), Layout.parse(line.string()))
+
+
+def _read_parameter(line: Line) -> ParameterLayout:
+    name, layouts = line.name(), []
+    for field in ("held", "gradient", "state"):
+        line.expect(field, "=")
+        layouts.append(Layout.parse(line.string()))
+    return ParameterLayout(name, *layouts)
+
+
+def _read_nodes(line: Line) -> NodeLayout:
+    nodes = parse_ranges(line.string())
+    sides = []
+    for field in ("inputs", "outputs"):
+        line.expect(field, "=")
+        sides.append(tuple(map(Layout.parse, line.string().split())))
+    return NodeLayout(nodes, *sides)
 
 
 def _read_schedule(scanner: Scanner) -> Schedule:

@@ -60,16 +60,24 @@ def _verify_stages(plan: Plan) -> None:
         here = f"stages[{position}] of the plan"
         check(stage.index == position, f"its index is {stage.index}, not {position}", here)
         check(
-            0 <= stage.device < num_devices,
-            f"device {stage.device} is not one of the cluster's {num_devices} devices",
+            len(stage.devices) == plan.stage_mesh.size,
+            f"it has {len(stage.devices)} devices for an in-stage mesh of {plan.stage_mesh.size}",
             here,
         )
+        for device in stage.devices:
+            check(
+                0 <= device < num_devices,
+                f"device {device} is not one of the cluster's {num_devices} devices",
+                here,
+            )
+        twice = first_repeated(stage.devices)
+        check(twice is None, f"device {twice} stands twice in its mesh", here)
         check(bool(stage.nodes), "the stage has no nodes", here)
         ascending = all(a < b for a, b in zip(stage.nodes, stage.nodes[1:], strict=False))
         check(ascending and stage.nodes[0] >= 0, "its node ids do not ascend", here)
-    shared = first_repeated(stage.device for stage in plan.stages)
+    shared = first_repeated(device for stage in plan.stages for device in stage.devices)
     if shared is not None and plan.schedule is None:
-        on_it = [stage.index for stage in plan.stages if stage.device == shared]
+        on_it = [stage.index for stage in plan.stages if shared in stage.devices]
         raise VerificationError(
             f"stages {on_it} stand on device {shared}, and no schedule says how they share it",
             where="stages of the plan",
@@ -123,7 +131,7 @@ def _verify_edges(plan: Plan, graph: Graph) -> None:
 
 
 def _verify_layouts(plan: Plan, graph: Graph | None) -> None:
-    repeated = first_repeated(entry.value for entry in plan.layouts)
+    repeated = first_repeated(entry.value for entry in (*plan.layouts, *plan.parameter_layouts))
     check(repeated is None, f"%{repeated} has two layouts", "layouts of the plan")
     if graph is None:
         return
@@ -131,7 +139,32 @@ def _verify_layouts(plan: Plan, graph: Graph | None) -> None:
     for entry in plan.layouts:
         here = f"layout {entry.layout} of %{entry.value}"
         check(entry.value in values, f"graph {graph.name} has no value of this name", here)
-        verify_layout(entry.layout, values[entry.value].type, plan.mesh, where=here)
+        verify_layout(entry.layout, values[entry.value].type, plan.stage_mesh, where=here)
+    for parameter in plan.parameter_layouts:
+        for name in ("held", "gradient", "state"):
+            layout = getattr(parameter, name)
+            here = f"{name} layout {layout} of parameter %{parameter.value}"
+            check(parameter.value in values, f"graph {graph.name} has no such value", here)
+            verify_layout(layout, values[parameter.value].type, plan.stage_mesh, where=here)
+    _verify_node_layouts(plan, graph)
+
+
+def _verify_node_layouts(plan: Plan, graph: Graph) -> None:
+    repeated = first_repeated(node for group in plan.node_layouts for node in group.nodes)
+    check(repeated is None, f"node {repeated} has two layouts", "node layouts of the plan")
+    for group in plan.node_layouts:
+        for number in group.nodes:
+            check(0 <= number < len(graph.nodes), f"there is no node {number}", "node layouts")
+            node = graph.nodes[number]
+            for kind, ids, layouts in (
+                ("input", node.inputs, group.inputs),
+                ("output", node.outputs, group.outputs),
+            ):
+                if len(ids) != len(layouts):
+                    fail_node(graph, node, f"{len(layouts)} {kind} layouts for {len(ids)} {kind}s")
+                for value, layout in zip(ids, layouts, strict=True):
+                    here = f"{kind} %{graph.values[value].name} of node {node.name}"
+                    verify_layout(layout, graph.values[value].type, plan.stage_mesh, where=here)
 
 
 def _verify_plan_schedule(plan: Plan) -> None:

@@ -1,0 +1,253 @@
+"""A plan's layouts by name: what localization, verification and prediction ask for.
+
+Names of values and nodes are the same in a model's graph and in the graphs of its stages, so one
+`Sharding`, made from the whole graph, serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..ir.errors import VerificationError
+from ..ir.graph import Graph, Node, OutputKind, Value, ValueKind, users
+from ..ir.mesh import Layout, Mesh, Partial, Replicate, Shard
+from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
+from .rules import strategies_of
+from .strategy import OpStrategy, can_shard
+
+__all__ = ["Sharding", "legal_node_layouts", "legal_value_layouts", "make_sharding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a model's graph lies over an in-stage mesh.
+
+    Args:
+        strategies: per node name, its strategy over each axis; nodes without an entry are
+            replicated.
+        layouts: per value name, the layout that it is made or held in; others are replicated.
+        parameters: layouts of parameters, by value name.
+        deferred: per value name, the axes on which the gradient stays a term a rank: all its
+            readers work on parts, and it is computed from parameters alone. For a parameter the
+            terms are summed at the end of the step.
+    """
+
+    mesh: Mesh
+    strategies: Mapping[str, tuple[OpStrategy, ...]]
+    layouts: Mapping[str, Layout]
+    parameters: Mapping[str, ParameterLayout]
+    deferred: Mapping[str, frozenset[int]]
+
+    @staticmethod
+    def of(plan: Plan, graph: Graph) -> Sharding:
+        """The sharding that `plan` decides for `graph`.
+
+        Raises:
+            VerificationError: a layout is illegal for its operator.
+        """
+        return make_sharding(
+            graph, plan.stage_mesh, plan.node_layouts, plan.layouts, plan.parameter_layouts
+        )
+
+    @property
+    def replicated(self) -> Layout:
+        return Layout((Replicate(),) * len(self.mesh.axes))
+
+    def layout(self, value: Value) -> Layout:
+        """The layout in which `value` is made or held."""
+        return self.layouts.get(value.name, self.replicated)
+
+    def node_strategies(self, node: Node) -> tuple[OpStrategy, ...] | None:
+        """One strategy an axis; None: replicated."""
+        return self.strategies.get(node.name)
+
+    def gradient_layout(self, value: Value) -> Layout:
+        """Of the gradient that one rank has of a parameter after backward."""
+        held = self.layout(value).placements
+        axes = self.deferred.get(value.name, frozenset())
+        return Layout(tuple(Partial() if a in axes else p for a, p in enumerate(held)))
+
+
+def make_sharding(
+    graph: Graph,
+    mesh: Mesh,
+    node_layouts: tuple[NodeLayout, ...],
+    layouts: tuple[ValueLayout, ...] = (),
+    parameter_layouts: tuple[ParameterLayout, ...] = (),
+) -> Sharding:
+    """The sharding of `graph` over `mesh`; see `Sharding.of`."""
+    strategies: dict[str, tuple[OpStrategy, ...]] = {}
+    made = {entry.value: entry.layout for entry in layouts}
+    made.update({entry.value: entry.held for entry in parameter_layouts})
+    table = _StrategyTable(graph)
+    for group in node_layouts:
+        for number in group.nodes:
+            node = graph.nodes[number]
+            chosen = _strategies(table, mesh, node, group)
+            if all(strategy.is_replicated for strategy in chosen):
+                continue
+            strategies[node.name] = chosen
+            for value, layout in zip(node.outputs, group.outputs, strict=True):
+                made[graph.values[value].name] = layout
+    return Sharding(
+        mesh=mesh,
+        strategies=strategies,
+        layouts=made,
+        parameters={entry.value: entry for entry in parameter_layouts},
+        deferred=_deferred(graph, len(mesh.axes), strategies, made),
+    )
+
+
+def legal_node_layouts(
+    graph: Graph, mesh: Mesh, groups: tuple[NodeLayout, ...]
+) -> tuple[NodeLayout, ...]:
+    """`groups` without the nodes of `graph` that cannot run so."""
+    table = _StrategyTable(graph)
+    kept = []
+    for group in groups:
+        nodes = tuple(
+            number
+            for number in group.nodes
+            if _find_strategies(table, mesh, graph.nodes[number], group) is not None
+        )
+        if nodes:
+            kept.append(replace(group, nodes=nodes))
+    return tuple(kept)
+
+
+def legal_value_layouts(
+    graph: Graph, mesh: Mesh, layouts: tuple[ValueLayout, ...]
+) -> tuple[ValueLayout, ...]:
+    """`layouts` without those that the values of `graph` are too small for."""
+    values = graph.by_name()
+
+    def is_legal(entry: ValueLayout) -> bool:
+        return all(
+            not isinstance(placement, Shard)
+            or can_shard(values[entry.value].type, placement.dim, axis.size)
+            for placement, axis in zip(entry.layout.placements, mesh.axes, strict=True)
+        )
+
+    return tuple(entry for entry in layouts if is_legal(entry))
+
+
+class _StrategyTable:
+    """Strategies of the nodes of one graph; nodes that look alike share an entry."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._found: dict[object, tuple[OpStrategy, ...]] = {}
+
+    def of(self, node: Node, parts: int) -> tuple[OpStrategy, ...]:
+        values = self._graph.values
+        types = tuple(values[i].type for i in (*node.inputs, *node.outputs))
+        key = (parts, node.op, node.args, node.kwargs, types, node.random_draw is None)
+        if key not in self._found:
+            self._found[key] = strategies_of(self._graph, node, parts)
+        return self._found[key]
+
+
+def _strategies(
+    table: _StrategyTable, mesh: Mesh, node: Node, group: NodeLayout
+) -> tuple[OpStrategy, ...]:
+    """The rule's strategy on each axis that has the layouts of `group`."""
+    chosen = _find_strategies(table, mesh, node, group)
+    if chosen is not None:
+        return chosen
+    wanted = f"{_listed(group.inputs)} -> {_listed(group.outputs)}"
+    raise VerificationError(
+        f"{node.op} cannot run as {wanted} over mesh {mesh}",
+        where=f"node {node.name} of {node.module_path} ({node.source})",
+        ways_out=tuple(
+            f"legal over {axis.name}: {'; '.join(map(str, table.of(node, axis.size)))}"
+            for axis in mesh.axes
+        ),
+    )
+
+
+def _find_strategies(
+    table: _StrategyTable, mesh: Mesh, node: Node, group: NodeLayout
+) -> tuple[OpStrategy, ...] | None:
+    chosen = []
+    for position, axis in enumerate(mesh.axes):
+        wanted = tuple(
+            tuple(layout.placements[position] for layout in side)
+            for side in (group.inputs, group.outputs)
+        )
+        found = (s for s in table.of(node, axis.size) if (s.inputs, s.outputs) == wanted)
+        strategy = next(found, None)
+        if strategy is None:
+            return None
+        chosen.append(strategy)
+    return tuple(chosen) if _each_dim_once((*group.inputs, *group.outputs)) else None
+
+
+def _each_dim_once(layouts: tuple[Layout, ...]) -> bool:
+    """Whether no tensor has a dim that two axes shard."""
+    rows = ([p for p in layout.placements if isinstance(p, Shard)] for layout in layouts)
+    return all(len(row) == len(set(row)) for row in rows)
+
+
+def _listed(layouts: tuple[Layout, ...]) -> str:
+    return ",".join(map(str, layouts))
+
+
+def _deferred(
+    graph: Graph,
+    num_axes: int,
+    strategies: Mapping[str, tuple[OpStrategy, ...]],
+    made: Mapping[str, Layout],
+) -> dict[str, frozenset[int]]:
+    """`Sharding.deferred`, from the readers of each value to the value.
+
+    A replicated operator on such values passes terms of a gradient on as they are, since backward
+    is linear in the gradient.
+    """
+    weights = _computed_from_parameters(graph)
+    returned = {output.value for output in graph.outputs if output.kind is not OutputKind.BUFFER}
+    read_by = users(graph)
+    table: dict[int, frozenset[int]] = {}
+    for value in sorted(weights, reverse=True):
+        name = graph.values[value].name
+        axes: set[int] = set()
+        for axis in range(num_axes):
+            layout = made.get(name)
+            if layout is not None and not isinstance(layout.placements[axis], Replicate):
+                continue
+            readers = [graph.nodes[node] for node in read_by[value]]
+            if value not in returned and all(
+                _leaves_terms(graph, node, value, axis, strategies, table) for node in readers
+            ):
+                axes.add(axis)
+        table[value] = frozenset(axes)
+    return {graph.values[value].name: axes for value, axes in table.items() if axes}
+
+
+def _leaves_terms(
+    graph: Graph,
+    node: Node,
+    value: int,
+    axis: int,
+    strategies: Mapping[str, tuple[OpStrategy, ...]],
+    table: Mapping[int, frozenset[int]],
+) -> bool:
+    """Whether `node` gives one term a rank of the gradient of `value` that it reads."""
+    carried = [index for index in node.outputs if graph.values[index].requires_grad]
+    if not carried:
+        return True
+    chosen = strategies.get(node.name)
+    position = node.inputs.index(value)
+    if chosen is not None and not chosen[axis].is_replicated:
+        return chosen[axis].has_partial_gradient(position)
+    return all(axis in table.get(index, ()) for index in carried)
+
+
+def _computed_from_parameters(graph: Graph) -> set[int]:
+    """Values with a gradient that depend on no activation: parameters and what is made of them."""
+    given = (ValueKind.INPUT, ValueKind.BOUNDARY)
+    fed = {value.id for value in graph.values if value.kind in given}
+    for node in graph.nodes:
+        if any(index in fed for index in node.inputs):
+            fed.update(node.outputs)
+    return {value.id for value in graph.values if value.requires_grad and value.id not in fed}
