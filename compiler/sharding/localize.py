@@ -203,6 +203,8 @@ class _Localizer:
                 return local.shard(ref, name, new, node)
             case Replicate(), Partial("sum"):
                 return local.as_partial(ref, name, node)
+            case Shard(old), Partial("sum"):
+                return local.pad_part(ref, name, old, shape[old], node)
             case old, new:
                 assert old == new, f"no conversion from {old} to {new}"
                 return ref

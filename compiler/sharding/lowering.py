@@ -158,6 +158,21 @@ class LocalGraph:
         )
         return result
 
+    def pad_part(self, ref: Ref, axis: str, dim: int, size: int, like: Node) -> Ref:
+        """Shard(dim) -> Partial: the own part among zeros, `size` long in `dim`. The gradient of a
+        term is complete on every rank, so the own part of it is that of the part."""
+        parts, index = self._axis(axis)
+        type = self.type(ref)
+        before = sum(chunk_sizes(size, parts)[:index])
+        pads = (before, size - before - type.shape[dim])
+        (result,) = self.emit(
+            "aten.constant_pad_nd.default",
+            (ref, (0, 0) * (len(type.shape) - 1 - dim) + pads),
+            (_resized(type, dim, size),),
+            like=like,
+        )
+        return result
+
     def shard(self, ref: Ref, axis: str, dim: int, like: Node) -> Ref:
         """Replicate -> Shard(dim): the own part. Adjoint: all-gather."""
         parts, index = self._axis(axis)

@@ -25,6 +25,7 @@ from tests.models.exact import ROWS, SHARDED_MODELS
 from .choices import Layouts, flowing_layouts, random_layouts
 from .lockstep import RankGraph, assemble, coordinates, run_lockstep
 
+IN_FLOAT32 = {"llama": 1e-5, "mamba": 1e-5}  # their norms are in float32 whatever the model is in
 MESHES = ("tensor=2", "tensor=4", "data=2", "data=2,tensor=2")
 
 
@@ -80,8 +81,9 @@ def _loss(graph: Graph, results: tuple[Tensor, ...]) -> Tensor:
     return results[kinds.index(OutputKind.LOSS)]
 
 
-def check_layouts(name: str, mesh: Mesh, layouts: Layouts, tolerance: float = 1e-9) -> None:
+def check_layouts(name: str, mesh: Mesh, layouts: Layouts) -> None:
     """Loss and gradients of all ranks under `layouts` are those of the whole model."""
+    tolerance = IN_FLOAT32.get(name, 1e-9)
     subject = whole(name)
     graph = subject.graph
     sharding = make_sharding(graph, mesh, layouts.nodes, layouts.values, layouts.parameters)
