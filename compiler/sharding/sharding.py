@@ -16,7 +16,7 @@ from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
 from .rules import strategies_of
 from .strategy import OpStrategy
 
-__all__ = ["Sharding"]
+__all__ = ["Sharding", "computed_from_parameters", "make_sharding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def _deferred(
     A replicated operator on such values passes terms of a gradient on as they are, since backward
     is linear in the gradient.
     """
-    weights = _computed_from_parameters(graph)
+    weights = computed_from_parameters(graph)
     returned = {output.value for output in graph.outputs if output.kind is not OutputKind.BUFFER}
     read_by = users(graph)
     table: dict[int, frozenset[int]] = {}
@@ -194,7 +194,7 @@ def _leaves_terms(
     return all(axis in table.get(index, ()) for index in carried)
 
 
-def _computed_from_parameters(graph: Graph) -> set[int]:
+def computed_from_parameters(graph: Graph) -> set[int]:
     """Values with a gradient that depend on no activation: parameters and what is made of them."""
     given = (ValueKind.INPUT, ValueKind.BOUNDARY)
     fed = {value.id for value in graph.values if value.kind in given}
