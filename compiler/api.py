@@ -241,7 +241,7 @@ def _early_workers(
     plan = planning["plan"]
     count = len(cluster.devices)
     if plan is not None and plan.stages:
-        count = min(count, 1 + max(stage.device for stage in plan.stages))
+        count = min(count, 1 + max(device for stage in plan.stages for device in stage.devices))
     elif planning.get("num_stages"):
         count = min(count, planning["num_stages"])
     return start_workers(cluster, count, timeout_seconds=timeout_seconds, wait=False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..passes.schedule import build_schedule
-from ..passes.transfer import transfer
+from ..passes.transfer import transfer, transfer_layouts
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
 from ..runtime.optimizer import current_hyperparameters, describe_optimizer
 from ..runtime.session import LocalSession, Session
@@ -31,8 +31,9 @@ from .ir.errors import CaptureError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode, ValueKind
 from .ir.plan import Plan
-from .ir.program import Program
+from .ir.program import Program, TensorShard
 from .ir.text import print_program
+from .parts import batch_part, first_holders, joined, part_of, shards_by_name
 from .placement import Needs, Placement
 from .planned import PlannedModel, build_programs
 
@@ -101,6 +102,7 @@ class Parallel:
         self._planned_flags = self._flags.text()
         self._tensors = Placement()  # parameters and buffers
         self._states = Placement()  # states of optimizers, by parameter
+        self._parts = _Parts()
         self._session = session
         self._owns_session = owns_session or session is None
         self._clean = self._owns_session
@@ -144,7 +146,7 @@ class Parallel:
         self._states.change(entry for entry in variant.needs.changed if entry[0] in self._states)
         self._step += 1
         self._tick_mirror()
-        (loss,) = [reply["loss"] for reply in replies if reply["loss"] is not None]
+        loss = next(reply["loss"] for reply in replies if reply["loss"] is not None)
         return torch.tensor(loss, dtype=torch.float64)
 
     def _tick_mirror(self) -> None:
@@ -192,7 +194,7 @@ class Parallel:
             **extra,
         }
         arguments = [
-            shared | {"inputs": {name: inputs[name] for name in _inputs_of(program)}}
+            shared | {"inputs": _input_parts(variant, program, inputs)}
             for program in variant.programs
         ]
         replies = session.call(method, arguments, timeout_seconds=self._limit)
@@ -243,8 +245,13 @@ class Parallel:
         except CaptureError as error:
             raise self._at_another_size(error, rows, count) from error
         stages = transfer(self.plan, self._planned.captured.graph, captured.graph)
+        layouts = transfer_layouts(self.plan, self._planned.captured.graph, captured.graph)
         plan = replace(
             self.plan,
+            layouts=layouts.values,
+            parameter_layouts=layouts.parameters,
+            node_layouts=layouts.nodes,
+            recomputed=(),
             fingerprint=fingerprint(captured.graph, self.plan.fingerprint.name),
             mode=mode,
             batch_size=rows,
@@ -302,6 +309,7 @@ class Parallel:
 
     def _place(self, variant: Variant) -> None:
         """Send every rank what it lacks today's value of: parameters, buffers, states."""
+        self._parts.add(variant.programs)
         missing = self._tensors.missing(variant.needs.held)
         if any(missing):
             moved = sorted({n for names in missing for n in names if n in self._tensors})
@@ -310,8 +318,14 @@ class Parallel:
             self._started().call(
                 "set_tensors",
                 [
-                    {"tensors": {name: source[name] for name in names}, "parameters": parameters}
-                    for names in missing
+                    {
+                        "tensors": {
+                            name: part_of(source[name], self._parts.held(name, rank))
+                            for name in names
+                        },
+                        "parameters": parameters,
+                    }
+                    for rank, names in enumerate(missing)
                 ],
                 timeout_seconds=self._limit,
             )
@@ -325,7 +339,22 @@ class Parallel:
         self._restored = None
         self._started().call("configure_optimizer", {"spec": self._spec})
         if state:
-            self._started().call("load_optimizer_state", {"state": state})
+            self._load_states(state)
+
+    def _load_states(self, state: Mapping[str, dict[str, Any]]) -> None:
+        """Give every rank the parts of the states of what it updates."""
+        ranks = range(self._started().num_ranks)
+        parts = [
+            {
+                name: {
+                    key: _state_part(value, self._parts.of(name, updates=True).get(rank))
+                    for key, value in entries.items()
+                }
+                for name, entries in state.items()
+            }
+            for rank in ranks
+        ]
+        self._started().call("load_optimizer_state", [{"state": entry} for entry in parts])
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -360,7 +389,7 @@ class Parallel:
                 "gradients are not kept after the optimizer step",
                 ways_out=("pass keep_gradients=True to auto_partition",),
             )
-        found = self._gather("gradients", self._tensors.names)
+        found = self._gather("gradients", self._tensors.names, updates=True)
         return {name: found[name] for name in self._names.values() if name in found}
 
     def optimizer_state_dict(self) -> dict[str, Any]:
@@ -406,7 +435,7 @@ class Parallel:
         self._step = int(state["num_steps"])
         by_name = {name: dict(entries) for name, entries in state["state"].items()}
         if self._configured:
-            self._started().call("load_optimizer_state", {"state": by_name})
+            self._load_states(by_name)
         else:
             self._restored = by_name
 
@@ -420,14 +449,13 @@ class Parallel:
         if self._restored is not None or not self._configured:
             return dict(self._restored or {})
         replies = self._started().call("optimizer_state", timeout_seconds=self._limit)
-        current = {
-            name: entries
-            for rank, reply in enumerate(replies)
-            for name, entries in reply.items()
-            if rank in self._states.ranks(name)
-        }
-        on_cpu: dict[str, dict[str, Any]] = tree_map_only(Tensor, Tensor.cpu, current)
-        return on_cpu
+        found: dict[str, list[tuple[TensorShard | None, dict[str, Any]]]] = {}
+        for rank, reply in enumerate(replies):
+            for name, entries in tree_map_only(Tensor, Tensor.cpu, reply).items():
+                if rank in self._states.ranks(name):
+                    shard = self._parts.of(name, updates=True).get(rank)
+                    found.setdefault(name, []).append((shard, entries))
+        return {name: _joined_states(parts) for name, parts in found.items()}
 
     def record_times(self) -> None:
         """Record when each instruction of the next step runs (see `instruction_times`)."""
@@ -445,21 +473,30 @@ class Parallel:
         """Peak bytes per rank of the last measured step; empty if none was measured."""
         return list(self._peaks)
 
-    def _gather(self, method: str, names: list[str]) -> dict[str, Tensor]:
-        """Named tensors, each from the lowest rank that has today's value."""
+    def _gather(self, method: str, names: list[str], *, updates: bool = False) -> dict[str, Tensor]:
+        """Named tensors, whole, each part from the lowest rank that has today's value.
+
+        Args:
+            updates: the ranks have the parts that they update, not those that they hold.
+        """
         if not names:
             return {}
+        sources = {
+            name: set(first_holders(self._tensors.ranks(name), self._parts.of(name, updates)))
+            for name in names
+        }
         arguments = [
-            {"names": [name for name in names if self._tensors.ranks(name)[0] == rank]}
+            {"names": [name for name in names if rank in sources[name]]}
             for rank in range(self._started().num_ranks)
         ]
         replies = self._started().call(method, arguments, timeout_seconds=self._limit)
         is_here = bool(self._started().local_ranks)  # then replies are the rank's own tensors
-        return {
-            name: tensor.detach().to("cpu", copy=is_here)
-            for reply in replies
-            for name, tensor in reply.items()
-        }
+        found: dict[str, list[tuple[TensorShard | None, Tensor]]] = {}
+        for rank, reply in enumerate(replies):
+            for name, tensor in reply.items():
+                part = tensor.detach().to("cpu", copy=is_here)
+                found.setdefault(name, []).append((self._parts.of(name, updates).get(rank), part))
+        return {name: joined(parts) for name, parts in found.items()}
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -549,14 +586,64 @@ def start_workers(
     )
 
 
-def _inputs_of(program: Program) -> list[str]:
-    return sorted(
-        {
-            value.origin
-            for stage in program.stages
-            for value in stage.graph.values_of(ValueKind.INPUT)
-        }
-    )
+class _Parts:
+    """Which parts of parameters and buffers ranks hold and update, by name and rank.
+
+    They are the same in all variants, as all hold parameters as the plan says.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[int, TensorShard]] = {}
+        self._updated: dict[str, dict[int, TensorShard]] = {}
+
+    def add(self, programs: tuple[Program, ...]) -> None:
+        for program in programs:
+            for name, shard in shards_by_name(program).items():
+                self._held.setdefault(name, {})[program.rank] = shard
+            for shard in (*program.shards, *program.updates):
+                self._updated.setdefault(shard.name, {})[program.rank] = shard
+
+    def held(self, name: str, rank: int) -> TensorShard | None:
+        return self._held.get(name, {}).get(rank)
+
+    def of(self, name: str, updates: bool) -> Mapping[int, TensorShard]:
+        """Parts by rank; a rank that is missing has the whole."""
+        return (self._updated if updates else self._held).get(name, {})
+
+
+def _joined_states(parts: list[tuple[TensorShard | None, dict[str, Any]]]) -> dict[str, Any]:
+    """State of one parameter from the states of its parts: tensors of their shapes are joined,
+    everything else (counters) is the same on all ranks."""
+
+    def join(key: str, shard: TensorShard | None, value: Any) -> Any:
+        is_part = isinstance(value, Tensor) and shard is not None
+        if not is_part or tuple(value.shape) != shard.part.shape:
+            return value
+        return joined([(other, entries[key]) for other, entries in parts])
+
+    shard, entries = parts[0]
+    return {key: join(key, shard, value) for key, value in entries.items()}
+
+
+def _state_part(value: Any, shard: TensorShard | None) -> Any:
+    is_whole = isinstance(value, Tensor) and shard is not None
+    if not is_whole or tuple(value.shape) != shard.whole.shape:
+        return value
+    return part_of(value, shard).contiguous()
+
+
+def _input_parts(
+    variant: Variant, program: Program, inputs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The user inputs that the rank of `program` reads, as much as it needs of them."""
+    shards = shards_by_name(program)
+    batch_dims = {
+        value.origin: value.batch_dim for value in variant.captured.graph.values_of(ValueKind.INPUT)
+    }
+    return {
+        name: batch_part(inputs[name], shards.get(name), batch_dims[name])
+        for name in _tensors_of(program, ValueKind.INPUT)
+    }
 
 
 def _tensors_of(program: Program, *kinds: ValueKind) -> list[str]:

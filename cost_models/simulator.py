@@ -79,6 +79,7 @@ class Simulation:
     timeline: tuple[Span, ...]
 
 
+_Computation = Forward | Backward | BackwardInput | BackwardWeight
 _DEFAULT_OPTIMIZER = OptimizerModel("adamw", 2.0)
 
 
@@ -138,13 +139,14 @@ class _Run:
     ) -> None:
         self.cluster = cluster
         self.optimizer = optimizer
-        self.stages: dict[int, StageProgram] = {}
-        self.seconds: dict[int, StageSeconds] = {}
+        self.stages: dict[tuple[int, int], StageProgram] = {}  # by (rank, stage)
+        self.seconds: dict[tuple[int, int], StageSeconds] = {}
         for program in programs:
             device_type = cluster.type_of(program.rank)
             for stage in program.stages:
-                self.stages[stage.index] = stage
-                self.seconds[stage.index] = measured.get(stage.index) or stage_seconds(
+                key = program.rank, stage.index
+                self.stages[key] = stage
+                self.seconds[key] = measured.get(stage.index) or stage_seconds(
                     stage.graph, device_type
                 )
         self.ranks = [
@@ -214,10 +216,9 @@ class _Run:
         self._arrival[pair[1], recv.register] = begin + link.seconds(size)
         self.link_bytes[pair] += size
 
-    def _compute(
-        self, rank: _Rank, action: Forward | Backward | BackwardInput | BackwardWeight
-    ) -> bool:
-        reads = self._reads(action)
+    def _compute(self, rank: _Rank, action: _Computation) -> bool:
+        stage = self.stages[rank.program.rank, action.stage]
+        reads = _reads(stage, action)
         arrivals = [
             self._arrival[rank.program.rank, register]
             for register in reads
@@ -226,7 +227,7 @@ class _Run:
         if any(arrival < 0 for arrival in arrivals):
             return False
         begin = max([rank.seconds, *arrivals])
-        seconds = self.seconds[action.stage]
+        seconds = self.seconds[rank.program.rank, action.stage]
         kind, length = {
             Forward: ("F", seconds.forward),
             Backward: ("B", seconds.backward),
@@ -235,41 +236,9 @@ class _Run:
         }[type(action)]
         self._span(rank, kind, action.stage, action.microbatch, begin, begin + length)
         rank.memory.action(kind, action.stage, action.microbatch, begin, begin + length)
-        for register, value_type in self._writes(action):
+        for register, value_type in _writes(stage, action):
             rank.memory.define(register, value_type, begin + length)
         return True
-
-    def _reads(self, action: Forward | Backward | BackwardInput | BackwardWeight) -> list[Register]:
-        stage = self.stages[action.stage]
-        if isinstance(action, Forward):
-            return [Register(name, action.microbatch) for name, _ in stage.producers]
-        if isinstance(action, BackwardWeight):
-            return []
-        return [
-            Register(name, action.microbatch, consumer)
-            for name, consumers in stage.consumers
-            for consumer in consumers
-        ]
-
-    def _writes(
-        self, action: Forward | Backward | BackwardInput | BackwardWeight
-    ) -> list[tuple[Register, TensorType]]:
-        graph = self.stages[action.stage].graph
-        if isinstance(action, BackwardWeight):
-            return []
-        if isinstance(action, Forward):
-            return [
-                (
-                    Register(graph.values[output.value].name, action.microbatch),
-                    graph.values[output.value].type,
-                )
-                for output in graph.outputs_of(OutputKind.BOUNDARY)
-            ]
-        return [
-            (Register(value.name, action.microbatch, action.stage), value.type)
-            for value in graph.values_of(ValueKind.BOUNDARY)
-            if value.requires_grad
-        ]
 
     def _all_reduce(self, rank: _Rank, instruction: AllReduce) -> bool:
         reached = self._reached[instruction.target, instruction.ranks]
@@ -326,3 +295,34 @@ class _Run:
             memory_curves=tuple(rank.memory.points() for rank in self.ranks),
             timeline=tuple(sorted(self.spans, key=lambda span: (span.rank, span.begin_seconds))),
         )
+
+
+def _reads(stage: StageProgram, action: _Computation) -> list[Register]:
+    if isinstance(action, Forward):
+        return [Register(name, action.microbatch) for name, _ in stage.producers]
+    if isinstance(action, BackwardWeight):
+        return []
+    return [
+        Register(name, action.microbatch, consumer)
+        for name, consumers in stage.consumers
+        for consumer in consumers
+    ]
+
+
+def _writes(stage: StageProgram, action: _Computation) -> list[tuple[Register, TensorType]]:
+    graph = stage.graph
+    if isinstance(action, BackwardWeight):
+        return []
+    if isinstance(action, Forward):
+        return [
+            (
+                Register(graph.values[output.value].name, action.microbatch),
+                graph.values[output.value].type,
+            )
+            for output in graph.outputs_of(OutputKind.BOUNDARY)
+        ]
+    return [
+        (Register(value.name, action.microbatch, action.stage), value.type)
+        for value in graph.values_of(ValueKind.BOUNDARY)
+        if value.requires_grad
+    ]

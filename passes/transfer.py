@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Graph, Node, ValueKind, producers, users
-from ..compiler.ir.plan import Plan, Stage
+from ..compiler.ir.plan import NodeLayout, ParameterLayout, Plan, Stage, ValueLayout
+from ..compiler.sharding.sharding import legal_node_layouts, legal_value_layouts
 from .replicate import needed_replicas, replicated_nodes
 
-__all__ = ["held_stages", "transfer"]
+__all__ = ["Layouts", "held_stages", "transfer", "transfer_layouts"]
 
 _HELD = (ValueKind.PARAMETER, ValueKind.BUFFER)
 
@@ -60,6 +61,54 @@ def transfer(
             ways_out=("plan for this mode of the model by itself",),
         )
     return _stages(plan, new_graph, placed)
+
+
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """The layouts of a plan: of values, parameters and nodes (see `Plan`)."""
+
+    values: tuple[ValueLayout, ...]
+    parameters: tuple[ParameterLayout, ...]
+    nodes: tuple[NodeLayout, ...]
+
+
+def transfer_layouts(plan: Plan, old: Graph, new: Graph) -> Layouts:
+    """Layouts of `new` under `plan`, which was made for `old`.
+
+    Parameters and buffers are held as planned. A node runs like the one it corresponds to (same
+    module, operator and occurrence) if that is legal at its sizes, else replicated.
+    """
+    if not (plan.node_layouts or plan.parameter_layouts or plan.layouts):
+        return Layouts((), (), ())
+    names = {(value.kind, value.origin): value.name for value in new.values if value.origin}
+    renamed = {
+        value.name: names[value.kind, value.origin]
+        for value in old.values
+        if (value.kind, value.origin) in names
+    }
+    position = {key: node for node, key in enumerate(_keys(new))}
+    twins = {node: position[key] for node, key in enumerate(_keys(old)) if key in position}
+    nodes = tuple(
+        replace(group, nodes=tuple(sorted(twins[node] for node in group.nodes if node in twins)))
+        for group in plan.node_layouts
+    )
+    return Layouts(
+        legal_value_layouts(
+            new,
+            plan.stage_mesh,
+            tuple(
+                ValueLayout(renamed[entry.value], entry.layout)
+                for entry in plan.layouts
+                if entry.value in renamed
+            ),
+        ),
+        tuple(
+            replace(entry, value=renamed[entry.value])
+            for entry in plan.parameter_layouts
+            if entry.value in renamed
+        ),
+        legal_node_layouts(new, plan.stage_mesh, nodes),
+    )
 
 
 def held_stages(plan: Plan, graph: Graph) -> dict[str, tuple[int, ...]]:

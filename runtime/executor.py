@@ -132,7 +132,9 @@ class Executor:
         self._consumers = {stage.index: dict(stage.consumers) for stage in program.stages}
         self._slots: dict[int, GraphSlots] = {}
         if cuda_graphs and device.type == "cuda":
-            self._slots = {index: GraphSlots(entry) for index, entry in kernels.items()}
+            self._slots = {
+                index: GraphSlots(entry) for index, entry in kernels.items() if entry.is_capturable
+            }
         self.touched: set[str] = set()
         self._step: Step | None = None
         self._optimize: Optimizer | None = None

@@ -355,10 +355,17 @@ class _Boxed(CodeGen):
         return args
 
 
-def boxed_module(module: fx.GraphModule) -> Callable[[list[Tensor | None]], Sequence[Any]]:
-    """A callable of one list, run without autograd; a tensor dies after its last use."""
+def boxed_module(
+    module: fx.GraphModule, bind: Callable[[fx.Graph], None] | None = None
+) -> Callable[[list[Tensor | None]], Sequence[Any]]:
+    """A callable of one list, run without autograd; a tensor dies after its last use.
+
+    `bind` may give nodes of the copied graph other targets first.
+    """
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    if bind is not None:
+        bind(graph)
     for node in graph.nodes:
         node.target = _DIRECT.get(node.target, node.target)
     graph.set_codegen(_Boxed())

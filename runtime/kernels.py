@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,7 +32,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..compiler.ir.graph import Graph, OutputKind, Value, ValueKind
 from ..compiler.ir.ops import Category
-from .fx_cut import boxed_module, cut_backward, mutates, use_addmm
+from .collective_ops import StageCollectives, expand_local, has_collectives
+from .fx_cut import boxed_module, cut_backward, mutates, simplify, use_addmm
 
 __all__ = ["Kernel", "StageKernels", "StageSignature", "trace_inference", "trace_training"]
 
@@ -97,7 +99,8 @@ class StageKernels:
     `input_sources` / `weight_sources` say, tensor by tensor, what the backward kernels read:
     ("argument", i), ("saved", i), ("tangent", i) and for W ("passed", i). W reads the gradient
     buffers of `accumulated` (positions in `arguments`) after those. `zero_inputs` are positions
-    within the differentiable inputs whose gradient is structurally zero.
+    within the differentiable inputs whose gradient is structurally zero. `collectives` are those
+    inside the kernels, where there are any.
     """
 
     signature: StageSignature
@@ -110,20 +113,36 @@ class StageKernels:
     accumulated: tuple[int, ...] = ()
     zero_inputs: tuple[int, ...] = ()
     modules: dict[str, fx.GraphModule] = field(default_factory=dict)
+    collectives: StageCollectives | None = None
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether the kernels can be recorded as CUDA graphs."""
+        return self.collectives is None or self.collectives.is_capturable
 
     def compiled(self) -> StageKernels:
-        """The same kernels of a training stage through Inductor (compiled at their first call)."""
-        return replace(
-            self,
-            forward=_compiled_module(self.modules["forward"]),
-            backward_input=_compiled_module(self.modules["input"]),
-            backward_weight=_compiled_module(self.modules["weight"]),
-        )
+        """The same kernels through Inductor (compiled at their first call).
+
+        For kernels that were traced; a kernel whose collectives Inductor cannot take stays as it
+        is, with a warning.
+        """
+        names = {"forward": "forward", "input": "backward_input", "weight": "backward_weight"}
+        kernels = {
+            names[part]: _compiled_module(module, self.collectives)
+            for part, module in self.modules.items()
+        }
+        return replace(self, **kernels)
 
 
-def _compiled_module(module: fx.GraphModule) -> Kernel:
+def _compiled_module(module: fx.GraphModule, collectives: StageCollectives | None) -> Kernel:
+    bind = None if collectives is None else collectives.bind
     if not any(node.op == "call_function" for node in module.graph.nodes):
-        return boxed_module(module)
+        return boxed_module(module, bind)
+    if collectives is not None:
+        module, reason = collectives.functional(module)
+        if reason:
+            warnings.warn(f"a kernel is not compiled: {reason}", stacklevel=2)
+            return boxed_module(module, bind)
     compiled = torch.compile(module, dynamic=False)
 
     def run(tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
@@ -135,12 +154,20 @@ def _compiled_module(module: fx.GraphModule) -> Kernel:
     return run
 
 
-def trace_inference(function: StageFunction, graph: Graph, device: torch.device) -> StageKernels:
+def trace_inference(
+    function: StageFunction,
+    graph: Graph,
+    device: torch.device,
+    collectives: StageCollectives | None = None,
+) -> StageKernels:
     """Kernels of a forward-only stage: the stage function itself, without autograd.
 
     The function may be a compiled one. (Compiling the kernel would not do: torch counts
-    compilations by code, which all these kernels share, and gives up after a few.)
+    compilations by code, which all these kernels share, and gives up after a few.) Only a function
+    with collectives is traced, as they have to be bound.
     """
+    if has_collectives(graph):
+        return _traced_inference(function, graph, device, collectives)
 
     def forward(tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
         key, *rest = tensors
@@ -151,16 +178,51 @@ def trace_inference(function: StageFunction, graph: Graph, device: torch.device)
     return StageKernels(StageSignature.of(graph), len(graph.outputs), forward)
 
 
-def trace_training(function: StageFunction, graph: Graph, device: torch.device) -> StageKernels:
+def _traced_inference(
+    function: StageFunction,
+    graph: Graph,
+    device: torch.device,
+    collectives: StageCollectives | None,
+) -> StageKernels:
+    signature = StageSignature.of(graph)
+
+    def forward(key: Tensor, *arguments: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return list(function(key, device, *arguments))
+
+    with FakeTensorMode(), _plain_recurrent(graph):
+        key = torch.zeros((), dtype=torch.int64, device=device)
+        examples = [_example(value, device) for value in signature.arguments]
+        traced = _functional(forward, key, *examples)
+    simplify(traced.graph)
+    expand_local(traced.graph)
+    traced.graph.eliminate_dead_code()
+    return StageKernels(
+        signature=signature,
+        num_outputs=len(graph.outputs),
+        forward=boxed_module(traced, None if collectives is None else collectives.bind),
+        modules={"forward": traced},
+        collectives=collectives,
+    )
+
+
+def trace_training(
+    function: StageFunction,
+    graph: Graph,
+    device: torch.device,
+    collectives: StageCollectives | None = None,
+) -> StageKernels:
     """F, B and W kernels of a training stage; see the module docstring.
 
     Args:
         function: the generated stage function.
         graph: its graph: argument and output types are read.
         device: where the stage runs (kernels chosen by torch depend on it).
+        collectives: to bind those of the graph to, if it has any.
     """
     signature = StageSignature.of(graph)
     joint = _trace_joint(function, graph, signature, device)
+    expand_local(joint.graph)
     parts = cut_backward(
         joint,
         num_arguments=1 + len(signature.arguments),
@@ -168,17 +230,19 @@ def trace_training(function: StageFunction, graph: Graph, device: torch.device) 
         num_input_gradients=len(signature.differentiable),
     )
     use_addmm(parts.weight)
+    bind = None if collectives is None else collectives.bind
     return StageKernels(
         signature=signature,
         num_outputs=len(graph.outputs),
-        forward=boxed_module(parts.forward),
-        backward_input=boxed_module(parts.input),
-        backward_weight=boxed_module(parts.weight),
+        forward=boxed_module(parts.forward, bind),
+        backward_input=boxed_module(parts.input, bind),
+        backward_weight=boxed_module(parts.weight, bind),
         input_sources=tuple((Source(kind), index) for kind, index in parts.input_sources),
         weight_sources=tuple((Source(kind), index) for kind, index in parts.weight_sources),
         accumulated=tuple(signature.trained[index] for index in parts.accumulated),
         zero_inputs=parts.zero_inputs,
         modules={"forward": parts.forward, "input": parts.input, "weight": parts.weight},
+        collectives=collectives if has_collectives(graph) else None,
     )
 
 
@@ -220,9 +284,14 @@ def _trace_joint(
             _example(graph.values[graph.outputs[position].value], device)
             for position in signature.tangents
         ]
-        traced = make_fx(joint)(key, arguments, tangents)
-        if mutates(traced.graph):
-            traced = make_fx(functionalize(traced))(key, arguments, tangents)
+        return _functional(joint, key, arguments, tangents)
+
+
+def _functional(function: Callable[..., object], *examples: object) -> fx.GraphModule:
+    """Trace of `function`, without ops that work in place."""
+    traced = make_fx(function)(*examples)
+    if mutates(traced.graph):
+        traced = make_fx(functionalize(traced))(*examples)
     left = mutates(traced.graph)
     assert not left, f"in-place ops survive functionalisation: {left}"
     return traced

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.ir.graph import Graph, Mode, Output, OutputKind, ValueKind
-from ..compiler.ir.program import Program
+from ..compiler.ir.graph import Mode, Output, OutputKind, ValueKind
+from ..compiler.ir.program import Program, StageProgram
 from ..compiler.ir.text import parse_program
+from .collective_ops import StageCollectives, has_collectives
 from .communicator import Communicator
 from .executor import Executor, Step
 from .kernels import StageKernels, trace_inference, trace_training
@@ -99,13 +100,13 @@ class Rank:
         began = time.perf_counter()
         parsed = parse_program(program)
         functions = _functions(source, f"<cutset rank {self.rank} {key}>")
+        self._communicator.prepare(parsed)  # first: kernels may hold collectives
         kernels = {
-            stage.index: self._kernels(functions[f"stage_{stage.index}"], stage.graph, compile)
+            stage.index: self._kernels(functions[f"stage_{stage.index}"], stage, compile)
             for stage in parsed.stages
         }
         if parsed.mode is Mode.TRAIN:
             self._allocate_gradients(parsed)
-        self._communicator.prepare(parsed)
         self._programs[key] = parsed
         self._constants[key] = {
             name: tensor.detach().to(self.device, copy=True)
@@ -123,13 +124,22 @@ class Rank:
         )
         return {"trace_seconds": time.perf_counter() - began}
 
-    def _kernels(self, function: Any, graph: Graph, compile: bool) -> StageKernels:
-        if graph.mode is Mode.TRAIN:
-            kernels = trace_training(function, graph, self.device)
-            return kernels.compiled() if compile else kernels
-        if compile:
-            function = torch.compile(function, dynamic=False)
-        return trace_inference(function, graph, self.device)
+    def _kernels(self, function: Any, stage: StageProgram, compile: bool) -> StageKernels:
+        graph = stage.graph
+        collectives = None
+        if has_collectives(graph):
+            collectives = StageCollectives(self._communicator, dict(stage.axes), stage.index)
+        if graph.mode is Mode.INFER and collectives is None:
+            if compile:
+                function = torch.compile(function, dynamic=False)
+            return trace_inference(function, graph, self.device)
+        trace = trace_training if graph.mode is Mode.TRAIN else trace_inference
+        kernels = trace(function, graph, self.device, collectives)
+        return kernels.compiled() if compile else kernels
+
+    def meets_inside(self, *, key: str) -> bool:
+        """Whether stages of program `key` wait for other ranks while they compute."""
+        return any(has_collectives(stage.graph) for stage in self._programs[key].stages)
 
     def _allocate_gradients(self, program: Program) -> None:
         for stage in program.stages:

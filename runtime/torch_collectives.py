@@ -87,11 +87,11 @@ class Place:
 
     def packed(self, pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         """`pieces` one after the other in a flat buffer, the i-th in `counts[i]` elements."""
-        only = pieces[0]
-        if len(pieces) == 1 and only.is_contiguous() and not self.on_host:
-            if only.numel() == counts[0]:
-                return only.reshape(-1)
-        buffer = self.empty(sum(counts), only.dtype)
+        first = pieces[0]
+        is_packed = len(pieces) == 1 and first.is_contiguous() and first.numel() == counts[0]
+        if is_packed and not self.on_host:
+            return first.reshape(-1)
+        buffer = self.empty(sum(counts), first.dtype)
         for piece, begin in zip(pieces, itertools.accumulate(counts, initial=0), strict=False):
             buffer[begin : begin + piece.numel()].view(piece.shape).copy_(piece)
         return buffer

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -260,9 +259,7 @@ class TorchCommunicator:
         split.check(tensor, sum(split.sizes), label)
         return self._exchange(collectives.all_to_all(tensor, place, gathered, split), ranks, label)
 
-    def _place(
-        self, tensor: torch.Tensor, ranks: Sequence[int], label: str
-    ) -> collectives.Place:
+    def _place(self, tensor: torch.Tensor, ranks: Sequence[int], label: str) -> collectives.Place:
         self._check_device(tensor, label)
         backend, _ = self._group(ranks, label)
         return collectives.Place(tuple(ranks), self._rank, self._device, backend == "gloo")

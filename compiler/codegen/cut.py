@@ -8,7 +8,6 @@ new content of a buffer holds that buffer, whether it reads the old content or n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from ..ir.errors import VerificationError
@@ -16,7 +15,7 @@ from ..ir.graph import Graph, Mode, Node, Output, OutputKind, Value, ValueKind, 
 from ..ir.plan import Stage
 from ..ir.program import StageProgram
 
-__all__ = ["cut_stages", "parameter_stages"]
+__all__ = ["cut_stages"]
 
 
 def cut_stages(graph: Graph, stages: tuple[Stage, ...]) -> tuple[StageProgram, ...]:
@@ -35,15 +34,6 @@ def cut_stages(graph: Graph, stages: tuple[Stage, ...]) -> tuple[StageProgram, .
         _stage_program(graph, stage, reads[stage.index], outputs[stage.index], boundary)
         for stage in stages
     )
-
-
-def parameter_stages(stages: Iterable[StageProgram]) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> stages that hold a copy, ascending."""
-    table: dict[str, list[int]] = {}
-    for stage in stages:
-        for value in stage.graph.values_of(ValueKind.PARAMETER):
-            table.setdefault(value.origin, []).append(stage.index)
-    return {name: tuple(sorted(found)) for name, found in table.items()}
 
 
 def _computing_stages(graph: Graph, stages: tuple[Stage, ...]) -> dict[int, tuple[int, ...]]:

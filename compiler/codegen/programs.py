@@ -5,39 +5,35 @@ travels while the device computes; earlier where two ranks could else wait for e
 `receives.py`). Results are sent at once after the action that makes them; input gradients leave
 before weight gradients are computed. Registers are freed after their last reader.
 
-After the last action: sum the gradients of parameters held by several ranks, then (if asked for)
-the global gradient norm, clipping, and the optimizer step.
+Every column of the in-stage mesh runs the same schedule. What follows the last action is in
+`tail.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..ir.graph import Graph, Mode, ValueKind
+from ..ir.graph import Graph, Mode
 from ..ir.plan import Plan
 from ..ir.program import (
-    GRADIENT_NORM,
-    AllReduce,
     Backward,
     BackwardInput,
     BackwardWeight,
-    ClipGradients,
     Forward,
     Free,
-    GradientNorm,
     Instruction,
-    OptimizerStep,
     Program,
     Recv,
     Register,
     Send,
     StageProgram,
 )
-from ..ir.schedule import Action, ActionKind, Schedule
+from ..ir.schedule import Action, ActionKind
 from ..ir.types import TensorType
-from .cut import cut_stages, parameter_stages
+from .columns import Column, make_columns, parameter_copies
 from .receives import post_receives_early
+from .tail import Tail
 
 __all__ = ["generate_programs"]
 
@@ -61,26 +57,52 @@ def generate_programs(
             last one with a stage.
     """
     assert plan.schedule is not None, "plan without a schedule"
-    stages = cut_stages(graph, plan.stages)
-    ranks = tuple(stage.device for stage in plan.stages)
-    edges = _Edges(stages, ranks, plan.num_microbatches)
-    num_ranks = num_ranks or max(ranks) + 1
-    tail = _Tail(stages, ranks, clip_grad_norm) if graph.mode is Mode.TRAIN else None
-    programs = tuple(
+    columns = make_columns(graph, plan)
+    num_ranks = num_ranks or 1 + max(rank for column in columns for rank in column.ranks)
+    tail = None
+    if graph.mode is Mode.TRAIN:
+        active = tuple(sorted({rank for column in columns for rank in column.ranks}))
+        tail = Tail(parameter_copies(graph, plan, columns), active, clip_grad_norm)
+    programs = [
         Program(
             rank=rank,
             num_ranks=num_ranks,
             mode=graph.mode,
             num_microbatches=plan.num_microbatches,
-            stages=tuple(stage for stage in stages if ranks[stage.index] == rank),
-            stage_ranks=ranks,
-            instructions=tuple(_instructions(rank, plan.schedule, edges, tail)),
+            stages=(),
+            stage_ranks=columns[0].ranks,
+            instructions=(),
             plan_hash=plan_hash,
             memory_limit_bytes=plan.cluster.type_of(rank).memory_bytes,
         )
         for rank in range(num_ranks)
+    ]
+    for column in columns:
+        edges = _Edges(column.stages, column.ranks, plan.num_microbatches)
+        for rank in sorted(set(column.ranks)):
+            programs[rank] = _with_column(programs[rank], column, plan, edges, tail)
+    return post_receives_early(tuple(programs))
+
+
+def _with_column(
+    program: Program, column: Column, plan: Plan, edges: _Edges, tail: Tail | None
+) -> Program:
+    """The program of a rank of `column`, which runs the first column's schedule."""
+    assert plan.schedule is not None
+    rank = program.rank
+    position = column.ranks.index(rank)
+    actions = plan.schedule.ranks[plan.stages[position].device]
+    instructions = list(_instructions(rank, actions, edges))
+    if tail is not None:
+        instructions += tail.instructions(rank)
+    return replace(
+        program,
+        stages=tuple(stage for stage in column.stages if column.ranks[stage.index] == rank),
+        stage_ranks=column.ranks,
+        instructions=tuple(instructions),
+        shards=column.shards_of(rank),
+        gradient_terms=tail.terms(rank) if tail is not None else (),
     )
-    return post_receives_early(programs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +213,7 @@ def _numbered(
     return {key: number for number, key in enumerate(sorted(keys))}
 
 
-def _instructions(
-    rank: int, schedule: Schedule, edges: _Edges, tail: _Tail | None
-) -> Iterator[Instruction]:
-    actions = schedule.ranks[rank] if rank < len(schedule.ranks) else ()
+def _instructions(rank: int, actions: tuple[Action, ...], edges: _Edges) -> Iterator[Instruction]:
     receives = _receives_by_action(actions, edges, rank)
     last_read = {
         edge.register(action.microbatch): position
@@ -223,8 +242,6 @@ def _instructions(
         dead += [register for register in read if last_read[register] == position]
         if dead:
             yield Free(tuple(dict.fromkeys(dead)))
-    if tail is not None and rank in tail.all_ranks:
-        yield from tail.instructions(rank)
 
 
 def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -> list[list[Recv]]:
@@ -253,36 +270,3 @@ _INSTRUCTIONS: dict[ActionKind, Callable[[int, int], Instruction]] = {
 
 def _compute(action: Action) -> Instruction:
     return _INSTRUCTIONS[action.kind](action.stage, action.microbatch)
-
-
-class _Tail:
-    """What follows the last action of a training step."""
-
-    def __init__(
-        self, stages: tuple[StageProgram, ...], ranks: tuple[int, ...], clip: float | None
-    ) -> None:
-        holders: dict[str, tuple[int, ...]] = {}
-        for name, found in parameter_stages(stages).items():
-            holders[name] = tuple(sorted({ranks[stage] for stage in found}))
-        self.trained = {
-            value.origin
-            for stage in stages
-            for value in stage.graph.values_of(ValueKind.PARAMETER)
-            if value.requires_grad
-        }
-        self.holders = {name: holders[name] for name in sorted(holders) if name in self.trained}
-        self.all_ranks = tuple(sorted(set(ranks)))
-        self.clip = clip
-
-    def instructions(self, rank: int) -> Iterator[Instruction]:
-        for name, ranks in self.holders.items():
-            if len(ranks) > 1 and rank in ranks:
-                yield AllReduce(name, ranks)
-        if self.clip is not None:
-            yield GradientNorm(
-                tuple(name for name, ranks in self.holders.items() if ranks[0] == rank)
-            )
-            if len(self.all_ranks) > 1:
-                yield AllReduce(GRADIENT_NORM, self.all_ranks)
-            yield ClipGradients(self.clip)
-        yield OptimizerStep()

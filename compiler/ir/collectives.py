@@ -16,8 +16,8 @@ fake tensors and is differentiated like any other; the adjoint of a collective i
     reduce_scatter  terms -> own part of their sum         all_gather
     all_to_all      parts along from_dim -> along to_dim   all_to_all, the way back
 
-They follow from how gradients lie (see `compiler/sharding/strategy.py`) and generalise the pair f, g
-of Shoeybi et al., "Megatron-LM" (2019).
+They follow from how gradients lie (see `compiler/sharding/strategy.py`) and generalise the pair f
+and g of Shoeybi et al., "Megatron-LM" (2019).
 
 torch keeps operators in a registry of the process, so importing this module registers them. They
 cannot be executed: only who runs a program knows the ranks of an axis and how to reach them, and

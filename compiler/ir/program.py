@@ -177,7 +177,7 @@ class TensorShard:
 
 @dataclass(frozen=True, slots=True)
 class StageProgram:
-    """One stage on one rank: its forward graph and who is on the other end of its boundaries.
+    """One stage on one rank: its local forward graph and who is on the other end of its boundaries.
 
     Args:
         index: stage number in the plan.
@@ -200,8 +200,16 @@ class StageProgram:
 class Program:
     """Everything one rank executes in one step.
 
-    `plan_hash` is agreed by all ranks before the first step. `memory_limit_bytes` is what the
-    verifier holds the rank to. `stage_ranks[s]` is the rank of stage s, for all stages.
+    Args:
+        stage_ranks: rank of each stage in this rank's *column*: the ranks, one a stage, at one
+            place of the in-stage mesh. Messages between stages stay in a column.
+        plan_hash: agreed by all ranks before the first step.
+        memory_limit_bytes: what the verifier holds the rank to.
+        shards: parts of the parameters, buffers, constants and inputs that it does not hold whole.
+        updates: parts of the parameters that it updates, where that is less than it holds: its
+            gradients and optimizer states are of these (ZeRO).
+        gradient_terms: (parameter, ranks whose gradients of their copies are terms of one sum), for
+            the parameters of which this rank is not the only one.
     """
 
     rank: int
@@ -213,6 +221,9 @@ class Program:
     instructions: tuple[Instruction, ...]
     plan_hash: str
     memory_limit_bytes: int
+    shards: tuple[TensorShard, ...] = ()
+    updates: tuple[TensorShard, ...] = ()
+    gradient_terms: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def stage(self, index: int) -> StageProgram:
         """The stage with plan-wide number `index`. Raises KeyError if it is not on this rank."""

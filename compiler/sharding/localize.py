@@ -2,8 +2,8 @@
 
 Each node runs under its strategies. Between the layout in which a value is made and the one in
 which a node reads it, `localize` puts the cheapest conversions, one an axis; a conversion that
-several nodes want is made once. A replicated value that is used on parts passes through `sum_gradient`,
-unless its gradient is deferred (see `Sharding`).
+several nodes want is made once. A replicated value that is used on parts passes through
+`sum_gradient`, unless its gradient is deferred (see `Sharding`).
 """
 
 from __future__ import annotations

@@ -7,16 +7,22 @@ Names of values and nodes are the same in a model's graph and in the graphs of i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ir.errors import VerificationError
 from ..ir.graph import Graph, Node, OutputKind, Value, ValueKind, users
-from ..ir.mesh import Layout, Mesh, Partial, Placement, Replicate
+from ..ir.mesh import Layout, Mesh, Partial, Replicate, Shard
 from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
 from .rules import strategies_of
-from .strategy import OpStrategy
+from .strategy import OpStrategy, can_shard
 
-__all__ = ["Sharding", "computed_from_parameters", "make_sharding"]
+__all__ = [
+    "Sharding",
+    "computed_from_parameters",
+    "legal_node_layouts",
+    "legal_value_layouts",
+    "make_sharding",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,39 @@ def make_sharding(
     )
 
 
+def legal_node_layouts(
+    graph: Graph, mesh: Mesh, groups: tuple[NodeLayout, ...]
+) -> tuple[NodeLayout, ...]:
+    """`groups` without the nodes of `graph` that cannot run so."""
+    table = _StrategyTable(graph)
+    kept = []
+    for group in groups:
+        nodes = tuple(
+            number
+            for number in group.nodes
+            if _find_strategies(table, mesh, graph.nodes[number], group) is not None
+        )
+        if nodes:
+            kept.append(replace(group, nodes=nodes))
+    return tuple(kept)
+
+
+def legal_value_layouts(
+    graph: Graph, mesh: Mesh, layouts: tuple[ValueLayout, ...]
+) -> tuple[ValueLayout, ...]:
+    """`layouts` without those that the values of `graph` are too small for."""
+    values = graph.by_name()
+
+    def is_legal(entry: ValueLayout) -> bool:
+        return all(
+            not isinstance(placement, Shard)
+            or can_shard(values[entry.value].type, placement.dim, axis.size)
+            for placement, axis in zip(entry.layout.placements, mesh.axes, strict=True)
+        )
+
+    return tuple(entry for entry in layouts if is_legal(entry))
+
+
 class _StrategyTable:
     """Strategies of the nodes of one graph; nodes that look alike share an entry."""
 
@@ -119,29 +158,45 @@ def _strategies(
     table: _StrategyTable, mesh: Mesh, node: Node, group: NodeLayout
 ) -> tuple[OpStrategy, ...]:
     """The rule's strategy on each axis that has the layouts of `group`."""
+    chosen = _find_strategies(table, mesh, node, group)
+    if chosen is not None:
+        return chosen
+    wanted = f"{_listed(group.inputs)} -> {_listed(group.outputs)}"
+    raise VerificationError(
+        f"{node.op} cannot run as {wanted} over mesh {mesh}",
+        where=f"node {node.name} of {node.module_path} ({node.source})",
+        ways_out=tuple(
+            f"legal over {axis.name}: {'; '.join(map(str, table.of(node, axis.size)))}"
+            for axis in mesh.axes
+        ),
+    )
+
+
+def _find_strategies(
+    table: _StrategyTable, mesh: Mesh, node: Node, group: NodeLayout
+) -> tuple[OpStrategy, ...] | None:
     chosen = []
     for position, axis in enumerate(mesh.axes):
-        inputs = tuple(layout.placements[position] for layout in group.inputs)
-        outputs = tuple(layout.placements[position] for layout in group.outputs)
-        found = [
-            strategy
-            for strategy in table.of(node, axis.size)
-            if (strategy.inputs, strategy.outputs) == (inputs, outputs)
-        ]
-        if not found:
-            legal = tuple(map(str, table.of(node, axis.size)))
-            wanted = f"{_listed(inputs)} -> {_listed(outputs)}"
-            raise VerificationError(
-                f"{node.op} cannot run as {wanted} over axis {axis.name} of {axis.size}",
-                where=f"node {node.name} of {node.module_path} ({node.source})",
-                ways_out=(f"legal here: {'; '.join(legal)}",),
-            )
-        chosen.append(found[0])
-    return tuple(chosen)
+        wanted = tuple(
+            tuple(layout.placements[position] for layout in side)
+            for side in (group.inputs, group.outputs)
+        )
+        found = (s for s in table.of(node, axis.size) if (s.inputs, s.outputs) == wanted)
+        strategy = next(found, None)
+        if strategy is None:
+            return None
+        chosen.append(strategy)
+    return tuple(chosen) if _each_dim_once((*group.inputs, *group.outputs)) else None
 
 
-def _listed(placements: tuple[Placement, ...]) -> str:
-    return ",".join(map(str, placements))
+def _each_dim_once(layouts: tuple[Layout, ...]) -> bool:
+    """Whether no tensor has a dim that two axes shard."""
+    rows = ([p for p in layout.placements if isinstance(p, Shard)] for layout in layouts)
+    return all(len(row) == len(set(row)) for row in rows)
+
+
+def _listed(layouts: tuple[Layout, ...]) -> str:
+    return ",".join(map(str, layouts))
 
 
 def _deferred(

@@ -13,7 +13,7 @@ import torch
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.program import Program
 from cutset.compiler.ir.types import TensorType
-from cutset.runtime.communicator import Communicator
+from cutset.runtime.communicator import Communicator, Split
 
 TOKEN = TensorType((2,), torch.float32)
 
@@ -116,6 +116,31 @@ class FakeRank:
         if self.rank in ranks:
             self.communicator.all_reduce(tensor, ranks, "sum", label="subset")
         return tensor.item()
+
+    def parts(self, ranks: tuple[int, ...], dtype: str) -> None:
+        """Gathers, scatters and exchanges uneven parts over `ranks`, on those."""
+        if self.rank not in ranks:
+            return
+        count, index = len(ranks), ranks.index(self.rank)
+        rows, columns = (Split(dim, tuple(range(1, count + 1))) for dim in (0, 1))
+        size = sum(rows.sizes)
+        wholes = [(torch.arange(size * size) % (i + 2)).view(size, size) for i in range(count)]
+        wholes = [whole.to(getattr(torch, dtype)) for whole in wholes]
+        whole, own = wholes[0], wholes[index]
+        end = self.communicator
+        for split in (rows, columns):
+            part = split.parts(whole)[index]
+            got = end.start_all_gather(part, ranks, split, label="gather").wait()
+            assert got is not None and torch.equal(got, whole)
+            got = end.start_reduce_scatter(own, ranks, split, label="scatter").wait()
+            total = torch.stack(wholes).sum(0).to(whole.dtype)
+            assert got is not None and torch.equal(got, split.parts(total)[index])
+        part = rows.parts(whole)[index]
+        pending = end.start_all_to_all(part, ranks, gathered=rows, split=columns, label="exchange")
+        got = pending.wait()
+        assert got is not None and torch.equal(got, columns.parts(whole)[index])
+        reduced = end.all_reduce(own.clone(), ranks, "sum", label="reduce")
+        assert torch.equal(reduced, torch.stack(wholes).sum(0).to(whole.dtype))
 
     def await_nothing(self, seconds: float) -> None:
         """Rank 1 waits for a message that nobody sends."""

@@ -47,6 +47,7 @@ from cutset.compiler.ir.program import (
     Register,
     Send,
     StageProgram,
+    TensorShard,
 )
 from cutset.compiler.ir.schedule import Action, ActionKind, Schedule
 from cutset.compiler.ir.types import DTYPE_NAMES, TensorType
@@ -191,6 +192,17 @@ programs = st.builds(
     num_microbatches=ids,
     stages=st.lists(stage_programs, max_size=2).map(tuple),
     stage_ranks=st.lists(ids, max_size=3).map(tuple),
+    shards=st.lists(
+        st.builds(TensorShard, texts, types, st.lists(ids, max_size=3).map(tuple), types),
+        max_size=2,
+    ).map(tuple),
+    updates=st.lists(
+        st.builds(TensorShard, texts, types, st.lists(ids, max_size=3).map(tuple), types),
+        max_size=2,
+    ).map(tuple),
+    gradient_terms=st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(
+        tuple
+    ),
     instructions=st.lists(instructions, max_size=6).map(tuple),
     plan_hash=texts,
     memory_limit_bytes=counts,

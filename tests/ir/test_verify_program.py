@@ -164,7 +164,10 @@ HEADERS = {
     "plan hash": (lambda p: program(p, 2, plan_hash="other"), "its plan_hash is other"),
     "mode": (lambda p: program(p, 2, mode=Mode.INFER), "its mode is"),
     "microbatches": (lambda p: program(p, 2, num_microbatches=3), "its num_microbatches is 3"),
-    "stage ranks": (lambda p: program(p, 2, stage_ranks=(0, 2, 1)), "its stage_ranks is"),
+    "stage ranks": (
+        lambda p: program(p, 2, stage_ranks=(0, 2, 1)),
+        "it is in columns (0, 1, 2) and (0, 2, 1)",
+    ),
     "no stages": (
         lambda p: tuple(replace(x, stage_ranks=()) for x in p),
         "there are no stages",
@@ -314,7 +317,7 @@ TAIL = {
         ),
         "clipping takes GradientNorm, AllReduce, ClipGradients",
     ),
-    "norm forgets": (change(1, "GradientNorm", parameters=()), "no rank counts blocks."),
+    "norm forgets": (change(1, "GradientNorm", parameters=()), "no rank counts 'blocks."),
     "norm counts twice": (
         change(2, "GradientNorm", parameters=(TIED,)),
         "two ranks count 'blocks.0.weight'",

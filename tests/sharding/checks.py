@@ -30,7 +30,7 @@ from cutset.compiler.ir.mesh import (
     Shard,
     local_type,
 )
-from cutset.compiler.ir.ops import op_named
+from cutset.compiler.ir.ops import Category, op_named
 from cutset.compiler.ir.types import TensorType
 from cutset.compiler.sharding.lowering import LocalGraph, Lowering
 from cutset.compiler.sharding.rule import same_call
@@ -46,6 +46,7 @@ __all__ = [
     "check_pairs",
     "check_rule",
     "check_strategy",
+    "collectives",
     "one_node",
     "randn",
     "strategy_texts",
@@ -184,17 +185,40 @@ def _shards_no_dim_twice(strategies: Sequence[OpStrategy]) -> bool:
 # -- one strategy an axis --------------------------------------------------------------------------
 
 
-def check_strategy(case: Case, strategies: Sequence[OpStrategy], mesh: Mesh) -> None:
+def check_strategy(
+    case: Case,
+    strategies: Sequence[OpStrategy],
+    mesh: Mesh,
+    *,
+    relative_error: float = RELATIVE_ERROR,
+) -> None:
     """Compare results and gradients under one strategy an axis with those of the whole node.
+
+    Args:
+        relative_error: allowed, relative to the largest element (or to 1, if that is smaller).
 
     Raises:
         AssertionError: with the strategies in its message.
     """
     title = f"{case.node.op} {case.node.args} under [{'; '.join(map(str, strategies))}] on {mesh}"
     try:
-        _check(case, strategies, mesh)
+        _check(case, strategies, mesh, relative_error)
     except Exception as error:
         raise AssertionError(f"{title}: {error}") from error
+
+
+def collectives(
+    case: Case, strategies: Sequence[OpStrategy], mesh: Mesh
+) -> list[tuple[str, TensorType]]:
+    """Collectives that the first rank takes part in, with the types of their operands."""
+    inputs = _layouts(strategies, len(case.node.inputs))
+    outputs = _layouts(strategies, len(case.node.outputs), of_outputs=True)
+    local, _ = _lower(case, inputs, outputs, mesh, (0,) * len(mesh.axes))
+    return [
+        (node.op.name, local.values[node.inputs[0]].type)
+        for node in local.nodes
+        if node.op.category is Category.COLLECTIVE
+    ]
 
 
 def _layouts(
@@ -219,7 +243,7 @@ def _gradient_layout(strategies: Sequence[OpStrategy], position: int) -> Layout:
     return Layout(tuple(placements))
 
 
-def _check(case: Case, strategies: Sequence[OpStrategy], mesh: Mesh) -> None:
+def _check(case: Case, strategies: Sequence[OpStrategy], mesh: Mesh, relative_error: float) -> None:
     torch.manual_seed(0)
     graph, node = case.graph, case.node
     input_layouts = _layouts(strategies, len(node.inputs))
@@ -245,8 +269,13 @@ def _check(case: Case, strategies: Sequence[OpStrategy], mesh: Mesh) -> None:
         for position in range(len(node.outputs))
     ]
     for position, layout in enumerate(output_layouts):
-        _compare(assemble(_detached(found[position]), layout, mesh), expected[position], position)
-    _check_gradients(case, strategies, mesh, whole, parts, expected, found)
+        _compare(
+            assemble(_detached(found[position]), layout, mesh),
+            expected[position],
+            position,
+            relative_error,
+        )
+    _check_gradients(case, strategies, mesh, whole, parts, expected, found, relative_error)
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -293,6 +322,7 @@ def _check_gradients(
     parts: list[list[Tensor]],
     expected: list[Tensor],
     found: list[list[Tensor]],
+    relative_error: float,
 ) -> None:
     carry = [i for i, item in enumerate(expected) if item.requires_grad]
     wanted = [i for i, item in enumerate(whole) if item.requires_grad]
@@ -321,10 +351,12 @@ def _check_gradients(
     for order, position in enumerate(wanted):
         mine = gradients[order * mesh.size : (order + 1) * mesh.size]
         layout = _gradient_layout(strategies, position)
-        _compare(assemble(mine, layout, mesh), reference[order], f"gradient of input {position}")
+        whole_gradient = assemble(mine, layout, mesh)
+        title = f"gradient of input {position}"
+        _compare(whole_gradient, reference[order], title, relative_error)
 
 
-def _compare(found: Tensor, expected: Tensor, what: object) -> None:
+def _compare(found: Tensor, expected: Tensor, what: object, relative_error: float) -> None:
     assert found.shape == expected.shape, f"{what}: {tuple(found.shape)}"
     if not expected.is_floating_point():
         assert torch.equal(found, expected), f"{what} differs"
@@ -334,7 +366,7 @@ def _compare(found: Tensor, expected: Tensor, what: object) -> None:
         found,
         expected.detach(),
         rtol=0.0,
-        atol=RELATIVE_ERROR * scale,
+        atol=relative_error * scale,
         equal_nan=True,
         msg=lambda text: f"{what}: {text}",
     )

@@ -86,9 +86,7 @@ def _flow(
     return min(found, key=cost)
 
 
-def _choose(
-    graph: Graph, mesh: Mesh, choose: Choose, made: Made
-) -> Chosen:
+def _choose(graph: Graph, mesh: Mesh, choose: Choose, made: Made) -> Chosen:
     chosen: Chosen = {}
     for node in graph.nodes:
         picked: list[OpStrategy] = []

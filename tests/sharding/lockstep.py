@@ -66,7 +66,12 @@ def assemble(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Tensor:
     if isinstance(placement, Replicate):
         for piece in pieces[1:]:
             torch.testing.assert_close(
-                piece, pieces[0], rtol=1e-9, atol=1e-9, msg=lambda m: f"replicas differ: {m}"
+                piece,
+                pieces[0],
+                rtol=1e-9,
+                atol=1e-9,
+                equal_nan=True,
+                msg=lambda m: f"replicas differ: {m}",
             )
         return pieces[0]
     stacked = torch.stack(pieces)

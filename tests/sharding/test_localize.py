@@ -86,6 +86,8 @@ def check_layouts(name: str, mesh: Mesh, layouts: Layouts, tolerance: float = 1e
     graph = subject.graph
     sharding = make_sharding(graph, mesh, layouts.nodes, layouts.values, layouts.parameters)
     parts = [localize(graph, sharding, place) for place in coordinates(mesh)]
+    for part in parts:
+        verify_graph(part.graph)
     held = [_local_tensors(subject, part) for part in parts]
     known = run_lockstep(
         [RankGraph(part.graph.values, part.graph.nodes) for part in parts],

@@ -2,6 +2,8 @@
 
 program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_hash=5f.. {
   stage_ranks (0, 1)
+  shard "layers.0.weight" f32[4,8] of f32[8,8] at (4, 0)
+  terms "layers.0.bias" (0, 2)
   stage 0 {
     axis tensor (0, 1)
     to %h (1,)
@@ -40,6 +42,7 @@ from ..program import (
     Register,
     Send,
     StageProgram,
+    TensorShard,
 )
 from .graph import print_graph, read_graph
 from .scan import Line, Scanner, print_literal, print_name, print_text, read_enum, read_strings
@@ -58,6 +61,10 @@ def print_program(program: Program) -> str:
         f"plan_hash={print_text(program.plan_hash)} {{"
     )
     lines = [head, f"  stage_ranks {print_literal(program.stage_ranks)}"]
+    lines += [f"  shard {_shard(shard)}" for shard in program.shards]
+    lines += [f"  update {_shard(shard)}" for shard in program.updates]
+    for target, ranks in program.gradient_terms:
+        lines.append(f"  terms {print_text(target)} {print_literal(ranks)}")
     for stage in program.stages:
         lines.append(f"  stage {stage.index} {{")
         lines += [f"    axis {print_text(n)} {print_literal(ranks)}" for n, ranks in stage.axes]
@@ -117,6 +124,9 @@ def parse_program(text: str) -> Program:
         mode=mode,
         **numbers,
         stage_ranks=_integers(ranks),
+        shards=tuple(_read_shards(scanner, "shard")),
+        updates=tuple(_read_shards(scanner, "update")),
+        gradient_terms=tuple(_read_terms(scanner)),
         stages=tuple(_read_stages(scanner)),
         instructions=tuple(_read_instructions(scanner)),
         plan_hash=plan_hash,
@@ -131,6 +141,31 @@ def _integers(line: Line) -> tuple[int, ...]:
     if not isinstance(items, tuple):
         raise line.error("expected a tuple of integers")
     return tuple(item for item in items if isinstance(item, int))
+
+
+def _shard(shard: TensorShard) -> str:
+    name, offset = print_text(shard.name), print_literal(shard.offset)
+    return f"{name} {shard.part} of {shard.whole} at {offset}"
+
+
+def _read_shards(scanner: Scanner, head: str) -> Iterator[TensorShard]:
+    while scanner.peek() == head:
+        line = scanner.line()
+        line.expect(head)
+        name, part = line.string(), line.type()
+        line.expect("of")
+        whole = line.type()
+        line.expect("at")
+        yield TensorShard(name, whole, _integers(line), part)
+        line.end()
+
+
+def _read_terms(scanner: Scanner) -> Iterator[tuple[str, tuple[int, ...]]]:
+    while scanner.peek() == "terms":
+        line = scanner.line()
+        line.expect("terms")
+        yield line.string(), _integers(line)
+        line.end()
 
 
 def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:

@@ -75,7 +75,7 @@ def _verify_transfer(
 ) -> None:
     if item.peer == program.rank or item.peer not in range(program.num_ranks):
         fail_at(program, position, f"rank {item.peer} is not another rank of this run")
-    expected = registers.type_of(item.register)
+    expected = registers.type_of(program.rank, item.register)
     if expected is None:
         fail_at(program, position, f"no stage sends or receives %{item.register.value}")
     if item.type != expected:

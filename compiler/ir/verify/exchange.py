@@ -1,18 +1,40 @@
 """Rules between ranks: transfers match in pairs, collectives in groups, nobody waits for ever.
 
+Collectives of stage graphs run inside computations. The ranks along an axis must run the same
+computations in the same order, and their graphs must hold the same collectives in the same order;
+those of backward follow from the forward graph in the same way on all of them.
+
 NCCL has no tags: between two ranks the n-th send meets the n-th receive whatever they carry. So
 the two sides of each directed pair must list the same registers, tags and types in the same order.
 """
 
 from __future__ import annotations
 
+import itertools
+
 from ..errors import VerificationError
-from ..program import AllReduce, Program, Recv, Send
+from ..ops import Category
+from ..program import (
+    AllReduce,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Program,
+    Recv,
+    Send,
+    StageProgram,
+)
 from ..text import print_instruction
-from .report import fail_at
+from .report import check, fail_at
 from .waits import find_deadlock, program_waits
 
-__all__ = ["verify_collectives", "verify_no_deadlock", "verify_transfers"]
+__all__ = [
+    "verify_collectives",
+    "verify_no_deadlock",
+    "verify_stage_collectives",
+    "verify_transfers",
+]
 
 
 def verify_transfers(programs: tuple[Program, ...]) -> None:
@@ -71,6 +93,53 @@ def verify_collectives(programs: tuple[Program, ...]) -> None:
     for group, members in issued.items():
         for rank in group[1:]:
             _verify_same_calls(programs, (group[0], rank), members)
+
+
+def verify_stage_collectives(programs: tuple[Program, ...]) -> None:
+    """Ranks of one axis compute alike and meet in the same collectives.
+
+    Raises:
+        VerificationError: the first stage, or computation, that differs.
+    """
+    held = {(p.rank, stage.index): stage for p in programs for stage in p.stages}
+    for (rank, index), stage in held.items():
+        for axis, ranks in stage.axes:
+            first = held[ranks[0], index]
+            here = f"stage {index} on rank {rank}, axis {axis}"
+            mine, others = _along(stage, axis), _along(first, axis)
+            for position, (one, two) in enumerate(
+                itertools.zip_longest(mine, others, fillvalue="nothing")
+            ):
+                check(
+                    one == two,
+                    f"collective {position} is {one}, on rank {ranks[0]} it is {two}",
+                    here,
+                )
+            if mine:
+                _verify_same_computations(programs[rank], programs[ranks[0]], index)
+
+
+def _along(stage: StageProgram, axis: str) -> list[str]:
+    """The collectives of a stage over `axis`, in order: what all its ranks have in common."""
+    return [
+        f"{node.op} of {node.name}"
+        for node in stage.graph.nodes
+        if node.op.category is Category.COLLECTIVE and axis in node.args
+    ]
+
+
+def _verify_same_computations(program: Program, other: Program, stage: int) -> None:
+    kinds = (Forward, Backward, BackwardInput, BackwardWeight)
+    mine, theirs = (
+        [item for item in entry.instructions if isinstance(item, kinds) and item.stage == stage]
+        for entry in (program, other)
+    )
+    if mine != theirs:
+        raise VerificationError(
+            f"ranks {program.rank} and {other.rank} share collectives of stage {stage}, but run "
+            "its computations in different orders",
+            where=f"programs of ranks {program.rank} and {other.rank}",
+        )
 
 
 def _verify_group(

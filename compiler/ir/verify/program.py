@@ -11,7 +11,12 @@ from __future__ import annotations
 from ..graph import Mode, OutputKind, Value, ValueKind
 from ..program import Free, Program, Recv, Register, StageProgram
 from .actions import verify_actions
-from .exchange import verify_collectives, verify_no_deadlock, verify_transfers
+from .exchange import (
+    verify_collectives,
+    verify_no_deadlock,
+    verify_stage_collectives,
+    verify_transfers,
+)
 from .graph import verify_graph
 from .registers import Registers, boundary_inputs, boundary_outputs
 from .report import check, fail_at
@@ -40,6 +45,7 @@ def verify_programs(
         verify_actions(program, registers)
     verify_transfers(programs)
     verify_collectives(programs)
+    verify_stage_collectives(programs)
     verify_no_deadlock(programs)
     verify_tails(programs)
     for program in programs:
@@ -58,16 +64,52 @@ def _verify_headers(programs: tuple[Program, ...]) -> None:
             f"it expects {program.num_ranks} ranks, there are {len(programs)} programs",
             here,
         )
-        for name in ("plan_hash", "mode", "num_microbatches", "stage_ranks"):
+        for name in ("plan_hash", "mode", "num_microbatches"):
             mine, others = getattr(program, name), getattr(first, name)
             check(mine == others, f"its {name} is {mine}, that of rank 0 is {others}", here)
+        mine, others = len(program.stage_ranks), len(first.stage_ranks)
+        check(mine == others, f"it knows {mine} stages, rank 0 knows {others}", here)
     check(bool(first.stage_ranks), "there are no stages", "program 0")
     check(first.num_microbatches >= 1, "there are no microbatches", "program 0")
 
 
 def _verify_stages(programs: tuple[Program, ...]) -> None:
+    """Each column of the in-stage mesh, by itself, is a pipeline of all stages."""
+    columns: dict[tuple[int, ...], list[Program]] = {}
+    for program in programs:
+        if program.stages:
+            columns.setdefault(program.stage_ranks, []).append(program)
+    check(bool(columns), "no rank has a stage", "programs")
+    seen: dict[int, tuple[int, ...]] = {}
+    for stage_ranks in columns:
+        for rank in stage_ranks:
+            other = seen.setdefault(rank, stage_ranks)
+            told = f"it is in columns {other} and {stage_ranks}"
+            check(other == stage_ranks, told, f"rank {rank}")
+    for stage_ranks, members in columns.items():
+        _verify_column(stage_ranks, members)
+    _verify_axes(programs)
+
+
+def _verify_axes(programs: tuple[Program, ...]) -> None:
+    """The ranks along an axis agree that they are, and hold the same stage."""
+    groups = {
+        (program.rank, stage.index): dict(stage.axes)
+        for program in programs
+        for stage in program.stages
+    }
+    for (rank, stage), axes in groups.items():
+        for name, ranks in axes.items():
+            here = f"axis {name} of stage {stage} on rank {rank}"
+            check(len(set(ranks)) == len(ranks), f"ranks {ranks} repeat", here)
+            check(rank in ranks, f"the rank is not in its own group {ranks}", here)
+            for other in ranks:
+                theirs = groups.get((other, stage), {}).get(name)
+                check(theirs == ranks, f"it is {ranks} here and {theirs} on rank {other}", here)
+
+
+def _verify_column(stage_ranks: tuple[int, ...], programs: list[Program]) -> None:
     stages: dict[int, StageProgram] = {}
-    stage_ranks = programs[0].stage_ranks
     for program in programs:
         for stage in program.stages:
             here = f"stage {stage.index} of rank {program.rank}"
@@ -172,7 +214,7 @@ def _verify_memory(program: Program, registers: Registers, static: int) -> None:
     for position, item in enumerate(program.instructions):
         made = (item.register,) if isinstance(item, Recv) else registers.defines(item)
         for register in made:
-            type = registers.type_of(register)
+            type = registers.type_of(program.rank, register)
             live[register] = 0 if type is None else type.num_bytes
             total += live[register]
         if total > limit:

@@ -30,21 +30,24 @@ def boundary_outputs(stage: StageProgram) -> tuple[Value, ...]:
 
 
 class Registers:
-    """Tables of the registers of a set of programs."""
+    """Tables of the registers of a set of programs.
+
+    The columns of a mesh send values of the same names, but their parts may differ in size.
+    """
 
     def __init__(self, programs: tuple[Program, ...]) -> None:
-        self._types: dict[str, TensorType] = {}
+        self._types: dict[tuple[int, str], TensorType] = {}
         self._inputs: dict[int, tuple[str, ...]] = {}
         self._outputs: dict[int, tuple[str, ...]] = {}
         self._input_gradients: dict[int, tuple[str, ...]] = {}
         self._output_gradients: dict[int, tuple[tuple[str, int], ...]] = {}
         for program in programs:
             for stage in program.stages:
-                self._add(stage)
+                self._add(program.rank, stage)
 
-    def _add(self, stage: StageProgram) -> None:
+    def _add(self, rank: int, stage: StageProgram) -> None:
         received, sent = boundary_inputs(stage), boundary_outputs(stage)
-        self._types.update({value.name: value.type for value in (*received, *sent)})
+        self._types.update({(rank, value.name): value.type for value in (*received, *sent)})
         self._inputs[stage.index] = tuple(value.name for value in received)
         self._outputs[stage.index] = tuple(value.name for value in sent)
         self._input_gradients[stage.index] = tuple(
@@ -58,9 +61,9 @@ class Registers:
             for consumer in consumers
         )
 
-    def type_of(self, register: Register) -> TensorType | None:
-        """Type of the value (a gradient has its value's type); None for an unknown value."""
-        return self._types.get(register.value)
+    def type_of(self, rank: int, register: Register) -> TensorType | None:
+        """Type of the value on `rank` (a gradient has its value's type); None if it has none."""
+        return self._types.get((rank, register.value))
 
     def defines(self, item: Instruction) -> tuple[Register, ...]:
         """Registers that `item` computes (not those that a `Recv` fills)."""

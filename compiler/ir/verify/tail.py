@@ -1,8 +1,9 @@
 """Rules of the end of a training step: tied gradients, global norm, clipping, optimizer.
 
-Every trained parameter that several ranks hold is all-reduced once over exactly those ranks, after
-the last backward that adds to it. The norm is taken of complete gradients, counts each trained
-parameter at one rank, and is summed over all ranks with parameters before clipping. The optimizer
+Every trained parameter whose gradient has terms on several ranks is all-reduced once over exactly
+those ranks, after the last backward that adds to it; copies in several stages are such terms. The
+norm is taken of complete gradients, counts each part of a trained parameter at one rank, and is
+summed over all ranks with parameters before clipping. The optimizer
 step comes once, last.
 """
 
@@ -37,11 +38,11 @@ def verify_tails(programs: tuple[Program, ...]) -> None:
                 if isinstance(item, _Tail):
                     fail_at(program, position, "an inference program changes parameters")
         return
-    holders = _holders(programs)
+    _verify_terms(programs)
     for program in programs:
-        _verify_reductions(program, holders)
+        _verify_reductions(program)
         _verify_optimizer(program)
-    _verify_norms(programs, holders)
+    _verify_norms(programs)
 
 
 def _trained(program: Program) -> Iterator[tuple[int, str]]:
@@ -52,13 +53,39 @@ def _trained(program: Program) -> Iterator[tuple[int, str]]:
                 yield stage.index, value.origin
 
 
-def _holders(programs: tuple[Program, ...]) -> dict[str, tuple[int, ...]]:
-    """Trained parameter -> ranks that hold a copy."""
-    table: dict[str, dict[int, None]] = {}
+_Part = tuple[str, tuple[int, ...]]  # a trained parameter, and where the part of it begins
+
+
+def _parts(program: Program) -> dict[str, _Part]:
+    """The parts of trained parameters that the rank holds, by parameter."""
+    offsets = {shard.name: shard.offset for shard in program.shards}
+    return {name: (name, offsets.get(name, ())) for _, name in _trained(program)}
+
+
+def _verify_terms(programs: tuple[Program, ...]) -> None:
+    """Ranks agree on whose gradients are terms of one sum; they hold the same part, and copies of
+    a parameter in several stages of a column are among them."""
+    parts = {program.rank: _parts(program) for program in programs}
+    terms = {program.rank: dict(program.gradient_terms) for program in programs}
     for program in programs:
-        for _, name in _trained(program):
-            table.setdefault(name, {})[program.rank] = None
-    return {name: tuple(sorted(ranks)) for name, ranks in table.items()}
+        for name, ranks in terms[program.rank].items():
+            here = f"terms of the gradient of {name!r} on rank {program.rank}"
+            check(name in parts[program.rank], "the rank does not train it", here)
+            check(program.rank in ranks, f"the rank is not among its own terms {ranks}", here)
+            for other in ranks:
+                theirs = terms.get(other, {}).get(name)
+                check(theirs == ranks, f"they are {ranks} here and {theirs} on rank {other}", here)
+                mine, part = parts[program.rank][name], parts[other].get(name)
+                check(part == mine, f"rank {other} holds the part at {part}, not {mine}", here)
+        for name in parts[program.rank]:
+            copies = {rank for rank in program.stage_ranks if name in parts[rank]}
+            known = set(terms[program.rank].get(name, (program.rank,)))
+            check(
+                copies <= known,
+                f"ranks {tuple(sorted(copies))} of a column hold copies, but only {sorted(known)} "
+                "sum their gradients",
+                f"parameter {name!r} on rank {program.rank}",
+            )
 
 
 def _gradients_end(program: Program, stages: set[int]) -> int:
@@ -73,7 +100,8 @@ def _gradients_end(program: Program, stages: set[int]) -> int:
     )
 
 
-def _verify_reductions(program: Program, holders: dict[str, tuple[int, ...]]) -> None:
+def _verify_reductions(program: Program) -> None:
+    terms = dict(program.gradient_terms)
     stages: dict[str, set[int]] = {}
     for stage, name in _trained(program):
         stages.setdefault(name, set()).add(stage)
@@ -83,8 +111,12 @@ def _verify_reductions(program: Program, holders: dict[str, tuple[int, ...]]) ->
             continue
         if item.target not in stages:
             fail_at(program, position, f"the rank trains no parameter {item.target!r}")
-        if item.ranks != holders[item.target]:
-            fail_at(program, position, f"ranks {holders[item.target]} hold {item.target!r}")
+        if item.ranks != terms.get(item.target):
+            fail_at(
+                program,
+                position,
+                f"ranks {terms.get(item.target, (program.rank,))} hold terms of {item.target!r}",
+            )
         if item.reduction != "sum":
             fail_at(program, position, "copies' gradients are terms of a sum")
         if item.target in reduced:
@@ -95,8 +127,8 @@ def _verify_reductions(program: Program, holders: dict[str, tuple[int, ...]]) ->
         reduced.add(item.target)
     for name in sorted(stages):
         check(
-            name in reduced or len(holders[name]) == 1,
-            f"ranks {holders[name]} hold {name!r}, but its gradient is not reduced",
+            name in reduced or name not in terms,
+            f"ranks {terms.get(name)} hold {name!r}, but its gradient is not reduced",
             f"program {program.rank}",
         )
 
@@ -115,7 +147,7 @@ def _verify_optimizer(program: Program) -> None:
             fail_at(program, position, "it comes after the optimizer step")
 
 
-def _verify_norms(programs: tuple[Program, ...], holders: dict[str, tuple[int, ...]]) -> None:
+def _verify_norms(programs: tuple[Program, ...]) -> None:
     clipping = {program.rank: _clip(program) for program in programs}
     norms = set(clipping.values())
     active = [program for program in programs if program.stages]
@@ -123,11 +155,21 @@ def _verify_norms(programs: tuple[Program, ...], holders: dict[str, tuple[int, .
     check(len(clips) <= 1, f"the ranks clip to different norms: {clipping}", "programs")
     if norms == {None}:
         return
-    counted = [name for program in active for name in _verify_norm(program, active)]
+    counted = [
+        _parts(program)[name] for program in active for name in _verify_norm(program, active)
+    ]
     repeated = first_repeated(counted)
-    check(repeated is None, f"two ranks count {repeated!r} in the norm", "programs")
-    missing = sorted(set(holders) - set(counted))
-    check(not missing, f"no rank counts {', '.join(missing)} in the norm", "programs")
+    check(repeated is None, f"two ranks count {_told(repeated)} in the norm", "programs")
+    held = {part for program in active for part in _parts(program).values()}
+    missing = ", ".join(map(_told, sorted(held - set(counted))))
+    check(not missing, f"no rank counts {missing} in the norm", "programs")
+
+
+def _told(part: _Part | None) -> str:
+    if part is None:
+        return ""
+    name, offset = part
+    return f"{name!r} at {offset}" if offset else repr(name)
 
 
 def _clip(program: Program) -> float | None:

@@ -6,8 +6,8 @@ whether it can end: when no rank can go on and not all are done, the ranks wait 
 cycle. The same waits drawn as edges give `views.event_view`, which is cyclic exactly then.
 
 For programs the waits are those of *unbuffered* sends: a `Send` ends only once its `Recv` is
-posted, what reads a received register starts only once its `Send` was reached, and an `AllReduce`
-ends once all members have reached it.
+posted, what reads a received register starts only once its `Send` was reached, an `AllReduce` ends
+once all members have reached it, and so does a computation whose stage holds collectives.
 """
 
 from __future__ import annotations
@@ -15,13 +15,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..program import AllReduce, Free, Program, Recv, Register, Send
+from ..ops import Category
+from ..program import (
+    AllReduce,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Free,
+    Instruction,
+    Program,
+    Recv,
+    Register,
+    Send,
+)
 from ..text import print_instruction
 from .registers import Registers
 
 POST = "rank {other} to post the Recv of {subject} from rank {waits}"
 SEND = "rank {other} to reach the Send of {subject} to rank {waits}"
 REACH = "rank {other} to reach {subject}"
+_COMPUTATIONS = (Forward, Backward, BackwardInput, BackwardWeight)
 
 __all__ = ["Blocked", "Wait", "find_deadlock", "program_waits"]
 
@@ -105,11 +119,11 @@ class _Reason:
     text: str
     waits: int
     other: int
-    subject: Register | AllReduce
+    subject: Register | Instruction
 
     def __str__(self) -> str:
         subject = self.subject
-        name = print_instruction(subject) if isinstance(subject, AllReduce) else str(subject)
+        name = str(subject) if isinstance(subject, Register) else print_instruction(subject)
         return self.text.format(waits=self.waits, other=self.other, subject=name)
 
 
@@ -122,8 +136,16 @@ class _Ends:
         self.received: dict[tuple[int, Register], int] = {}  # (rank, register) -> source
         self.collectives: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         self.turns: dict[tuple[int, int], int] = {}  # (rank, position) -> turn in its group
+        self.meetings: dict[tuple[int, int], tuple[int, ...]] = {}  # (rank, stage) -> all ranks
+        self.computed: dict[tuple[int, Instruction], int] = {}  # (rank, computation) -> position
         for rank, program in enumerate(programs):
+            for stage in program.stages:
+                if any(node.op.category is Category.COLLECTIVE for node in stage.graph.nodes):
+                    members = {member for _, ranks in stage.axes for member in ranks}
+                    self.meetings[rank, stage.index] = tuple(sorted(members - {rank}))
             for position, item in enumerate(program.instructions):
+                if isinstance(item, _COMPUTATIONS):
+                    self.computed[rank, item] = position
                 if isinstance(item, Send):
                     self.sends.setdefault((rank, item.peer, item.register), position)
                 elif isinstance(item, Recv):
@@ -146,6 +168,11 @@ class _Ends:
                 others = self.collectives.get((member, item.ranks), ())
                 if member != rank and turn < len(others):
                     yield Wait(member, others[turn], _Reason(REACH, rank, member, item))
+        elif isinstance(item, _COMPUTATIONS):
+            for member in self.meetings.get((rank, item.stage), ()):
+                reached = self.computed.get((member, item))
+                if reached is not None:
+                    yield Wait(member, reached, _Reason(REACH, rank, member, item))
         read = item.registers if isinstance(item, Free) else registers.reads(item)
         for register in read:
             source = self.received.get((rank, register))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from ...ir.graph import Graph, Node
 from ..rule import Rule, Table
 from ..strategy import OpStrategy, OpView, replicated
+from .class_losses import CLASS_LOSSES
+from .losses import LOSSES
 from .products import PRODUCTS
+from .softmax import SOFTMAX
 
 __all__ = ["RULES", "rule_of", "strategies_of"]
 
-RULES: Table = {**PRODUCTS}
+RULES: Table = {**CLASS_LOSSES, **LOSSES, **PRODUCTS, **SOFTMAX}
 
 
 def rule_of(node: Node) -> Rule | None:

@@ -1,0 +1,195 @@
+"""Collective operators in traced kernels: bound to a communicator, or as Inductor takes them.
+
+The operators (`compiler/ir/collectives.py`) name a mesh axis. Which ranks those are and how they
+talk follows from the rank that runs the stage: `StageCollectives` knows both and rewrites the
+calls in a kernel's graph. The operators that need no communication become plain ATen ops before
+the graph is cut (`expand_local`); their operand stays an operand, so that what depends on what is
+the same on every rank (see `docs/decisions/0008-collectives-inside-stages.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..compiler.ir.collectives import NAMESPACE
+from ..compiler.ir.errors import RuntimeFailure
+from ..compiler.ir.graph import Graph
+from ..compiler.ir.ops import Category
+from . import functional_collectives as functional
+from .communicator import Communicator, Split
+
+__all__ = ["StageCollectives", "expand_local", "has_collectives"]
+
+aten = torch.ops.aten
+operators = torch.ops.cutset
+
+
+def has_collectives(graph: Graph) -> bool:
+    """Whether a stage meets other ranks while it computes, in forward or in backward."""
+    return any(node.op.category is Category.COLLECTIVE for node in graph.nodes)
+
+
+def expand_local(graph: fx.Graph) -> None:
+    """Replace the collectives that only look at the rank's own tensor."""
+    for node in list(graph.nodes):
+        if node.target is operators.sum_gradient.default:
+            _replace(node, node.args[0])
+        elif node.target is operators.as_partial.default:
+            x, index = node.args
+            with graph.inserting_before(node):
+                _replace(node, graph.call_function(aten.zeros_like.default, (x,)) if index else x)
+        elif node.target is operators.shard.default:
+            x, _, dim, sizes, index = node.args
+            begin = sum(sizes[:index])
+            with graph.inserting_before(node):
+                part = (x, dim, begin, begin + sizes[index])
+                view = graph.call_function(aten.slice.Tensor, part)
+                # a copy, as a view would keep the whole tensor alive
+                own = graph.call_function(
+                    aten.clone.default, (view,), {"memory_format": torch.contiguous_format}
+                )
+                _replace(node, own)
+
+
+def _replace(node: fx.Node, other: fx.Node) -> None:
+    if not other.meta:
+        other.meta = dict(node.meta)
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
+
+
+class StageCollectives:
+    """The collectives of one stage on one rank.
+
+    Args:
+        communicator: prepared for the program.
+        axes: ranks along each mesh axis, in the order of their parts.
+        stage: for messages.
+    """
+
+    def __init__(
+        self, communicator: Communicator, axes: Mapping[str, tuple[int, ...]], stage: int
+    ) -> None:
+        self._communicator = communicator
+        self._axes = axes
+        self._place = f"in stage {stage}"
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether kernels with these collectives can be recorded as CUDA graphs."""
+        return all(self._communicator.is_capturable(ranks) for ranks in self._axes.values())
+
+    def bind(self, graph: fx.Graph) -> None:
+        """Make the collectives of a kernel call the communicator."""
+        bound: dict[Any, Callable[..., Tensor]] = {
+            operators.all_reduce.default: self.all_reduce,
+            operators.all_gather.default: self.all_gather,
+            operators.reduce_scatter.default: self.reduce_scatter,
+            operators.all_to_all.default: self.all_to_all,
+        }
+        for node in graph.nodes:
+            if node.target is operators.all_reduce.default and _is_owned(node.args[0], node):
+                node.target = self.all_reduce_in_place
+            else:
+                node.target = bound.get(node.target, node.target)
+
+    def _ranks(self, axis: str) -> tuple[int, ...]:
+        try:
+            return self._axes[axis]
+        except KeyError:
+            raise RuntimeFailure(
+                f"a collective {self._place} is over mesh axis {axis!r}, which the program's "
+                "stage does not have"
+            ) from None
+
+    def all_reduce(self, x: Tensor, axis: str, reduction: str) -> Tensor:
+        return self.all_reduce_in_place(x.contiguous().clone(), axis, reduction)
+
+    def all_reduce_in_place(self, x: Tensor, axis: str, reduction: str) -> Tensor:
+        label = f"all_reduce {self._place}"
+        return self._communicator.all_reduce(x, self._ranks(axis), reduction, label=label)
+
+    def all_gather(
+        self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int, partial: bool
+    ) -> Tensor:
+        split = Split(dim, tuple(sizes))
+        label = f"all_gather {self._place}"
+        pending = self._communicator.start_all_gather(x, self._ranks(axis), split, label=label)
+        return _result(pending.wait())
+
+    def reduce_scatter(
+        self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int
+    ) -> Tensor:
+        split = Split(dim, tuple(sizes))
+        label = f"reduce_scatter {self._place}"
+        pending = self._communicator.start_reduce_scatter(x, self._ranks(axis), split, label=label)
+        return _result(pending.wait())
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        axis: str,
+        from_dim: int,
+        from_sizes: Sequence[int],
+        to_dim: int,
+        to_sizes: Sequence[int],
+        index: int,
+    ) -> Tensor:
+        pending = self._communicator.start_all_to_all(
+            x,
+            self._ranks(axis),
+            gathered=Split(from_dim, tuple(from_sizes)),
+            split=Split(to_dim, tuple(to_sizes)),
+            label=f"all_to_all {self._place}",
+        )
+        return _result(pending.wait())
+
+    # -- Inductor ------------------------------------------------------------------------------
+
+    def functional(self, module: fx.GraphModule) -> tuple[fx.GraphModule, str]:
+        """`module` with torch's functional collectives, which Inductor compiles and overlaps.
+
+        Returns:
+            The new module and an empty text, or `module` and why it has no such form.
+        """
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(module.graph, {}))
+        for node in graph.nodes:
+            if node.op != "call_function" or not _is_collective(node):
+                continue
+            ranks = self._ranks(node.args[1])
+            name = self._communicator.group_name(ranks)
+            if name is None:
+                return module, f"ranks {', '.join(map(str, ranks))} have no process group for it"
+            if not functional.takes(node):
+                return module, f"{node.target} of this dtype has no functional form"
+            # closures, as Dynamo traces through them
+            node.target = functional.call(node, name)
+        return fx.GraphModule(module, graph), ""
+
+
+def _is_collective(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+
+
+def _result(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+_NEW = frozenset(
+    [aten.mm.default, aten.bmm.default, aten.addmm.default, aten.add.Tensor, aten.sub.Tensor]
+    + [aten.mul.Tensor, aten.div.Tensor, aten.sum.dim_IntList, aten.sum.default, aten.amax.default]
+)
+_VIEWS = frozenset([aten.reshape.default, aten.t.default, aten.permute.default])
+
+
+def _is_owned(source: Any, user: fx.Node) -> bool:
+    """Whether `source` is new memory that nothing but `user` reads."""
+    while set(source.users) == {user} and source.target in _VIEWS:
+        source, user = source.args[0], source
+    return set(source.users) == {user} and source.target in _NEW
