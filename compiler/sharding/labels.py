@@ -7,7 +7,7 @@ and so is one that is broadcast along it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..ir.graph import Attribute
@@ -17,7 +17,7 @@ from ..ir.types import TensorType
 from .lowering import Lowering, Ref
 from .strategy import OpStrategy, OpView, can_shard
 
-__all__ = ["Labels", "along_labels", "aligned", "call_with", "integer", "lower_with_added"]
+__all__ = ["Labelled", "Labels", "added_once", "aligned", "along_labels", "call_with", "integer"]
 
 Labels = Sequence[str]
 """One label a dim. Dims of one label are split together; those labelled `""` never are."""
@@ -139,19 +139,16 @@ def call_with(lowering: Lowering, changes: Mapping[str, Any]) -> tuple[Ref, ...]
     return lowering.same(args=args, kwargs=tuple(kwargs.items()))
 
 
-def lower_with_added(name: str) -> Callable[[Lowering], Sequence[Ref]]:
-    """The node itself; operand `name`, which is added, counts on one rank of those that sum."""
-
-    def lower(lowering: Lowering) -> Sequence[Ref]:
-        position = lowering.view.operand(name)
-        if position is None:
-            return lowering.same()
-        ref = lowering.inputs[position]
-        for axis in lowering.axes_with(Partial, lowering.output_layouts[0]):
-            ref = lowering.as_partial(ref, axis)
-        return call_with(lowering, {name: ref})
-
-    return lower
+def added_once(lowering: Lowering, name: str) -> dict[str, Ref]:
+    """Operand `name`, which is added to a sum, for `call_with`: only one of the ranks that hold
+    terms of the sum adds it. Empty if it is not given."""
+    position = lowering.view.operand(name)
+    if position is None:
+        return {}
+    ref = lowering.inputs[position]
+    for axis in lowering.axes_with(Partial, lowering.output_layouts[0]):
+        ref = lowering.as_partial(ref, axis)
+    return {name: ref}
 
 
 def integer(item: Attribute) -> int:

@@ -153,23 +153,29 @@ def strategy_texts(case: Case, parts: int = 2) -> list[str]:
     return [str(item) for item in strategies_of(case.graph, case.node, parts)[1:]]
 
 
-def check_rule(case: Case, *, parts: Sequence[int] = (2, 3), pairs: bool = True) -> None:
+def check_rule(
+    case: Case,
+    *,
+    parts: Sequence[int] = (2, 3),
+    pairs: bool = True,
+    relative_error: float = RELATIVE_ERROR,
+) -> None:
     """Check all strategies over each number of parts and, with `pairs`, all pairs over 2x2."""
     for count in parts:
         mesh = Mesh((MeshAxis("tensor", count),))
         for strategy in strategies_of(case.graph, case.node, count):
-            check_strategy(case, (strategy,), mesh)
+            check_strategy(case, (strategy,), mesh, relative_error=relative_error)
     if pairs:
-        check_pairs(case)
+        check_pairs(case, relative_error=relative_error)
 
 
-def check_pairs(case: Case) -> int:
+def check_pairs(case: Case, *, relative_error: float = RELATIVE_ERROR) -> int:
     """Check all legal pairs of strategies over a 2x2 mesh; returns how many there are."""
     mesh = Mesh((MeshAxis("data", 2), MeshAxis("tensor", 2)))
     found = strategies_of(case.graph, case.node, 2)
     legal = [pair for pair in itertools.product(found, found) if _shards_no_dim_twice(pair)]
     for pair in legal:
-        check_strategy(case, pair, mesh)
+        check_strategy(case, pair, mesh, relative_error=relative_error)
     return len(legal)
 
 

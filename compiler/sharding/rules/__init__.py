@@ -5,14 +5,25 @@ from __future__ import annotations
 from ...ir.graph import Graph, Node
 from ..rule import Rule, Table
 from ..strategy import OpStrategy, OpView, replicated
+from .attention import ATTENTION
 from .class_losses import CLASS_LOSSES
+from .convolutions import CONVOLUTIONS
 from .losses import LOSSES
+from .norms import NORMS
 from .products import PRODUCTS
 from .softmax import SOFTMAX
 
 __all__ = ["RULES", "rule_of", "strategies_of"]
 
-RULES: Table = {**CLASS_LOSSES, **LOSSES, **PRODUCTS, **SOFTMAX}
+RULES: Table = {
+    **ATTENTION,
+    **CLASS_LOSSES,
+    **CONVOLUTIONS,
+    **LOSSES,
+    **NORMS,
+    **PRODUCTS,
+    **SOFTMAX,
+}
 
 
 def rule_of(node: Node) -> Rule | None:

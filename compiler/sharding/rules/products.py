@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...ir.graph import Operand
-from ..labels import Labels, aligned, along_labels, lower_with_added
+from ..labels import Labels, added_once, aligned, along_labels, call_with
+from ..lowering import Lowering, Ref
 from ..rule import Rule, Table
 from ..strategy import OpStrategy, OpView, StrategyRule
 
@@ -38,6 +39,11 @@ def _product(equation: str, *, added: str = "") -> StrategyRule:
         return along_labels(view, parts, operands, [result.strip()], added=extra, linear=linear)
 
     return strategies
+
+
+def _lower_sum(lowering: Lowering) -> Sequence[Ref]:
+    name = "bias" if lowering.view.packet == "linear" else "self"
+    return call_with(lowering, added_once(lowering, name))
 
 
 def _linear(view: OpView, parts: int) -> Iterator[OpStrategy]:
@@ -90,10 +96,10 @@ def _einsum(view: OpView, parts: int) -> Iterator[OpStrategy]:
 PRODUCTS: Table = {
     **{packet: Rule(_product(equation)) for packet, equation in _EQUATIONS.items()},
     **{
-        packet: Rule(_product(equation, added="self"), lower_with_added("self"))
+        packet: Rule(_product(equation, added="self"), _lower_sum)
         for packet, equation in _SUMS.items()
     },
     "einsum": Rule(_einsum),
-    "linear": Rule(_linear, lower_with_added("bias")),
+    "linear": Rule(_linear, _lower_sum),
     "matmul": Rule(_matmul),
 }
