@@ -2,11 +2,14 @@
 
 A number is a hash of a key (two words, from seed, step and microbatch), of the draw (ordinal of the
 random op in the forward pass), of a lane (several numbers of one element) and of the element's
-linear index. The hash is 32-bit integer arithmetic in plain torch ops: the same bits on every
-device, traceable by `make_fx`, fused by Inductor, replayed inside CUDA graphs (the key is a
-tensor). The mixing is three rounds of the multiply / xor-shift construction of integer finalisers
-(as in Appleby's MurmurHash3); counters in place of states follow Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3" (SC 2011).
+linear index. Whoever holds a part of a tensor says which in a `window`, the shape of the whole and
+where the part begins, and hashes the indices that its elements have in the whole.
+
+The hash is 32-bit integer arithmetic in plain torch ops: the same bits on every device, traceable
+by `make_fx`, fused by Inductor, replayed inside CUDA graphs (the key is a tensor). The mixing is
+three rounds of the multiply / xor-shift construction of integer finalisers (as in Appleby's
+MurmurHash3); counters in place of states follow Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3" (SC 2011).
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["bits", "chance", "normal", "uniform"]
+__all__ = ["Window", "bits", "chance", "normal", "uniform"]
+
+Window = tuple[Sequence[int], Sequence[int]]
+"""(shape of the whole tensor, where the part that is drawn begins in it)."""
 
 _POSITIVE = 0x7FFFFFFF
 # Odd factors below 2**31: as Python scalars they fit an int32 tensor op.
@@ -27,21 +33,44 @@ _MANTISSA_BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24}
 
 
 def bits(
-    key: Tensor, draw: int, shape: Sequence[int], device: torch.device, lane: int = 0
+    key: Tensor,
+    draw: int,
+    shape: Sequence[int],
+    device: torch.device,
+    lane: int = 0,
+    window: Window | None = None,
 ) -> Tensor:
-    """int32 tensor of `shape`, every bit of every element fair and independent."""
+    """int32 tensor of `shape`, every bit of every element fair and independent.
+
+    With `window` they are those of a part of a tensor: the same bits as in the whole.
+    """
     first, second = _key_words(key.to(device), draw, lane)
-    numel = math.prod(shape)
-    if numel <= _POSITIVE:
-        word = torch.arange(numel, dtype=torch.int32, device=device)
-    else:
-        index = torch.arange(numel, dtype=torch.int64, device=device)
+    index = _indices(shape, device, window)
+    word = index
+    if index.dtype == torch.int64:
         word = (index & _POSITIVE).to(torch.int32)
         first = first + (index >> 31).to(torch.int32) * _FACTORS[2]
     # The key comes first: a compiler that folds arithmetic on indices must not get past it.
     word = _round(word ^ first, 0)
     word = _round(word ^ second, 1)
     return _round(word, 2).view(tuple(shape))
+
+
+def _indices(shape: Sequence[int], device: torch.device, window: Window | None) -> Tensor:
+    """Linear index of each element in the whole tensor; int32 if all of the whole's fit."""
+    whole, offset = (shape, None) if window is None else window
+    dtype = torch.int32 if math.prod(whole) <= _POSITIVE else torch.int64
+    if offset is None:
+        return torch.arange(math.prod(shape), dtype=dtype, device=device)
+    index = torch.zeros((), dtype=dtype, device=device)
+    stride = 1
+    for depth, (size, total, begin) in enumerate(
+        zip(reversed(shape), reversed(whole), reversed(offset), strict=True)
+    ):
+        steps = torch.arange(begin, begin + size, dtype=dtype, device=device)
+        index = (steps * stride).view(size, *[1] * depth) + index
+        stride *= total
+    return index
 
 
 def _round(word: Tensor, number: int) -> Tensor:
@@ -65,13 +94,18 @@ def _integer_hash(number: int, salt: int) -> int:
 
 
 def chance(
-    key: Tensor, draw: int, shape: Sequence[int], device: torch.device, probability: float
+    key: Tensor,
+    draw: int,
+    shape: Sequence[int],
+    device: torch.device,
+    probability: float,
+    window: Window | None = None,
 ) -> Tensor:
     """bool tensor, true with `probability` (to within 2**-32)."""
     threshold = round(probability * 2**32) - 2**31
     if threshold > _POSITIVE:
         return torch.ones(tuple(shape), dtype=torch.bool, device=device)
-    return bits(key, draw, shape, device) < threshold
+    return bits(key, draw, shape, device, window=window) < threshold
 
 
 def uniform(
@@ -82,12 +116,13 @@ def uniform(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     lane: int = 0,
+    window: Window | None = None,
 ) -> Tensor:
     """Numbers in [0, 1), with as many random bits as `dtype` has in its mantissa."""
     where = key.device if device is None else device
-    word = bits(key, draw, shape, where, lane)
+    word = bits(key, draw, shape, where, lane, window)
     if dtype == torch.float64:
-        other = bits(key, draw, shape, where, lane + 2)
+        other = bits(key, draw, shape, where, lane + 2, window)
         head = ((word >> 6) & 0x3FFFFFF).to(dtype)
         return (head * 2.0**27 + ((other >> 5) & 0x7FFFFFF).to(dtype)) * 2.0**-53
     kept = _MANTISSA_BITS[dtype]
@@ -101,10 +136,11 @@ def normal(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    window: Window | None = None,
 ) -> Tensor:
     """Standard normal numbers by the transform of Box and Muller (1958)."""
     wide = dtype if dtype == torch.float64 else torch.float32
-    radius = uniform(key, draw, shape, dtype=wide, device=device, lane=0)
-    angle = uniform(key, draw, shape, dtype=wide, device=device, lane=1)
+    radius = uniform(key, draw, shape, dtype=wide, device=device, lane=0, window=window)
+    angle = uniform(key, draw, shape, dtype=wide, device=device, lane=1, window=window)
     value = torch.sqrt(-2.0 * torch.log1p(-radius)) * torch.cos((2.0 * math.pi) * angle)
     return value.to(dtype)

@@ -1,6 +1,7 @@
 """Layers that draw: dropout and its kin, attention and recurrent nets with dropout inside.
 
 Each computes what the ATen operator computes, differentiably, with numbers hashed from (key, draw).
+On a part of a tensor, `window` says which part of which shape it is (see `random_bits.py`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .random_bits import chance, uniform
+from .random_bits import Window, chance, uniform
 
 
-def _keep(key: Tensor, draw: int, tensor: Tensor, p: float, *, feature: bool = False) -> Tensor:
-    shape = tensor.shape
-    if feature:
-        shape = torch.Size([*tensor.shape[:2], *[1] * (tensor.ndim - 2)])
-    return chance(key, draw, shape, tensor.device, 1.0 - p)
+def _keep(key: Tensor, draw: int, tensor: Tensor, p: float, window: Window | None) -> Tensor:
+    return chance(key, draw, tensor.shape, tensor.device, 1.0 - p, window)
+
+
+def _keep_features(
+    key: Tensor, draw: int, tensor: Tensor, p: float, window: Window | None
+) -> Tensor:
+    """One number for all elements of a feature, which dims 0 and 1 name."""
+    rest = tensor.ndim - 2
+    if window is not None:
+        whole, offset = window
+        window = [*whole[:2], *[1] * rest], [*offset[:2], *[0] * rest]
+    return chance(key, draw, [*tensor.shape[:2], *[1] * rest], tensor.device, 1.0 - p, window)
 
 
 def _drop(keep: Tensor, tensor: Tensor, p: float) -> Tensor:
@@ -40,48 +49,93 @@ def _kept_scale(p: float, tensor: Tensor) -> float:
     return scale
 
 
-def draw_dropout(key: Tensor, draw: int, /, input: Tensor, p: float, train: bool) -> Tensor:
+def draw_dropout(
+    key: Tensor,
+    draw: int,
+    /,
+    input: Tensor,
+    p: float,
+    train: bool,
+    *,
+    window: Window | None = None,
+) -> Tensor:
     if not train or p == 0.0:
         return input
     if p == 1.0:
         return input * torch.zeros_like(input)
-    return _drop(_keep(key, draw, input, p), input, p)
+    return _drop(_keep(key, draw, input, p, window), input, p)
 
 
 def draw_native_dropout(
-    key: Tensor, draw: int, /, input: Tensor, p: float, train: bool | None
+    key: Tensor,
+    draw: int,
+    /,
+    input: Tensor,
+    p: float,
+    train: bool | None,
+    *,
+    window: Window | None = None,
 ) -> tuple[Tensor, Tensor]:
     if train is False or p == 0.0:
         return input.clone(), torch.ones_like(input, dtype=torch.bool)
     if p == 1.0:
         return input * torch.zeros_like(input), torch.zeros_like(input, dtype=torch.bool)
-    keep = _keep(key, draw, input, p)
+    keep = _keep(key, draw, input, p, window)
     return _drop(keep, input, p), keep
 
 
-def draw_feature_dropout(key: Tensor, draw: int, /, input: Tensor, p: float, train: bool) -> Tensor:
+def draw_feature_dropout(
+    key: Tensor,
+    draw: int,
+    /,
+    input: Tensor,
+    p: float,
+    train: bool,
+    *,
+    window: Window | None = None,
+) -> Tensor:
     if not train or p == 0.0:
         return input
-    return _drop(_keep(key, draw, input, p, feature=True), input, p)
+    return _drop(_keep_features(key, draw, input, p, window), input, p)
 
 
-def _alpha(key: Tensor, draw: int, input: Tensor, p: float, *, feature: bool) -> Tensor:
+def _alpha(keep: Tensor, input: Tensor, p: float) -> Tensor:
     """Dropout that keeps mean and variance after SELU (Klambauer et al., 2017)."""
     saturation = 1.7580993408473766
     scale = 1.0 / math.sqrt((saturation * saturation * p + 1.0) * (1.0 - p))
-    noise = _keep(key, draw, input, p, feature=feature).to(input.dtype)
+    noise = keep.to(input.dtype)
     shift = (noise - 1.0) * (saturation * scale) + saturation * scale * p
     return input * (noise * scale) + shift
 
 
-def draw_alpha_dropout(key: Tensor, draw: int, /, input: Tensor, p: float, train: bool) -> Tensor:
-    return input if not train or p == 0.0 else _alpha(key, draw, input, p, feature=False)
+def draw_alpha_dropout(
+    key: Tensor,
+    draw: int,
+    /,
+    input: Tensor,
+    p: float,
+    train: bool,
+    *,
+    window: Window | None = None,
+) -> Tensor:
+    if not train or p == 0.0:
+        return input
+    return _alpha(_keep(key, draw, input, p, window), input, p)
 
 
 def draw_feature_alpha_dropout(
-    key: Tensor, draw: int, /, input: Tensor, p: float, train: bool
+    key: Tensor,
+    draw: int,
+    /,
+    input: Tensor,
+    p: float,
+    train: bool,
+    *,
+    window: Window | None = None,
 ) -> Tensor:
-    return input if not train or p == 0.0 else _alpha(key, draw, input, p, feature=True)
+    if not train or p == 0.0:
+        return input
+    return _alpha(_keep_features(key, draw, input, p, window), input, p)
 
 
 def draw_rrelu(
@@ -93,8 +147,10 @@ def draw_rrelu(
     upper: float = 1.0 / 3.0,
     training: bool = False,
     generator: object = None,
+    *,
+    window: Window | None = None,
 ) -> Tensor:
-    return draw_rrelu_with_noise(key, draw, self, self, lower, upper, training)[0]
+    return draw_rrelu_with_noise(key, draw, self, self, lower, upper, training, window=window)[0]
 
 
 def draw_rrelu_with_noise(
@@ -107,15 +163,15 @@ def draw_rrelu_with_noise(
     upper: float = 1.0 / 3.0,
     training: bool = False,
     generator: object = None,
+    *,
+    window: Window | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not training:
         slope = (lower + upper) / 2.0
         return torch.where(self > 0, self, self * slope), noise
-    slopes = (
-        uniform(key, draw, self.shape, dtype=_float(self.dtype), device=self.device)
-        * (upper - lower)
-        + lower
-    ).to(self.dtype)
+    wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+    number = uniform(key, draw, self.shape, dtype=wide, device=self.device, window=window)
+    slopes = (number * (upper - lower) + lower).to(self.dtype)
     slopes = torch.where(self > 0, 1.0, slopes)
     return self * slopes, slopes
 
@@ -133,10 +189,12 @@ def draw_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    window: Window | None = None,
 ) -> Tensor:
     """Scaled dot product attention with dropout, in the form of torch's math kernel.
 
-    As there, half precision is computed in single precision on CPU.
+    As there, half precision is computed in single precision on CPU. `window` is of the scores,
+    [.., heads, queries, keys].
     """
     result_type = query.dtype
     if query.device.type == "cpu" and result_type in (torch.bfloat16, torch.float16):
@@ -156,15 +214,22 @@ def draw_attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     weights = torch.ops.aten._safe_softmax(scores, -1)
-    return (draw_dropout(seed, draw, weights, dropout_p, True) @ value).to(result_type)
+    dropped = draw_dropout(seed, draw, weights, dropout_p, True, window=window)
+    return (dropped @ value).to(result_type)
 
 
 def draw_recurrent(
-    operator: Callable[..., tuple[Tensor, ...]], key: Tensor, draw: int, /, *args: Any
+    operator: Callable[..., tuple[Tensor, ...]],
+    key: Tensor,
+    draw: int,
+    /,
+    *args: Any,
+    window: Window | None = None,
 ) -> tuple[Tensor, ...]:
     """A stack of recurrent layers with dropout between them, one draw after each but the last.
 
     `args` are those of `aten.lstm.input` and its kin, or (packed sequences) of `aten.lstm.data`.
+    `window` is of what a layer passes to the next, [steps, rows, features].
     """
     packed = not isinstance(args[3], bool)
     lead = 2 if packed else 1
@@ -182,10 +247,6 @@ def draw_recurrent(
         data, *final = operator(*call)
         finals.append(tuple(final))
         if layer + 1 < num_layers:
-            data = draw_dropout(key, draw + layer, data, p, True)
+            data = draw_dropout(key, draw + layer, data, p, True, window=window)
     result = data.transpose(0, 1) if batch_first else data
     return result, *(torch.cat(parts) for parts in zip(*finals, strict=True))
-
-
-def _float(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

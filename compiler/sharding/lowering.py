@@ -290,17 +290,21 @@ class Lowering:
         return item
 
     def same(
-        self, *, args: Sequence[Any] | None = None, kwargs: Sequence[tuple[str, Any]] | None = None
+        self,
+        *,
+        op: str | None = None,
+        args: Sequence[Any] | None = None,
+        kwargs: Sequence[tuple[str, Any]] | None = None,
     ) -> tuple[Ref, ...]:
         """Emit the node itself on the local operands, results typed by their layouts.
 
         Args:
-            args, kwargs: in place of the node's own.
+            op, args, kwargs: in place of the node's own.
         """
         node = self.node
         values = [self.view.graph.values[value] for value in node.outputs]
         return self.local.emit(
-            node.op.name,
+            op or node.op.name,
             self.filled(node.args) if args is None else args,
             [self.output_type(position) for position in range(len(node.outputs))],
             kwargs=[(k, self.filled(v)) for k, v in node.kwargs] if kwargs is None else kwargs,

@@ -22,8 +22,6 @@ from cutset.compiler.ir.mesh import Layout, Mesh, Partial, Replicate, Shard
 from cutset.compiler.ir.ops import Category
 from cutset.compiler.ir.types import TensorType
 
-from .windows import execute_window
-
 __all__ = ["RankGraph", "assemble", "coordinates", "distribute", "run_lockstep"]
 
 
@@ -121,19 +119,15 @@ def run_lockstep(
         if nodes[0].op.category is Category.COLLECTIVE:
             computed = [[item] for item in _collective(nodes, [item[0] for item in inputs], mesh)]
         else:
-            computed = [_execute(node, item, key) for node, item in zip(nodes, inputs, strict=True)]
+            computed = [
+                execute_node(node, item, key, torch.device("cpu"))
+                for node, item in zip(nodes, inputs, strict=True)
+            ]
         for graph, node, mine, results in zip(graphs, nodes, known, computed, strict=True):
             for number, tensor in zip(node.outputs, results, strict=True):
                 _check_value(graph.values[number], tensor, node.op.name)
                 mine[number] = tensor
     return known
-
-
-def _execute(node: Node, inputs: list[Tensor], key: Tensor | None) -> list[Tensor]:
-    if "window" in dict(node.kwargs):
-        assert key is not None
-        return [execute_window(node, inputs, key)]
-    return execute_node(node, inputs, key, torch.device("cpu"))
 
 
 def _check_value(value: Value, tensor: Tensor, where: str) -> None:

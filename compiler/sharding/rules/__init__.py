@@ -8,9 +8,17 @@ from ..strategy import OpStrategy, OpView, replicated
 from .attention import ATTENTION
 from .class_losses import CLASS_LOSSES
 from .convolutions import CONVOLUTIONS
+from .elementwise import ELEMENTWISE
+from .factories import FACTORIES
+from .indexing import INDEXING
 from .losses import LOSSES
 from .norms import NORMS
+from .pieces import PIECES
 from .products import PRODUCTS
+from .random import RANDOM
+from .recurrent import RECURRENT
+from .reductions import REDUCTIONS
+from .shapes import SHAPES
 from .softmax import SOFTMAX
 
 __all__ = ["RULES", "rule_of", "strategies_of"]
@@ -19,9 +27,17 @@ RULES: Table = {
     **ATTENTION,
     **CLASS_LOSSES,
     **CONVOLUTIONS,
+    **ELEMENTWISE,
+    **FACTORIES,
+    **INDEXING,
     **LOSSES,
     **NORMS,
+    **PIECES,
     **PRODUCTS,
+    **RANDOM,
+    **RECURRENT,
+    **REDUCTIONS,
+    **SHAPES,
     **SOFTMAX,
 }
 
