@@ -43,6 +43,7 @@ __all__ = [
     "consuming_stages",
     "memory_model",
     "memory_profile",
+    "node_memory",
     "optimizer_temporaries",
     "stage_memory",
 ]
@@ -169,7 +170,12 @@ def memory_profile(
 ) -> tuple[NodeMemory, ...]:
     """Additive memory figures of every node of `graph`, in node order."""
     model = memory_model(graph, batch_fraction=batch_fraction, backend=backend)
-    steps = model.steps(range(len(graph.nodes)))
+    return node_memory(model, model.steps(range(len(graph.nodes))))
+
+
+def node_memory(model: MemoryModel, steps: StageSteps) -> tuple[NodeMemory, ...]:
+    """`memory_profile` from the steps of all nodes of the model's graph."""
+    graph = model.graph
     maker = {storage: step.node for step in steps.forward for storage, _ in step.writes}
     saved = [0.0] * len(graph.nodes)
     for storage, size in steps.saved.items():
