@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
+from cutset.compiler.codegen.python import stage_source
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.program import Program
 from cutset.compiler.ir.types import TensorType
+from cutset.runtime.collective_ops import StageCollectives
 from cutset.runtime.communicator import Communicator, Split
+from cutset.runtime.kernels import trace_inference
+from tests.ir.builders import GraphBuilder
 
 TOKEN = TensorType((2,), torch.float32)
 
@@ -141,6 +145,32 @@ class FakeRank:
         assert got is not None and torch.equal(got, columns.parts(whole)[index])
         reduced = end.all_reduce(own.clone(), ranks, "sum", label="reduce")
         assert torch.equal(reduced, torch.stack(wholes).sum(0).to(whole.dtype))
+
+    def functional_parts(self, ranks: tuple[int, ...]) -> None:
+        """A stage of collectives over uneven parts gives the same with functional ones."""
+        index, count = ranks.index(self.rank), len(ranks)
+        sizes, size = tuple(range(1, count + 1)), count * (count + 1) // 2
+        build = GraphBuilder("parts")
+        x = build.input("x", (sizes[index], size))
+        y = build.op("cutset.all_to_all.default", x, "t", 0, sizes, 1, sizes, index)
+        y = build.op("cutset.all_gather.default", y, "t", 1, sizes, index, False)
+        y = build.op("cutset.reduce_scatter.default", y, "t", 1, sizes, index)
+        y = build.op("cutset.all_gather.default", y, "t", 1, sizes, index, False)
+        y = build.op("cutset.reduce_scatter.default", y, "t", 0, sizes, index)
+        y = build.op("cutset.all_gather.default", y, "t", 0, sizes, index, False)
+        build.output(build.op("cutset.all_reduce.default", y, "t", "max"))
+        graph = build.build()
+        namespace: dict[str, Any] = {"torch": torch}
+        exec(stage_source(0, graph), namespace)
+        bound = StageCollectives(self.communicator, {"t": ranks}, 0)
+        kernels = trace_inference(namespace["stage_0"], graph, self.device, bound)
+        module, reason = bound.functional(kernels.modules["forward"])
+        assert reason == ""
+        whole = torch.arange(float(size * size)).view(size, size)
+        part = whole.split(sizes)[index]
+        expected = whole * count**2
+        for result in (kernels.forward([torch.tensor(0), part]), module(torch.tensor(0), part)):
+            assert torch.equal(result[0], expected)
 
     def await_nothing(self, seconds: float) -> None:
         """Rank 1 waits for a message that nobody sends."""
