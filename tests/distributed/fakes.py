@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 import signal
 import sys
 import time
@@ -39,6 +41,22 @@ class FakeRank:
 
     def threads(self) -> tuple[int, str]:
         return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+
+    def page_faults(self) -> list[int]:
+        """Pages that each of three equal passes, which free what they use, takes of the kernel."""
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+        libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
+        counts = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            blocks = [libc.malloc(1 << 20) for _ in range(64)]
+            for block in blocks:
+                ctypes.memset(block, 1, 1 << 20)
+            for block in blocks:
+                libc.free(block)
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return counts
 
     def ring(self) -> list[float]:
         """Passes the own rank on to the right, and sums what all have got from the left."""
