@@ -33,8 +33,8 @@ class Copy:
         first_use: node of the whole graph; the gradient is complete once its backward is done.
         terms: ranks whose gradients are terms of one sum, itself among them, ascending.
         update: the part that it updates; None: all that it holds.
-        dim, peers: along which dim the ranks `peers` share the update, in the order of their shares.
-        is_scattered: whether the gradient is summed and shared among `peers` at the end of the step.
+        dim, peers: along which dim which ranks share the update, in the order of their shares.
+        is_scattered: whether `peers` sum and share out the gradient at the end of the step.
         summed: ranks over which its part of the gradient is summed after that.
         is_tied: whether other stages of the column hold it, too.
         is_owner: whether this copy of the part counts in the norm.

@@ -4,11 +4,11 @@ From programs whose receives are posted one action ahead, to programs that reach
 every `Send` blocked until its `Recv` is posted. A value that skips stages arrives before its
 consumer's next action is due; two ranks may then each wait for the other to post a receive.
 
-The programs are executed by turns under blocking sends; collectives are left out, as the ranks
-start them without waiting and need no result of theirs before their last transfer. Whenever no rank can go on, a receive that
-a blocked send waits for is moved up to where its rank stands, along with those of the same
-sender before it (between two ranks, transfers keep their order). This only makes registers live
-earlier, and ends, as every move lets a send complete.
+The programs are executed by turns under blocking sends; collectives are left out, as ranks start
+them without waiting and need no result of theirs before their last transfer. Whenever no rank can
+go on, a receive that a blocked send waits for is moved up to where its rank stands, along with
+those of the same sender before it (between two ranks, transfers keep their order). This only makes
+registers live earlier, and ends, as every move lets a send complete.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A trained parameter's gradient is summed once over exactly the ranks whose gradients are its terms:
 by the backward of its stage, a `ReduceScatter` that leaves each rank the part that it updates, an
 `AllReduce` of that part, or several of these one after the other. Copies in several stages are
-terms, too. This happens after the last backward that adds to the gradient and before what needs it. The
-norm is taken of complete gradients, counts each part of a trained parameter at one rank, and is
+terms, too. This happens after the last backward that adds to the gradient and before what needs it.
+The norm is taken of complete gradients, counts each part of a trained parameter at one rank, and is
 summed over all ranks with parameters before clipping. The optimizer step comes once; after it, each
 updated part goes to all ranks that hold more than it.
 """
