@@ -16,7 +16,13 @@ from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
 from .rules import strategies_of
 from .strategy import OpStrategy, can_shard
 
-__all__ = ["Sharding", "legal_node_layouts", "legal_value_layouts", "make_sharding"]
+__all__ = [
+    "Sharding",
+    "computed_from_parameters",
+    "legal_node_layouts",
+    "legal_value_layouts",
+    "make_sharding",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +210,7 @@ def _deferred(
     A replicated operator on such values passes terms of a gradient on as they are, since backward
     is linear in the gradient.
     """
-    weights = _computed_from_parameters(graph)
+    weights = computed_from_parameters(graph)
     returned = {output.value for output in graph.outputs if output.kind is not OutputKind.BUFFER}
     read_by = users(graph)
     table: dict[int, frozenset[int]] = {}
@@ -243,7 +249,7 @@ def _leaves_terms(
     return all(axis in table.get(index, ()) for index in carried)
 
 
-def _computed_from_parameters(graph: Graph) -> set[int]:
+def computed_from_parameters(graph: Graph) -> set[int]:
     """Values with a gradient that depend on no activation: parameters and what is made of them."""
     given = (ValueKind.INPUT, ValueKind.BOUNDARY)
     fed = {value.id for value in graph.values if value.kind in given}
