@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..ir.errors import VerificationError
-from ..ir.graph import Graph, Node, OutputKind, Value, ValueKind, users
+from ..ir.graph import Graph, Node, OutputKind, Value, ValueKind, producers, users
 from ..ir.mesh import Layout, Mesh, Partial, Replicate, Shard
 from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
 from .rules import strategies_of
@@ -205,29 +205,55 @@ def _deferred(
     strategies: Mapping[str, tuple[OpStrategy, ...]],
     made: Mapping[str, Layout],
 ) -> dict[str, frozenset[int]]:
-    """`Sharding.deferred`, from the readers of each value to the value.
+    """`Sharding.deferred`: the largest table in which all that meet at a node agree.
 
     A replicated operator on such values passes terms of a gradient on as they are, since backward
     is linear in the gradient.
     """
     weights = computed_from_parameters(graph)
     returned = {output.value for output in graph.outputs if output.kind is not OutputKind.BUFFER}
-    read_by = users(graph)
-    table: dict[int, frozenset[int]] = {}
-    for value in sorted(weights, reverse=True):
-        name = graph.values[value].name
-        axes: set[int] = set()
-        for axis in range(num_axes):
-            layout = made.get(name)
-            if layout is not None and not isinstance(layout.placements[axis], Replicate):
-                continue
-            readers = [graph.nodes[node] for node in read_by[value]]
-            if value not in returned and all(
-                _leaves_terms(graph, node, value, axis, strategies, table) for node in readers
-            ):
-                axes.add(axis)
-        table[value] = frozenset(axes)
+    read_by, made_by = users(graph), producers(graph)
+    replicated = Layout((Replicate(),) * num_axes)
+    table = {}
+    for value in weights:
+        placements = made.get(graph.values[value].name, replicated).placements
+        table[value] = frozenset(
+            axis
+            for axis, placement in enumerate(placements)
+            if isinstance(placement, Replicate) and value not in returned
+        )
+
+    def stays(value: int, axis: int) -> bool:
+        maker = graph.nodes[made_by[value]] if value in made_by else None
+        return (maker is None or _takes_terms(graph, maker, axis, strategies, table)) and all(
+            _leaves_terms(graph, graph.nodes[node], value, axis, strategies, table)
+            for node in read_by[value]
+        )
+
+    # A value that cannot defer keeps those it is made from and those made from it from deferring.
+    before: dict[int, frozenset[int]] = {}
+    while table != before:
+        before = dict(table)
+        for value in sorted(weights, reverse=True):
+            table[value] = frozenset(axis for axis in table[value] if stays(value, axis))
     return {graph.values[value].name: axes for value, axes in table.items() if axes}
+
+
+def _takes_terms(
+    graph: Graph,
+    node: Node,
+    axis: int,
+    strategies: Mapping[str, tuple[OpStrategy, ...]],
+    table: Mapping[int, frozenset[int]],
+) -> bool:
+    """Whether `node` may be given a term a rank of its result's gradient: it is replicated and the
+    gradients of its own operands are terms too."""
+    chosen = strategies.get(node.name)
+    if chosen is not None and not chosen[axis].is_replicated:
+        return False
+    return all(
+        axis in table.get(index, ()) for index in node.inputs if graph.values[index].requires_grad
+    )
 
 
 def _leaves_terms(
