@@ -32,7 +32,7 @@ from .columns import column_of, stage_devices
 from .context import Context
 from .layouts.choose import LayoutChoice, plan_layouts
 from .layouts.statement import LayoutOptions
-from .microbatches import candidates
+from .microbatches import candidates, pinned_count
 from .partition.fitting import find_fitting, with_memory
 from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
@@ -345,7 +345,7 @@ class _Search:
 
 
 def _microbatch_counts(plan: Plan, context: Context, stages: int) -> list[int]:
-    pinned = context.options.num_microbatches
+    pinned = pinned_count(plan, context)
     if pinned is not None:
         return [pinned]
     inputs = context.graph.values_of(ValueKind.INPUT)
