@@ -29,6 +29,7 @@ PACKAGE_FOLDERS = {
     "cutset.compiler.sharding.rules": "compiler/sharding/rules",
     "cutset.cost_models": "cost_models",
     "cutset.passes": "passes",
+    "cutset.passes.layouts": "passes/layouts",
     "cutset.passes.partition": "passes/partition",
     "cutset.runtime": "runtime",
 }

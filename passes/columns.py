@@ -112,8 +112,7 @@ def _local_nodes(part: LocalPart, nodes: set[int]) -> tuple[int, ...]:
 def column_of(plan: Plan, context: Context) -> Column:
     """The first column of `plan`, whose mesh and layouts are decided."""
     if plan.stage_mesh.size == 1:
-        groups = tuple((device.index,) for device in plan.cluster.devices)
-        return Column(plan, context, groups, None)
+        return Column(plan, context, (), None)
     groups = stage_devices(plan.mesh)
     sharding = Sharding.of(plan, context.graph)
     part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
