@@ -6,11 +6,11 @@ Names of values and nodes are the same in a model's graph and in the graphs of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ..ir.errors import VerificationError
-from ..ir.graph import Graph, Node, OutputKind, Value, ValueKind, users
+from ..ir.graph import Graph, Node, OutputKind, Value, ValueKind, producers, users
 from ..ir.mesh import Layout, Mesh, Partial, Replicate, Shard
 from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
 from .rules import strategies_of
@@ -205,29 +205,38 @@ def _deferred(
     strategies: Mapping[str, tuple[OpStrategy, ...]],
     made: Mapping[str, Layout],
 ) -> dict[str, frozenset[int]]:
-    """`Sharding.deferred`, from the readers of each value to the value.
+    """`Sharding.deferred`: the largest table in which readers and makers of each value agree.
 
     A replicated operator on such values passes terms of a gradient on as they are, since backward
-    is linear in the gradient.
+    is linear in the gradient. It must get terms for all of its results and may for all of its
+    operands, or else terms and whole gradients would be added up.
     """
-    weights = computed_from_parameters(graph)
     returned = {output.value for output in graph.outputs if output.kind is not OutputKind.BUFFER}
-    read_by = users(graph)
-    table: dict[int, frozenset[int]] = {}
-    for value in sorted(weights, reverse=True):
-        name = graph.values[value].name
-        axes: set[int] = set()
-        for axis in range(num_axes):
-            layout = made.get(name)
-            if layout is not None and not isinstance(layout.placements[axis], Replicate):
-                continue
-            readers = [graph.nodes[node] for node in read_by[value]]
-            if value not in returned and all(
-                _leaves_terms(graph, node, value, axis, strategies, table) for node in readers
-            ):
-                axes.add(axis)
-        table[value] = frozenset(axes)
-    return {graph.values[value].name: axes for value, axes in table.items() if axes}
+    weights = sorted(computed_from_parameters(graph) - returned, reverse=True)
+    read_by, made_by = users(graph), producers(graph)
+    held = {value: made.get(graph.values[value].name) for value in weights}
+    table = {
+        value: {a for a in range(num_axes) if layout is None or layout.placements[a] == Replicate()}
+        for value, layout in held.items()
+    }
+    changed = True
+    while changed:
+        changed = False
+        for value in weights:
+            readers = [graph.nodes[number] for number in read_by[value]]
+            maker = graph.nodes[made_by[value]].inputs if value in made_by else ()
+            for axis in sorted(table[value]):
+                passed = all(
+                    axis in table.get(index, ())
+                    for index in maker
+                    if graph.values[index].requires_grad
+                )
+                if not passed or not all(
+                    _leaves_terms(graph, node, value, axis, strategies, table) for node in readers
+                ):
+                    table[value].remove(axis)
+                    changed = True
+    return {graph.values[value].name: frozenset(axes) for value, axes in table.items() if axes}
 
 
 def _leaves_terms(
@@ -236,7 +245,7 @@ def _leaves_terms(
     value: int,
     axis: int,
     strategies: Mapping[str, tuple[OpStrategy, ...]],
-    table: Mapping[int, frozenset[int]],
+    table: Mapping[int, Collection[int]],
 ) -> bool:
     """Whether `node` gives one term a rank of the gradient of `value` that it reads."""
     carried = [index for index in node.outputs if graph.values[index].requires_grad]
