@@ -25,7 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
 from cutset.compiler.batch import signature_of, take_rows
-from cutset.compiler.capture import Captured, capture, find_blocks
+from cutset.compiler.capture import Captured, capture
+from cutset.compiler.ir.blocks import find_blocks
 from cutset.compiler.ir.errors import CutsetError
 from cutset.compiler.ir.graph import Mode
 from cutset.compiler.ir.plan import OptimizerModel

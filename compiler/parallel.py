@@ -154,7 +154,8 @@ class Parallel:
 
         Without gradients an optimizer's step changes nothing.
         """
-        kept = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        groups = self.optimizer.param_groups
+        kept = {p: p.grad for group in groups for p in group["params"] if p.grad is not None}
         for parameter in kept:
             parameter.grad = None
         self.optimizer.step()

@@ -4,7 +4,7 @@ seconds = max(flops / rate, bytes / memory bandwidth) + overhead, after Williams
 Patterson (Roofline, 2009). Bytes are those of operands and results; views cost nothing. Backward
 is the adjoint of each op: one product per operand that requires a gradient. Gradients of values
 computed from parameters alone are `backward_weight`, all others `backward_input`; values that
-require no gradient have none.
+require no gradient have none. Collectives of a rank's local graph are priced by `collectives.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from ..compiler.ir.cluster import DeviceType
 from ..compiler.ir.graph import Graph, Node, Value, users
 from ..compiler.ir.ops import Category
 from .analysis import batch_values, weight_like_values
+from .collectives import Network, collective_seconds
 from .flops import forward_flops, is_product
 
-__all__ = ["NodeCost", "price"]
+__all__ = ["NodeCost", "gradient_sum_seconds", "price"]
 
 # Ops that run as several kernels, or whose kernels pass over memory more than once (reordering of
 # convolutions on CPU, statistics of norms, hashing of counter-based random numbers): how many
@@ -54,7 +55,8 @@ class _Pricing:
     batch_fraction: float
     batched: frozenset[int]
     weights: frozenset[int]
-    num_users: dict[int, int]
+    num_terms: dict[int, int]  # users that return a gradient of a value
+    network: Network | None
 
     def num_bytes(self, value: Value) -> float:
         scale = self.batch_fraction if value.id in self.batched else 1.0
@@ -62,7 +64,11 @@ class _Pricing:
 
 
 def price(
-    graph: Graph, device_type: DeviceType, *, batch_fraction: float = 1.0
+    graph: Graph,
+    device_type: DeviceType,
+    *,
+    batch_fraction: float = 1.0,
+    network: Network | None = None,
 ) -> tuple[NodeCost, ...]:
     """Predicted cost of every node of `graph`, in node order.
 
@@ -71,17 +77,35 @@ def price(
         device_type: what runs it.
         batch_fraction: price at `b * batch_fraction` rows instead: flops and bytes of values that
             grow with the batch are scaled.
+        network: who meets in collectives; needed for a local graph that holds some.
     """
-    num_users = {value: len(nodes) for value, nodes in users(graph).items()}
+    carries = [_is_differentiable(graph, node) for node in graph.nodes]
+    num_terms = {
+        value: sum(carries[node] for node in nodes) for value, nodes in users(graph).items()
+    }
     pricing = _Pricing(
         graph=graph,
         device_type=device_type,
         batch_fraction=batch_fraction,
         batched=batch_values(graph),
         weights=weight_like_values(graph),
-        num_users=num_users,
+        num_terms=num_terms,
+        network=network,
     )
     return tuple(_node_cost(pricing, node) for node in graph.nodes)
+
+
+def gradient_sum_seconds(device_type: DeviceType, num_bytes: float) -> float:
+    """Adding one more term to a gradient of `num_bytes`: two are read, one is written."""
+    return 3 * num_bytes / device_type.memory_bytes_per_second + device_type.overhead_seconds
+
+
+def _is_differentiable(graph: Graph, node: Node) -> bool:
+    """Whether a gradient of a result gives one of an operand."""
+    values = graph.values
+    return any(values[i].requires_grad for i in node.inputs) and any(
+        values[i].requires_grad for i in node.outputs
+    )
 
 
 def _node_cost(pricing: _Pricing, node: Node) -> NodeCost:
@@ -89,7 +113,9 @@ def _node_cost(pricing: _Pricing, node: Node) -> NodeCost:
         return NodeCost(0.0, 0.0, 0.0)
     values = pricing.graph.values
     wanted = [values[i] for i in node.inputs if values[i].requires_grad]
-    differentiable = bool(wanted) and any(values[i].requires_grad for i in node.outputs)
+    differentiable = _is_differentiable(pricing.graph, node)
+    if node.op.category is Category.COLLECTIVE:
+        return _collective_cost(pricing, node, differentiable)
     if node.op.category is Category.VIEW:
         backward = _view_adjoint_seconds(pricing, node, wanted) if differentiable else 0.0
         return NodeCost(0.0, backward, 0.0)
@@ -108,6 +134,24 @@ def _node_cost(pricing: _Pricing, node: Node) -> NodeCost:
     return NodeCost(forward, backward_by_kind[False], backward_by_kind[True])
 
 
+def _collective_cost(pricing: _Pricing, node: Node, differentiable: bool) -> NodeCost:
+    assert pricing.network is not None, f"{node.name}: a collective needs a network to be priced"
+    operand, result = (pricing.graph.values[i] for i in (node.inputs[0], node.outputs[0]))
+    forward, backward = collective_seconds(
+        pricing.network,
+        pricing.device_type,
+        node,
+        operand_bytes=pricing.num_bytes(operand),
+        result_bytes=pricing.num_bytes(result),
+    )
+    if not differentiable:
+        return NodeCost(forward, 0.0, 0.0)
+    backward += _summing_seconds(pricing, [operand])
+    if operand.id in pricing.weights:
+        return NodeCost(forward, 0.0, backward)
+    return NodeCost(forward, backward, 0.0)
+
+
 def _view_adjoint_seconds(pricing: _Pricing, node: Node, wanted: list[Value]) -> float:
     """The gradient of a view is a view; that of a part is zeros of the whole, part filled in."""
     seconds = _summing_seconds(pricing, wanted)
@@ -121,10 +165,10 @@ def _summing_seconds(pricing: _Pricing, group: list[Value]) -> float:
     """Share of this user in adding up the gradients of operands with several users."""
     seconds = 0.0
     for value in group:
-        count = pricing.num_users[value.id]
+        count = pricing.num_terms[value.id]
         if count > 1:
-            moved = 3 * pricing.num_bytes(value) / pricing.device_type.memory_bytes_per_second
-            seconds += (moved + _overhead(pricing)) * (count - 1) / count
+            term = gradient_sum_seconds(pricing.device_type, pricing.num_bytes(value))
+            seconds += term * (count - 1) / count
     return seconds
 
 

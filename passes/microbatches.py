@@ -40,6 +40,8 @@ class ChooseMicrobatches:
     name: str = "microbatches"
 
     def run(self, plan: Plan, context: Context) -> Plan:
+        if plan.num_microbatches:
+            return plan
         pinned = context.options.num_microbatches
         if pinned is not None:
             if pinned < 1 or plan.batch_size % pinned:

@@ -128,6 +128,7 @@ class Executor:
         self._communicator = communicator
         self._device = device
         self._timeout = timeout_seconds
+        self._texts = tuple(map(str, program.instructions))  # once: records would pay every step
         self._stages = {stage.index: stage for stage in program.stages}
         self._consumers = {stage.index: dict(stage.consumers) for stage in program.stages}
         self._slots: dict[int, GraphSlots] = {}
@@ -214,11 +215,12 @@ class Executor:
         begin = time.perf_counter()
         self._execute(instruction)
         if self._record:
-            self._note(instruction, begin)
+            self._note(begin)
         self._position += 1
         return True
 
-    def _note(self, instruction: Instruction, begin: float) -> None:
+    def _note(self, begin: float) -> None:
+        """Record the time of the instruction at the present position."""
         if self._device.type == "cuda":
             # not the device: a receive under way may need what this rank is yet to compute
             torch.cuda.current_stream(self._device).synchronize()
@@ -226,7 +228,9 @@ class Executor:
         previous = times[-1].end_seconds if times else 0.0
         start = begin - self._began
         end = time.perf_counter() - self._began
-        times.append(InstructionTime(str(instruction), start, end, max(0.0, start - previous)))
+        times.append(
+            InstructionTime(self._texts[self._position], start, end, max(0.0, start - previous))
+        )
 
     def _drained(self) -> bool:
         for pending in self._draining:

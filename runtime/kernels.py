@@ -41,8 +41,11 @@ Kernel = Callable[[list[Tensor | None]], Sequence[Tensor | None]]
 StageFunction = Callable[..., tuple[Tensor, ...]]
 
 
-class Source(enum.Enum):
-    """Where a saved or passed tensor of a backward kernel comes from."""
+class Source(enum.StrEnum):
+    """Where a saved or passed tensor of a backward kernel comes from.
+
+    A `StrEnum` as it is a key of tables in every instruction: plain enums hash in Python.
+    """
 
     ARGUMENT = "argument"  # argument of the stage function
     SAVED = "saved"  # extra result of F

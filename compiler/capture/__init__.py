@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .blocks import Block, BlockInstance, find_blocks
 from .capture import Captured, capture
 
-__all__ = ["Block", "BlockInstance", "Captured", "capture", "find_blocks"]
+__all__ = ["Captured", "capture"]

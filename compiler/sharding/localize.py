@@ -11,17 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir.graph import Graph, Node, Output, OutputKind, Value, ValueKind
-from ..ir.mesh import (
-    Layout,
-    Mesh,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    local_offset,
-    local_type,
-)
+from ..ir.mesh import Layout, Mesh, Placement, local_offset, local_type
 from ..ir.program import TensorShard
+from .conversions import convert
 from .lowering import LocalGraph, Lowering, Ref
 from .rules import rule_of
 from .sharding import Sharding
@@ -38,10 +30,18 @@ class LocalPart:
         graph: with local types; values keep their names.
         shards: which parts of the tensors that are not computed it holds, for those it does not
             hold whole.
+        origins: by local node, the node of the whole graph that it is for; a conversion is for the
+            first node that wants it.
+        lasts: by node of the whole graph, the local node that ends its computation; None if the
+            local operands already are its results.
+        conversions: local nodes that bring a value from one layout to another.
     """
 
     graph: Graph
     shards: tuple[TensorShard, ...]
+    origins: tuple[int, ...]
+    lasts: tuple[int | None, ...]
+    conversions: frozenset[int]
 
 
 def localize(graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]) -> LocalPart:
@@ -60,7 +60,13 @@ def localize(graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]) -> L
         inputs=tuple(work.refs[value].id for value in graph.inputs),
         outputs=outputs,
     )
-    return LocalPart(local, tuple(work.shards))
+    return LocalPart(
+        local,
+        tuple(work.shards),
+        tuple(work.origins),
+        tuple(work.lasts),
+        frozenset(work.conversions),
+    )
 
 
 class _Localizer:
@@ -77,6 +83,9 @@ class _Localizer:
         self.refs: dict[int, Ref] = {}  # global value -> local one, in the layout it is made in
         self.shards: list[TensorShard] = []
         self.held: dict[str, Layout] = {}  # by every name of a buffer
+        self.origins: list[int] = []
+        self.lasts: list[int | None] = []
+        self.conversions: set[int] = set()
         self._made: dict[tuple[int, Layout, frozenset[int]], Ref] = {}
 
     def add_given(self) -> None:
@@ -128,9 +137,17 @@ class _Localizer:
             output_layouts=layouts[1],
         )
         rule = rule_of(node)
+        before = len(self.local.nodes)
         results = lowering.same() if strategies is None or rule is None else rule.lower(lowering)
         for value, ref in zip(node.outputs, results, strict=True):
             self.refs[value] = ref
+        count = len(self.local.nodes)
+        self.lasts.append(count - 1 if count > before else None)
+        self._note_origin(node)
+
+    def _note_origin(self, node: Node) -> None:
+        """What was emitted since the last call is for `node`."""
+        self.origins += [node.id] * (len(self.local.nodes) - len(self.origins))
 
     def add_output(self, output: Output) -> Output:
         value = self.graph.values[output.value]
@@ -139,7 +156,9 @@ class _Localizer:
             wanted = self.sharding.layout(value)
         elif output.kind is OutputKind.BUFFER:
             wanted = self.held.get(output.target, wanted)
-        ref = self._read(self._maker(value), output.value, wanted, frozenset())
+        maker = self._maker(value)
+        ref = self._read(maker, output.value, wanted, frozenset())
+        self._note_origin(maker)
         return Output(output.kind, ref.id, output.target, output.batch_dim)
 
     def _maker(self, value: Value) -> Node:
@@ -156,84 +175,18 @@ class _Localizer:
         made = self.sharding.layout(source)
         key = (value, wanted, partial - deferred)
         if key not in self._made:
-            self._made[key] = self._convert(node, value, made, wanted, partial - deferred)
+            before = len(self.local.nodes)
+            self._made[key] = convert(
+                self.local,
+                self.refs[value],
+                source.type.shape,
+                made=made,
+                wanted=wanted,
+                partial=partial - deferred,
+                like=node,
+            )
+            self.conversions.update(range(before, len(self.local.nodes)))
         return self._made[key]
-
-    def _convert(
-        self, node: Node, value: int, made: Layout, wanted: Layout, partial: frozenset[int]
-    ) -> Ref:
-        ref = self.refs[value]
-        shape = self.graph.values[value].type.shape
-        for axis, old, new in conversion_steps(made, wanted):
-            ref = self._convert_axis(node, ref, shape, axis, (old, new), axis in partial)
-        for axis in sorted(partial):
-            if not isinstance(made.placements[axis], Shard):
-                ref = self.local.sum_gradient(ref, self.mesh.axes[axis].name, node)
-        return ref
-
-    def _convert_axis(
-        self,
-        node: Node,
-        ref: Ref,
-        shape: tuple[int, ...],
-        axis: int,
-        change: tuple[Placement, Placement],
-        partial: bool,
-    ) -> Ref:
-        name = self.mesh.axes[axis].name
-        local = self.local
-        match change:
-            case Shard(old), Shard(new) if old != new:
-                return local.all_to_all(
-                    ref, name, from_dim=old, from_size=shape[old], to_dim=new, like=node
-                )
-            case Shard(old), Replicate():
-                return local.all_gather(ref, name, old, shape[old], node, partial_gradient=partial)
-            case Partial(reduction), Replicate():
-                return local.all_reduce(ref, name, node, reduction)
-            case Partial("sum"), Shard(new):
-                return local.reduce_scatter(ref, name, new, node)
-            case Replicate(), Shard(new):
-                return local.shard(ref, name, new, node)
-            case Replicate(), Partial("sum"):
-                return local.as_partial(ref, name, node)
-            case Shard(old), Partial("sum"):
-                return local.pad_part(ref, name, old, shape[old], node)
-            case old, new:
-                assert old == new, f"no conversion from {old} to {new}"
-                return ref
-
-
-def conversion_steps(made: Layout, wanted: Layout) -> tuple[tuple[int, Placement, Placement], ...]:
-    """(axis, old, new) in the order in which placements change.
-
-    What makes tensors smaller comes first; but a dim is split over an axis only when no other axis
-    splits it any more. Of two axes that exchange their dims, one is made whole on the way.
-    """
-    now = list(made.placements)
-    steps: list[tuple[int, Placement, Placement]] = []
-    while now != list(wanted.placements):
-        changing = [axis for axis, old in enumerate(now) if old != wanted.placements[axis]]
-        free = [
-            axis
-            for axis in changing
-            if not isinstance(wanted.placements[axis], Shard)
-            or all(now[other] != wanted.placements[axis] for other in range(len(now)))
-        ]
-        axis = min(
-            free or changing, key=lambda axis: (_growth(now[axis], wanted.placements[axis]), axis)
-        )
-        new = wanted.placements[axis] if free else Replicate()
-        steps.append((axis, now[axis], new))
-        now[axis] = new
-    return tuple(steps)
-
-
-def _growth(old: Placement, new: Placement) -> int:
-    """Smaller comes first: splitting, exchanging, summing, gathering."""
-    if isinstance(new, Shard):
-        return 1 if isinstance(old, Shard) else 0
-    return 3 if isinstance(old, Shard) else 2
 
 
 def _stacked(by_axis: list[tuple[Placement, ...]]) -> tuple[Layout, ...]:

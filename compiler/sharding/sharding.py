@@ -16,7 +16,13 @@ from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
 from .rules import strategies_of
 from .strategy import OpStrategy, can_shard
 
-__all__ = ["Sharding", "legal_node_layouts", "legal_value_layouts", "make_sharding"]
+__all__ = [
+    "Sharding",
+    "computed_from_parameters",
+    "legal_node_layouts",
+    "legal_value_layouts",
+    "make_sharding",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +222,7 @@ def _deferred(
     gradient; its results are deferred together, so that it never meets terms and whole gradients
     at once. One that works on parts and makes a replicated result expects a complete gradient.
     """
-    weights = _computed_from_parameters(graph)
+    weights = computed_from_parameters(graph)
     returned = {output.value for output in graph.outputs if output.kind is not OutputKind.BUFFER}
     read_by = users(graph)
     table: dict[str, frozenset[int]] = {}
@@ -268,7 +274,7 @@ def _leaves_terms(
     return all(axis in deferred.get(value.name, ()) for value in carried)
 
 
-def _computed_from_parameters(graph: Graph) -> set[int]:
+def computed_from_parameters(graph: Graph) -> set[int]:
     """Values with a gradient that depend on no activation: parameters and what is made of them."""
     given = (ValueKind.INPUT, ValueKind.BOUNDARY)
     fed = {value.id for value in graph.values if value.kind in given}

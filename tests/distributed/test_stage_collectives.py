@@ -24,6 +24,11 @@ def test_parts_of_any_size_and_dtype(pool: WorkerPool, dtype: str) -> None:
         assert session.call("parts", {"ranks": ranks, "dtype": dtype}) == [None] * 3
 
 
+def test_functional_collectives_take_parts_of_any_size(pool: WorkerPool) -> None:
+    session = pool.session(3, FAKE)
+    assert session.call("functional_parts", {"ranks": (0, 1, 2)}) == [None] * 3
+
+
 def test_stages_that_meet_inside_are_exact(pool: WorkerPool) -> None:
     session = pool.session(4)
     session.call("load", load_arguments())

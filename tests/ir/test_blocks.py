@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from cutset.compiler.capture import find_blocks
+from cutset.compiler.ir.blocks import find_blocks
 from cutset.compiler.ir.graph import Graph, Mode
 from tests.ir.builders import GraphBuilder
 

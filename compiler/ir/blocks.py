@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from ..ir.graph import Graph, Node, Value, ValueKind
+from .graph import Graph, Node, Value, ValueKind
 
 __all__ = ["Block", "BlockInstance", "find_blocks"]
 

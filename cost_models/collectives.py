@@ -1,0 +1,156 @@
+"""Price of the collectives inside a rank's local graph, forward and adjoint.
+
+What travels is priced by the ring formulas of `links.py` over the devices of the mesh axis. Parts
+lie in memory one after the other on the way, so who splits or joins them along a dim also passes
+over local memory once: read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..compiler.ir.cluster import Cluster, DeviceType
+from ..compiler.ir.graph import Node
+from ..compiler.ir.mesh import Mesh
+from .links import (
+    all_gather_seconds,
+    all_reduce_seconds,
+    all_to_all_seconds,
+    reduce_scatter_seconds,
+)
+
+__all__ = ["Network", "collective_seconds", "mesh_network"]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The devices that meet in collectives, for each mesh axis: (axis name, devices)."""
+
+    cluster: Cluster
+    groups: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def group(self, axis: str) -> tuple[int, ...]:
+        return next(devices for name, devices in self.groups if name == axis)
+
+    def sum_bytes_seconds(self, axis: str, num_bytes: float) -> float:
+        """All-reduce of `num_bytes` that travel in a bucket with others: no latency of its own."""
+        whole = all_reduce_seconds(self.cluster, self.group(axis), num_bytes)
+        return whole - all_reduce_seconds(self.cluster, self.group(axis), 0.0)
+
+
+def mesh_network(cluster: Cluster, mesh: Mesh, devices: Sequence[int]) -> Network:
+    """The network of `mesh` laid over `devices` (last axis fastest).
+
+    Groups of one axis meet at the same time, so its slowest group counts.
+    """
+    groups = []
+    inner = mesh.size
+    for axis in mesh.axes:
+        inner //= axis.size
+        found = [
+            tuple(devices[start + inner * position] for position in range(axis.size))
+            for start in range(mesh.size)
+            if (start // inner) % axis.size == 0
+        ]
+        slowest = max(found, key=lambda group: all_reduce_seconds(cluster, group, _TYPICAL_BYTES))
+        groups.append((axis.name, slowest))
+    return Network(cluster, tuple(groups))
+
+
+_TYPICAL_BYTES = float(1 << 22)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One collective: bytes of operand and result, who meets."""
+
+    network: Network
+    device_type: DeviceType
+    node: Node
+    operand_bytes: float
+    result_bytes: float
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        axis = self.node.args[1]
+        assert isinstance(axis, str)
+        return self.network.group(axis)
+
+    def sum(self) -> float:
+        return all_reduce_seconds(self.network.cluster, self.group, self.operand_bytes)
+
+    def gather(self, whole_bytes: float) -> float:
+        return all_gather_seconds(self.network.cluster, self.group, whole_bytes)
+
+    def scatter(self, whole_bytes: float) -> float:
+        return reduce_scatter_seconds(self.network.cluster, self.group, whole_bytes)
+
+    def exchange(self) -> float:
+        return all_to_all_seconds(self.network.cluster, self.group, self.operand_bytes)
+
+    def copy(self, num_bytes: float) -> float:
+        moved = 2 * num_bytes / self.device_type.memory_bytes_per_second
+        return moved + self.device_type.overhead_seconds
+
+
+def collective_seconds(
+    network: Network,
+    device_type: DeviceType,
+    node: Node,
+    *,
+    operand_bytes: float,
+    result_bytes: float,
+) -> tuple[float, float]:
+    """Seconds of `node` and of its adjoint.
+
+    Args:
+        operand_bytes, result_bytes: of the local tensors.
+    """
+    call = _Call(network, device_type, node, operand_bytes, result_bytes)
+    forward, adjoint = _PRICES[node.op.packet]
+    return forward(call), adjoint(call)
+
+
+def _free(call: _Call) -> float:
+    return 0.0
+
+
+def _cut(call: _Call) -> float:
+    """The own part is copied out of the whole."""
+    return call.copy(call.result_bytes)
+
+
+def _gather(call: _Call) -> float:
+    return call.gather(call.result_bytes) + call.copy(call.result_bytes)
+
+
+def _gather_back(call: _Call) -> float:
+    return call.gather(call.operand_bytes) + call.copy(call.operand_bytes)
+
+
+def _ungather(call: _Call) -> float:
+    """The own part of a complete gradient, or the sum of its terms."""
+    if call.node.args[5] is True:
+        return call.scatter(call.result_bytes) + call.copy(call.result_bytes)
+    return call.copy(call.operand_bytes)
+
+
+def _scatter(call: _Call) -> float:
+    return call.scatter(call.operand_bytes) + call.copy(call.operand_bytes)
+
+
+def _exchange(call: _Call) -> float:
+    return call.exchange() + call.copy(call.operand_bytes) + call.copy(call.result_bytes)
+
+
+_Price = Callable[[_Call], float]
+_PRICES: dict[str, tuple[_Price, _Price]] = {  # packet -> (forward, adjoint)
+    "all_reduce": (_Call.sum, _free),
+    "sum_gradient": (_free, _Call.sum),
+    "as_partial": (_cut, _free),
+    "shard": (_cut, _gather_back),
+    "all_gather": (_gather, _ungather),
+    "reduce_scatter": (_scatter, _gather_back),
+    "all_to_all": (_exchange, _exchange),
+}

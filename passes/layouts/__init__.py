@@ -1,0 +1,1 @@
+"""Which layout every tensor has over the devices of a stage."""

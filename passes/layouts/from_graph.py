@@ -1,0 +1,429 @@
+"""State the layout problem of a graph over one more mesh axis.
+
+Nodes become choices among their strategies; parameters, buffers and inputs become choices among
+ways to hold them. The gradient of a parameter that all its users leave as a term a rank is summed
+once a step instead of once a microbatch (`deferred`); what is computed from parameters alone passes
+terms on. Conversions and lowerings are those of `compiler/sharding`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+
+from ...compiler.ir.graph import Mode, Node, OutputKind, Value, ValueKind, producers, users
+from ...compiler.ir.mesh import Layout, Placement, Replicate, Shard
+from ...compiler.sharding.rules import strategies_of
+from ...compiler.sharding.sharding import computed_from_parameters
+from ...compiler.sharding.strategy import OpStrategy
+from ...cost_models.stages import optimizer_seconds
+from .classes import node_classes, node_signature
+from .pricing import Pricer
+from .problem import Choice, Flow, LayoutProblem, Option, Use
+from .statement import Decided, LayoutStatement
+
+__all__ = ["StatedProblem", "state_layouts"]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A layout that a value is made or held in; `deferred`: its gradient on the last axis may stay
+    a term a rank."""
+
+    layout: Layout
+    deferred: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a reader wants.
+
+    Args:
+        partial: axes on which its gradient is a term a rank that has to be summed.
+        passes_terms: it hands terms of a gradient on, on the last axis.
+        carries: it returns a gradient at all.
+    """
+
+    layout: Layout
+    partial: frozenset[int] = frozenset()
+    passes_terms: bool = False
+    carries: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One option of a node: strategy over the last axis; see `_State.deferred` for its results."""
+
+    strategy: OpStrategy
+    deferred: bool = False
+
+
+@dataclass(slots=True)
+class StatedProblem:
+    """A problem and what its choices stand for."""
+
+    statement: LayoutStatement
+    problem: LayoutProblem
+    nodes: dict[int, int]  # node -> choice
+    held: dict[int, int]  # value -> choice
+    ways: dict[int, tuple[_Way, ...]]  # choice of nodes -> options
+    states: dict[int, tuple[_State, ...]]  # choice of held values -> options
+
+    def decode(self, picks: tuple[int, ...]) -> Decided:
+        """What `picks` decide, with the axes before."""
+        before = self.statement.decided
+        axis = self.statement.axis
+        strategies = list(before.strategies)
+        held, deferred = dict(before.held), dict(before.deferred)
+        for node, choice in self.nodes.items():
+            way = self.ways[choice][picks[choice]]
+            strategies[node] = (*strategies[node], way.strategy)
+            if way.deferred:
+                for value in self.statement.graph.nodes[node].outputs:
+                    deferred[value] = deferred.get(value, frozenset()) | {axis}
+        for value, choice in self.held.items():
+            state = self.states[choice][picks[choice]]
+            held[value] = state.layout.placements
+            if state.deferred:
+                deferred[value] = deferred.get(value, frozenset()) | {axis}
+        return Decided(tuple(strategies), held, deferred)
+
+
+@dataclass(slots=True)
+class _Work:
+    """Tables while a problem is stated."""
+
+    statement: LayoutStatement
+    pricer: Pricer
+    weights: set[int]
+    made_by: dict[int, int]
+    read_by: dict[int, tuple[int, ...]]
+    choices: list[Choice] = field(default_factory=list)
+    flows: list[Flow] = field(default_factory=list)
+    nodes: dict[int, int] = field(default_factory=dict)
+    held: dict[int, int] = field(default_factory=dict)
+    ways: dict[int, tuple[_Way, ...]] = field(default_factory=dict)
+    states: dict[int, tuple[_State, ...]] = field(default_factory=dict)
+    found: dict[object, tuple[OpStrategy, ...]] = field(default_factory=dict)
+
+    def value(self, index: int) -> Value:
+        return self.statement.graph.values[index]
+
+    def add(self, choice: Choice) -> int:
+        self.choices.append(choice)
+        return len(self.choices) - 1
+
+
+def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
+    """The problem of `statement`; `pricer` is for its graph and mesh."""
+    graph = statement.graph
+    work = _Work(
+        statement,
+        pricer,
+        weights=computed_from_parameters(graph) if graph.mode is Mode.TRAIN else set(),
+        made_by=producers(graph),
+        read_by=users(graph),
+    )
+    for members in node_classes(graph):
+        _add_nodes(work, members)
+    returned = _returned(work)
+    groups: dict[object, list[int]] = defaultdict(list)
+    for value in graph.values:
+        if value.kind is not ValueKind.RESULT and (work.read_by[value.id] or value.id in returned):
+            groups[_given_key(work, value, returned)].append(value.id)
+    for held_members in groups.values():
+        _add_held(work, tuple(held_members), returned)
+    groups = defaultdict(list)
+    for value in graph.values:
+        if value.kind is ValueKind.RESULT and (work.read_by[value.id] or value.id in returned):
+            node = graph.nodes[work.made_by[value.id]]
+            place = (work.nodes[node.id], node.outputs.index(value.id))
+            groups[place, _users_key(work, value.id, returned)].append(value.id)
+    for made_members in groups.values():
+        _add_made(work, tuple(made_members), returned)
+    options = statement.options
+    problem = LayoutProblem(
+        choices=tuple(work.choices),
+        flows=tuple(work.flows),
+        num_microbatches=options.num_microbatches,
+        memory_bytes=options.memory_bytes,
+        in_flight=options.in_flight,
+    )
+    return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
+
+
+# -- nodes -----------------------------------------------------------------------------------------
+
+
+def _add_nodes(work: _Work, members: tuple[int, ...]) -> None:
+    node = work.statement.graph.nodes[members[0]]
+    before = work.statement.decided.strategies[node.id]
+    ways = [_Way(strategy) for strategy in _strategies(work, node)]
+    carried = [value for value in node.outputs if work.value(value).requires_grad]
+    if carried and work.weights.issuperset(carried):
+        ways.insert(1, _Way(ways[0].strategy, deferred=True))
+    options = []
+    for way in ways:
+        figures = work.pricer.node(node, (*before, way.strategy))
+        options.append(
+            Option(
+                seconds=figures.seconds,
+                saved_bytes=figures.saved_bytes,
+                transient_bytes=figures.transient_bytes,
+            )
+        )
+    choice = work.add(Choice(node.name, tuple(options), len(members)))
+    work.ways[choice] = tuple(ways)
+    work.nodes.update(dict.fromkeys(members, choice))
+
+
+def _strategies(work: _Work, node: Node) -> tuple[OpStrategy, ...]:
+    """Strategies that go with the axes before; one a pair of layouts, replication first."""
+    statement = work.statement
+    key = node_signature(statement.graph, node)
+    if key not in work.found:
+        work.found[key] = strategies_of(statement.graph, node, statement.parts)
+    table: dict[object, OpStrategy] = {}
+    for strategy in work.found[key]:
+        if statement.decided.allows(node.id, strategy):
+            table.setdefault((strategy.inputs, strategy.outputs), strategy)
+    return tuple(table.values())
+
+
+def _form(work: _Work, node: Node, position: int, way: _Way) -> _Form:
+    """What `node` wants of its operand at `position`, run as `way` on the last axis."""
+    strategies = (*work.statement.decided.strategies[node.id], way.strategy)
+    value = node.inputs[position]
+    wanted = Layout(tuple(strategy.inputs[position] for strategy in strategies))
+    if not work.value(value).requires_grad:
+        return _Form(wanted, carries=False)
+    partial = frozenset(
+        axis for axis, strategy in enumerate(strategies) if strategy.has_partial_gradient(position)
+    )
+    carries = any(work.value(index).requires_grad for index in node.outputs)
+    deferred = work.statement.decided.deferred.get(value, frozenset())
+    return _Form(wanted, partial - deferred, way.deferred and value in work.weights, carries)
+
+
+# -- tensors that are given ------------------------------------------------------------------------
+
+
+def _returned(work: _Work) -> dict[int, _Form]:
+    """Values that the graph returns, in the layout in which they are returned."""
+    statement = work.statement
+    whole: Placement = Replicate()
+    table = {}
+    for output in statement.graph.outputs:
+        placements = [whole] * len(statement.mesh.axes)
+        if output.kind is OutputKind.BOUNDARY:
+            name = work.value(output.value).name
+            placements[-1] = statement.options.boundary.get(name, whole)
+        carries = work.value(output.value).requires_grad
+        table[output.value] = _Form(Layout(tuple(placements)), carries=carries)
+    return table
+
+
+def _users_key(work: _Work, value: int, returned: dict[int, _Form]) -> tuple[object, ...]:
+    """Equal for values that are used alike, by choices and how often."""
+    graph = work.statement.graph
+    places = Counter(
+        (work.nodes[node], graph.nodes[node].inputs.index(value)) for node in work.read_by[value]
+    )
+    return (tuple(sorted(places.items())), returned.get(value))
+
+
+def _given_key(work: _Work, value: Value, returned: dict[int, _Form]) -> tuple[object, ...]:
+    before = work.statement.decided
+    return (
+        value.kind,
+        value.type,
+        value.requires_grad,
+        value.batch_dim,
+        before.held.get(value.id),
+        before.deferred.get(value.id),
+        _pinned(work, value),
+        _users_key(work, value.id, returned),
+    )
+
+
+def _pinned(work: _Work, value: Value) -> Placement | None:
+    """The placement that is not left to choose."""
+    statement = work.statement
+    if value.kind is ValueKind.BOUNDARY:
+        return statement.options.boundary.get(value.name, Replicate())
+    if value.kind is ValueKind.BUFFER:
+        names = (value.origin, *value.aliases)
+        if any(output.target in names for output in statement.graph.outputs_of(OutputKind.BUFFER)):
+            return Replicate()
+    if statement.splits_batch:
+        if value.kind is not ValueKind.INPUT:
+            return Replicate()
+        rows = value.batch_dim
+        if rows is not None and value.type.shape[rows] >= statement.parts:
+            return Shard(rows)
+        return Replicate()
+    return None
+
+
+def _add_held(work: _Work, members: tuple[int, ...], returned: dict[int, _Form]) -> None:
+    value = work.value(members[0])
+    statement = work.statement
+    before = statement.decided.held.get(value.id, ())
+    pinned = _pinned(work, value)
+    found: list[Placement] = [Replicate()] if pinned is None else [pinned]
+    if pinned is None:
+        found.extend(
+            placement
+            for placement in _wanted_placements(work, value)
+            if isinstance(placement, Shard) and placement not in before
+        )
+    states = [_State(Layout((*before, placement))) for placement in dict.fromkeys(found)]
+    if value.id in work.weights and Replicate() in found:
+        states.append(_State(Layout((*before, Replicate())), deferred=True))
+    options = tuple(_held_option(work, value, state) for state in states)
+    choice = work.add(Choice(value.name, options, len(members)))
+    work.states[choice] = tuple(states)
+    work.held.update(dict.fromkeys(members, choice))
+    _add_flow(work, choice, members, tuple(states), (False,) * len(states), returned)
+
+
+def _wanted_placements(work: _Work, value: Value) -> list[Placement]:
+    graph = work.statement.graph
+    return [
+        way.strategy.inputs[graph.nodes[node].inputs.index(value.id)]
+        for node in work.read_by[value.id]
+        for way in work.ways[work.nodes[node]]
+    ]
+
+
+def _held_option(work: _Work, value: Value, state: _State) -> Option:
+    statement, pricer = work.statement, work.pricer
+    options = statement.options
+    size = pricer.local_bytes(value.type, state.layout)
+    if value.kind is ValueKind.BOUNDARY:
+        return Option()
+    if value.kind is ValueKind.INPUT:
+        copies = options.num_microbatches if value.batch_dim is not None else 1
+        return Option(static_bytes=size * copies)
+    if value.kind is not ValueKind.PARAMETER or value.id not in work.weights:
+        return Option(static_bytes=size)
+    axes = set(statement.decided.deferred.get(value.id, ()))
+    axes |= {statement.axis} if state.deferred else set()
+    summed = sum(
+        pricer.network.sum_bytes_seconds(statement.mesh.axes[axis].name, size) for axis in axes
+    )
+    once, twice = (
+        optimizer_seconds(pricer.device_type, options.optimizer, parameter_bytes=count * size)
+        for count in (1, 2)
+    )
+    states = math.ceil(size * options.optimizer.state_bytes_per_parameter_byte)
+    # of the update what grows with bytes: launches are the same however tensors lie
+    return Option(step_seconds=summed + twice - once, static_bytes=2 * size + states)
+
+
+# -- flows -----------------------------------------------------------------------------------------
+
+
+def _add_made(work: _Work, members: tuple[int, ...], returned: dict[int, _Form]) -> None:
+    value = members[0]
+    node = work.statement.graph.nodes[work.made_by[value]]
+    position = node.outputs.index(value)
+    before = work.statement.decided.strategies[node.id]
+    choice = work.nodes[node.id]
+    states, saves = [], []
+    for way in work.ways[choice]:
+        strategies = (*before, way.strategy)
+        layout = Layout(tuple(strategy.outputs[position] for strategy in strategies))
+        states.append(_State(layout, way.deferred))
+        saves.append(work.pricer.node(node, strategies).saves_outputs[position])
+    _add_flow(work, choice, members, tuple(states), tuple(saves), returned)
+
+
+def _add_flow(
+    work: _Work,
+    maker: int,
+    members: tuple[int, ...],
+    made: tuple[_State, ...],
+    saves: tuple[bool, ...],
+    returned: dict[int, _Form],
+) -> None:
+    """The flow of `members`, equal values whose options make the states `made`."""
+    value = work.value(members[0])
+    states = tuple(dict.fromkeys(made))
+    forms: dict[_Form, int] = {}
+    kept = not work.pricer.is_held(value.id)
+    uses = [
+        replace(use, saves=use.saves if kept else (False,) * len(use.saves))
+        for use in _uses(work, value, forms)
+    ]
+    if value.id in returned:
+        form = forms.setdefault(returned[value.id], len(forms))
+        uses.append(Use(work.add(Choice("returned", (Option(),))), (form,), (False,), count=0))
+    layouts = {
+        layout: index
+        for index, layout in enumerate(dict.fromkeys(entry.layout for entry in (*states, *forms)))
+    }
+    order = list(forms)
+    adds = any(use.count and any(order[form].carries for form in use.forms) for use in uses)
+    adding = [work.pricer.sum_seconds(value.type, state.layout) for state in states]
+    work.flows.append(
+        Flow(
+            name=value.name,
+            maker=maker,
+            states=tuple(states.index(state) for state in made),
+            saves=saves if kept else (False,) * len(saves),
+            uses=tuple(uses),
+            pair_seconds=tuple(
+                tuple(_pair_seconds(work, value, state, form) for form in forms) for state in states
+            ),
+            use_seconds=tuple(
+                work.pricer.sum_seconds(value.type, form.layout) if form.carries else 0.0
+                for form in forms
+            ),
+            made_seconds=tuple(-seconds if adds else 0.0 for seconds in adding),
+            state_bytes=tuple(work.pricer.local_bytes(value.type, s.layout) for s in states),
+            form_bytes=tuple(work.pricer.local_bytes(value.type, f.layout) for f in forms),
+            state_layouts=tuple(layouts[state.layout] for state in states),
+            form_layouts=tuple(layouts[form.layout] for form in forms),
+            family=work.pricer.root[value.id],
+            count=len(members),
+        )
+    )
+
+
+def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
+    """Uses of `value` by class; new forms are added to `forms`."""
+    graph = work.statement.graph
+    equal: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for node in work.read_by[value.id]:
+        equal[work.nodes[node], graph.nodes[node].inputs.index(value.id)].append(node)
+    uses = []
+    for (choice, position), nodes in equal.items():
+        node = graph.nodes[nodes[0]]
+        before = work.statement.decided.strategies[node.id]
+        wanted, saves = [], []
+        for way in work.ways[choice]:
+            wanted.append(forms.setdefault(_form(work, node, position, way), len(forms)))
+            figures = work.pricer.node(node, (*before, way.strategy))
+            saves.append(figures.saves_inputs[position])
+        uses.append(Use(choice, tuple(wanted), tuple(saves), len(nodes)))
+    return uses
+
+
+def _pair_seconds(work: _Work, value: Value, state: _State, form: _Form) -> float:
+    """Of the conversion, and what it changes in adding up gradients: the users of one form add up
+    theirs in that form, and the conversion returns one."""
+    axis = work.statement.axis
+    partial = form.partial
+    if state.deferred:
+        if form.carries and axis not in partial and not form.passes_terms:
+            return math.inf  # a whole gradient cannot be added to terms
+        partial -= {axis}
+    elif form.passes_terms:
+        return math.inf
+    seconds = work.pricer.conversion(value, state.layout, form.layout, partial)
+    if (state.layout == form.layout and not partial) or not form.carries:
+        return seconds
+    added = work.pricer.sum_seconds(value.type, state.layout)
+    return seconds + added - work.pricer.sum_seconds(value.type, form.layout)

@@ -1,0 +1,199 @@
+"""What nodes and conversions cost on parts of tensors, by lowering them for one rank and pricing that.
+
+So an option's seconds include every helper and collective that its rule emits, and the price of a
+decided plan is that of its local graph. The first rank counts: its parts are the largest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ...compiler.ir.cluster import DeviceType
+from ...compiler.ir.graph import Graph, Mode, Node, Output, OutputKind, Value, ValueKind
+from ...compiler.ir.mesh import Layout, Mesh, local_type
+from ...compiler.ir.ops import op_named
+from ...compiler.ir.types import TensorType
+from ...compiler.sharding.conversions import can_convert, convert
+from ...compiler.sharding.lowering import LocalGraph, Lowering, Ref
+from ...compiler.sharding.rules import rule_of
+from ...compiler.sharding.strategy import OpStrategy, OpView
+from ...cost_models.analysis import find_storages, weight_like_values
+from ...cost_models.collectives import Network
+from ...cost_models.memory import memory_model, node_memory
+from ...cost_models.ops import gradient_sum_seconds, price
+from .classes import node_signature
+
+__all__ = ["NodeFigures", "Pricer", "stacked"]
+
+_HELD = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT, ValueKind.INPUT)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFigures:
+    """A node under one strategy an axis, on one rank.
+
+    Args:
+        seconds: of forward and backward, without adding up gradients over the users of a value.
+        saved_bytes: made for the backward beside operands and results.
+        saves_inputs, saves_outputs: which of those the backward reads.
+    """
+
+    seconds: float
+    saved_bytes: int
+    transient_bytes: int
+    saves_inputs: tuple[bool, ...]
+    saves_outputs: tuple[bool, ...]
+
+
+def stacked(by_axis: Sequence[Sequence[object]]) -> tuple[Layout, ...]:
+    """Layouts of tensors from their placements axis by axis."""
+    return tuple(Layout(tuple(column)) for column in zip(*by_axis, strict=True))  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class Pricer:
+    """Prices for one graph on one mesh; equal questions are answered once."""
+
+    graph: Graph
+    mesh: Mesh
+    device_type: DeviceType
+    network: Network
+    root: tuple[int, ...] = ()  # by value, whose storage it shares
+    _kinds: dict[int, ValueKind] = field(default_factory=dict)
+    _weights: frozenset[int] = frozenset()
+    _nodes: dict[object, NodeFigures] = field(default_factory=dict)
+    _conversions: dict[object, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """A view of a held tensor counts as that: it is not kept for the backward."""
+        values = self.graph.values
+        self.root = find_storages(self.graph).root
+        self._weights = weight_like_values(self.graph)
+        self._kinds = {value.id: values[self.root[value.id]].kind for value in values}
+
+    def is_held(self, value: int) -> bool:
+        """Whether its storage is there throughout, so that no backward has to keep it."""
+        return self._kinds[value] in _HELD
+
+    @property
+    def coordinate(self) -> tuple[int, ...]:
+        return (0,) * len(self.mesh.axes)
+
+    def local_bytes(self, type: TensorType, layout: Layout) -> int:
+        return local_type(type, layout, self.mesh, self.coordinate).num_bytes
+
+    def sum_seconds(self, type: TensorType, layout: Layout) -> float:
+        """Adding one gradient to another one of the same value."""
+        if self.graph.mode is not Mode.TRAIN:
+            return 0.0
+        return gradient_sum_seconds(self.device_type, self.local_bytes(type, layout))
+
+    # -- nodes -------------------------------------------------------------------------------------
+
+    def node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
+        """Figures of `node` under `strategies`, one an axis."""
+        kinds = tuple(map(self._operand_kind, node.inputs))
+        key = (node_signature(self.graph, node), kinds, strategies)
+        if key not in self._nodes:
+            self._nodes[key] = self._price_node(node, strategies)
+        return self._nodes[key]
+
+    def _price_node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
+        part, results = self._lower(node, strategies)
+        count = len(node.inputs)
+        costs = price(part, self.device_type, network=self.network)
+        trains = part.mode is Mode.TRAIN
+        seconds = sum(c.total_seconds if trains else c.forward_seconds for c in costs)
+        model = memory_model(part, backend=self.device_type.backend)
+        steps = model.steps(range(len(part.nodes)))
+        transient = [entry.transient_bytes for entry in node_memory(model, steps)]
+        made = {ref.id for ref in results}
+        others = sum(
+            size
+            for storage, size in steps.saved.items()
+            if storage >= count and storage not in made
+        )
+        return NodeFigures(
+            seconds=seconds,
+            saved_bytes=math.ceil(others) if trains else 0,
+            transient_bytes=max(transient, default=0),
+            saves_inputs=tuple(trains and i in steps.saved for i in range(count)),
+            saves_outputs=tuple(
+                trains and ref.id in steps.saved and ref.id >= count for ref in results
+            ),
+        )
+
+    def _lower(
+        self, node: Node, strategies: tuple[OpStrategy, ...]
+    ) -> tuple[Graph, tuple[Ref, ...]]:
+        """The local graph of `node` alone; its first values are the operands."""
+        view = OpView(self.graph, node)
+        local = LocalGraph(self.mesh, self.coordinate)
+        input_layouts = stacked([strategy.inputs for strategy in strategies])
+        refs = []
+        for value, layout in zip(node.inputs, input_layouts, strict=True):
+            refs.append(self._operand(local, self.graph.values[value], layout))
+        lowering = Lowering(
+            view=view,
+            local=local,
+            inputs=tuple(refs),
+            input_layouts=input_layouts,
+            output_layouts=stacked([strategy.outputs for strategy in strategies]),
+        )
+        rule = rule_of(node)
+        whole = rule is None or all(strategy.is_replicated for strategy in strategies)
+        results = lowering.same() if whole or rule is None else tuple(rule.lower(lowering))
+        outputs = tuple(Output(OutputKind.BOUNDARY, ref.id) for ref in results)
+        return self._finish(local, outputs), results
+
+    def _operand(self, local: LocalGraph, value: Value, layout: Layout) -> Ref:
+        type = local_type(value.type, layout, self.mesh, self.coordinate)
+        kind = self._operand_kind(value.id)
+        return local.add_value(value.name, type, kind, requires_grad=value.requires_grad)
+
+    def _operand_kind(self, value: int) -> ValueKind:
+        """What a value is to the one node that is priced."""
+        if value in self._weights:
+            return ValueKind.PARAMETER
+        return self._kinds[value] if self.is_held(value) else ValueKind.BOUNDARY
+
+    def _finish(self, local: LocalGraph, outputs: tuple[Output, ...]) -> Graph:
+        return Graph("part", self.graph.mode, tuple(local.values), tuple(local.nodes), (), outputs)
+
+    # -- conversions -------------------------------------------------------------------------------
+
+    def conversion(
+        self, value: Value, made: Layout, wanted: Layout, partial: frozenset[int]
+    ) -> float:
+        """Seconds of bringing `value` from one layout to another, gradient included; infinite if
+        there is no way. `partial`: axes on which each rank has a term of the gradient."""
+        key = (value.type, value.requires_grad, made, wanted, partial)
+        if key not in self._conversions:
+            self._conversions[key] = self._price_conversion(value, made, wanted, partial)
+        return self._conversions[key]
+
+    def _price_conversion(
+        self, value: Value, made: Layout, wanted: Layout, partial: frozenset[int]
+    ) -> float:
+        pairs = zip(made.placements, wanted.placements, strict=True)
+        if not all(can_convert(old, new) for old, new in pairs):
+            return math.inf
+        local = LocalGraph(self.mesh, self.coordinate)
+        ref = self._operand(local, value, made)
+        convert(
+            local,
+            ref,
+            value.type.shape,
+            made=made,
+            wanted=wanted,
+            partial=partial if value.requires_grad else frozenset(),
+            like=_CONVERSION,
+        )
+        costs = price(self._finish(local, ()), self.device_type, network=self.network)
+        trains = self.graph.mode is Mode.TRAIN
+        return sum(cost.total_seconds if trains else cost.forward_seconds for cost in costs)
+
+
+_CONVERSION = Node(0, "conversion", op_named("aten.alias.default"), (), (), (), ())

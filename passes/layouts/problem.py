@@ -1,0 +1,186 @@
+"""The layout problem: what layouts are chosen from, and what a choice costs.
+
+A `Choice` is a group of equal nodes (or of equal parameters) which all take the same `Option`. A
+`Flow` is a value, or a group of equal ones, from the choice that makes it to those that use it.
+Options of the maker put the value into one of several *states* (layouts); options of users want it
+in one of several *forms* (layout, and how its gradient comes back). A conversion from state to form
+is paid once a value, however many want that form.
+
+    seconds = sum_c n_c t_c(o_c)
+            + sum_f n_f (sum_u k_u a_f(w_u) + sum_{w wanted} p_f(m, w) + b_f(m))
+
+with o the options picked, m the state that the maker's option makes, w_u the form that use u wants,
+n and k numbers of equal ones, p the conversion, a and b what adding up gradients costs. Bytes are
+those of one device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Choice", "Figures", "Flow", "LayoutProblem", "Option", "Use", "figures"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to run a node or to hold a tensor.
+
+    Args:
+        seconds: of forward and backward of one microbatch.
+        step_seconds: once a step: sum of gradients, update.
+        static_bytes: held throughout.
+        saved_bytes: kept from forward to backward beside operands and results.
+        transient_bytes: live while it runs.
+    """
+
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    static_bytes: int = 0
+    saved_bytes: int = 0
+    transient_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`count` equal nodes or held tensors that take one option."""
+
+    name: str
+    options: tuple[Option, ...]
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What one choice wants of a flow, by its options.
+
+    Args:
+        choice: its index.
+        forms: index of the form wanted.
+        saves: whether its backward reads the value.
+        count: how many equal nodes read one value.
+    """
+
+    choice: int
+    forms: tuple[int, ...]
+    saves: tuple[bool, ...]
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A value and its users.
+
+    Args:
+        states: by option of the maker, index of the state made.
+        saves: by option of the maker, whether its backward reads its own result.
+        pair_seconds: [state][form], of the conversion; infinite where there is none.
+        use_seconds: by form, what each use adds.
+        made_seconds: by state.
+        state_bytes, form_bytes: of the local tensor.
+        state_layouts, form_layouts: a number that is equal for equal layouts.
+        family: flows of one family share storage (views of each other).
+    """
+
+    name: str
+    maker: int
+    states: tuple[int, ...]
+    saves: tuple[bool, ...]
+    uses: tuple[Use, ...]
+    pair_seconds: tuple[tuple[float, ...], ...]
+    use_seconds: tuple[float, ...]
+    made_seconds: tuple[float, ...]
+    state_bytes: tuple[int, ...]
+    form_bytes: tuple[int, ...]
+    state_layouts: tuple[int, ...]
+    form_layouts: tuple[int, ...]
+    family: int
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutProblem:
+    """See the module docstring.
+
+    Args:
+        num_microbatches: of a step, over which `step_seconds` are spread.
+        memory_bytes: limit of static + in_flight * saved + transient bytes; None: none.
+        in_flight: microbatches whose saved tensors are alive at once.
+    """
+
+    choices: tuple[Choice, ...]
+    flows: tuple[Flow, ...]
+    num_microbatches: int = 1
+    memory_bytes: int | None = None
+    in_flight: int = 1
+
+    def weight(self, option: Option) -> float:
+        """Seconds of an option in the objective."""
+        return option.seconds + option.step_seconds / self.num_microbatches
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a choice of options costs; `seconds` of one microbatch, without the step's."""
+
+    seconds: float
+    step_seconds: float
+    static_bytes: int
+    saved_bytes: int
+    transient_bytes: int
+
+    def objective(self, problem: LayoutProblem) -> float:
+        return self.seconds + self.step_seconds / problem.num_microbatches
+
+    def need_bytes(self, problem: LayoutProblem) -> int:
+        return self.static_bytes + problem.in_flight * self.saved_bytes + self.transient_bytes
+
+    def is_legal(self, problem: LayoutProblem) -> bool:
+        """Whether all conversions exist and the memory suffices."""
+        fits = problem.memory_bytes is None or self.need_bytes(problem) <= problem.memory_bytes
+        return fits and math.isfinite(self.seconds)
+
+
+def figures(problem: LayoutProblem, picks: Sequence[int]) -> Figures:
+    """Figures of the plan in which choice i takes option `picks[i]`."""
+    taken = [
+        (choice.count, choice.options[pick])
+        for choice, pick in zip(problem.choices, picks, strict=True)
+    ]
+    seconds = sum(count * option.seconds for count, option in taken)
+    saved = sum(count * option.saved_bytes for count, option in taken)
+    families: dict[int, int] = {}
+    for flow in problem.flows:
+        seconds += flow.count * _flow_seconds(flow, picks)
+        kept = flow.count * _saved_bytes(flow, picks)
+        families[flow.family] = max(families.get(flow.family, 0), kept)
+    saved += sum(families.values())
+    return Figures(
+        seconds=seconds,
+        step_seconds=sum(count * option.step_seconds for count, option in taken),
+        static_bytes=sum(count * option.static_bytes for count, option in taken),
+        saved_bytes=saved,
+        transient_bytes=max((option.transient_bytes for _, option in taken), default=0),
+    )
+
+
+def _flow_seconds(flow: Flow, picks: Sequence[int]) -> float:
+    state = flow.states[picks[flow.maker]]
+    wanted = [(use.forms[picks[use.choice]], use.count) for use in flow.uses]
+    converted = sum(flow.pair_seconds[state][form] for form in {form for form, _ in wanted})
+    added = sum(count * flow.use_seconds[form] for form, count in wanted)
+    return converted + added + flow.made_seconds[state]
+
+
+def _saved_bytes(flow: Flow, picks: Sequence[int]) -> int:
+    """Each layout that some backward reads is kept once."""
+    kept: dict[int, int] = {}
+    for use in flow.uses:
+        pick = picks[use.choice]
+        if use.saves[pick]:
+            kept[flow.form_layouts[use.forms[pick]]] = flow.form_bytes[use.forms[pick]]
+    pick = picks[flow.maker]
+    if flow.saves[pick]:
+        kept[flow.state_layouts[flow.states[pick]]] = flow.state_bytes[flow.states[pick]]
+    return sum(kept.values())

@@ -1,0 +1,351 @@
+"""The layout problem as an integer linear program: build, solve, decode.
+
+For choices c with options o, flows f with states m, forms w and uses u:
+
+    x[c,o] in {0,1}     c takes o; sum_o x = 1                                      `_choose`
+    z[f,m] = sum of x of the maker's options that make m
+    d[u,w] = sum of x of the user's options that want w
+    t[u,m,w] >= 0       it wants w while m is made: sum_w t = z, sum_m t = d        `_meet`
+    y[f,m,w] >= t[u,m,w]  for all u: the conversion is paid once                    `_convert`
+    s[f,l] >= d[u,w]    for savers u and forms w of layout l: it is kept            `_keep`
+    b[g] >= sum_l bytes s[f,l]   for flows f of family g                            `_keep`
+    static + in_flight (saved + sum_g b[g]) + transient <= memory                   `_remember`
+    minimise seconds of the options + conversions
+
+The marginals `t` make the relaxation that of the local polytope: exact on trees of flows (Wainwright
+and Jordan, 2008), and integral on the graphs of models, so the linear program is solved first and
+integers are asked for only if it is fractional. Marginals are left out where one side has one
+member, conversions where one use has all of it or they are free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .problem import Flow, LayoutProblem, Use, figures
+
+__all__ = ["LayoutProgram", "SolvedLayouts", "Statistics", "build", "solve"]
+
+_SCALE = 1e4  # the objective in units of this part of the best that any one option can do
+_INTEGRAL = 1e-6
+_MOST_NODES = 20_000  # of the branch-and-bound tree: a limit that is the same on every machine
+
+Expression = dict[int, float]  # variable -> coefficient
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Size and course of one solve."""
+
+    num_variables: int
+    num_constraints: int
+    relaxation_integral: bool
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedLayouts:
+    """Options picked, their objective in seconds, and a bound that no pick is below."""
+
+    picks: tuple[int, ...]
+    objective: float
+    lower_bound: float
+    statistics: Statistics
+
+
+@dataclass(slots=True)
+class LayoutProgram:
+    """Columns and rows while a program is built. Variables are in [0, upper]."""
+
+    problem: LayoutProblem
+    names: list[str] = field(default_factory=list)
+    cost: list[float] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+    integers: list[int] = field(default_factory=list)
+    rows: list[tuple[Expression, float, float]] = field(default_factory=list)
+    constant: float = 0.0
+    options: list[list[int | None]] = field(default_factory=list)
+
+    def variable(self, name: str, cost: float = 0.0, upper: float = 1.0) -> int:
+        self.names.append(name)
+        self.cost.append(cost)
+        self.upper.append(upper)
+        return len(self.names) - 1
+
+    def row(self, terms: Mapping[int, float], low: float, high: float) -> None:
+        self.rows.append((dict(terms), low, high))
+
+    def equal(self, left: Expression, right: Expression, offset: float) -> None:
+        """left = right + offset."""
+        terms = defaultdict(float, left)
+        for variable, coefficient in right.items():
+            terms[variable] -= coefficient
+        self.row(terms, offset, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Indicator:
+    """A 0/1 expression: sum of variables plus a constant."""
+
+    terms: tuple[int, ...]
+    constant: float = 0.0
+
+    @property
+    def expression(self) -> Expression:
+        return dict.fromkeys(self.terms, 1.0)
+
+
+def build(problem: LayoutProblem) -> LayoutProgram:
+    """The program of `problem`."""
+    program = LayoutProgram(problem)
+    _choose(program)
+    for flow in problem.flows:
+        _flow(program, flow)
+    if problem.memory_bytes is not None:
+        _remember(program)
+    return program
+
+
+def _choose(program: LayoutProgram) -> None:
+    for index, choice in enumerate(program.problem.choices):
+        weights = [choice.count * program.problem.weight(option) for option in choice.options]
+        if len(weights) == 1:
+            program.options.append([None])
+            program.constant += weights[0]
+            continue
+        variables = [
+            program.variable(f"x[{index},{option}]", weight)
+            for option, weight in enumerate(weights)
+        ]
+        program.integers.extend(variables)
+        program.options.append(list(variables))
+        program.row(dict.fromkeys(variables, 1.0), 1.0, 1.0)
+
+
+def _indicators(
+    program: LayoutProgram, choice: int, classes: Sequence[int]
+) -> dict[int, _Indicator]:
+    """By class: whether the option taken is of that class."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for option, group in enumerate(classes):
+        variable = program.options[choice][option]
+        if variable is None:
+            return {group: _Indicator((), 1.0)}
+        groups[group].append(variable)
+    if len(groups) == 1:
+        return {next(iter(groups)): _Indicator((), 1.0)}
+    return {group: _Indicator(tuple(variables)) for group, variables in groups.items()}
+
+
+def _pay(program: LayoutProgram, indicator: _Indicator, cost: float) -> None:
+    program.constant += cost * indicator.constant
+    for variable in indicator.terms:
+        program.cost[variable] += cost
+
+
+def _flow(program: LayoutProgram, flow: Flow) -> None:
+    states = _indicators(program, flow.maker, flow.states)
+    for state, made in states.items():
+        _pay(program, made, flow.count * flow.made_seconds[state])
+    together: dict[tuple[int, int], list[_Indicator]] = defaultdict(list)
+    for use in flow.uses:
+        forms = _indicators(program, use.choice, use.forms)
+        for form, wanted in forms.items():
+            _pay(program, wanted, flow.count * use.count * flow.use_seconds[form])
+        for pair, indicator in _meet(program, flow, states, forms).items():
+            together[pair].append(indicator)
+    for (state, form), indicators in together.items():
+        _convert(program, flow.count * flow.pair_seconds[state][form], indicators)
+
+
+def _meet(
+    program: LayoutProgram,
+    flow: Flow,
+    states: dict[int, _Indicator],
+    forms: dict[int, _Indicator],
+) -> dict[tuple[int, int], _Indicator]:
+    """t[u,m,w] of one use; pairs without conversion are ruled out."""
+    pairs = [(m, w) for m in states for w in forms if math.isfinite(flow.pair_seconds[m][w])]
+    if len(states) == 1 or len(forms) == 1:
+        for m in states:
+            for w in forms:
+                if (m, w) not in pairs:
+                    _forbid(program, forms[w] if len(states) == 1 else states[m])
+        return {(m, w): forms[w] if len(states) == 1 else states[m] for m, w in pairs}
+    table = {pair: program.variable(f"t[{flow.name},{pair[0]},{pair[1]}]") for pair in pairs}
+    for m, made in states.items():
+        program.equal({table[p]: 1.0 for p in pairs if p[0] == m}, made.expression, made.constant)
+    for w, want in forms.items():
+        program.equal({table[p]: 1.0 for p in pairs if p[1] == w}, want.expression, want.constant)
+    return {pair: _Indicator((variable,)) for pair, variable in table.items()}
+
+
+def _forbid(program: LayoutProgram, indicator: _Indicator) -> None:
+    for variable in indicator.terms:
+        program.upper[variable] = 0.0
+    if indicator.constant:
+        program.row({}, 1.0, 1.0)  # infeasible, as it should be
+
+
+def _convert(program: LayoutProgram, cost: float, indicators: Sequence[_Indicator]) -> None:
+    distinct = tuple(dict.fromkeys(indicators))
+    certain = next((item for item in distinct if item.constant), None)
+    if cost == 0.0:
+        return
+    if len(distinct) == 1 or certain is not None:
+        _pay(program, certain or distinct[0], cost)
+        return
+    paid = program.variable(f"y[{len(program.names)}]", cost)
+    for item in distinct:
+        program.row({paid: 1.0, **dict.fromkeys(item.terms, -1.0)}, 0.0, math.inf)
+    if cost < 0.0:
+        terms = dict.fromkeys((v for item in distinct for v in item.terms), -1.0)
+        program.row({paid: 1.0, **terms}, -math.inf, 0.0)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def _remember(program: LayoutProgram) -> None:
+    problem = program.problem
+    assert problem.memory_bytes is not None
+    unit = float(max(problem.memory_bytes, 1))
+    total: Expression = defaultdict(float)
+    fixed = 0.0
+    transient = program.variable("transient", upper=math.inf)
+    for choice, variables in zip(problem.choices, program.options, strict=True):
+        for option, variable in zip(choice.options, variables, strict=True):
+            held = choice.count * (option.static_bytes + problem.in_flight * option.saved_bytes)
+            if variable is None:
+                fixed += held
+                program.row({transient: 1.0}, option.transient_bytes / unit, math.inf)
+            else:
+                total[variable] += held / unit
+        chosen = {
+            variable: -option.transient_bytes / unit
+            for option, variable in zip(choice.options, variables, strict=True)
+            if variable is not None
+        }
+        if chosen:
+            program.row({transient: 1.0, **chosen}, 0.0, math.inf)
+    for kept in _keep(program, unit):
+        total[kept] += problem.in_flight
+    total[transient] += 1.0
+    program.row(total, -math.inf, (problem.memory_bytes - fixed) / unit)
+
+
+def _keep(program: LayoutProgram, unit: float) -> list[int]:
+    """b[g]: what families keep, in units of memory."""
+    families: dict[int, int] = {}
+    for flow in program.problem.flows:
+        layouts: dict[int, tuple[int, list[_Indicator]]] = {}
+        for use in flow.uses:
+            for layout, num_bytes, indicator in _savers(program, flow, use):
+                layouts.setdefault(layout, (num_bytes, []))[1].append(indicator)
+        own = [flow.states[i] if saves else -1 for i, saves in enumerate(flow.saves)]
+        for state, indicator in _indicators(program, flow.maker, own).items():
+            if state >= 0:
+                entry = (flow.state_bytes[state], [])
+                layouts.setdefault(flow.state_layouts[state], entry)[1].append(indicator)
+        terms: Expression = defaultdict(float)
+        for num_bytes, indicators in layouts.values():
+            kept = _any(program, indicators)
+            terms[kept] -= flow.count * num_bytes / unit
+        if terms:
+            if flow.family not in families:
+                families[flow.family] = program.variable(f"b[{flow.family}]", upper=math.inf)
+            program.row({families[flow.family]: 1.0, **terms}, 0.0, math.inf)
+    return list(families.values())
+
+
+def _savers(program: LayoutProgram, flow: Flow, use: Use) -> Iterable[tuple[int, int, _Indicator]]:
+    """(layout, bytes, indicator) of what the backward of `use` reads."""
+    read = [form if saves else -1 for form, saves in zip(use.forms, use.saves, strict=True)]
+    for form, indicator in _indicators(program, use.choice, read).items():
+        if form >= 0:
+            yield flow.form_layouts[form], flow.form_bytes[form], indicator
+
+
+def _any(program: LayoutProgram, indicators: Sequence[_Indicator]) -> int:
+    kept = program.variable(f"s[{len(program.names)}]")
+    for item in indicators:
+        program.row({kept: 1.0, **dict.fromkeys(item.terms, -1.0)}, item.constant, math.inf)
+    return kept
+
+
+# -- solving ---------------------------------------------------------------------------------------
+
+
+def solve(problem: LayoutProblem) -> SolvedLayouts | None:
+    """The best options: by the linear relaxation, by branching if that is fractional.
+
+    Returns:
+        None if no options are legal.
+    """
+    program = build(problem)
+    found = _run(program, "glop", integral=False)
+    if found is None:
+        return None
+    values, bound = found
+    integral = all(min(values[v], 1.0 - values[v]) <= _INTEGRAL for v in program.integers)
+    method = "GLOP"
+    if not integral:
+        method = "GLOP, then SCIP"
+        found = _run(program, "scip", integral=True)
+        if found is None:
+            return None
+        values, bound = found
+    picks = _decode(program, values)
+    result = figures(problem, picks)
+    objective = result.objective(problem)
+    statistics = Statistics(len(program.names), len(program.rows), integral, method)
+    return SolvedLayouts(picks, objective, min(bound, objective), statistics)
+
+
+def _decode(program: LayoutProgram, values: Sequence[float]) -> tuple[int, ...]:
+    return tuple(
+        0
+        if variables[0] is None
+        else max(range(len(variables)), key=lambda i: (values[variables[i] or 0], -i))
+        for variables in program.options
+    )
+
+
+def _run(
+    program: LayoutProgram, solver_name: str, *, integral: bool
+) -> tuple[list[float], float] | None:
+    """Values of all variables and the bound in seconds; None: infeasible."""
+    from ortools.linear_solver.python import model_builder
+
+    model = model_builder.Model()
+    scale = _SCALE / max(sum(map(abs, program.cost)), 1e-30)
+    helper = model.helper
+    integers = set(program.integers) if integral else set()
+    for index, (cost, upper) in enumerate(zip(program.cost, program.upper, strict=True)):
+        helper.add_var()
+        helper.set_var_lower_bound(index, 0.0)
+        helper.set_var_upper_bound(index, upper)
+        helper.set_var_objective_coefficient(index, cost * scale)
+        helper.set_var_integrality(index, index in integers)
+    for index, (terms, low, high) in enumerate(program.rows):
+        helper.add_linear_constraint()
+        helper.set_constraint_lower_bound(index, low)
+        helper.set_constraint_upper_bound(index, high)
+        for variable, coefficient in terms.items():
+            helper.add_term_to_constraint(index, variable, coefficient)
+    solver = model_builder.Solver(solver_name)
+    if integral:
+        solver.set_solver_specific_parameters(
+            f"limits/nodes = {_MOST_NODES}\nlimits/gap = 0\nrandomization/randomseedshift = 1"
+        )
+    status = solver.solve(model)
+    solved = (model_builder.SolveStatus.OPTIMAL, model_builder.SolveStatus.FEASIBLE)
+    if status not in solved:
+        return None
+    reached: Any = solver.best_objective_bound if integral else solver.objective_value
+    values = [float(value) for value in solver.values(model.get_variables())]
+    return values, float(reached) / scale + program.constant
