@@ -32,11 +32,13 @@ class LocalPart:
             hold whole.
         origins: by local node, the node of the whole graph that it is for; a conversion is for the
             first node that wants it.
+        conversions: local nodes that bring values into the layout that readers want.
     """
 
     graph: Graph
     shards: tuple[TensorShard, ...]
     origins: tuple[int, ...]
+    conversions: frozenset[int]
 
 
 def localize(graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]) -> LocalPart:
@@ -56,7 +58,7 @@ def localize(graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]) -> L
         inputs=tuple(work.refs[value].id for value in graph.inputs),
         outputs=outputs,
     )
-    return LocalPart(local, tuple(work.shards), tuple(work.origins))
+    return LocalPart(local, tuple(work.shards), tuple(work.origins), frozenset(work.conversions))
 
 
 class _Localizer:
@@ -74,6 +76,7 @@ class _Localizer:
         self.shards: list[TensorShard] = []
         self.held: dict[str, Layout] = {}  # by every name of a buffer
         self.origins: list[int] = []
+        self.conversions: set[int] = set()
         self._made: dict[tuple[int, Layout, frozenset[int]], Ref] = {}
 
     def add_given(self) -> None:
@@ -165,6 +168,7 @@ class _Localizer:
         made = self.sharding.layout(source)
         key = (value, wanted, partial - deferred)
         if key not in self._made:
+            begin = len(self.local.nodes)
             self._made[key] = convert(
                 self.local,
                 self.refs[value],
@@ -174,6 +178,7 @@ class _Localizer:
                 partial=partial - deferred,
                 like=node,
             )
+            self.conversions.update(range(begin, len(self.local.nodes)))
         return self._made[key]
 
 
