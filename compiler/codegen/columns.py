@@ -15,6 +15,7 @@ from ..ir.mesh import Mesh
 from ..ir.plan import Plan
 from ..ir.program import GradientPart, StageProgram, TensorShard
 from ..sharding.localize import localize
+from ..sharding.recompute import recomputed_locally
 from ..sharding.sharding import Sharding
 from ..sharding.zero import division
 from .cut import cut_stages
@@ -55,7 +56,7 @@ def make_columns(graph: Graph, plan: Plan) -> tuple[Column, ...]:
     Raises:
         VerificationError: a layout is illegal, or a stage reads what no stage up to it computes.
     """
-    stages = cut_stages(graph, plan.stages)
+    stages = cut_stages(graph, plan.stages, frozenset(plan.recomputed))
     if plan.stage_mesh.size == 1:
         ranks = tuple(stage.device for stage in plan.stages)
         return (Column((), ranks, stages, ((),) * len(stages)),)
@@ -85,6 +86,7 @@ def _column(
             replace(
                 stage,
                 graph=part.graph,
+                recomputed=recomputed_locally(part, frozenset(stage.recomputed)),
                 axes=_axes(sharding.mesh, place, plan.stages[stage.index].devices),
                 kept=tuple(_kept(sharding, stage.graph)),
             )
@@ -99,7 +101,7 @@ def _kept(sharding: Sharding, graph: Graph) -> Iterator[GradientPart]:
     if graph.mode is not Mode.TRAIN:
         return
     for value in graph.values_of(ValueKind.PARAMETER):
-        share = division(sharding, value)
+        share = division(sharding.parameters.get(value.name))
         if value.requires_grad and share is not None and share.early:
             summed = share.axis in sharding.deferred.get(value.name, frozenset())
             axis = sharding.mesh.axes[share.axis].name

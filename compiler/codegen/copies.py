@@ -95,8 +95,8 @@ class _Copies:
         self.value = value
         self.first_use = first_use
         self.holders = holders
-        self.division: Division | None = division(sharding, value)
         entry = sharding.parameters.get(value.name)
+        self.division: Division | None = division(entry)
         self.held: Layout = sharding.layout(value)
         self.state = entry.state if entry is not None and self.division else self.held
         self.is_offloaded = entry is not None and entry.offloaded
