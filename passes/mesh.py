@@ -28,7 +28,7 @@ from ..compiler.ir.plan import PIPELINE, Certificate, Plan
 from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.analysis import batch_rows
 from ..cost_models.ops import price
-from .columns import column_of, stage_devices
+from .columns import Column, column_of, parameters_of, stage_devices
 from .context import Context
 from .layouts.choose import LayoutChoice, plan_layouts
 from .layouts.statement import LayoutOptions
@@ -138,7 +138,9 @@ class _Search:
         kind = replace(plan.cluster.type_of(0), overhead_seconds=0.0)
         costs = price(context.graph, kind)
         self.work = sum(cost.total_seconds for cost in costs) * plan.batch_size / self.rows
-        self.layouts: dict[tuple[str, bool], LayoutChoice | None] = {}
+        self.layouts: dict[tuple[str, int], LayoutChoice | None] = {}
+        self.columns: dict[object, Column] = {}
+        self.statements: dict[object, Statement] = {}
         self.found: list[_Candidate] = []
         self.bounds: list[float] = []  # of what was not looked at
 
@@ -217,7 +219,7 @@ class _Search:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory."""
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         stages = mesh.axis(PIPELINE).size
-        key = (str(inner), saving)
+        key = (str(inner), saving and count)
         if key in self.layouts:
             return self.layouts[key]
         if mesh.axis(TENSOR).size > 1 and self.plan.optimizer.name not in _ELEMENTWISE:
@@ -228,7 +230,7 @@ class _Search:
             memory = stages * min(limit, self.context.options.memory_limit_bytes or limit)
         options = LayoutOptions(
             num_microbatches=stages + count - 1,
-            in_flight=1,
+            in_flight=min(stages, count) * self.plan.batch_size / count / self.rows,
             memory_bytes=memory,
             optimizer=self.plan.optimizer,
         )
@@ -244,7 +246,7 @@ class _Search:
         """The step of `plan`, whose layouts are within `share` of their bound; None if it does not
         fit."""
         statement, counts = self.pipeline(plan)
-        if statement is None:
+        if statement is None or self.is_too_large(plan, statement):
             return None
         problem = with_memory(state_problem(statement, plan.num_microbatches), _TYPICAL)
         limits = SearchLimits(tolerance=self.context.options.tolerance, num_orders=1)
@@ -254,12 +256,30 @@ class _Search:
         return _Candidate(plan, solution.seconds, solution.lower_bound * share, share)
 
     def pipeline(self, plan: Plan) -> tuple[Statement | None, tuple[int, ...]]:
-        """The pipeline of one column; none if the model has fewer parts than stages."""
-        column = column_of(plan, self.context)
-        statement = state(column.plan, column.context)
+        """The pipeline of one column; none if the model has fewer parts than stages.
+
+        Plans that differ in microbatches only have the same, and if they hold the same parts of
+        parameters, the same but for what gradients and states take.
+        """
+        held = tuple(entry.held for entry in plan.parameter_layouts)
+        key = (str(plan.mesh), plan.node_layouts, held)
+        if key not in self.columns:
+            self.columns[key] = column_of(plan, self.context)
+            self.statements[key] = state(self.columns[key].plan, self.columns[key].context)
+        column, statement = self.columns[key], self.statements[key]
         if len(statement.units) < plan.mesh.axis(PIPELINE).size:
             return None, ()
-        return statement, stage_counts(column.plan, column.context, len(statement.units))
+        parameters = parameters_of(plan, self.context.graph, column)
+        counts = stage_counts(column.plan, column.context, len(statement.units))
+        return replace(statement, parameters=parameters), counts
+
+    def is_too_large(self, plan: Plan, statement: Statement) -> bool:
+        """Whether parameters, gradients and states alone exceed the memory of all stages."""
+        held = sum(value.type.num_bytes for value in statement.graph.values_of(ValueKind.PARAMETER))
+        held += sum(e.gradient_bytes + e.state_bytes for e in statement.parameters.values())
+        limit = plan.cluster.type_of(0).memory_bytes
+        limit = min(limit, self.context.options.memory_limit_bytes or limit)
+        return held > plan.mesh.axis(PIPELINE).size * limit
 
     def with_layouts(self, mesh: Mesh, count: int, choice: LayoutChoice, level: int) -> Plan:
         """The plan before its stages, layouts in the order of the mesh's own axes."""

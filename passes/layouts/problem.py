@@ -113,7 +113,7 @@ class LayoutProblem:
     flows: tuple[Flow, ...]
     num_microbatches: int = 1
     memory_bytes: int | None = None
-    in_flight: int = 1
+    in_flight: float = 1.0
 
     def weight(self, option: Option) -> float:
         """Seconds of an option in the objective."""
@@ -134,7 +134,8 @@ class Figures:
         return self.seconds + self.step_seconds / problem.num_microbatches
 
     def need_bytes(self, problem: LayoutProblem) -> int:
-        return self.static_bytes + problem.in_flight * self.saved_bytes + self.transient_bytes
+        saved = math.ceil(problem.in_flight * self.saved_bytes)
+        return self.static_bytes + saved + self.transient_bytes
 
     def is_legal(self, problem: LayoutProblem) -> bool:
         """Whether all conversions exist and the memory suffices."""
