@@ -113,6 +113,10 @@ def _local_nodes(part: LocalPart, nodes: set[int]) -> tuple[int, ...]:
 def column_of(plan: Plan, context: Context) -> Column:
     """The first column of `plan`, whose mesh and layouts are decided."""
     if plan.stage_mesh.size == 1:
+        pinned = context.options.mesh
+        if pinned is not None:
+            options = replace(context.options, num_stages=pinned.axis(PIPELINE).size)
+            context = replace(context, options=options)
         return Column(plan, context, ())
     groups = stage_devices(plan.mesh)
     sharding = Sharding.of(plan, context.graph)

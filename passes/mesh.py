@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import InfeasibleError, UsageError
 from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
@@ -29,7 +30,7 @@ from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.analysis import batch_rows
 from ..cost_models.ops import price
 from .columns import Column, column_of, parameters_of, stage_devices
-from .context import Context
+from .context import Context, PlanOptions
 from .layouts.choose import LayoutChoice, plan_layouts
 from .layouts.statement import LayoutOptions
 from .microbatches import candidates, pinned_count
@@ -39,7 +40,7 @@ from .partition.prepare import stage_counts, state
 from .partition.search import SearchLimits, Solution, Tables, estimate, search
 from .partition.statement import Statement
 
-__all__ = ["DATA", "TENSOR", "ChooseMesh", "meshes"]
+__all__ = ["DATA", "TENSOR", "ChooseMesh", "mesh_is_open", "meshes"]
 
 DATA, TENSOR = "data", "tensor"
 _PROVEN = 4
@@ -66,26 +67,21 @@ class ChooseMesh:
     name: str = "mesh"
 
     def run(self, plan: Plan, context: Context) -> Plan:
-        if not _is_open(plan, context):
+        if not mesh_is_open(plan.cluster, plan.mode, context.options):
             return plan
+        if context.options.mesh is not None:
+            _check_pinned(plan, context, context.options.mesh)
         return _Search(plan, context).run()
 
 
-def _is_open(plan: Plan, context: Context) -> bool:
+def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
     """Whether there is a mesh to choose: devices of one kind, and nothing that fixes stages."""
-    options = context.options
     if options.mesh is not None:
-        _check_pinned(plan, context, options.mesh)
         return True
-    kinds = {device.type for device in plan.cluster.devices}
+    kinds = {device.type for device in cluster.devices}
     fixed = options.num_stages is not None or options.pins or options.device_pins
-    return (
-        plan.mode is Mode.TRAIN
-        and len(kinds) == 1
-        and len(plan.cluster.devices) > 1
-        and not fixed
-        and options.zero != 0
-    )
+    trains = mode is Mode.TRAIN
+    return trains and len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
 
 
 def _check_pinned(plan: Plan, context: Context, mesh: Mesh) -> None:
