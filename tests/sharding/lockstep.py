@@ -133,7 +133,7 @@ def run_lockstep(
 
 def _robust(node: Node) -> Node:
     """`view` as `reshape`, as generated programs have it: parts have other strides."""
-    if node.op.packet not in ("view", "_unsafe_view"):
+    if node.op.name not in ("aten.view.default", "aten._unsafe_view.default"):
         return node
     return dataclasses.replace(node, op=op_named("aten.reshape.default"))
 
