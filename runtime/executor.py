@@ -392,6 +392,9 @@ class Executor:
         ]
         for source in [source for source in context.kept if source not in later]:
             del context.kept[source]
+        names = [kernels.signature.arguments[i].origin for i in kernels.accumulated_early]
+        arguments.extend(self._gradients[name] for name in names)
+        self.touched.update(names)
         results = self._call(stage, context, "input", kernels.backward_input, arguments)
         gradients = _with_zeros(kernels, results, self._device)
         for index, tensor in enumerate(results):

@@ -11,7 +11,8 @@ by reachability:
 so what F must keep for B and W is an explicit list of tensors. W adds each weight gradient to its
 buffer as soon as it exists (`addmm_` where the gradient is a matrix product), so no second copy of
 the gradients is ever alive. Ops that compute both kinds of gradient at once are split
-(`split_joint_ops`), or W would be empty for convolutions.
+(`split_joint_ops`), or W would be empty for convolutions. Where B recomputes what weight gradients
+read (`recompute.py`), they are computed in B as well, as it would else be kept until W.
 
 All kernels take one list of tensors and empty it, so that a dead tensor is freed at once.
 """
@@ -34,6 +35,7 @@ from ..compiler.ir.graph import Graph, OutputKind, Value, ValueKind
 from ..compiler.ir.ops import Category
 from .collective_ops import StageCollectives, expand_local, has_collectives
 from .fx_cut import boxed_module, cut_backward, mutates, simplify, use_addmm
+from .recompute import MarkedReplay
 
 __all__ = ["Kernel", "StageKernels", "StageSignature", "trace_inference", "trace_training"]
 
@@ -100,8 +102,9 @@ class StageKernels:
     * `backward_weight([...])` adds to gradient buffers in place.
 
     `input_sources` / `weight_sources` say, tensor by tensor, what the backward kernels read:
-    ("argument", i), ("saved", i), ("tangent", i) and for W ("passed", i). W reads the gradient
-    buffers of `accumulated` (positions in `arguments`) after those. `zero_inputs` are positions
+    ("argument", i), ("saved", i), ("tangent", i) and for W ("passed", i). After those B reads the
+    gradient buffers of `accumulated_early` (positions in `arguments`), W those of `accumulated`.
+    `zero_inputs` are positions
     within the differentiable inputs whose gradient is structurally zero. `collectives` are those
     inside the kernels, where there are any.
     """
@@ -113,6 +116,7 @@ class StageKernels:
     backward_weight: Kernel | None = None
     input_sources: tuple[tuple[Source, int], ...] = ()
     weight_sources: tuple[tuple[Source, int], ...] = ()
+    accumulated_early: tuple[int, ...] = ()
     accumulated: tuple[int, ...] = ()
     zero_inputs: tuple[int, ...] = ()
     modules: dict[str, fx.GraphModule] = field(default_factory=dict)
@@ -236,6 +240,7 @@ def trace_training(
         num_outputs=len(graph.outputs),
         num_input_gradients=len(signature.differentiable),
     )
+    use_addmm(parts.input)
     use_addmm(parts.weight)
     bind = None if collectives is None else collectives.bind
     return StageKernels(
@@ -246,6 +251,7 @@ def trace_training(
         backward_weight=boxed_module(parts.weight, bind),
         input_sources=tuple((Source(kind), index) for kind, index in parts.input_sources),
         weight_sources=tuple((Source(kind), index) for kind, index in parts.weight_sources),
+        accumulated_early=tuple(signature.trained[index] for index in parts.accumulated_early),
         accumulated=tuple(signature.trained[index] for index in parts.accumulated),
         zero_inputs=parts.zero_inputs,
         modules={"forward": parts.forward, "input": parts.input, "weight": parts.weight},
@@ -300,7 +306,7 @@ def _functional(function: Callable[..., object], *examples: object) -> fx.GraphM
     """Trace of `function`, without ops that work in place."""
     traced = make_fx(function)(*examples)
     if mutates(traced.graph):
-        traced = make_fx(functionalize(traced))(*examples)
+        traced = make_fx(functionalize(MarkedReplay(traced).run))(*examples)
     left = mutates(traced.graph)
     assert not left, f"in-place ops survive functionalisation: {left}"
     return traced

@@ -16,6 +16,7 @@ from ..ir.mesh import Mesh, Partial, Shard
 from ..ir.plan import Plan
 from ..ir.program import StageProgram, TensorShard
 from ..sharding.localize import localize
+from ..sharding.recompute import recomputed_locally
 from ..sharding.sharding import Sharding
 from .cut import cut_stages
 
@@ -68,7 +69,7 @@ def make_columns(graph: Graph, plan: Plan) -> tuple[Column, ...]:
     Raises:
         VerificationError: a layout is illegal, or a stage reads what no stage up to it computes.
     """
-    stages = cut_stages(graph, plan.stages)
+    stages = cut_stages(graph, plan.stages, frozenset(plan.recomputed))
     if plan.stage_mesh.size == 1:
         ranks = tuple(stage.device for stage in plan.stages)
         return (Column((), ranks, stages, ((),) * len(stages)),)
@@ -98,6 +99,7 @@ def _column(
             replace(
                 stage,
                 graph=part.graph,
+                recomputed=recomputed_locally(part, frozenset(stage.recomputed)),
                 axes=_axes(sharding.mesh, place, plan.stages[stage.index].devices),
             )
             for stage, part in zip(stages, parts, strict=True)

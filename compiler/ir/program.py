@@ -187,6 +187,8 @@ class StageProgram:
         producers: for each BOUNDARY value, value name -> stage that computes it.
         axes: for each mesh axis that the graph's collectives name, the ranks along it that this
             rank belongs to, in the order of their parts.
+        recomputed: nodes of the graph whose results backward computes again instead of keeping
+            them, ascending; a view of such a result counts as one.
     """
 
     index: int
@@ -194,6 +196,7 @@ class StageProgram:
     consumers: tuple[tuple[str, tuple[int, ...]], ...]
     producers: tuple[tuple[str, int], ...]
     axes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    recomputed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,16 @@ gradient.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cutset.compiler.capture.interpret import execute_node
+from cutset.compiler.codegen.python import ROBUST
 from cutset.compiler.ir.graph import Node, Value
 from cutset.compiler.ir.mesh import Layout, Mesh, Partial, Replicate, Shard
 from cutset.compiler.ir.ops import Category, op_named
@@ -132,10 +132,9 @@ def run_lockstep(
 
 
 def _robust(node: Node) -> Node:
-    """`view` as `reshape`, as generated programs have it: parts have other strides."""
-    if node.op.name not in ("aten.view.default", "aten._unsafe_view.default"):
-        return node
-    return dataclasses.replace(node, op=op_named("aten.reshape.default"))
+    """The node as code for a rank calls it: parts do not have the strides of wholes."""
+    name = ROBUST.get(node.op.name)
+    return node if name is None else replace(node, op=op_named(name))
 
 
 def _check_value(value: Value, tensor: Tensor, where: str) -> None:

@@ -1,53 +1,98 @@
-"""Which gradients stay terms until the end of the step."""
+"""Gradients that stay terms of a sum until something sums them: small nets in which it matters who
+does."""
 
 from __future__ import annotations
 
-from cutset.compiler.ir.graph import Graph, Mode, Value
-from cutset.compiler.ir.mesh import Layout, Mesh
-from cutset.compiler.ir.plan import NodeLayout
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cutset.compiler.ir.graph import Graph
+from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.sharding.sharding import make_sharding
-from tests.ir.builders import GraphBuilder
+from tests.models.exact import ROWS, ExactModel
 
-MESH = Mesh.parse("tensor=2")
-ROWS = (("[S(0)]", "[R]"), ("[S(0)]",))
-COLUMNS = (("[R]", "[S(0)]"), ("[S(1)]",))
+from .choices import picked_layouts
+from .whole import check_layouts, whole_of
 
-
-def two_readers(*, split: bool) -> Graph:
-    """A weight whose two halves, or whose transpose and itself, are read by one linear each."""
-    build = GraphBuilder("two", Mode.TRAIN)
-    x = build.input("x", (4, 4))
-    weight = build.parameter("weight", (8, 4) if split else (4, 4))
-    halves: tuple[Value, ...]
-    if split:
-        halves = build.ops("aten.split_with_sizes.default", weight, (4, 4))
-    else:
-        halves = (build.op("aten.t.default", weight), weight)
-    first, second = (build.op("aten.linear.default", x, half) for half in halves)
-    build.loss(build.op("aten.mean.default", build.op("aten.add.Tensor", first, second)))
-    return build.build()
+LINE = Mesh.parse("tensor=2")
+BY_ROWS = "S(0),R -> S(0)"  # of `linear`: the gradient of the weight is a term a rank
 
 
-def deferred(graph: Graph, *choices: tuple[tuple[str, ...], tuple[str, ...]]) -> set[str]:
-    """Values whose gradient is deferred when the linears run so."""
-    linears = [node.id for node in graph.nodes if node.op.packet == "linear"]
-    layouts = tuple(
-        NodeLayout((number,), *(tuple(map(Layout.parse, side)) for side in choice))
-        for number, choice in zip(linears, choices, strict=True)
-    )
-    return set(make_sharding(graph, MESH, layouts).deferred)
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(6, 4))
+        self.q = nn.Parameter(torch.randn(6, 4))
 
 
-def test_readers_that_agree_defer_through_what_is_replicated() -> None:
-    graph = two_readers(split=True)
-    names = {graph.values[v].name for v in graph.nodes[0].outputs}
-    assert deferred(graph, ROWS, ROWS) == {"weight", *names}
+class Chain(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.p.exp())
 
 
-def test_results_of_one_node_that_disagree_do_not_defer() -> None:
-    # the whole gradient of the one half and terms of the other would meet in the weight
-    assert deferred(two_readers(split=True), ROWS, COLUMNS) == set()
+class Forked(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.p.split(3)
+        return F.linear(x, left).sum() + (right * right).sum()
 
 
-def test_a_value_made_of_one_that_does_not_defer_does_not_either() -> None:
-    assert deferred(two_readers(split=False), ROWS, COLUMNS) == set()
+class Alike(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.p.exp().type_as(self.q)).sum() + self.q.sum()
+
+
+class TwoReaders(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.p.exp()
+        return F.linear(x, weight).sum() + weight.tanh().sum()
+
+
+class Stopped(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.p * self.p.detach().exp())
+
+
+CASES: list[tuple[type[_Net], dict[str, str], dict[str, str]]] = [
+    (Chain, {"linear": BY_ROWS}, {"p": "[S(0)]"}),
+    (Chain, {"linear": BY_ROWS}, {"p": "[R]"}),
+    (Chain, {"linear": BY_ROWS, "exp": "S(1) -> S(1)"}, {"p": "[R]"}),
+    (Forked, {"linear": BY_ROWS}, {"p": "[S(1)]"}),
+    (Forked, {"linear": BY_ROWS}, {"p": "[R]"}),
+    (Alike, {"linear": BY_ROWS, "type_as": "R!,S(0) -> R"}, {"q": "[S(0)]"}),
+    (TwoReaders, {"linear": BY_ROWS}, {"p": "[R]"}),
+    (TwoReaders, {"linear": BY_ROWS, "tanh": "S(0) -> S(0)"}, {"p": "[S(1)]"}),
+    (Stopped, {"linear": BY_ROWS}, {"p": "[S(1)]"}),
+]
+
+
+def made(kind: type[_Net]) -> ExactModel:
+    x, target = torch.randn(ROWS, 4), torch.randn(ROWS, 1)
+    return ExactModel(kind(), (x, target), {}, lambda y, target: (y * y - target.sum()).mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategies", "held"), CASES, ids=[f"{c[0].__name__}-{c[2]}" for c in CASES]
+)
+def test_gradients(
+    kind: type[_Net], strategies: Mapping[str, str], held: Mapping[str, str]
+) -> None:
+    subject = whole_of(lambda: made(kind))
+    layouts = picked_layouts(subject.graph, LINE, strategies, held)
+    check_layouts(subject, LINE, layouts, 1e-12)
+
+
+def deferred(kind: type[_Net], strategies: Mapping[str, str]) -> set[str]:
+    graph: Graph = whole_of(lambda: made(kind)).graph
+    layouts = picked_layouts(graph, LINE, strategies, {})
+    sharding = make_sharding(graph, LINE, layouts.nodes, layouts.values, layouts.parameters)
+    return set(sharding.deferred)
+
+
+def test_sums_are_deferred_past_what_is_computed_from_parameters() -> None:
+    assert deferred(Chain, {"linear": BY_ROWS}) == {"p_p", "exp"}
+    assert deferred(Chain, {}) == set()
+    assert deferred(TwoReaders, {"linear": BY_ROWS}) == set()

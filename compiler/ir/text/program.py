@@ -6,6 +6,7 @@ program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_h
   terms "layers.0.bias" (0, 2)
   stage 0 {
     axis tensor (0, 1)
+    recomputed "2-5"
     to %h (1,)
     graph mlp.stage0 train {
       ...
@@ -45,6 +46,7 @@ from ..program import (
     TensorShard,
 )
 from .graph import print_graph, read_graph
+from .plan import format_ranges, parse_ranges
 from .scan import Line, Scanner, print_literal, print_name, print_text, read_enum, read_strings
 
 __all__ = ["parse_program", "print_instruction", "print_program", "print_register"]
@@ -68,6 +70,8 @@ def print_program(program: Program) -> str:
     for stage in program.stages:
         lines.append(f"  stage {stage.index} {{")
         lines += [f"    axis {print_text(n)} {print_literal(ranks)}" for n, ranks in stage.axes]
+        if stage.recomputed:
+            lines.append(f"    recomputed {print_text(format_ranges(stage.recomputed))}")
         lines += [f"    to {print_name(name)} {print_literal(to)}" for name, to in stage.consumers]
         lines += [f"    from {print_name(name)} {source}" for name, source in stage.producers]
         lines += textwrap.indent(print_graph(stage.graph), "    ").splitlines()
@@ -177,10 +181,13 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
         consumers: list[tuple[str, tuple[int, ...]]] = []
         producers: list[tuple[str, int]] = []
         axes: list[tuple[str, tuple[int, ...]]] = []
-        while scanner.peek() in ("axis", "to", "from"):
+        recomputed: tuple[int, ...] = ()
+        while scanner.peek() in ("axis", "recomputed", "to", "from"):
             line = scanner.line()
             if line.accept("axis"):
                 axes.append((line.string(), _integers(line)))
+            elif line.accept("recomputed"):
+                recomputed = _ids(line)
             elif line.accept("to"):
                 consumers.append((line.name(), _integers(line)))
             else:
@@ -189,7 +196,16 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
             line.end()
         graph = read_graph(scanner)
         scanner.line().expect("}")
-        yield StageProgram(index, graph, tuple(consumers), tuple(producers), tuple(axes))
+        yield StageProgram(
+            index, graph, tuple(consumers), tuple(producers), tuple(axes), recomputed
+        )
+
+
+def _ids(line: Line) -> tuple[int, ...]:
+    try:
+        return parse_ranges(line.string())
+    except ValueError as error:
+        raise line.error(str(error)) from error
 
 
 def _read_instructions(scanner: Scanner) -> Iterator[Instruction]:

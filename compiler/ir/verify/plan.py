@@ -9,6 +9,7 @@ from ..graph import Graph, producers
 from ..plan import Plan, Prediction
 from ..replicable import replicable_nodes
 from .cluster import verify_cluster, verify_layout, verify_mesh
+from .recompute import verify_recomputed
 from .report import check, fail_node, first_repeated
 from .schedule import verify_schedule
 
@@ -47,6 +48,7 @@ def verify_plan(plan: Plan, graph: Graph | None = None) -> None:
             _verify_cover(plan, graph)
             _verify_edges(plan, graph)
     _verify_layouts(plan, graph)
+    verify_recomputed(plan.recomputed, plan.mode, graph, "plan")
     if plan.schedule is not None:
         _verify_plan_schedule(plan)
     if plan.prediction is not None:

@@ -19,6 +19,7 @@ from .exchange import (
     verify_transfers,
 )
 from .graph import verify_graph
+from .recompute import verify_recomputed
 from .registers import Registers, boundary_inputs, boundary_outputs
 from .report import check, fail_at
 from .tail import verify_tails
@@ -121,6 +122,7 @@ def _verify_column(stage_ranks: tuple[int, ...], programs: list[Program]) -> Non
             check(stage.graph.mode is program.mode, "its graph is of another mode", here)
             verify_graph(stage.graph, is_stage=True)
             verify_axes(program, stage)
+            verify_recomputed(stage.recomputed, program.mode, stage.graph, here)
             stages[stage.index] = stage
     for index, rank in enumerate(stage_ranks):
         check(index in stages, f"rank {rank} does not hold stage {index}", f"program {rank}")
