@@ -208,8 +208,8 @@ def _deferred(
     """`Sharding.deferred`: the largest table in which readers and makers of each value agree.
 
     A replicated operator on such values passes terms of a gradient on as they are, since backward
-    is linear in the gradient. It must get terms for all of its results and may for all of its
-    operands, or else terms and whole gradients would be added up.
+    is linear in the gradient. It must get terms for all of its results and pass them to nothing
+    that wants a whole gradient, or else terms and whole gradients would be added up.
     """
     returned = {output.value for output in graph.outputs if output.kind is not OutputKind.BUFFER}
     weights = sorted(computed_from_parameters(graph) - returned, reverse=True)
@@ -224,19 +224,32 @@ def _deferred(
         changed = False
         for value in weights:
             readers = [graph.nodes[number] for number in read_by[value]]
-            maker = graph.nodes[made_by[value]].inputs if value in made_by else ()
+            maker = graph.nodes[made_by[value]] if value in made_by else None
             for axis in sorted(table[value]):
-                passed = all(
-                    axis in table.get(index, ())
-                    for index in maker
-                    if graph.values[index].requires_grad
-                )
-                if not passed or not all(
-                    _leaves_terms(graph, node, value, axis, strategies, table) for node in readers
+                if not (
+                    (maker is None or _passes_terms(graph, maker, axis, strategies, table))
+                    and all(
+                        _leaves_terms(graph, node, value, axis, strategies, table)
+                        for node in readers
+                    )
                 ):
                     table[value].remove(axis)
                     changed = True
     return {graph.values[value].name: frozenset(axes) for value, axes in table.items() if axes}
+
+
+def _passes_terms(
+    graph: Graph,
+    maker: Node,
+    axis: int,
+    strategies: Mapping[str, tuple[OpStrategy, ...]],
+    table: Mapping[int, Collection[int]],
+) -> bool:
+    """Whether `maker` is replicated and all that it has a gradient for wants terms."""
+    chosen = strategies.get(maker.name)
+    return (chosen is None or chosen[axis].is_replicated) and all(
+        axis in table.get(index, ()) for index in maker.inputs if graph.values[index].requires_grad
+    )
 
 
 def _leaves_terms(
