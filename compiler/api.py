@@ -50,6 +50,7 @@ def plan_model(
     num_microbatches: int | None = None,
     num_stages: int | None = None,
     schedule: str | None = None,
+    recompute: str = "none",
     memory_limit_bytes: int | None = None,
     constraints: Mapping[str, int] | None = None,
     clip_grad_norm: float | None = None,
@@ -68,6 +69,8 @@ def plan_model(
         mode: `train` or `infer`.
         optimizer_model: what planning assumes of the optimizer; None: AdamW.
         num_microbatches, num_stages, schedule: pin a decision; None: chosen.
+        recompute: what backward computes again instead of keeping it: `none`, `full` (all within
+            each repeated block) or `selective` (what is cheap for the memory it frees).
         memory_limit_bytes: memory of every device, overriding the cluster's.
         constraints: module path pattern -> stage that must hold it.
         clip_grad_norm: clip the global gradient norm before the optimizer step.
@@ -105,6 +108,7 @@ def plan_model(
         num_stages=num_stages,
         num_microbatches=given.num_microbatches if given else num_microbatches,
         schedule=schedule,
+        recompute=recompute,
         optimizer=optimizer_model or OptimizerModel("adamw", 2.0),
         pins=tuple(sorted((constraints or {}).items())),
     )

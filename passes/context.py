@@ -30,6 +30,8 @@ class PlanOptions:
         optimizer: states that training keeps.
         pins: (module path pattern, stage): the stage must hold the modules that match.
         device_pins: (module path pattern, device index), likewise.
+        recompute: what backward computes again instead of keeping it: `none`, `full` (all within
+            each repeated block) or `selective` (what is cheap for the memory it frees).
         time_limit_seconds: deterministic time for the integer programs.
         seed: of the solver.
         tolerance: gap at which a plan counts as optimal.
@@ -42,6 +44,7 @@ class PlanOptions:
     optimizer: OptimizerModel = ADAMW
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
+    recompute: str = "none"
     time_limit_seconds: float = 4.0
     seed: int = 0
     tolerance: float = 1e-3

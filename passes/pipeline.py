@@ -13,12 +13,14 @@ from ..compiler.ir.verify import verify_plan
 from .context import Context, Pass, PlanOptions, silent
 from .microbatches import ChooseMicrobatches
 from .predict import Predict
+from .recompute import ChooseRecompute
 from .schedule import BuildSchedule
 from .stages import PartitionStages
 
 __all__ = ["PASSES", "Context", "Pass", "PlanOptions", "plan_graph", "run_passes"]
 
 PASSES: tuple[Pass, ...] = (
+    ChooseRecompute(),
     ChooseMicrobatches(),
     PartitionStages(),
     BuildSchedule(),

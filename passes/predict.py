@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from ..compiler.ir.graph import Graph, Mode
 from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction
 from ..cost_models.analysis import batch_rows
-from ..cost_models.memory import consuming_stages, memory_model, stage_memory
+from ..cost_models.memory import consuming_stages, memory_model, rerun_nodes, stage_memory
 from ..cost_models.ops import price
+from ..cost_models.recompute import with_reruns
 from .context import Context
 from .partition.problem import in_flight_microbatches
 
@@ -20,7 +21,10 @@ def predict(plan: Plan, graph: Graph) -> Prediction:
     assert plan.schedule is not None and plan.certificate is not None
     fraction = plan.batch_size / plan.num_microbatches / batch_rows(graph)
     kinds = {plan.cluster.type_of(stage.device) for stage in plan.stages}
-    costs = {kind.name: price(graph, kind, batch_fraction=fraction) for kind in kinds}
+    rerun = rerun_nodes(graph, plan.recomputed)
+    costs = {
+        kind.name: with_reruns(price(graph, kind, batch_fraction=fraction), rerun) for kind in kinds
+    }
     forward, backward = [], []
     for stage in plan.stages:
         prices = [costs[plan.cluster.devices[stage.device].type][node] for node in stage.nodes]
@@ -59,6 +63,7 @@ def _memory(plan: Plan, graph: Graph, fraction: float) -> tuple[MemoryPrediction
             device=stage.device,
             num_microbatches=plan.num_microbatches,
             consumers=consumers,
+            recomputed=plan.recomputed,
         )
         for stage in plan.stages
     )

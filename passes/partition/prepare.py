@@ -69,4 +69,5 @@ def state(plan: Plan, context: Context) -> Statement:
         memory_limit_bytes=options.memory_limit_bytes,
         pins=options.pins,
         device_pins=options.device_pins,
+        recomputed=plan.recomputed,
     )

@@ -20,6 +20,7 @@ class Statement:
         replicas: for every unit, the replicated nodes that it needs.
         batch_size: rows of a step.
         pins, device_pins: see `PlanOptions`.
+        recomputed: nodes whose results backward computes again.
     """
 
     graph: Graph
@@ -32,6 +33,7 @@ class Statement:
     memory_limit_bytes: int | None = None
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
+    recomputed: tuple[int, ...] = ()
 
 
 def unit_name(graph: Graph, nodes: tuple[int, ...]) -> str:
