@@ -31,6 +31,7 @@ from .adjoints import adjoint
 from .analysis import Storages, batch_values, find_storages, weight_like_values
 from .backward import StageSteps, stage_steps
 from .liveness import live_bytes
+from .parameters import ParameterFigures
 from .recompute import nodes_with_inputs
 
 _GLOO_MESSAGES = 8
@@ -267,6 +268,7 @@ def stage_memory(
     backend: str = "cpu",
     consumers: Mapping[int, int] | None = None,
     recomputed: Collection[int] = (),
+    parameters: Mapping[int, ParameterFigures] | None = None,
 ) -> MemoryPrediction:
     """Upper bound of the memory of a rank that runs the stage made of `nodes`.
 
@@ -282,6 +284,8 @@ def stage_memory(
         consumers: value id -> number of other stages that read it (`consuming_stages`); without
             it every sent value is taken to have one.
         recomputed: nodes whose results backward computes again.
+        parameters: value id -> figures of trained parameters; by default a gradient is as large as
+            its parameter, and states follow from that.
     """
     model = (
         graph
@@ -292,22 +296,26 @@ def stage_memory(
     steps = model.steps(chosen, consumers, recomputed)
     train = (mode or model.graph.mode) is Mode.TRAIN
     trained, held = _parameters(model, chosen, train)
-    parameters = sum(trained) + held
+    figures = [
+        (parameters or {}).get(index) or _plain_figures(size, optimizer)
+        for index, size in trained.items()
+    ]
     actions = _action_memory(steps, train)
     saved = actions.saved_bytes
     activations = saved * max(in_flight, 1) if train else 0.0
     messages = _messages(
         model, steps, chosen, in_flight=in_flight, num_microbatches=num_microbatches
     )
-    closing = optimizer_temporaries(optimizer, trained, model.backend) if train else 0.0
+    updated = [float(entry.updated_bytes) for entry in figures]
+    closing = optimizer_temporaries(optimizer, updated, model.backend) if train else 0.0
     # scalars, rows of statistics and rounding by allocators are not modelled one by one
     margin = _MARGIN * (activations + actions.peak_bytes - saved + messages) + _MARGIN_BYTES
     transient = max(actions.peak_bytes - saved, closing - activations) + margin
     return MemoryPrediction(
         device=device,
-        parameters_bytes=math.ceil(parameters),
-        gradients_bytes=math.ceil(sum(trained)),
-        optimizer_bytes=math.ceil(sum(trained) * optimizer.state_bytes_per_parameter_byte),
+        parameters_bytes=math.ceil(sum(trained.values()) + held),
+        gradients_bytes=sum(entry.gradient_bytes for entry in figures),
+        optimizer_bytes=sum(entry.state_bytes for entry in figures),
         activations_bytes=math.ceil(activations),
         transients_bytes=math.ceil(transient),
         communication_bytes=math.ceil(messages),
@@ -324,16 +332,24 @@ def consuming_stages(graph: Graph, stages: Iterable[Stage]) -> dict[int, int]:
     return dict(counts)
 
 
+def _plain_figures(size: float, optimizer: OptimizerModel) -> ParameterFigures:
+    whole = math.ceil(size)
+    states = math.ceil(size * optimizer.state_bytes_per_parameter_byte)
+    return ParameterFigures(whole, states, whole)
+
+
 def _parameters(
     model: MemoryModel, nodes: tuple[int, ...], train: bool
-) -> tuple[list[float], float]:
-    """Bytes of each parameter with a gradient, and of all other held tensors, that `nodes` read."""
+) -> tuple[dict[int, float], float]:
+    """Bytes of each parameter with a gradient, by value id, and of all other held tensors, that
+    `nodes` read."""
     read = sorted({value for node in nodes for value in model.graph.nodes[node].inputs})
-    trained, held = [], 0.0
+    trained: dict[int, float] = {}
+    held = 0.0
     for index in read:
         value = model.graph.values[index]
         if value.kind is ValueKind.PARAMETER and value.requires_grad and train:
-            trained.append(float(value.type.num_bytes))
+            trained[index] = float(value.type.num_bytes)
         elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
             held += value.type.num_bytes
     return trained, held

@@ -79,7 +79,7 @@ def full_recompute(graph: Graph) -> tuple[tuple[int, ...], ...]:
 
 
 def selective_recompute(graph: Graph) -> tuple[tuple[int, ...], ...]:
-    """Per segment, the nodes to recompute so that least is kept and only what is cheap runs again."""
+    """Per segment, the nodes to recompute so that least is kept and only cheap ones run again."""
     kept = _Kept.of(graph)
     chosen: dict[int, list[int]] = {}  # kind -> positions in its segments
     table = []

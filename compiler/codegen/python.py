@@ -17,11 +17,11 @@ import torch
 from ..ir.graph import Attribute, Graph, Node, Operand, ValueKind
 from ..ir.program import Program
 
-__all__ = ["emit_python", "stage_function_name", "stage_source"]
+__all__ = ["ROBUST", "emit_python", "stage_function_name", "stage_source"]
 
 
 # Whether a view exists depends on strides, and so on the kernels that this device has.
-_ROBUST = {
+ROBUST = {
     "aten.view.default": "aten.reshape.default",
     "aten._unsafe_view.default": "aten.reshape.default",
 }
@@ -103,7 +103,7 @@ def _call(graph: Graph, node: Node) -> str:
         head = f'rng.random_op("{node.op.name}")'
         args = ["key", str(node.random_draw), *args]
     else:
-        name = _ROBUST.get(node.op.name, node.op.name)
+        name = ROBUST.get(node.op.name, node.op.name)
         head = name if name.startswith("aten.") else f"torch.ops.{name}"
     return f"{targets} = {head}({', '.join(args)})"
 

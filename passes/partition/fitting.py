@@ -119,6 +119,7 @@ class Needs:
                 num_microbatches=self.problem.num_microbatches,
                 consumers=consumers,
                 recomputed=self.statement.recomputed,
+                parameters=self.statement.parameters,
             )
             for index in wanted
         }

@@ -84,7 +84,10 @@ def _figures(statement: Statement, num_microbatches: int) -> _Figures:
     return _Figures(
         types=types,
         costs=tuple(
-            with_reruns(price(graph, entry, batch_fraction=fraction), rerun) for entry in types
+            with_reruns(
+                price(graph, entry, batch_fraction=fraction, network=statement.network), rerun
+            )
+            for entry in types
         ),
         saved=tuple(max(node.saved_bytes for node in row) for row in zip(*profiles, strict=True)),
         transient=tuple(
@@ -194,10 +197,15 @@ def _tensor(
     trained = trained and statement.graph.mode is Mode.TRAIN
     own = value.type.num_bytes
     optimizer = statement.optimizer
-    static = own
+    static, updated, summed = own, own if trained else 0, 0.0
     if value.kind is ValueKind.INPUT:
         copies = num_microbatches if value.batch_dim is not None else 1
         static = figures.value_bytes[value.id] * copies
+    elif trained and value.id in statement.parameters:
+        part = statement.parameters[value.id]
+        static = own + part.gradient_bytes + part.state_bytes
+        updated = part.updated_bytes
+        summed = part.step_seconds + num_microbatches * part.microbatch_seconds
     elif trained:
         static = 2 * own + math.ceil(own * optimizer.state_bytes_per_parameter_byte)
     backends = {entry.backend for entry in figures.types}
@@ -207,10 +215,10 @@ def _tensor(
         users=units,
         forward_seconds=(0.0,) * len(figures.types),
         static_bytes=static,
-        update_bytes=own if foreach else 0,
-        update_peak_bytes=4 * own if trained else 0,
+        update_bytes=updated if foreach else 0,
+        update_peak_bytes=4 * updated,
         optimizer_seconds=tuple(
-            optimizer_seconds(entry, optimizer, parameter_bytes=own if trained else 0)
+            summed + optimizer_seconds(entry, optimizer, parameter_bytes=updated)
             for entry in figures.types
         ),
         reduced_bytes=own if trained and len(units) > 1 else 0,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ...compiler.ir.cluster import Cluster
 from ...compiler.ir.graph import Graph
 from ...compiler.ir.plan import OptimizerModel
+from ...cost_models.collectives import Network
+from ...cost_models.parameters import ParameterFigures
 
 __all__ = ["Statement", "unit_name"]
 
@@ -21,6 +24,9 @@ class Statement:
         batch_size: rows of a step.
         pins, device_pins: see `PlanOptions`.
         recomputed: nodes whose results backward computes again.
+        network: who meets in the collectives of a local graph.
+        parameters: figures of trained parameters by value id, where they are not those of a
+            parameter that one rank trains alone.
     """
 
     graph: Graph
@@ -34,6 +40,8 @@ class Statement:
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
     recomputed: tuple[int, ...] = ()
+    network: Network | None = None
+    parameters: Mapping[int, ParameterFigures] = field(default_factory=dict)
 
 
 def unit_name(graph: Graph, nodes: tuple[int, ...]) -> str:
