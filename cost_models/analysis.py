@@ -135,6 +135,9 @@ def find_storages(graph: Graph, nodes: Iterable[int] | None = None) -> Storages:
         if node.op.packet == "broadcast_tensors":
             for index, operand in zip(node.outputs, node.inputs, strict=False):
                 base[index], root[index] = operand, root[operand]
+        elif node.op.packet == "sum_gradient":
+            (index,), (operand,) = node.outputs, node.inputs
+            base[index], root[index], strides[index] = operand, root[operand], strides[operand]
         elif (node.op.category is Category.VIEW or node.op.packet == "unfold") and node.inputs:
             _follow_view(graph, node, base, root, strides)
         elif node.op.category is Category.ATTENTION and node.random_draw is None:

@@ -38,7 +38,9 @@ class MemoryCurve:
         states = self.gradient_bytes * optimizer.state_bytes_per_parameter_byte
         self._level = sum(held.values()) + self.gradient_bytes + states
         self._actions: dict[int, ActionMemory] = {
-            stage.index: action_memory(memory_model(stage.graph, backend=backend), None)
+            stage.index: action_memory(
+                memory_model(stage.graph, backend=backend), None, stage.recomputed
+            )
             for stage in program.stages
         }
         self._registers: dict[Register, float] = {}
