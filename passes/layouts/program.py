@@ -7,8 +7,8 @@ For choices c with options o, flows f with states m, forms w and uses u:
     d[u,w] = sum of x of the user's options that want w
     t[u,m,w] >= 0       it wants w while m is made: sum_w t = z, sum_m t = d        `_meet`
     y[f,m,w] >= t[u,m,w]  for all u: the conversion is paid once                    `_convert`
-    s[f,l] >= d[u,w]    for savers u and forms w of layout l: it is kept            `_keep`
-    b[g] >= sum_l bytes s[f,l]   for flows f of family g                            `_keep`
+    s[f,k] >= t[u,m,w]  if then tensor k is read in backward: it is kept            `_keep`
+    b[g] >= sum_k bytes s[f,k]   for flows f of family g                            `_keep`
     static + in_flight (saved + sum_g b[g]) + transient <= memory                   `_remember`
     minimise seconds of the options + conversions
 
@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .problem import Flow, LayoutProblem, Use, figures
+from .problem import Flow, LayoutProblem, figures
 
 __all__ = ["LayoutProgram", "SolvedLayouts", "Statistics", "build", "solve"]
 
@@ -69,6 +69,7 @@ class LayoutProgram:
     rows: list[tuple[Expression, float, float]] = field(default_factory=list)
     constant: float = 0.0
     options: list[list[int | None]] = field(default_factory=list)
+    kept: dict[int, list[Expression]] = field(default_factory=lambda: defaultdict(list))
 
     def variable(self, name: str, cost: float = 0.0, upper: float = 1.0) -> int:
         self.names.append(name)
@@ -97,6 +98,12 @@ class _Indicator:
     @property
     def expression(self) -> Expression:
         return dict.fromkeys(self.terms, 1.0)
+
+
+def _either(indicators: Sequence[_Indicator]) -> _Indicator:
+    """Of indicators that exclude each other, whether one holds."""
+    terms = tuple(dict.fromkeys(variable for item in indicators for variable in item.terms))
+    return _Indicator(terms, min(1.0, sum(item.constant for item in indicators)))
 
 
 def build(problem: LayoutProblem) -> LayoutProgram:
@@ -151,14 +158,26 @@ def _flow(program: LayoutProgram, flow: Flow) -> None:
     for state, made in states.items():
         _pay(program, made, flow.count * flow.made_seconds[state])
     together: dict[tuple[int, int], list[_Indicator]] = defaultdict(list)
+    costs: dict[tuple[int, int], float] = {}
+    kept: dict[int, list[_Indicator]] = defaultdict(list)
     for use in flow.uses:
         forms = _indicators(program, use.choice, use.forms)
         for form, wanted in forms.items():
             _pay(program, wanted, flow.count * use.count * flow.use_seconds[form])
-        for pair, indicator in _meet(program, flow, states, forms).items():
-            together[pair].append(indicator)
-    for (state, form), indicators in together.items():
-        _convert(program, flow.count * flow.pair_seconds[state][form], indicators)
+        wanted_by_pair: dict[tuple[int, int], list[_Indicator]] = defaultdict(list)
+        for (state, form), indicator in _meet(program, flow, states, forms).items():
+            pair = (state, flow.conversions[form])
+            wanted_by_pair[pair].append(indicator)
+            costs[pair] = flow.pair_seconds[state][form]
+            kept[flow.kept[state][form]].append(indicator)
+        for pair, indicators in wanted_by_pair.items():
+            together[pair].append(_either(indicators))
+    for pair, indicators in together.items():
+        _convert(program, flow.count * costs[pair], indicators)
+    for state, made in states.items():
+        kept[flow.own_kept[state]].append(made)
+    if program.problem.memory_bytes is not None:
+        _keep(program, flow, kept)
 
 
 def _meet(
@@ -231,44 +250,25 @@ def _remember(program: LayoutProgram) -> None:
         }
         if chosen:
             program.row({transient: 1.0, **chosen}, 0.0, math.inf)
-    for kept in _keep(program, unit):
-        total[kept] += problem.in_flight
+    for family, kept_by_flow in program.kept.items():
+        most = program.variable(f"b[{family}]", upper=math.inf)
+        for kept in kept_by_flow:
+            terms = {variable: -num_bytes / unit for variable, num_bytes in kept.items()}
+            program.row({most: 1.0, **terms}, 0.0, math.inf)
+        total[most] += problem.in_flight
     total[transient] += 1.0
     program.row(total, -math.inf, (problem.memory_bytes - fixed) / unit)
 
 
-def _keep(program: LayoutProgram, unit: float) -> list[int]:
-    """b[g]: what families keep, in units of memory."""
-    families: dict[int, int] = {}
-    for flow in program.problem.flows:
-        layouts: dict[int, tuple[int, list[_Indicator]]] = {}
-        for use in flow.uses:
-            for layout, num_bytes, indicator in _savers(program, flow, use):
-                layouts.setdefault(layout, (num_bytes, []))[1].append(indicator)
-        own = [flow.states[i] if saves else -1 for i, saves in enumerate(flow.saves)]
-        for state, indicator in _indicators(program, flow.maker, own).items():
-            if state >= 0:
-                entry = (flow.state_bytes[state], [])
-                layouts.setdefault(flow.state_layouts[state], entry)[1].append(indicator)
-        terms: Expression = defaultdict(float)
-        for num_bytes, indicators in layouts.values():
-            kept = _any(program, indicators)
-            terms[kept] -= flow.count * num_bytes / unit
-        if terms:
-            if flow.family not in families:
-                families[flow.family] = program.variable(f"b[{flow.family}]", upper=math.inf)
-            program.row({families[flow.family]: 1.0, **terms}, 0.0, math.inf)
-    return list(families.values())
-
-
-def _savers(
-    program: LayoutProgram, flow: Flow, use: Use
-) -> Iterable[tuple[int, int, _Indicator]]:
-    """(layout, bytes, indicator) of what the backward of `use` reads."""
-    read = [form if saves else -1 for form, saves in zip(use.forms, use.saves, strict=True)]
-    for form, indicator in _indicators(program, use.choice, read).items():
-        if form >= 0:
-            yield flow.form_layouts[form], flow.form_bytes[form], indicator
+def _keep(program: LayoutProgram, flow: Flow, kept: Mapping[int, Sequence[_Indicator]]) -> None:
+    """Bytes of `flow` that stay, as an expression for its family."""
+    terms: Expression = {
+        _any(program, indicators): float(flow.count * flow.tensor_bytes[number])
+        for number, indicators in kept.items()
+        if number >= 0
+    }
+    if terms:
+        program.kept[flow.family].append(terms)
 
 
 def _any(program: LayoutProgram, indicators: Sequence[_Indicator]) -> int:
