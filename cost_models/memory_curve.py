@@ -42,7 +42,9 @@ class MemoryCurve:
         self._closing = optimizer_temporaries(optimizer, self.held.updated_bytes, backend)
         self._level = float(self.held.total_bytes)
         self._actions: dict[int, ActionMemory] = {
-            stage.index: action_memory(memory_model(stage.graph, backend=backend), None)
+            stage.index: action_memory(
+                memory_model(stage.graph, backend=backend), None, stage.recomputed
+            )
             for stage in program.stages
         }
         self._registers: dict[Register, float] = {}

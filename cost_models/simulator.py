@@ -168,7 +168,7 @@ class _Run:
                 key = program.rank, stage.index
                 self.stages[key] = stage
                 self.seconds[key] = measured.get(stage.index) or stage_seconds(
-                    stage.graph, device_type
+                    stage.graph, device_type, recomputed=stage.recomputed
                 )
         self.ranks = [
             _Rank(program, MemoryCurve(program, optimizer, cluster.type_of(program.rank).backend))

@@ -7,12 +7,14 @@ node's input gradient therefore counts in W when no differentiable boundary inpu
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..compiler.ir.cluster import DeviceType
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.plan import OptimizerModel
-from .ops import price
+from .memory import memory_model
+from .ops import NodeCost, price
 
 __all__ = ["StageSeconds", "optimizer_seconds", "stage_seconds"]
 
@@ -36,13 +38,24 @@ class StageSeconds:
 
 
 def stage_seconds(
-    graph: Graph, device_type: DeviceType, *, batch_fraction: float = 1.0
+    graph: Graph,
+    device_type: DeviceType,
+    *,
+    batch_fraction: float = 1.0,
+    recomputed: Collection[int] = (),
 ) -> StageSeconds:
-    """Predicted seconds of the stage graph `graph` on `device_type`, one microbatch."""
+    """Predicted seconds of the stage graph `graph` on `device_type`, one microbatch.
+
+    Args:
+        recomputed: nodes whose results backward computes again. Weight gradients that it then
+            computes with the input gradients (see `recompute.py`) count there.
+    """
     costs = price(graph, device_type, batch_fraction=batch_fraction)
     forward = sum(cost.forward_seconds for cost in costs)
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
+    if recomputed:
+        return _recomputing(graph, costs, forward, recomputed)
     reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
     first, second = 0.0, 0.0
     for node, cost in zip(graph.nodes, costs, strict=True):
@@ -52,6 +65,30 @@ def stage_seconds(
             first += cost.backward_input_seconds
         else:
             second += cost.backward_input_seconds
+    return StageSeconds(forward, first, second)
+
+
+def _recomputing(
+    graph: Graph, costs: Sequence[NodeCost], forward: float, recomputed: Collection[int]
+) -> StageSeconds:
+    """As `stage_seconds`, by the steps in which the backward runs."""
+    model = memory_model(graph)
+    steps = model.steps(range(len(graph.nodes)), recomputed=recomputed)
+    copied = [
+        {step.node for step in part if any(s in steps.copies for s, _ in step.writes)}
+        for part in (steps.backward_input, steps.backward_weight)
+    ]
+    early = {step.node for step in steps.backward_input}
+    late = {step.node for step in steps.backward_weight}
+    first, second = 0.0, 0.0
+    for node, cost in enumerate(costs):
+        again = cost.forward_seconds
+        first += again if node in copied[0] else 0.0
+        second += again if node in copied[1] else 0.0
+        first += cost.backward_input_seconds if node in early else 0.0
+        second += cost.backward_input_seconds if node not in early else 0.0
+        first += cost.backward_weight_seconds if node not in late else 0.0
+        second += cost.backward_weight_seconds if node in late else 0.0
     return StageSeconds(forward, first, second)
 
 

@@ -101,7 +101,7 @@ def _kept(sharding: Sharding, graph: Graph) -> Iterator[GradientPart]:
     if graph.mode is not Mode.TRAIN:
         return
     for value in graph.values_of(ValueKind.PARAMETER):
-        share = division(sharding.parameters.get(value.name))
+        share = division(sharding, value)
         if value.requires_grad and share is not None and share.early:
             summed = share.axis in sharding.deferred.get(value.name, frozenset())
             axis = sharding.mesh.axes[share.axis].name

@@ -96,7 +96,7 @@ class _Copies:
         self.first_use = first_use
         self.holders = holders
         entry = sharding.parameters.get(value.name)
-        self.division: Division | None = division(entry)
+        self.division: Division | None = division(sharding, value)
         self.held: Layout = sharding.layout(value)
         self.state = entry.state if entry is not None and self.division else self.held
         self.is_offloaded = entry is not None and entry.offloaded

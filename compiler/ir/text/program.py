@@ -8,8 +8,8 @@ program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_h
   offloaded "layers.1.weight"
   stage 0 {
     axis tensor (0, 1)
-    keep "layers.1.weight" dim 0 over data summed
     recomputed "2-5"
+    keep "layers.1.weight" dim 0 over data summed
     to %h (1,)
     graph mlp.stage0 train {
       ...
@@ -217,7 +217,7 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
         axes: list[tuple[str, tuple[int, ...]]] = []
         recomputed: tuple[int, ...] = ()
         kept: list[GradientPart] = []
-        while scanner.peek() in ("axis", "keep", "recomputed", "to", "from"):
+        while scanner.peek() in ("axis", "recomputed", "keep", "to", "from"):
             line = scanner.line()
             if line.accept("axis"):
                 axes.append((line.string(), _integers(line)))
@@ -234,7 +234,13 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
         graph = read_graph(scanner)
         scanner.line().expect("}")
         yield StageProgram(
-            index, graph, tuple(consumers), tuple(producers), tuple(axes), recomputed, tuple(kept)
+            index,
+            graph,
+            tuple(consumers),
+            tuple(producers),
+            tuple(axes),
+            recomputed,
+            tuple(kept),
         )
 
 
