@@ -184,11 +184,10 @@ class RankOptimizer:
             raise UsageError(f"{spec.class_name} is no torch.optim.Optimizer")
         local = spec.restricted(parameters)
         self._kept = [i for i, (members, _) in enumerate(local.groups) if members]
-        self._host_copies = {
-            name: HostCopy(parameters[name], host)
-            for name in (offloaded if host is not None else ())
-            if name in parameters
-        }
+        self._host_copies: dict[str, HostCopy] = {}
+        if host is not None:
+            here = (name for name in offloaded if name in parameters)
+            self._host_copies = {name: HostCopy(parameters[name], host) for name in here}
         self._parameters = {
             **parameters,
             **{name: copy.parameter for name, copy in self._host_copies.items()},
