@@ -25,6 +25,8 @@ from tests.models.exact import ROWS, SHARDED_MODELS, sharded_tolerance
 from tests.sharding.choices import Layouts, flowing_layouts
 
 TOLERANCE = 1e-9  # sums over ranks are taken in another order
+# for models that compute norms in float32: AdamW would turn that noise into steps of its size
+sgd64 = Numerics(torch.float64, lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), 1.0, TOLERANCE)
 LEVELS = (1, 2, 3)
 MODELS = ("gpt2", "llama", "resnet", "unet")
 MESHES = (("data=2", 1), ("data=4", 1), ("data=2,tensor=2", 1), ("data=2", 2), ("data=2", 3))
@@ -62,15 +64,16 @@ def check(
     level: int,
     *,
     clip: float | None = None,
-    numerics: Numerics = adamw64,
+    numerics: Numerics | None = None,
 ) -> None:
+    if numerics is None:
+        numerics = sgd64 if name == "llama" else adamw64
     entry = subject(name, microbatches(mesh), clip, numerics)
     axes = Mesh.parse(mesh)
     session = InProcessSession(axes.size * stages)
     chosen = layouts(entry, mesh, level)
-    tolerance = TOLERANCE if numerics is adamw64 else numerics.tolerance
     errors = entry.errors(stages, "1f1b", session, axes, chosen)
-    limit = sharded_tolerance(name, tolerance)
+    limit = max(sharded_tolerance(name, TOLERANCE), numerics.tolerance)
     assert all(error.value <= limit for error in errors.values()), errors
 
 
