@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from ..compiler.ir.cluster import Cluster, DeviceType
 from ..compiler.ir.graph import Node
 from ..compiler.ir.mesh import Mesh
-from .links import all_gather_seconds, all_reduce_seconds, all_to_all_seconds, reduce_scatter_seconds
+from .links import (
+    all_gather_seconds,
+    all_reduce_seconds,
+    all_to_all_seconds,
+    reduce_scatter_seconds,
+)
 
 __all__ = ["Network", "collective_seconds", "mesh_network"]
 

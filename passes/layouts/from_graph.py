@@ -157,6 +157,7 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
         num_microbatches=options.num_microbatches,
         memory_bytes=options.memory_bytes,
         in_flight=options.in_flight,
+        seconds_per_byte=options.seconds_per_byte,
     )
     return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
 
@@ -209,15 +210,11 @@ def _form(work: _Work, node: Node, position: int, way: _Way) -> _Form:
     if not work.value(value).requires_grad:
         return _Form(wanted, carries=False, saves=saves)
     partial = frozenset(
-        axis
-        for axis, strategy in enumerate(strategies)
-        if strategy.has_partial_gradient(position)
+        axis for axis, strategy in enumerate(strategies) if strategy.has_partial_gradient(position)
     )
     carries = any(work.value(index).requires_grad for index in node.outputs)
     deferred = work.statement.decided.deferred.get(value, frozenset())
-    return _Form(
-        wanted, partial - deferred, way.deferred and value in work.weights, carries, saves
-    )
+    return _Form(wanted, partial - deferred, way.deferred and value in work.weights, carries, saves)
 
 
 # -- tensors that are given ------------------------------------------------------------------------
@@ -382,8 +379,7 @@ def _add_flow(
             states=tuple(states.index(state) for state in made),
             uses=tuple(uses),
             pair_seconds=tuple(
-                tuple(_pair_seconds(work, value, state, form) for form in forms)
-                for state in states
+                tuple(_pair_seconds(work, value, state, form) for form in forms) for state in states
             ),
             conversions=tuple(shared.index(form) for form in shared),
             use_seconds=tuple(

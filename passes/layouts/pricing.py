@@ -1,4 +1,4 @@
-"""What nodes and conversions cost on parts of tensors, by lowering them for one rank and pricing that.
+"""What nodes and conversions cost on parts of tensors: they are lowered for one rank and priced.
 
 So an option's seconds include every helper and collective that its rule emits, and the price of a
 decided plan is that of its local graph. The first rank counts: its parts are the largest.
@@ -111,7 +111,9 @@ class Pricer:
         transient = [entry.transient_bytes for entry in node_memory(model, steps)]
         made = {ref.id for ref in results}
         others = sum(
-            size for storage, size in steps.saved.items() if storage >= count and storage not in made
+            size
+            for storage, size in steps.saved.items()
+            if storage >= count and storage not in made
         )
         return NodeFigures(
             seconds=seconds,
@@ -192,5 +194,6 @@ class Pricer:
         costs = price(self._finish(local, ()), self.device_type, network=self.network)
         trains = self.graph.mode is Mode.TRAIN
         return sum(cost.total_seconds if trains else cost.forward_seconds for cost in costs)
+
 
 _CONVERSION = Node(0, "conversion", op_named("aten.alias.default"), (), (), (), ())

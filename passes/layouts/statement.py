@@ -21,6 +21,7 @@ class LayoutOptions:
         num_microbatches: of a step: the sum of gradients and the update are spread over them.
         in_flight: microbatches whose saved tensors are alive at once.
         memory_bytes: limit of one device; None: none.
+        seconds_per_byte: price of bytes held throughout or from forward to backward.
         optimizer: states a parameter.
         batch_axes: mesh axes over which batched inputs are split by rows and parameters are
             replicated (data parallelism).
@@ -31,6 +32,7 @@ class LayoutOptions:
     num_microbatches: int = 1
     in_flight: int = 1
     memory_bytes: int | None = None
+    seconds_per_byte: float = 0.0
     optimizer: OptimizerModel = OptimizerModel("adamw", 2.0)
     batch_axes: tuple[str, ...] = ("data",)
     boundary: Mapping[str, Placement] = field(default_factory=dict)

@@ -2,8 +2,8 @@
 
 A block is cut out as a graph of its own whose boundary values lie in a given placement, so that
 variants of one boundary placement can follow each other without conversion. For each placement the
-layout program is solved without a limit of memory and under ever tighter ones; each layout is
-then offered with nothing recomputed, with all that is no matrix product recomputed (selective
+layout program is solved for seconds alone and with rising prices of memory; each layout is then
+offered with nothing recomputed, with all that is no matrix product recomputed (selective
 activation recomputation; Korthikanti et al., 2022), and with the whole block recomputed (Chen et
 al., 2016). Variants that another one beats in seconds and every kind of bytes are left out.
 """
@@ -15,7 +15,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ...compiler.ir.cluster import Cluster
-from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.graph import Graph, Mode, Node, Output, OutputKind, Value, ValueKind
 from ...compiler.ir.mesh import Mesh, Placement, Replicate, Shard
 from ...compiler.ir.ops import Category
@@ -31,7 +30,7 @@ from .statement import LayoutOptions
 
 __all__ = ["Variant", "block_graph", "block_variants", "boundary_placements"]
 
-_LIMITS = (0.8, 0.6, 0.45)  # of the bytes that the fastest layouts need
+_PRICES = (0.2, 0.6, 2.0)  # of memory, in seconds a byte of the fastest layouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,9 @@ def block_variants(
     front = [item for item in found if not any(other.beats(item) for other in found)]
     unique = {(item.boundary, item._figures()): item for item in reversed(front)}
     return tuple(
-        sorted(unique.values(), key=lambda item: (str(item.boundary), item.seconds, item.saved_bytes))
+        sorted(
+            unique.values(), key=lambda item: (str(item.boundary), item.seconds, item.saved_bytes)
+        )
     )
 
 
@@ -99,16 +100,14 @@ def _choices(
     devices: Sequence[int],
     options: LayoutOptions,
 ) -> list[LayoutChoice]:
-    """The fastest layouts, and the fastest under limits of memory."""
-    choices = [plan_layouts(block, mesh, cluster, devices, options)]
-    first = choices[0]
-    need = first.static_bytes + options.in_flight * first.saved_bytes + first.transient_bytes
-    for share in _LIMITS:
-        limited = replace(options, memory_bytes=math.floor(share * need))
-        try:
-            choices.append(plan_layouts(block, mesh, cluster, devices, limited))
-        except InfeasibleError:
-            break
+    """The fastest layouts, and the best ones at rising prices of memory."""
+    fastest = plan_layouts(block, mesh, cluster, devices, options)
+    held = fastest.static_bytes + options.in_flight * fastest.saved_bytes
+    rate = fastest.objective / max(held, 1)
+    choices = [fastest]
+    for factor in _PRICES:
+        priced = replace(options, seconds_per_byte=factor * rate)
+        choices.append(plan_layouts(block, mesh, cluster, devices, priced))
     return choices
 
 
@@ -244,9 +243,7 @@ class _Recompute:
     sizes: tuple[float, ...]
 
     @staticmethod
-    def of(
-        part: Graph, mesh: Mesh, cluster: Cluster, devices: Sequence[int]
-    ) -> _Recompute:
+    def of(part: Graph, mesh: Mesh, cluster: Cluster, devices: Sequence[int]) -> _Recompute:
         kind = slowest_type(cluster, devices)
         costs = price(part, kind, network=mesh_network(cluster, mesh, devices))
         model = memory_model(part, backend=kind.backend)

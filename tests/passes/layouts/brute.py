@@ -41,7 +41,8 @@ def problems(draw: st.DrawFn) -> LayoutProblem:
         for _ in range(draw(st.integers(0, 2)))
     )
     memory = draw(st.none() | st.integers(20, 90))
-    return LayoutProblem(choices, flows, draw(_COUNT), memory, draw(_COUNT))
+    price = draw(st.sampled_from((0.0, 0.0, 0.5)))
+    return LayoutProblem(choices, flows, draw(_COUNT), memory, draw(_COUNT), price)
 
 
 _COUNT = st.integers(1, 3)
@@ -102,7 +103,10 @@ def _node(draw: st.DrawFn, build: GraphBuilder, live: list[Value], number: int) 
             weight = build.parameter(f"w{number}", (16, width))
             return build.op("aten.linear.default", x, weight)
         case "bias":
-            weight, bias = build.parameter(f"w{number}", (8, width)), build.parameter(f"b{number}", (8,))
+            weight, bias = (
+                build.parameter(f"w{number}", (8, width)),
+                build.parameter(f"b{number}", (8,)),
+            )
             return build.op("aten.linear.default", x, weight, bias)
         case "add":
             same = [value for value in live if value.type == x.type]

@@ -14,7 +14,6 @@ from cutset.compiler.sharding.sharding import make_sharding
 from cutset.cost_models.collectives import mesh_network
 from cutset.cost_models.ops import price
 from cutset.passes.layouts.choose import LayoutChoice, plan_layouts
-from cutset.passes.layouts.classes import node_classes
 from cutset.passes.layouts.from_graph import StatedProblem, state_layouts
 from cutset.passes.layouts.pricing import Pricer
 from cutset.passes.layouts.program import solve
@@ -34,9 +33,7 @@ def stated(graph: Graph, mesh: Mesh, machine: Cluster, options: LayoutOptions) -
     """The problem of the only axis of `mesh`."""
     network = mesh_network(machine, mesh, tuple(range(mesh.size)))
     pricer = Pricer(graph, mesh, machine.types[0], network)
-    return state_layouts(
-        LayoutStatement(graph, mesh, Decided.nothing(graph), options), pricer
-    )
+    return state_layouts(LayoutStatement(graph, mesh, Decided.nothing(graph), options), pricer)
 
 
 def local_seconds(graph: Graph, choice: LayoutChoice, machine: Cluster) -> float:
@@ -62,7 +59,9 @@ def test_choice_is_the_best_of_all(
     assume(math.prod(len(choice.options) for choice in problem.choices) <= 30_000)
     solved = solve(problem)
     assert solved is not None
-    assert solved.objective == pytest.approx(brute_force(problem), rel=1e-9 if solved.statistics.relaxation_integral else 1.1e-3)
+    assert solved.objective == pytest.approx(
+        brute_force(problem), rel=1e-9 if solved.statistics.relaxation_integral else 1.1e-3
+    )
     assert solved.lower_bound <= solved.objective
 
 
