@@ -33,6 +33,14 @@ def adjoint(context: NodeContext) -> Adjoint:
 # -- nothing is saved --------------------------------------------------------------------------
 
 
+def _collective(c: NodeContext) -> Adjoint:
+    """Operand and result are copied where parts do not lie in memory as they travel."""
+    return Adjoint(
+        gradients=c.each(temporary=c.all_bytes),
+        forward_temporary_bytes=c.all_bytes,
+    )
+
+
 def _linear_map(c: NodeContext) -> Adjoint:
     """add, sub, clone, a dtype change: gradients follow from the arriving one alone."""
     result = c.value(c.node.outputs[0]).type

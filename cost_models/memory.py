@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..compiler.ir.graph import Graph, Mode, ValueKind
@@ -31,6 +31,8 @@ from .adjoints import adjoint
 from .analysis import Storages, batch_values, find_storages, weight_like_values
 from .backward import StageSteps, stage_steps
 from .liveness import live_bytes
+from .parameters import ParameterFigures
+from .recompute import nodes_with_inputs
 
 _GLOO_MESSAGES = 8
 _MARGIN, _MARGIN_BYTES = 0.025, 1024
@@ -45,6 +47,7 @@ __all__ = [
     "memory_profile",
     "node_memory",
     "optimizer_temporaries",
+    "rerun_nodes",
     "stage_memory",
 ]
 
@@ -111,8 +114,13 @@ class MemoryModel:
     adjoints: tuple[Adjoint, ...]
     weights: frozenset[int]
 
-    def steps(self, nodes: Iterable[int], consumers: Mapping[int, int] | None = None) -> StageSteps:
-        """Kernels of the stage made of `nodes`; `consumers` as in `stage_steps`.
+    def steps(
+        self,
+        nodes: Iterable[int],
+        consumers: Mapping[int, int] | None = None,
+        recomputed: Collection[int] = (),
+    ) -> StageSteps:
+        """Kernels of the stage made of `nodes`; other arguments as in `stage_steps`.
 
         A boundary value arrives contiguous; where it is not so in the whole graph, copies differ,
         and the stage's storages and rules are derived anew.
@@ -130,6 +138,7 @@ class MemoryModel:
             storages=storages,
             sizes=self.sizes,
             consumers=consumers,
+            recomputed=recomputed,
         )
 
     def _arrives_otherwise(self, nodes: tuple[int, ...]) -> bool:
@@ -165,12 +174,28 @@ def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "c
     return MemoryModel(graph, backend, sizes, storages, adjoints, weight_like_values(graph))
 
 
+def rerun_nodes(graph: Graph, recomputed: Collection[int]) -> frozenset[int]:
+    """Those of `recomputed` whose results backward really needs again."""
+    if not recomputed:
+        return frozenset()
+    model = memory_model(graph)
+    return model.steps(range(len(graph.nodes)), recomputed=recomputed).rerun
+
+
 def memory_profile(
-    graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu"
+    graph: Graph,
+    *,
+    batch_fraction: float = 1.0,
+    backend: str = "cpu",
+    recomputed: Collection[int] = (),
 ) -> tuple[NodeMemory, ...]:
-    """Additive memory figures of every node of `graph`, in node order."""
+    """Additive memory figures of every node of `graph`, in node order.
+
+    Args:
+        recomputed: nodes whose results backward computes again.
+    """
     model = memory_model(graph, batch_fraction=batch_fraction, backend=backend)
-    return node_memory(model, model.steps(range(len(graph.nodes))))
+    return node_memory(model, model.steps(range(len(graph.nodes)), recomputed=recomputed))
 
 
 def node_memory(model: MemoryModel, steps: StageSteps) -> tuple[NodeMemory, ...]:
@@ -192,14 +217,17 @@ def node_memory(model: MemoryModel, steps: StageSteps) -> tuple[NodeMemory, ...]
 def _deferred(model: MemoryModel, steps: StageSteps) -> list[float]:
     """Per node, arriving gradients that its weight gradient reads (less what B has freed)."""
     table = [0.0] * len(model.graph.nodes)
+    backward = (*steps.backward_input, *steps.backward_weight)
     gradients = {
         storage: size
-        for step in (*steps.backward_input, *steps.backward_weight)
+        for step in backward
         for storage, size in step.writes
+        if storage not in steps.copies
     }
+    joined = nodes_with_inputs(backward, steps.copies)
     readers: set[tuple[int, int]] = set()
-    for step in (*steps.backward_input, *steps.backward_weight):
-        if not _is_weight_step(model, step.node):
+    for step in backward:
+        if not _is_weight_step(model, step.node) or step.node in joined:
             continue
         for storage in step.reads:
             if storage in gradients and (step.node, storage) not in readers:
@@ -239,6 +267,8 @@ def stage_memory(
     batch_fraction: float = 1.0,
     backend: str = "cpu",
     consumers: Mapping[int, int] | None = None,
+    recomputed: Collection[int] = (),
+    parameters: Mapping[int, ParameterFigures] | None = None,
 ) -> MemoryPrediction:
     """Upper bound of the memory of a rank that runs the stage made of `nodes`.
 
@@ -253,6 +283,9 @@ def stage_memory(
         num_microbatches: of a step: user inputs and outputs of all of them are held.
         consumers: value id -> number of other stages that read it (`consuming_stages`); without
             it every sent value is taken to have one.
+        recomputed: nodes whose results backward computes again.
+        parameters: value id -> figures of trained parameters; by default a gradient is as large as
+            its parameter, and states follow from that.
     """
     model = (
         graph
@@ -260,25 +293,29 @@ def stage_memory(
         else memory_model(graph, batch_fraction=batch_fraction, backend=backend)
     )
     chosen = tuple(sorted(nodes))
-    steps = model.steps(chosen, consumers)
+    steps = model.steps(chosen, consumers, recomputed)
     train = (mode or model.graph.mode) is Mode.TRAIN
     trained, held = _parameters(model, chosen, train)
-    parameters = sum(trained) + held
+    figures = [
+        (parameters or {}).get(index) or _plain_figures(size, optimizer)
+        for index, size in trained.items()
+    ]
     actions = _action_memory(steps, train)
     saved = actions.saved_bytes
     activations = saved * max(in_flight, 1) if train else 0.0
     messages = _messages(
         model, steps, chosen, in_flight=in_flight, num_microbatches=num_microbatches
     )
-    closing = optimizer_temporaries(optimizer, trained, model.backend) if train else 0.0
+    updated = [float(entry.updated_bytes) for entry in figures]
+    closing = optimizer_temporaries(optimizer, updated, model.backend) if train else 0.0
     # scalars, rows of statistics and rounding by allocators are not modelled one by one
     margin = _MARGIN * (activations + actions.peak_bytes - saved + messages) + _MARGIN_BYTES
     transient = max(actions.peak_bytes - saved, closing - activations) + margin
     return MemoryPrediction(
         device=device,
-        parameters_bytes=math.ceil(parameters),
-        gradients_bytes=math.ceil(sum(trained)),
-        optimizer_bytes=math.ceil(sum(trained) * optimizer.state_bytes_per_parameter_byte),
+        parameters_bytes=math.ceil(sum(trained.values()) + held),
+        gradients_bytes=sum(entry.gradient_bytes for entry in figures),
+        optimizer_bytes=sum(entry.state_bytes for entry in figures),
         activations_bytes=math.ceil(activations),
         transients_bytes=math.ceil(transient),
         communication_bytes=math.ceil(messages),
@@ -295,25 +332,39 @@ def consuming_stages(graph: Graph, stages: Iterable[Stage]) -> dict[int, int]:
     return dict(counts)
 
 
+def _plain_figures(size: float, optimizer: OptimizerModel) -> ParameterFigures:
+    whole = math.ceil(size)
+    states = math.ceil(size * optimizer.state_bytes_per_parameter_byte)
+    return ParameterFigures(whole, states, whole)
+
+
 def _parameters(
     model: MemoryModel, nodes: tuple[int, ...], train: bool
-) -> tuple[list[float], float]:
-    """Bytes of each parameter with a gradient, and of all other held tensors, that `nodes` read."""
+) -> tuple[dict[int, float], float]:
+    """Bytes of each parameter with a gradient, by value id, and of all other held tensors, that
+    `nodes` read."""
     read = sorted({value for node in nodes for value in model.graph.nodes[node].inputs})
-    trained, held = [], 0.0
+    trained: dict[int, float] = {}
+    held = 0.0
     for index in read:
         value = model.graph.values[index]
         if value.kind is ValueKind.PARAMETER and value.requires_grad and train:
-            trained.append(float(value.type.num_bytes))
+            trained[index] = float(value.type.num_bytes)
         elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
             held += value.type.num_bytes
     return trained, held
 
 
-def action_memory(model: MemoryModel, nodes: Iterable[int] | None) -> ActionMemory:
-    """Memory of each action of the stage made of `nodes` (None: all nodes of the graph)."""
+def action_memory(
+    model: MemoryModel, nodes: Iterable[int] | None, recomputed: Collection[int] = ()
+) -> ActionMemory:
+    """Memory of each action of the stage made of `nodes` (None: all nodes of the graph).
+
+    Backward computes the results of `recomputed` nodes again.
+    """
     chosen = range(len(model.graph.nodes)) if nodes is None else nodes
-    return _action_memory(model.steps(chosen), model.graph.mode is Mode.TRAIN)
+    steps = model.steps(chosen, recomputed=recomputed)
+    return _action_memory(steps, model.graph.mode is Mode.TRAIN)
 
 
 def _action_memory(steps: StageSteps, train: bool) -> ActionMemory:

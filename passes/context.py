@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..compiler.ir.graph import Graph
+from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import OptimizerModel, Plan
+from ..cost_models.collectives import Network
+from ..cost_models.parameters import ParameterFigures
 
 __all__ = ["Context", "Pass", "PlanOptions", "silent"]
 
@@ -30,6 +33,11 @@ class PlanOptions:
         optimizer: states that training keeps.
         pins: (module path pattern, stage): the stage must hold the modules that match.
         device_pins: (module path pattern, device index), likewise.
+        recompute: what backward computes again instead of keeping it: `none`, `full` (all within
+            each repeated block) or `selective` (what is cheap for the memory it frees).
+        mesh: axes and sizes, in the order of ranks; None: searched if nothing else says how many
+            stages there are.
+        zero: level of ZeRO over the data axis; None: the least that fits.
         time_limit_seconds: deterministic time for the integer programs.
         seed: of the solver.
         tolerance: gap at which a plan counts as optimal.
@@ -42,6 +50,9 @@ class PlanOptions:
     optimizer: OptimizerModel = ADAMW
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
+    recompute: str = "none"
+    mesh: Mesh | None = None
+    zero: int | None = None
     time_limit_seconds: float = 4.0
     seed: int = 0
     tolerance: float = 1e-3
@@ -49,11 +60,19 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The graph that is planned for, the user's options and where to report progress."""
+    """The graph that is planned for, the user's options and where to report progress.
+
+    Args:
+        graph: of the whole model; for the pipeline of one column of a mesh, its local graph.
+        network: who meets in the collectives of a local graph.
+        parameters: figures of its trained parameters, by value id.
+    """
 
     graph: Graph
     options: PlanOptions
     progress: Callable[[str], None] = silent
+    network: Network | None = None
+    parameters: Mapping[int, ParameterFigures] = field(default_factory=dict)
 
 
 class Pass(Protocol):

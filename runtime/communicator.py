@@ -63,7 +63,7 @@ class Split:
 
     def parts(self, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views of all parts."""
-        return whole.split(self.sizes, self.dim)
+        return tuple(whole.split(self.sizes, self.dim))
 
     def shape(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
         """`shape` with `size` elements in the dim."""

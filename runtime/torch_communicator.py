@@ -300,7 +300,10 @@ class TorchCommunicator:
         takes = backend == "nccl" or (backend == "gloo" and self._device.type == "cpu")
         if not takes or list(ranks) != sorted(ranks):
             return None
-        return str((dist.group.WORLD if group is None else group).group_name)
+        if group is None:
+            group = dist.group.WORLD
+        assert group is not None
+        return str(group.group_name)
 
     def abort(self) -> None:
         """Break all connections, so that ranks that wait for this one fail at once.

@@ -27,6 +27,8 @@ from .service import serve
 __all__ = ["main"]
 
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
 
 
 class _Nursery:
@@ -105,6 +107,7 @@ def _run_worker(channel_fd: int, output_fd: int, inherited: list[int], nursery: 
         os.dup2(output_fd, 2)
         os.close(output_fd)
         _die_with_parent(nursery)
+        _keep_freed_memory()
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         serve(Channel(socket.socket(fileno=channel_fd)))
         code = 0
@@ -122,6 +125,18 @@ def _die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _keep_freed_memory() -> None:
+    """Has malloc keep what a step frees for the next step (glibc).
+
+    It would give the pages back at the end of every step, and fault them in again, zeroed by the
+    kernel, in the first microbatches of the next.
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def main(arguments: list[str] | None = None) -> None:

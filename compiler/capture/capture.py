@@ -16,6 +16,7 @@ from .gradients import refuse_hooks
 from .lower import lower
 from .masks import simplify_masks
 from .quiet import without_trace_log
+from .rows import keep_rows
 from .signature import InputSignature, LossFunction, OutputSignature, num_targets
 
 __all__ = ["Captured", "capture"]
@@ -92,7 +93,7 @@ def capture(
     name = type(model).__name__
     lowered = lower(exported, model, inputs, mode=mode, name=name)
     captured = Captured(
-        graph=simplify_masks(lowered.graph),
+        graph=keep_rows(simplify_masks(lowered.graph)),
         tensors=lowered.tensors,
         inputs=inputs,
         outputs=exported.outputs,

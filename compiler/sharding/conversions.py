@@ -61,15 +61,17 @@ def _convert_axis(
             return local.shard(ref, name, new, like)
         case Replicate(), Partial("sum"):
             return local.as_partial(ref, name, like)
+        case Shard(old), Partial("sum"):
+            return local.pad_part(ref, name, old, shape[old], like)
         case old, new:
             assert old == new, f"no conversion from {old} to {new}"
             return ref
 
 
 def can_convert(made: Placement, wanted: Placement) -> bool:
-    """Whether there is a conversion: parts do not become terms, nor does a maximum."""
+    """Whether there is a conversion: only sums are made of what is no term yet."""
     if isinstance(wanted, Partial):
-        return made == wanted or (isinstance(made, Replicate) and wanted.reduction == "sum")
+        return made == wanted or (not isinstance(made, Partial) and wanted.reduction == "sum")
     if isinstance(made, Partial) and isinstance(wanted, Shard):
         return made.reduction == "sum"
     return True

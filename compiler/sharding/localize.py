@@ -30,10 +30,18 @@ class LocalPart:
         graph: with local types; values keep their names.
         shards: which parts of the tensors that are not computed it holds, for those it does not
             hold whole.
+        origins: by local node, the node of the whole graph that it is for; a conversion is for the
+            first node that wants it.
+        lasts: by node of the whole graph, the local node that ends its computation; None if the
+            local operands already are its results.
+        conversions: local nodes that bring a value from one layout to another.
     """
 
     graph: Graph
     shards: tuple[TensorShard, ...]
+    origins: tuple[int, ...]
+    lasts: tuple[int | None, ...]
+    conversions: frozenset[int]
 
 
 def localize(graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]) -> LocalPart:
@@ -52,7 +60,13 @@ def localize(graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]) -> L
         inputs=tuple(work.refs[value].id for value in graph.inputs),
         outputs=outputs,
     )
-    return LocalPart(local, tuple(work.shards))
+    return LocalPart(
+        local,
+        tuple(work.shards),
+        tuple(work.origins),
+        tuple(work.lasts),
+        frozenset(work.conversions),
+    )
 
 
 class _Localizer:
@@ -69,6 +83,9 @@ class _Localizer:
         self.refs: dict[int, Ref] = {}  # global value -> local one, in the layout it is made in
         self.shards: list[TensorShard] = []
         self.held: dict[str, Layout] = {}  # by every name of a buffer
+        self.origins: list[int] = []
+        self.lasts: list[int | None] = []
+        self.conversions: set[int] = set()
         self._made: dict[tuple[int, Layout, frozenset[int]], Ref] = {}
 
     def add_given(self) -> None:
@@ -96,28 +113,22 @@ class _Localizer:
 
     def add_node(self, node: Node) -> None:
         strategies = self.sharding.node_strategies(node)
-        if strategies is None:
-            whole = self.sharding.replicated
-            inputs = [self._read(node, value, whole, frozenset()) for value in node.inputs]
-            layouts = (whole,) * len(node.inputs), (whole,) * len(node.outputs)
-        else:
+        whole = self.sharding.replicated
+        layouts = (whole,) * len(node.inputs), (whole,) * len(node.outputs)
+        if strategies is not None:
             layouts = (
                 _stacked([strategy.inputs for strategy in strategies]),
                 _stacked([strategy.outputs for strategy in strategies]),
             )
-            inputs = [
-                self._read(
-                    node,
-                    value,
-                    layouts[0][position],
-                    frozenset(
-                        axis
-                        for axis, strategy in enumerate(strategies)
-                        if strategy.has_partial_gradient(position)
-                    ),
-                )
-                for position, value in enumerate(node.inputs)
-            ]
+        inputs = [
+            self._read(
+                node,
+                value,
+                layouts[0][position],
+                self.sharding.axes_of_terms(self.graph, node, position),
+            )
+            for position, value in enumerate(node.inputs)
+        ]
         lowering = Lowering(
             view=OpView(self.graph, node),
             local=self.local,
@@ -126,9 +137,17 @@ class _Localizer:
             output_layouts=layouts[1],
         )
         rule = rule_of(node)
+        before = len(self.local.nodes)
         results = lowering.same() if strategies is None or rule is None else rule.lower(lowering)
         for value, ref in zip(node.outputs, results, strict=True):
             self.refs[value] = ref
+        count = len(self.local.nodes)
+        self.lasts.append(count - 1 if count > before else None)
+        self._note_origin(node)
+
+    def _note_origin(self, node: Node) -> None:
+        """What was emitted since the last call is for `node`."""
+        self.origins += [node.id] * (len(self.local.nodes) - len(self.origins))
 
     def add_output(self, output: Output) -> Output:
         value = self.graph.values[output.value]
@@ -137,7 +156,9 @@ class _Localizer:
             wanted = self.sharding.layout(value)
         elif output.kind is OutputKind.BUFFER:
             wanted = self.held.get(output.target, wanted)
-        ref = self._read(self._maker(value), output.value, wanted, frozenset())
+        maker = self._maker(value)
+        ref = self._read(maker, output.value, wanted, frozenset())
+        self._note_origin(maker)
         return Output(output.kind, ref.id, output.target, output.batch_dim)
 
     def _maker(self, value: Value) -> Node:
@@ -154,6 +175,7 @@ class _Localizer:
         made = self.sharding.layout(source)
         key = (value, wanted, partial - deferred)
         if key not in self._made:
+            before = len(self.local.nodes)
             self._made[key] = convert(
                 self.local,
                 self.refs[value],
@@ -163,6 +185,7 @@ class _Localizer:
                 partial=partial - deferred,
                 like=node,
             )
+            self.conversions.update(range(before, len(self.local.nodes)))
         return self._made[key]
 
 

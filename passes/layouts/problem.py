@@ -113,7 +113,7 @@ class LayoutProblem:
     flows: tuple[Flow, ...]
     num_microbatches: int = 1
     memory_bytes: int | None = None
-    in_flight: int = 1
+    in_flight: float = 1.0
     seconds_per_byte: float = 0.0
 
     @property
@@ -141,7 +141,8 @@ class Figures:
         return seconds + problem.seconds_per_byte * held
 
     def need_bytes(self, problem: LayoutProblem) -> int:
-        return self.static_bytes + problem.in_flight * self.saved_bytes + self.transient_bytes
+        saved = math.ceil(problem.in_flight * self.saved_bytes)
+        return self.static_bytes + saved + self.transient_bytes
 
     def is_legal(self, problem: LayoutProblem) -> bool:
         """Whether all conversions exist and the memory suffices."""

@@ -14,8 +14,9 @@ For choices c with options o, flows f with states m, forms w and uses u:
 
 The marginals `t` make the relaxation that of the local polytope: exact on trees of flows
 (Wainwright and Jordan, 2008), and integral on the graphs of models without a limit of memory, so
-the linear program is solved first and integers are asked for only if it is fractional. Marginals are left out where one side has one
-member, conversions where one use has all of it or they are free.
+the linear program is solved first and integers are asked for only if it is fractional. Marginals
+are left out where one side has one member, conversions where one use has all of it or they are
+free.
 """
 
 from __future__ import annotations

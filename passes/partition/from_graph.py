@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Mode, OutputKind, Value, ValueKind, users
 from ...cost_models.analysis import batch_rows, batch_values
-from ...cost_models.memory import memory_profile
+from ...cost_models.memory import memory_profile, rerun_nodes
 from ...cost_models.ops import NodeCost, price
+from ...cost_models.recompute import with_reruns
 from ...cost_models.stages import optimizer_seconds
 from .devices import class_links, device_classes, slowest_link, used_types
 from .pins import class_pins, stage_pins
@@ -73,13 +74,21 @@ def _figures(statement: Statement, num_microbatches: int) -> _Figures:
     fraction = statement.batch_size / num_microbatches / batch_rows(graph)
     types = used_types(statement.cluster)
     profiles = [
-        memory_profile(graph, batch_fraction=fraction, backend=backend)
+        memory_profile(
+            graph, batch_fraction=fraction, backend=backend, recomputed=statement.recomputed
+        )
         for backend in sorted({entry.backend for entry in types})
     ]
     batched = batch_values(graph)
+    rerun = rerun_nodes(graph, statement.recomputed)
     return _Figures(
         types=types,
-        costs=tuple(price(graph, entry, batch_fraction=fraction) for entry in types),
+        costs=tuple(
+            with_reruns(
+                price(graph, entry, batch_fraction=fraction, network=statement.network), rerun
+            )
+            for entry in types
+        ),
         saved=tuple(max(node.saved_bytes for node in row) for row in zip(*profiles, strict=True)),
         transient=tuple(
             max(node.transient_bytes for node in row) for row in zip(*profiles, strict=True)
@@ -188,10 +197,15 @@ def _tensor(
     trained = trained and statement.graph.mode is Mode.TRAIN
     own = value.type.num_bytes
     optimizer = statement.optimizer
-    static = own
+    static, updated, summed = own, own if trained else 0, 0.0
     if value.kind is ValueKind.INPUT:
         copies = num_microbatches if value.batch_dim is not None else 1
         static = figures.value_bytes[value.id] * copies
+    elif trained and value.id in statement.parameters:
+        part = statement.parameters[value.id]
+        static = own + part.gradient_bytes + part.state_bytes
+        updated = part.updated_bytes
+        summed = part.step_seconds + num_microbatches * part.microbatch_seconds
     elif trained:
         static = 2 * own + math.ceil(own * optimizer.state_bytes_per_parameter_byte)
     backends = {entry.backend for entry in figures.types}
@@ -201,10 +215,10 @@ def _tensor(
         users=units,
         forward_seconds=(0.0,) * len(figures.types),
         static_bytes=static,
-        update_bytes=own if foreach else 0,
-        update_peak_bytes=4 * own if trained else 0,
+        update_bytes=updated if foreach else 0,
+        update_peak_bytes=4 * updated,
         optimizer_seconds=tuple(
-            optimizer_seconds(entry, optimizer, parameter_bytes=own if trained else 0)
+            summed + optimizer_seconds(entry, optimizer, parameter_bytes=updated)
             for entry in figures.types
         ),
         reduced_bytes=own if trained and len(units) > 1 else 0,

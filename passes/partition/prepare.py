@@ -48,7 +48,7 @@ def state(plan: Plan, context: Context) -> Statement:
     """What `state_problem` needs, at any number of microbatches."""
     graph, options = context.graph, context.options
     replicated = replicated_nodes(graph)
-    costs = price(graph, plan.cluster.types[0])
+    costs = price(graph, plan.cluster.types[0], network=context.network)
     most = options.num_stages or len(plan.cluster.devices)
     fine = min(_FEW_UNITS, _UNITS_TIMES_STAGES // most)
     how = Coarsening(
@@ -69,4 +69,7 @@ def state(plan: Plan, context: Context) -> Statement:
         memory_limit_bytes=options.memory_limit_bytes,
         pins=options.pins,
         device_pins=options.device_pins,
+        recomputed=plan.recomputed,
+        network=context.network,
+        parameters=context.parameters,
     )

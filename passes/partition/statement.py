@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ...compiler.ir.cluster import Cluster
 from ...compiler.ir.graph import Graph
 from ...compiler.ir.plan import OptimizerModel
+from ...cost_models.collectives import Network
+from ...cost_models.parameters import ParameterFigures
 
 __all__ = ["Statement", "unit_name"]
 
@@ -20,6 +23,10 @@ class Statement:
         replicas: for every unit, the replicated nodes that it needs.
         batch_size: rows of a step.
         pins, device_pins: see `PlanOptions`.
+        recomputed: nodes whose results backward computes again.
+        network: who meets in the collectives of a local graph.
+        parameters: figures of trained parameters by value id, where they are not those of a
+            parameter that one rank trains alone.
     """
 
     graph: Graph
@@ -32,6 +39,9 @@ class Statement:
     memory_limit_bytes: int | None = None
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
+    recomputed: tuple[int, ...] = ()
+    network: Network | None = None
+    parameters: Mapping[int, ParameterFigures] = field(default_factory=dict)
 
 
 def unit_name(graph: Graph, nodes: tuple[int, ...]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 import signal
 import sys
 import time
@@ -10,10 +12,14 @@ from typing import Any
 
 import torch
 
+from cutset.compiler.codegen.python import stage_source
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.program import Program
 from cutset.compiler.ir.types import TensorType
+from cutset.runtime.collective_ops import StageCollectives
 from cutset.runtime.communicator import Communicator, Split
+from cutset.runtime.kernels import trace_inference
+from tests.ir.builders import GraphBuilder
 
 TOKEN = TensorType((2,), torch.float32)
 
@@ -39,6 +45,22 @@ class FakeRank:
 
     def threads(self) -> tuple[int, str]:
         return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+
+    def page_faults(self) -> list[int]:
+        """Pages that each of three equal passes, which free what they use, takes of the kernel."""
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+        libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
+        counts = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            blocks = [libc.malloc(1 << 20) for _ in range(64)]
+            for block in blocks:
+                ctypes.memset(block, 1, 1 << 20)
+            for block in blocks:
+                libc.free(block)
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return counts
 
     def ring(self) -> list[float]:
         """Passes the own rank on to the right, and sums what all have got from the left."""
@@ -141,6 +163,32 @@ class FakeRank:
         assert got is not None and torch.equal(got, columns.parts(whole)[index])
         reduced = end.all_reduce(own.clone(), ranks, "sum", label="reduce")
         assert torch.equal(reduced, torch.stack(wholes).sum(0).to(whole.dtype))
+
+    def functional_parts(self, ranks: tuple[int, ...]) -> None:
+        """A stage of collectives over uneven parts gives the same with functional ones."""
+        index, count = ranks.index(self.rank), len(ranks)
+        sizes, size = tuple(range(1, count + 1)), count * (count + 1) // 2
+        build = GraphBuilder("parts")
+        x = build.input("x", (sizes[index], size))
+        y = build.op("cutset.all_to_all.default", x, "t", 0, sizes, 1, sizes, index)
+        y = build.op("cutset.all_gather.default", y, "t", 1, sizes, index, False)
+        y = build.op("cutset.reduce_scatter.default", y, "t", 1, sizes, index)
+        y = build.op("cutset.all_gather.default", y, "t", 1, sizes, index, False)
+        y = build.op("cutset.reduce_scatter.default", y, "t", 0, sizes, index)
+        y = build.op("cutset.all_gather.default", y, "t", 0, sizes, index, False)
+        build.output(build.op("cutset.all_reduce.default", y, "t", "max"))
+        graph = build.build()
+        namespace: dict[str, Any] = {"torch": torch}
+        exec(stage_source(0, graph), namespace)
+        bound = StageCollectives(self.communicator, {"t": ranks}, 0)
+        kernels = trace_inference(namespace["stage_0"], graph, self.device, bound)
+        module, reason = bound.functional(kernels.modules["forward"])
+        assert reason == ""
+        whole = torch.arange(float(size * size)).view(size, size)
+        part = whole.split(sizes)[index]
+        expected = whole * count**2
+        for result in (kernels.forward([torch.tensor(0), part]), module(torch.tensor(0), part)):
+            assert torch.equal(result[0], expected)
 
     def await_nothing(self, seconds: float) -> None:
         """Rank 1 waits for a message that nobody sends."""

@@ -61,6 +61,10 @@ class TestCalls:
         threads = min(share, int(os.environ.get("OMP_NUM_THREADS", share)))
         assert session.call("threads") == [(threads, str(threads))] * 2
 
+    def test_memory_of_a_step_stays_for_the_next(self, session: LocalSession) -> None:
+        for *_, last in session.call("page_faults"):
+            assert last < 100  # of 16384 pages in use
+
 
 class TestCommunication:
     def test_messages_and_reductions(self, pool: WorkerPool) -> None:

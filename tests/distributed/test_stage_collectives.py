@@ -16,12 +16,17 @@ FAKE = "tests.distributed.fakes:FakeRank"
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "int16", "complex64"])
 def test_parts_of_any_size_and_dtype(pool: WorkerPool, dtype: str) -> None:
     groups = [
-        program(rank, AllReduce("w", (0, 2))) if rank != 1 else program(1) for rank in range(3)
+        program(rank, AllReduce(("w",), (0, 2))) if rank != 1 else program(1) for rank in range(3)
     ]
     session = pool.session(3, FAKE)
     session.call("prepare", [{"program": item} for item in groups])
     for ranks in ((0, 1, 2), (0, 2), (2, 0)):
         assert session.call("parts", {"ranks": ranks, "dtype": dtype}) == [None] * 3
+
+
+def test_functional_collectives_take_parts_of_any_size(pool: WorkerPool) -> None:
+    session = pool.session(3, FAKE)
+    assert session.call("functional_parts", {"ranks": (0, 1, 2)}) == [None] * 3
 
 
 def test_stages_that_meet_inside_are_exact(pool: WorkerPool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import nn
 
 from cutset.compiler.batch import signature_of, take_rows
 from cutset.compiler.capture import Captured, capture
-from cutset.compiler.ir.graph import Mode
-from cutset.compiler.ir.plan import OptimizerModel
+from cutset.compiler.ir.graph import Graph, Mode
+from cutset.compiler.ir.mesh import Mesh, MeshAxis
+from cutset.compiler.ir.plan import OptimizerModel, Plan
 from cutset.compiler.measure import MeasuredRun, measure_training
 from cutset.compiler.parallel import Parallel, RunOptions
 from cutset.compiler.planned import PlannedModel, build_programs
@@ -22,9 +23,19 @@ from cutset.cost_models import parse_devices
 from cutset.passes.context import PlanOptions
 from cutset.passes.pipeline import plan_graph
 from cutset.runtime.session import Session
-from tests.models.exact import ROWS, ExactModel
+from tests.models.exact import ROWS, ExactModel, sharded_tolerance
+from tests.sharding.choices import Layouts, flowing_layouts, random_layouts
 
-__all__ = ["Numerics", "Subject", "adamw64", "sgd32"]
+__all__ = [
+    "Numerics",
+    "Subject",
+    "adamw64",
+    "in_stage",
+    "layouts_over",
+    "sgd32",
+    "sharded_tolerance_of",
+    "spread",
+]
 
 STEPS = 3
 SEED = 5
@@ -91,8 +102,14 @@ class Subject:
             )
         return self._reference
 
-    def planned(self, num_stages: int, schedule: str) -> PlannedModel:
-        """A plan with so many stages."""
+    def planned(
+        self,
+        num_stages: int,
+        schedule: str,
+        mesh: Mesh | None = None,
+        layouts: Layouts | None = None,
+    ) -> PlannedModel:
+        """A plan with so many stages, with `layouts` over the in-stage `mesh`."""
         plan = plan_graph(
             self.captured.graph,
             parse_devices(f"cpu:{num_stages}"),
@@ -104,6 +121,8 @@ class Subject:
                 optimizer=OptimizerModel("test", self.numerics.state_ratio),
             ),
         )
+        if mesh is not None and layouts is not None:
+            plan = spread(plan, mesh, layouts)
         programs = build_programs(self.captured, plan, self.clip)
         return PlannedModel(
             model=self.model,
@@ -116,7 +135,14 @@ class Subject:
             training=True,
         )
 
-    def run(self, num_stages: int, schedule: str, session: Session) -> MeasuredRun:
+    def run(
+        self,
+        num_stages: int,
+        schedule: str,
+        session: Session,
+        mesh: Mesh | None = None,
+        layouts: Layouts | None = None,
+    ) -> MeasuredRun:
         """Train under a plan with so many stages on `session`."""
         options = RunOptions(
             loss_fn=self.loss_fn,
@@ -126,16 +152,79 @@ class Subject:
             clip_grad_norm=self.clip,
             timeout_seconds=60.0,
         )
-        parallel = Parallel(self.planned(num_stages, schedule), options, session)
+        planned = self.planned(num_stages, schedule, mesh, layouts)
+        parallel = Parallel(planned, options, session)
         assert len(parallel.plan.stages) == num_stages
         return measure_training(
             parallel, self.args, self.kwargs, loss_fn=self.loss_fn, steps=STEPS, compare=True
         )
 
-    def errors(self, num_stages: int, schedule: str, session: Session) -> dict[str, WorstError]:
+    def errors(
+        self,
+        num_stages: int,
+        schedule: str,
+        session: Session,
+        mesh: Mesh | None = None,
+        layouts: Layouts | None = None,
+    ) -> dict[str, WorstError]:
         """Worst relative error by kind of tensor."""
-        measured = self.run(num_stages, schedule, session)
+        measured = self.run(num_stages, schedule, session, mesh, layouts)
         return relative_errors(measured.run, self.reference)
+
+    def sharded_errors(
+        self,
+        mesh: Mesh,
+        session: Session,
+        *,
+        seed: int | None = None,
+        schedule: str = "1f1b",
+    ) -> dict[str, WorstError]:
+        """`errors` over a mesh whose axis `pipeline`, if it has one, gives the stages; under random
+        layouts, or flowing ones if there is no seed."""
+        inner = in_stage(mesh)
+        layouts = layouts_over(self.captured.graph, inner, seed)
+        return self.errors(mesh.axis("pipeline").size, schedule, session, inner, layouts)
+
+
+def sharded_tolerance_of(name: str, numerics: Numerics) -> float:
+    """How exact training of one of `SHARDED_MODELS` is over a mesh.
+
+    A bias in front of BatchNorm has a gradient that is zero but for rounding, and Adam divides it
+    by its own size; with sums over ranks in another order that is rounding of another size.
+    """
+    if name in ("resnet", "unet") and numerics.dtype is torch.float64:
+        return 1e-9
+    return sharded_tolerance(name, numerics.tolerance)
+
+
+def in_stage(mesh: Mesh) -> Mesh:
+    """`mesh` without its axis `pipeline`, whose size is the number of stages."""
+    return Mesh(tuple(axis for axis in mesh.axes if axis.name != "pipeline"))
+
+
+def layouts_over(graph: Graph, mesh: Mesh, seed: int | None) -> Layouts:
+    """Random layouts over an in-stage mesh, or flowing ones if there is no seed."""
+    return flowing_layouts(graph, mesh) if seed is None else random_layouts(graph, mesh, seed)
+
+
+def spread(plan: Plan, mesh: Mesh, layouts: Layouts) -> Plan:
+    """A pipeline plan with every stage on `mesh` instead of one device."""
+    count, size = len(plan.stages), mesh.size
+    stages = tuple(
+        replace(stage, devices=tuple(column * count + stage.index for column in range(size)))
+        for stage in plan.stages
+    )
+    return replace(
+        plan,
+        cluster=parse_devices(f"cpu:{count * size}"),
+        mesh=Mesh((*mesh.axes, MeshAxis("pipeline", count))),
+        stages=stages,
+        layouts=layouts.values,
+        parameter_layouts=layouts.parameters,
+        node_layouts=layouts.nodes,
+        prediction=None,
+        certificate=None,
+    )
 
 
 def _cast(item: Any, dtype: torch.dtype) -> Any:

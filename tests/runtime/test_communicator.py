@@ -6,15 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from cutset.compiler.ir.errors import VerificationError, WaitTimeout
+from cutset.compiler.ir.errors import CutsetError, VerificationError, WaitTimeout
 from cutset.compiler.ir.graph import Mode
 from cutset.compiler.ir.program import AllReduce, Instruction, Program, Recv, Register, Send
 from cutset.compiler.ir.types import TensorType
+from cutset.runtime.communicator import PeerLost
 from cutset.runtime.contract import Contract, agree
 from cutset.runtime.local_communicator import LocalNetwork
 
 HIDDEN = TensorType((2, 4), torch.float32)
-TIED = AllReduce("wte.weight", (0, 1))
+TIED = AllReduce(("wte.weight",), (0, 1))
 
 
 def program(rank: int, *instructions: Instruction, plan_hash: str = "abc") -> Program:
@@ -81,12 +82,12 @@ class TestContract:
         )
 
     def test_order_of_collectives(self) -> None:
-        other = AllReduce("ln.weight", (0, 1))
+        other = AllReduce(("ln.weight",), (0, 1))
         assert "number 0" in contradiction(program(0, TIED, other), program(1, other, TIED))
         assert "missing" in contradiction(program(0, TIED), program(1))
 
     def test_collectives_of_others_do_not_matter(self) -> None:
-        elsewhere = AllReduce("x", (0, 2))
+        elsewhere = AllReduce(("x",), (0, 2))
         agree(Contract.of(program(0, elsewhere), "cpu"), [Contract.of(program(1), "cpu")])
 
 
@@ -194,3 +195,32 @@ class TestInThreads:
         with ThreadPoolExecutor(3) as threads:
             results = list(threads.map(body, range(3)))
         assert results == [(1.0, 2.0, 2.0), (1.0, 1.0, 2.0), (1.0, 2.0, 2.0)]
+
+    def test_ranks_that_wait_for_each_other(self) -> None:
+        network = LocalNetwork(2)
+        network.start_threads(2)
+
+        def body(rank: int) -> str:
+            try:
+                network.communicator(rank).recv(HIDDEN, 1 - rank, 5, label="value %h").wait()
+            except CutsetError as error:
+                return f"{type(error).__name__}: {error.cause}"
+            finally:
+                network.end_thread("")
+            return ""
+
+        with ThreadPoolExecutor(2) as threads:
+            causes = sorted(threads.map(body, range(2)))
+        assert causes[0].startswith("PeerLost: no rank can go on, which value %h")
+        assert causes[1].startswith("VerificationError: no rank can go on; they wait for value %h")
+
+    def test_rank_that_ends_early(self) -> None:
+        """Who waits for it hears of it, and not after the time-out."""
+        network = LocalNetwork(2)
+        network.start_threads(2)
+        pending = network.communicator(0).recv(HIDDEN, 1, 5, label="value %h")
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(pending.wait)
+            network.end_thread("rank 1 failed")
+            with pytest.raises(PeerLost, match="rank 1 failed, which value %h"):
+                waiting.result()

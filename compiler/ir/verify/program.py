@@ -11,6 +11,7 @@ from __future__ import annotations
 from ..graph import Mode, OutputKind, Value, ValueKind
 from ..program import Free, Program, Recv, Register, StageProgram
 from .actions import verify_actions
+from .axes import verify_axes
 from .exchange import (
     verify_collectives,
     verify_no_deadlock,
@@ -18,6 +19,7 @@ from .exchange import (
     verify_transfers,
 )
 from .graph import verify_graph
+from .recompute import verify_recomputed
 from .registers import Registers, boundary_inputs, boundary_outputs
 from .report import check, fail_at
 from .tail import verify_tails
@@ -88,10 +90,10 @@ def _verify_stages(programs: tuple[Program, ...]) -> None:
             check(other == stage_ranks, told, f"rank {rank}")
     for stage_ranks, members in columns.items():
         _verify_column(stage_ranks, members)
-    _verify_axes(programs)
+    _verify_groups(programs)
 
 
-def _verify_axes(programs: tuple[Program, ...]) -> None:
+def _verify_groups(programs: tuple[Program, ...]) -> None:
     """The ranks along an axis agree that they are, and hold the same stage."""
     groups = {
         (program.rank, stage.index): dict(stage.axes)
@@ -119,6 +121,8 @@ def _verify_column(stage_ranks: tuple[int, ...], programs: list[Program]) -> Non
             check(stage.index not in stages, "the rank holds the stage twice", here)
             check(stage.graph.mode is program.mode, "its graph is of another mode", here)
             verify_graph(stage.graph, is_stage=True)
+            verify_axes(program, stage)
+            verify_recomputed(stage.recomputed, program.mode, stage.graph, here)
             stages[stage.index] = stage
     for index, rank in enumerate(stage_ranks):
         check(index in stages, f"rank {rank} does not hold stage {index}", f"program {rank}")
@@ -190,13 +194,14 @@ def _verify_boundaries(stages: dict[int, StageProgram]) -> None:
 def held_bytes(program: Program) -> int:
     """Bytes of the parameters, buffers, constants and (training) gradients that a rank holds; a
     tensor that several of its stages use counts once."""
-    held: dict[str, int] = {}
-    for stage in program.stages:
-        for value in stage.graph.values:
-            if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
-                copies = 2 if value.requires_grad and program.mode is Mode.TRAIN else 1
-                held[value.origin or value.name] = copies * value.type.num_bytes
-    return sum(held.values())
+    held = {
+        value.origin or value.name: value.type.num_bytes
+        for stage in program.stages
+        for value in stage.graph.values
+        if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
+    }
+    gradients = program.gradient_types().values()
+    return sum(held.values()) + sum(type.num_bytes for type in gradients)
 
 
 def _verify_memory(program: Program, registers: Registers, static: int) -> None:

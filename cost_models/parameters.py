@@ -1,0 +1,79 @@
+"""What a trained parameter takes on one rank: bytes of gradient and states, seconds of sums.
+
+Under a layout of each (`ParameterLayout`), on an axis over which gradients are terms of a sum:
+
+* states whole: one all-reduce a step;
+* states in parts (ZeRO-1): a reduce-scatter of gradients and an all-gather of parameters a step;
+* gradients in parts (ZeRO-2): a reduce-scatter a microbatch, an all-gather a step.
+
+Parameters held in parts (ZeRO-3) are gathered by nodes of the local graph, which are priced there.
+Sums travel in buckets, so latency is counted once a bucket and not once a parameter. (Rajbhandari
+et al., ZeRO, 2020.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..compiler.ir.mesh import Layout, Mesh, Partial, Shard, local_type
+from ..compiler.ir.plan import OptimizerModel, ParameterLayout
+from ..compiler.ir.types import TensorType
+from .collectives import Network
+
+__all__ = ["ParameterFigures", "parameter_figures"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterFigures:
+    """One trained parameter on one rank.
+
+    Args:
+        gradient_bytes: of its accumulated gradient.
+        state_bytes: of the optimizer's states.
+        updated_bytes: of the part that the rank updates.
+        step_seconds: of summing gradients and gathering parameters, once a step.
+        microbatch_seconds: of summing gradients, once a microbatch.
+    """
+
+    gradient_bytes: int
+    state_bytes: int
+    updated_bytes: int
+    step_seconds: float = 0.0
+    microbatch_seconds: float = 0.0
+
+
+def parameter_figures(
+    type: TensorType,
+    layout: ParameterLayout,
+    mesh: Mesh,
+    network: Network,
+    optimizer: OptimizerModel,
+) -> ParameterFigures:
+    """Figures of a parameter of the whole `type` on the first rank, whose parts are the largest."""
+    first = (0,) * len(mesh.axes)
+
+    def size(wanted: Layout) -> int:
+        return local_type(type, wanted, mesh, first).num_bytes  # a term is as large as the sum
+
+    held, updated = size(layout.held), size(layout.state)
+    step = microbatch = 0.0
+    for number, axis in enumerate(mesh.axes):
+        if isinstance(layout.held.placements[number], Shard) or axis.size == 1:
+            continue
+        gradient, state = layout.gradient.placements[number], layout.state.placements[number]
+        half = network.sum_bytes_seconds(axis.name, held) / 2  # scatter or gather
+        if isinstance(gradient, Shard):
+            microbatch += half
+            step += half
+        elif isinstance(gradient, Partial):
+            step += 2 * half
+        assert isinstance(state, Shard) or not isinstance(gradient, Shard)
+    ratio = optimizer.state_bytes_per_parameter_byte
+    return ParameterFigures(
+        gradient_bytes=size(layout.gradient),
+        state_bytes=math.ceil(updated * ratio),
+        updated_bytes=updated,
+        step_seconds=step,
+        microbatch_seconds=microbatch,
+    )

@@ -1,0 +1,213 @@
+"""A pipeline over an in-stage mesh, seen from one column: the local graph, one device a stage.
+
+All columns run the same pipeline, so it is planned once: on the local graph of the first rank,
+whose parts are the largest, and a cluster in which each stage's devices are one. Stages found there
+are those of the nodes that end each computation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..compiler.ir.cluster import Cluster
+from ..compiler.ir.graph import Graph, Mode, ValueKind, producers, users
+from ..compiler.ir.mesh import Mesh
+from ..compiler.ir.plan import PIPELINE, ParameterLayout, Plan, Stage
+from ..compiler.sharding.localize import LocalPart, localize
+from ..compiler.sharding.recompute import recomputed_locally
+from ..compiler.sharding.sharding import Sharding
+from ..cost_models.collectives import Network, mesh_network
+from ..cost_models.links import all_reduce_seconds
+from ..cost_models.parameters import ParameterFigures, parameter_figures
+from .context import Context
+from .replicate import needed_replicas, replicated_nodes
+
+__all__ = ["Column", "column_of", "parameters_of", "stage_devices"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The first column of a plan's mesh.
+
+    Args:
+        plan: for the local graph on one device a stage.
+        context: with the local graph.
+        groups: the devices of each stage.
+        part: the local graph with its origins; None if nothing is sharded.
+    """
+
+    plan: Plan
+    context: Context
+    groups: tuple[tuple[int, ...], ...]
+    part: LocalPart | None = None
+    sharding: Sharding | None = None
+
+    def spread(self, stages: tuple[Stage, ...], graph: Graph) -> tuple[Stage, ...]:
+        """Stages of the whole graph on all devices, from those of the column."""
+        if self.part is None:
+            return stages
+        home = _homes(graph, self.part, stages)
+        replicated = replicated_nodes(graph)
+        groups: list[set[int]] = [set() for _ in stages]
+        for node, stage in home.items():
+            if node not in replicated:
+                groups[stage].add(node)
+        for group in groups:
+            group.update(needed_replicas(graph, replicated, group))
+        placed = set().union(*groups)
+        groups[-1].update(node.id for node in graph.nodes if node.id not in placed)
+        return tuple(
+            Stage(stage.index, self.groups[stage.device], tuple(sorted(nodes)))
+            for stage, nodes in zip(stages, groups, strict=True)
+        )
+
+    def narrow(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        """The local nodes of each stage of the whole graph, on the column's devices."""
+        if self.part is None:
+            return stages
+        device = {group: index for index, group in enumerate(self.groups)}
+        return tuple(
+            Stage(stage.index, (device[stage.devices],), _local_nodes(self.part, set(stage.nodes)))
+            for stage in stages
+        )
+
+
+def _homes(graph: Graph, part: LocalPart, stages: tuple[Stage, ...]) -> dict[int, int]:
+    """Stage of every node: of the local node that ends it, else of what it is computed from."""
+    local: dict[int, int] = {}
+    for stage in reversed(stages):
+        local.update(dict.fromkeys(stage.nodes, stage.index))
+    made_by, read_by = producers(graph), users(graph)
+    home: dict[int, int] = {}
+    for node in graph.nodes:
+        last = part.lasts[node.id]
+        if last is not None and last in local:
+            home[node.id] = local[last]
+            continue
+        sources = [home[made_by[value]] for value in node.inputs if made_by.get(value) in home]
+        if sources:
+            home[node.id] = max(sources)
+    for node in reversed(graph.nodes):
+        if node.id not in home:
+            later = [
+                home[user] for value in node.outputs for user in read_by[value] if user in home
+            ]
+            home[node.id] = min(later, default=len(stages) - 1)
+    return home
+
+
+def _local_nodes(part: LocalPart, nodes: set[int]) -> tuple[int, ...]:
+    """Local nodes of a stage: a stage makes all conversions that it reads."""
+    made_by = producers(part.graph)
+    chosen: set[int] = set()
+    for number in reversed(range(len(part.graph.nodes))):
+        if part.origins[number] in nodes and number not in part.conversions:
+            chosen.add(number)
+        if number in chosen:
+            sources = (made_by.get(value) for value in part.graph.nodes[number].inputs)
+            chosen.update(item for item in sources if item is not None and item in part.conversions)
+    return tuple(sorted(chosen))
+
+
+def column_of(plan: Plan, context: Context) -> Column:
+    """The first column of `plan`, whose mesh and layouts are decided."""
+    if plan.stage_mesh.size == 1:
+        pinned = context.options.mesh
+        if pinned is not None:
+            options = replace(context.options, num_stages=pinned.axis(PIPELINE).size)
+            context = replace(context, options=options)
+        return Column(plan, context, ())
+    groups = stage_devices(plan.mesh)
+    sharding = Sharding.of(plan, context.graph)
+    part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
+    network = slowest_network(plan.cluster, plan.stage_mesh, groups)
+    local_plan = replace(
+        plan,
+        cluster=_stage_cluster(plan.cluster, groups),
+        batch_size=plan.batch_size // _row_parts(context.graph, part.graph),
+        mesh=Mesh(()),
+        layouts=(),
+        parameter_layouts=(),
+        node_layouts=(),
+        recomputed=recomputed_locally(part, plan.recomputed),
+    )
+    local_context = replace(
+        context,
+        graph=part.graph,
+        options=replace(
+            context.options, num_stages=len(groups), num_microbatches=plan.num_microbatches or None
+        ),
+        network=network,
+    )
+    column = Column(local_plan, local_context, groups, part, sharding)
+    parameters = parameters_of(plan, context.graph, column)
+    return replace(column, context=replace(local_context, parameters=parameters))
+
+
+def stage_devices(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+    """Devices of each stage, in the order of the in-stage axes, when ranks follow `mesh`."""
+    inner = [axis for axis in mesh.axes if axis.name != PIPELINE]
+    number = {
+        place: device
+        for device, place in enumerate(itertools.product(*(range(a.size) for a in mesh.axes)))
+    }
+    names = [axis.name for axis in mesh.axes]
+    table = []
+    for stage in range(mesh.axis(PIPELINE).size):
+        devices = []
+        for place in itertools.product(*(range(axis.size) for axis in inner)):
+            known = {axis.name: index for axis, index in zip(inner, place, strict=True)}
+            devices.append(number[tuple(known.get(name, stage) for name in names)])
+        table.append(tuple(devices))
+    return tuple(table)
+
+
+def slowest_network(cluster: Cluster, mesh: Mesh, groups: Iterable[tuple[int, ...]]) -> Network:
+    """For each axis the slowest group of any stage."""
+    networks = [mesh_network(cluster, mesh, group) for group in groups]
+    chosen = []
+    for axis in mesh.axes:
+        found = (network.group(axis.name) for network in networks)
+        chosen.append((axis.name, max(found, key=lambda g: all_reduce_seconds(cluster, g, 1e6))))
+    return Network(cluster, tuple(chosen))
+
+
+def _stage_cluster(cluster: Cluster, groups: tuple[tuple[int, ...], ...]) -> Cluster:
+    """One device a stage: that of the first column."""
+    devices = tuple(
+        replace(cluster.devices[group[0]], index=index) for index, group in enumerate(groups)
+    )
+    return replace(cluster, devices=devices)
+
+
+def _row_parts(graph: Graph, local: Graph) -> int:
+    """Into how many parts the mesh splits the rows of a microbatch."""
+    for whole, part in zip(graph.inputs, local.inputs, strict=True):
+        dim = graph.values[whole].batch_dim
+        if dim is not None:
+            return graph.values[whole].type.shape[dim] // local.values[part].type.shape[dim]
+    return 1
+
+
+def parameters_of(plan: Plan, graph: Graph, column: Column) -> Mapping[int, ParameterFigures]:
+    """Figures of the trained parameters of `column`, by value of its local graph, if gradients and
+    states lie as `plan` says."""
+    network, sharding = column.context.network, column.sharding
+    if graph.mode is not Mode.TRAIN or network is None or sharding is None:
+        return {}
+    whole = graph.by_name()
+    layouts = {entry.value: entry for entry in plan.parameter_layouts}
+    table = {}
+    for value in column.context.graph.values_of(ValueKind.PARAMETER):
+        if value.requires_grad:
+            source = whole[value.name]
+            held = sharding.layout(source)
+            layout = layouts.get(value.name) or ParameterLayout(
+                value.name, held, sharding.gradient_layout(source), held
+            )
+            table[value.id] = parameter_figures(
+                source.type, layout, sharding.mesh, network, plan.optimizer
+            )
+    return table
