@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from ...compiler.ir.cluster import Cluster
 from ...compiler.ir.graph import Graph, Mode, Node, Output, OutputKind, Value, ValueKind
 from ...compiler.ir.mesh import Mesh, Placement, Replicate, Shard
-from ...compiler.ir.ops import Category
 from ...compiler.sharding.localize import localize
+from ...compiler.sharding.recompute import recomputed_locally
 from ...compiler.sharding.sharding import make_sharding
 from ...compiler.sharding.strategy import can_shard
 from ...cost_models.collectives import mesh_network
 from ...cost_models.flops import is_product
-from ...cost_models.memory import memory_model
+from ...cost_models.memory import action_memory, memory_model
 from ...cost_models.ops import price
 from .choose import LayoutChoice, plan_layouts, slowest_type
 from .statement import LayoutOptions
@@ -35,7 +35,10 @@ _PRICES = (0.2, 0.6, 2.0)  # of memory, in seconds a byte of the fastest layouts
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to run a block; see `LayoutChoice` for the figures.
+    """One way to run a block.
+
+    Saved and transient bytes are those of the local graph by liveness; for the other figures see
+    `LayoutChoice`.
 
     Args:
         boundary: placement of the boundary values over the last mesh axis.
@@ -203,79 +206,30 @@ def _recomputing(
     sharding = make_sharding(
         block, choice.mesh, choice.node_layouts, choice.layouts, choice.parameter_layouts
     )
-    part = localize(block, sharding, (0,) * len(choice.mesh.axes)).graph
-    recompute = _Recompute.of(part, choice.mesh, cluster, devices)
-    whole_ids = dict(zip((node.name for node in block.nodes), sorted(nodes), strict=True))
-    sets = [set[int](), {node.id for node in part.nodes if _is_cheap(node)}, None]
+    part = localize(block, sharding, (0,) * len(choice.mesh.axes))
+    kind = slowest_type(cluster, devices)
+    costs = price(part.graph, kind, network=mesh_network(cluster, choice.mesh, devices))
+    model = memory_model(part.graph, backend=kind.backend)
+    whole = sorted(nodes)
+    sets: list[tuple[int, ...]] = [()]
+    if block.mode is Mode.TRAIN:
+        cheap = (node.id for node in block.nodes if not is_product(node))
+        sets += [tuple(cheap), tuple(node.id for node in block.nodes)]
     variants = []
-    for chosen in sets if part.mode is Mode.TRAIN else sets[:1]:
-        again = {node.id for node in part.nodes} if chosen is None else chosen
-        seconds, saved, dropped = recompute.figures(again)
-        names = {part.nodes[node].name for node in again}
+    for chosen in dict.fromkeys(sets):
+        again = recomputed_locally(part, chosen)
+        steps = model.steps(range(len(part.graph.nodes)), recomputed=again)
+        memory = action_memory(model, None, again)
         variants.append(
             Variant(
                 boundary=boundary,
-                recomputed=tuple(sorted(i for name, i in whole_ids.items() if name in names)),
-                seconds=choice.seconds + seconds,
+                recomputed=tuple(whole[node] for node in chosen),
+                seconds=choice.seconds + sum(costs[node].forward_seconds for node in steps.rerun),
                 step_seconds=choice.step_seconds,
                 static_bytes=choice.static_bytes,
-                saved_bytes=saved,
-                transient_bytes=choice.transient_bytes + dropped,
+                saved_bytes=math.ceil(memory.saved_bytes),
+                transient_bytes=math.ceil(memory.peak_bytes - memory.saved_bytes),
                 choice=choice,
             )
         )
     return variants
-
-
-def _is_cheap(node: Node) -> bool:
-    return not is_product(node) and node.op.category is not Category.COLLECTIVE
-
-
-@dataclass(frozen=True, slots=True)
-class _Recompute:
-    """A rank's local graph of a block, with forward seconds and saved storages."""
-
-    part: Graph
-    forward_seconds: tuple[float, ...]
-    saved: dict[int, float]  # storage -> bytes
-    maker: dict[int, int]  # storage -> node
-    root: tuple[int, ...]
-    sizes: tuple[float, ...]
-
-    @staticmethod
-    def of(part: Graph, mesh: Mesh, cluster: Cluster, devices: Sequence[int]) -> _Recompute:
-        kind = slowest_type(cluster, devices)
-        costs = price(part, kind, network=mesh_network(cluster, mesh, devices))
-        model = memory_model(part, backend=kind.backend)
-        steps = model.steps(range(len(part.nodes)))
-        return _Recompute(
-            part=part,
-            forward_seconds=tuple(cost.forward_seconds for cost in costs),
-            saved=steps.saved,
-            maker={storage: step.node for step in steps.forward for storage, _ in step.writes},
-            root=model.storages.root,
-            sizes=model.sizes,
-        )
-
-    def figures(self, again: Collection[int]) -> tuple[float, int, int]:
-        """(extra seconds, saved bytes, bytes that come back for backward) if the nodes `again` are
-        recomputed as far as their results are missing."""
-        dropped = {s: size for s, size in self.saved.items() if self.maker.get(s) in again}
-        kept = {s: size for s, size in self.saved.items() if s not in dropped}
-        wanted, needed = set(dropped), set[int]()
-        for node in reversed(self.part.nodes):
-            writes = {s for s, maker in self.maker.items() if maker == node.id}
-            passes_on = {self.root[value] for value in node.outputs} & wanted
-            if node.id not in again or not (writes | passes_on) & wanted:
-                continue
-            needed.add(node.id)
-            wanted.update(self.root[value] for value in node.inputs)
-        for storage in wanted - set(dropped):
-            if self.maker.get(storage) not in again and self._is_activation(storage):
-                kept.setdefault(storage, self.sizes[storage])
-        seconds = sum(self.forward_seconds[node] for node in needed)
-        return seconds, math.ceil(sum(kept.values())), math.ceil(sum(dropped.values()))
-
-    def _is_activation(self, storage: int) -> bool:
-        kinds = (ValueKind.RESULT, ValueKind.BOUNDARY)
-        return storage < len(self.part.values) and self.part.values[storage].kind in kinds
