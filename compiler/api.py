@@ -54,6 +54,7 @@ def plan_model(
     schedule: str | None = None,
     mesh: str | Mesh | None = None,
     zero: int | None = None,
+    recompute: str = "none",
     memory_limit_bytes: int | None = None,
     constraints: Mapping[str, int] | None = None,
     clip_grad_norm: float | None = None,
@@ -75,6 +76,8 @@ def plan_model(
         mesh: pin the mesh, as `data=2,pipeline=2,tensor=2`; None: chosen, unless stages are fixed
             by `num_stages` or `constraints`, which leave one device a stage.
         zero: level of ZeRO over the data axis (0 to 3); None: the least that fits.
+        recompute: what backward computes again instead of keeping it: `none`, `full` (all within
+            each repeated block) or `selective` (what is cheap for the memory it frees).
         memory_limit_bytes: memory of every device, overriding the cluster's.
         constraints: module path pattern -> stage that must hold it.
         clip_grad_norm: clip the global gradient norm before the optimizer step.
@@ -112,6 +115,7 @@ def plan_model(
         num_stages=num_stages,
         num_microbatches=given.num_microbatches if given else num_microbatches,
         schedule=schedule,
+        recompute=recompute,
         optimizer=optimizer_model or OptimizerModel("adamw", 2.0),
         pins=tuple(sorted((constraints or {}).items())),
         mesh=_mesh(mesh),

@@ -16,6 +16,7 @@ from ..compiler.ir.graph import Graph, Mode, ValueKind, producers, users
 from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import PIPELINE, ParameterLayout, Plan, Stage
 from ..compiler.sharding.localize import LocalPart, localize
+from ..compiler.sharding.recompute import recomputed_locally
 from ..compiler.sharding.sharding import Sharding
 from ..cost_models.collectives import Network, mesh_network
 from ..cost_models.links import all_reduce_seconds
@@ -130,7 +131,7 @@ def column_of(plan: Plan, context: Context) -> Column:
         layouts=(),
         parameter_layouts=(),
         node_layouts=(),
-        recomputed=(),
+        recomputed=recomputed_locally(part, plan.recomputed),
     )
     local_context = replace(
         context,

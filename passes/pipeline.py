@@ -14,12 +14,14 @@ from .context import Context, Pass, PlanOptions, silent
 from .mesh import ChooseMesh
 from .microbatches import ChooseMicrobatches
 from .predict import Predict
+from .recompute import ChooseRecompute
 from .schedule import BuildSchedule
 from .stages import PartitionStages
 
 __all__ = ["PASSES", "Context", "Pass", "PlanOptions", "plan_graph", "run_passes"]
 
 PASSES: tuple[Pass, ...] = (
+    ChooseRecompute(),
     ChooseMesh(),
     ChooseMicrobatches(),
     PartitionStages(),

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from ..compiler.ir.graph import Mode
 from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction, Stage
 from ..cost_models.analysis import batch_rows
-from ..cost_models.memory import consuming_stages, memory_model, stage_memory
+from ..cost_models.memory import consuming_stages, memory_model, rerun_nodes, stage_memory
 from ..cost_models.ops import price
+from ..cost_models.recompute import with_reruns
 from .columns import Column, column_of
 from .context import Context
 from .partition.problem import in_flight_microbatches
@@ -24,8 +25,10 @@ def predict(plan: Plan, context: Context) -> Prediction:
     stages = column.narrow(plan.stages)
     fraction = column.plan.batch_size / plan.num_microbatches / batch_rows(graph)
     kinds = {cluster.type_of(stage.device) for stage in stages}
+    rerun = rerun_nodes(graph, column.plan.recomputed)
+    network = column.context.network
     costs = {
-        kind.name: price(graph, kind, batch_fraction=fraction, network=column.context.network)
+        kind.name: with_reruns(price(graph, kind, batch_fraction=fraction, network=network), rerun)
         for kind in kinds
     }
     forward, backward = [], []
@@ -70,6 +73,7 @@ def _memory(
             mode=plan.mode,
             num_microbatches=plan.num_microbatches,
             consumers=consumers,
+            recomputed=column.plan.recomputed,
             parameters=column.context.parameters,
         )
         table += [replace(need, device=device) for device in whole.devices]
