@@ -10,12 +10,13 @@ For choices c with options o, flows f with states m, forms w and uses u:
     s[f,k] >= t[u,m,w]  if then tensor k is read in backward: it is kept            `_keep`
     b[g] >= sum_k bytes s[f,k]   for flows f of family g                            `_keep`
     static + in_flight (saved + sum_g b[g]) + transient <= memory                   `_remember`
-    minimise seconds of the options + conversions
+    minimise seconds of the options + conversions + price of the bytes held
 
-The marginals `t` make the relaxation that of the local polytope: exact on trees of flows (Wainwright
-and Jordan, 2008), and integral on the graphs of models, so the linear program is solved first and
-integers are asked for only if it is fractional. Marginals are left out where one side has one
-member, conversions where one use has all of it or they are free.
+The marginals `t` make the relaxation that of the local polytope: exact on trees of flows
+(Wainwright and Jordan, 2008), and integral on the graphs of models without a limit of memory, so
+the linear program is solved first and integers are asked for only if it is fractional. Marginals
+are left out where one side has one member, conversions where one use has all of it or they are
+free.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def build(problem: LayoutProblem) -> LayoutProgram:
     _choose(program)
     for flow in problem.flows:
         _flow(program, flow)
-    if problem.memory_bytes is not None:
+    if problem.counts_bytes:
         _remember(program)
     return program
 
@@ -178,7 +179,7 @@ def _flow(program: LayoutProgram, flow: Flow) -> None:
         _convert(program, flow.count * costs[pair], indicators)
     for state, made in states.items():
         kept[flow.own_kept[state]].append(made)
-    if program.problem.memory_bytes is not None:
+    if program.problem.counts_bytes:
         _keep(program, flow, kept)
 
 
@@ -231,35 +232,52 @@ def _convert(program: LayoutProgram, cost: float, indicators: Sequence[_Indicato
 
 
 def _remember(program: LayoutProgram) -> None:
+    """Price and limit of memory."""
     problem = program.problem
-    assert problem.memory_bytes is not None
-    unit = float(max(problem.memory_bytes, 1))
+    unit = float(max(problem.memory_bytes or 1 << 30, 1))
+    total, fixed = _held(program, unit)
+    program.constant += problem.seconds_per_byte * unit * fixed
+    for variable, coefficient in total.items():
+        program.cost[variable] += problem.seconds_per_byte * unit * coefficient
+    if problem.memory_bytes is not None:
+        total[_transient(program, unit)] += 1.0
+        program.row(total, -math.inf, problem.memory_bytes / unit - fixed)
+
+
+def _held(program: LayoutProgram, unit: float) -> tuple[Expression, float]:
+    """Static and saved bytes in units: what depends on choices, what does not."""
+    problem = program.problem
     total: Expression = defaultdict(float)
     fixed = 0.0
-    transient = program.variable("transient", upper=math.inf)
     for choice, variables in zip(problem.choices, program.options, strict=True):
         for option, variable in zip(choice.options, variables, strict=True):
             held = choice.count * (option.static_bytes + problem.in_flight * option.saved_bytes)
             if variable is None:
-                fixed += held
-                program.row({transient: 1.0}, option.transient_bytes / unit, math.inf)
+                fixed += held / unit
             else:
                 total[variable] += held / unit
-        chosen = {
-            variable: -option.transient_bytes / unit
-            for option, variable in zip(choice.options, variables, strict=True)
-            if variable is not None
-        }
-        if chosen:
-            program.row({transient: 1.0, **chosen}, 0.0, math.inf)
     for family, kept_by_flow in program.kept.items():
         most = program.variable(f"b[{family}]", upper=math.inf)
         for kept in kept_by_flow:
             terms = {variable: -num_bytes / unit for variable, num_bytes in kept.items()}
             program.row({most: 1.0, **terms}, 0.0, math.inf)
         total[most] += problem.in_flight
-    total[transient] += 1.0
-    program.row(total, -math.inf, (problem.memory_bytes - fixed) / unit)
+    return total, fixed
+
+
+def _transient(program: LayoutProgram, unit: float) -> int:
+    """Variable that is at least every transient, in units."""
+    transient = program.variable("transient", upper=math.inf)
+    for choice, variables in zip(program.problem.choices, program.options, strict=True):
+        terms: Expression = {transient: 1.0}
+        low = 0.0
+        for option, variable in zip(choice.options, variables, strict=True):
+            if variable is None:
+                low = option.transient_bytes / unit
+            else:
+                terms[variable] = -option.transient_bytes / unit
+        program.row(terms, low, math.inf)
+    return transient
 
 
 def _keep(program: LayoutProgram, flow: Flow, kept: Mapping[int, Sequence[_Indicator]]) -> None:
