@@ -22,16 +22,15 @@ from ..passes.schedule import build_schedule
 from ..passes.transfer import transfer, transfer_layouts
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
 from ..runtime.optimizer import (
-    OptimizerSpec,
     current_hyperparameters,
     describe_optimizer,
-    updates_elementwise,
 )
 from ..runtime.parts import updated_parts
 from ..runtime.session import LocalSession, Session
 from .batch import Call, batch_size, contiguous, divisors, signature_of, take_rows
 from .capture import Captured, capture
 from .codegen.python import emit_python
+from .elementwise import check_elementwise, first_part
 from .ir.cluster import Cluster
 from .ir.errors import CaptureError, UsageError
 from .ir.fingerprint import fingerprint
@@ -102,7 +101,9 @@ class Parallel:
         self._options = options
         self._names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self._spec = describe_optimizer(self.optimizer, self._names)
-        _check_divided(self._spec, planned.programs)
+        in_parts = first_part(planned.programs)
+        if in_parts is not None:
+            check_elementwise(self.optimizer, in_parts)
         self._planned = planned
         self._variants: dict[str, Variant] = {}
         self._flags = _Flags(model)
@@ -678,28 +679,6 @@ def _tensors_of(program: Program, *kinds: ValueKind) -> list[str]:
 
 def _parameters(variant: Variant) -> Iterator[Any]:
     return iter(variant.captured.graph.values_of(ValueKind.PARAMETER))
-
-
-def _check_divided(spec: OptimizerSpec, programs: tuple[Program, ...]) -> None:
-    """Refuse an optimizer that cannot update parts of parameters if ranks have such parts."""
-    divided = sorted(
-        {
-            shard.name
-            for program in programs
-            for shard in (*program.shards, *program.updates)
-            if shard.name in program.trained()
-        }
-    )
-    if divided and not updates_elementwise(spec):
-        raise UsageError(
-            f"{spec.class_name} needs all of a parameter for its update, but the plan divides some "
-            f"among ranks, such as {divided[0]!r}",
-            where="optimizer",
-            ways_out=(
-                "use an optimizer that updates each element by itself, such as AdamW or SGD",
-                "plan without tensor parallelism and ZeRO",
-            ),
-        )
 
 
 class _Flags:
