@@ -17,10 +17,8 @@ from cutset.compiler.ir.program import AllGather, Instruction, OptimizerStep, Pr
 from cutset.compiler.ir.text import parse_program, print_instruction, print_program
 from cutset.compiler.ir.verify import verify_plan, verify_programs
 from cutset.compiler.ir.verify.program import held_bytes
-from cutset.compiler.sharding.sharding import make_sharding
-from cutset.compiler.sharding.zero import zero_layouts
 from tests.ir.pipelines import cluster, make_plan, skip_graph
-from tests.sharding.choices import flowing_layouts
+from tests.sharding.choices import zero_layouts_of
 
 Programs = tuple[Program, ...]
 TIED = "blocks.0.weight"  # on all ranks: in stages 0 (ranks 0 and 2) and 1 (ranks 1 and 3)
@@ -31,17 +29,16 @@ GRAPH = skip_graph()
 def zero_plan(level: int) -> Plan:
     """Two stages over two ranks of a data axis each."""
     mesh = Mesh.parse("data=2")
-    flowing = flowing_layouts(GRAPH, mesh)
-    sharding = make_sharding(GRAPH, mesh, flowing.nodes, flowing.values, flowing.parameters)
+    layouts = zero_layouts_of(GRAPH, mesh, level)
     plan = make_plan(GRAPH, 2, 2)
     return replace(
         plan,
         cluster=cluster(4),
         mesh=Mesh((*mesh.axes, MeshAxis("pipeline", 2))),
         stages=tuple(replace(s, devices=(s.index, s.index + 2)) for s in plan.stages),
-        layouts=flowing.values,
-        node_layouts=flowing.nodes,
-        parameter_layouts=zero_layouts(GRAPH, sharding, "data", level),
+        layouts=layouts.values,
+        node_layouts=layouts.nodes,
+        parameter_layouts=layouts.parameters,
         prediction=None,
     )
 
