@@ -138,17 +138,23 @@ class _Search:
         self.layouts: dict[tuple[str, int], LayoutChoice | None] = {}
         self.columns: dict[object, Column] = {}
         self.statements: dict[object, Statement] = {}
+        self.unfit: dict[str, int] = {}  # most microbatches with which a mesh does not fit
         self.found: list[_Candidate] = []
         self.bounds: list[float] = []  # of what was not looked at
 
     def run(self) -> Plan:
-        for mesh, count in sorted(self.space(), key=lambda item: (self.bound(*item), str(item[0]))):
+        for mesh, count in sorted(self.space(), key=self.order):
             best = min((item.seconds for item in self.found), default=math.inf)
             if self.bound(mesh, count) >= best:
                 self.bounds.append(self.bound(mesh, count))
             else:
                 self.look_at(mesh, count)
         return self.finish()
+
+    def order(self, item: tuple[Mesh, int]) -> tuple[float, int, str]:
+        """Least bound first, of equal ones more microbatches, which need less memory."""
+        mesh, count = item
+        return round(self.bound(mesh, count) / (self.work or 1.0), 9), -count, str(mesh)
 
     def space(self) -> list[tuple[Mesh, int]]:
         """Meshes with numbers of microbatches."""
@@ -184,15 +190,22 @@ class _Search:
             plan = replace(self.plan, mesh=mesh, num_microbatches=count)
             self.keep(self.evaluate(plan), 0)
             return
+        if count <= self.unfit.get(str(mesh), 0):
+            return  # fewer microbatches never need less memory
+        levels = self.levels(mesh)
         for saving in (False, True):
             choice = self.choose_layouts(mesh, count, saving)
-            if choice is None:
+            if (
+                choice is None
+                or self.evaluate(self.with_layouts(mesh, count, choice, levels[-1])) is None
+            ):
                 continue
-            for level in self.levels(mesh):
+            for level in levels:
                 plan = self.with_layouts(mesh, count, choice, level)
                 share = choice.lower_bound / choice.objective if choice.objective else 1.0
                 if self.keep(self.evaluate(plan, share), level):
                     return
+        self.unfit[str(mesh)] = count
 
     def keep(self, candidate: _Candidate | None, level: int) -> bool:
         if candidate is None:

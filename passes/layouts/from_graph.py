@@ -18,6 +18,7 @@ from ...compiler.sharding.conversions import conversion_steps
 from ...compiler.sharding.rules import strategies_of
 from ...compiler.sharding.sharding import computed_from_parameters
 from ...compiler.sharding.strategy import OpStrategy
+from ...cost_models.analysis import batch_rows, batch_values
 from ...cost_models.stages import optimizer_seconds
 from .classes import node_classes, node_signature
 from .pricing import Pricer
@@ -114,6 +115,8 @@ class _Work:
     ways: dict[int, tuple[_Way, ...]] = field(default_factory=dict)
     states: dict[int, tuple[_State, ...]] = field(default_factory=dict)
     found: dict[object, tuple[OpStrategy, ...]] = field(default_factory=dict)
+    rows: int = 1
+    batched: frozenset[int] = frozenset()
 
     def value(self, index: int) -> Value:
         return self.statement.graph.values[index]
@@ -132,6 +135,8 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
         weights=computed_from_parameters(graph) if graph.mode is Mode.TRAIN else set(),
         made_by=producers(graph),
         read_by=users(graph),
+        rows=batch_rows(graph),
+        batched=batch_values(graph),
     )
     for members in node_classes(graph):
         _add_nodes(work, members)
@@ -195,9 +200,24 @@ def _strategies(work: _Work, node: Node) -> tuple[OpStrategy, ...]:
         work.found[key] = strategies_of(statement.graph, node, statement.parts)
     table: dict[object, OpStrategy] = {}
     for strategy in work.found[key]:
-        if statement.decided.allows(node.id, strategy):
+        if statement.decided.allows(node.id, strategy) and not _splits_rows(work, node, strategy):
             table.setdefault((strategy.inputs, strategy.outputs), strategy)
     return tuple(table.values())
+
+
+def _splits_rows(work: _Work, node: Node, strategy: OpStrategy) -> bool:
+    """Whether an axis that is not for it would split the rows of the batch: microbatches may come
+    to have fewer rows than what was captured."""
+    statement = work.statement
+    if statement.splits_batch or work.rows == 1:
+        return False
+    pairs = zip((*node.inputs, *node.outputs), (*strategy.inputs, *strategy.outputs), strict=True)
+    return any(
+        placement == Shard(0)
+        and value in work.batched
+        and work.value(value).type.shape[0] % work.rows == 0
+        for value, placement in pairs
+    )
 
 
 def _form(work: _Work, node: Node, position: int, way: _Way) -> _Form:
