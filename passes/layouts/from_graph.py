@@ -390,7 +390,8 @@ def _add_flow(
         uses.append(Use(work.add(Choice("returned", (Option(),))), (form,), count=0))
     forms = tuple(table)
     adds = any(use.count and any(forms[form].carries for form in use.forms) for use in uses)
-    kept = _Kept(list(dict.fromkeys(entry.layout for entry in (*states, *forms))))
+    layouts = [*(state.layout for state in states), *(form.layout for form in forms)]
+    kept = _Kept(list(dict.fromkeys(layouts)))
     shared = [replace(form, saves=False) for form in forms]
     work.flows.append(
         Flow(
@@ -440,8 +441,9 @@ def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
     """Uses of `value` by class; new forms are added to `forms`."""
     graph = work.statement.graph
     equal: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for node in work.read_by[value.id]:
-        equal[work.nodes[node], graph.nodes[node].inputs.index(value.id)].append(node)
+    for reader in work.read_by[value.id]:
+        place = graph.nodes[reader].inputs.index(value.id)
+        equal[work.nodes[reader], place].append(reader)
     uses = []
     for (choice, position), nodes in equal.items():
         node = graph.nodes[nodes[0]]

@@ -406,7 +406,7 @@ def _model(program: LayoutProgram, scale: float, *, integers: bool) -> Any:
     """The program in OR-Tools' form, by its low-level calls: they are ten times as fast."""
     from ortools.linear_solver.python import model_builder
 
-    model = model_builder.Model()
+    model: Any = model_builder.Model()  # type: ignore[no-untyped-call]
     helper = model.helper
     whole = set(program.integers) if integers else set()
     for index, (cost, upper) in enumerate(zip(program.cost, program.upper, strict=True)):
