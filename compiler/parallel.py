@@ -21,7 +21,10 @@ from torch.utils._pytree import tree_map_only
 from ..passes.schedule import build_schedule
 from ..passes.transfer import transfer, transfer_layouts
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
-from ..runtime.optimizer import current_hyperparameters, describe_optimizer
+from ..runtime.optimizer import (
+    current_hyperparameters,
+    describe_optimizer,
+)
 from ..runtime.parts import updated_parts
 from ..runtime.session import LocalSession, Session
 from .batch import Call, batch_size, contiguous, divisors, signature_of, take_rows

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .problem import Flow, LayoutProblem, figures
@@ -34,6 +34,8 @@ __all__ = ["LayoutProgram", "SolvedLayouts", "Statistics", "build", "solve"]
 _SCALE = 1e4  # the objective in units of this part of the best that any one option can do
 _INTEGRAL = 1e-6
 _TOLERANCE = 1e-3  # gap at which a choice counts as optimal
+_SMALL = 1000  # variables up to which the integer program is solved, whatever it takes
+_PRICES = (1.0, 1.02, 1.1, 1.5, 3.0, 10.0)  # multiples of the relaxation's price of memory
 _MOST_NODES = 50  # of the branch-and-bound tree: a limit that is the same on every machine
 
 Expression = dict[int, float]  # variable -> coefficient
@@ -313,12 +315,38 @@ def solve(problem: LayoutProblem) -> SolvedLayouts | None:
         return None
     integral = _is_integral(program, relaxed.values)
     if integral:
-        return _solved(program, relaxed.values, relaxed.bound, integral, "GLOP")
+        return _solved(program, _decode(program, relaxed.values), relaxed.bound, integral, "GLOP")
+    if problem.memory_bytes is not None and len(program.names) > _SMALL:
+        priced = _by_price(problem, relaxed, len(program.rows) - 1)
+        if priced is not None:
+            bound = relaxed.bound
+            return _solved(program, priced, bound, integral, "GLOP, memory priced")
     branched = _run(program, "scip")
     if branched is None:
         return None
     bound = max(relaxed.bound, branched.bound)
-    return _solved(program, branched.values, bound, integral, "GLOP, then SCIP")
+    return _solved(program, _decode(program, branched.values), bound, integral, "GLOP, then SCIP")
+
+
+def _by_price(problem: LayoutProblem, relaxed: _Run, row: int) -> tuple[int, ...] | None:
+    """Picks that fit, with memory paid for instead of limited; None if no price brings any.
+
+    At the price that the relaxation gives memory (the dual of its row), the program without a limit
+    is integral on graphs of models and has optima on both sides of the limit; a little above it,
+    what it finds fits (Lagrangian relaxation, Everett 1963). So it costs what the relaxation does
+    plus at most one step of the front of seconds and bytes.
+    """
+    assert problem.memory_bytes is not None
+    price = abs(relaxed.duals[row]) / problem.memory_bytes
+    for factor in _PRICES:
+        priced = build(replace(problem, memory_bytes=None, seconds_per_byte=factor * price))
+        found = _run(priced, "glop")
+        if found is None or not _is_integral(priced, found.values):
+            continue
+        picks = _decode(priced, found.values)
+        if figures(problem, picks).is_legal(problem):
+            return picks
+    return None
 
 
 def _is_integral(program: LayoutProgram, values: Sequence[float]) -> bool:
@@ -326,9 +354,8 @@ def _is_integral(program: LayoutProgram, values: Sequence[float]) -> bool:
 
 
 def _solved(
-    program: LayoutProgram, values: Sequence[float], bound: float, integral: bool, method: str
+    program: LayoutProgram, picks: tuple[int, ...], bound: float, integral: bool, method: str
 ) -> SolvedLayouts:
-    picks = _decode(program, values)
     objective = figures(program.problem, picks).objective(program.problem)
     statistics = Statistics(len(program.names), len(program.rows), integral, method)
     return SolvedLayouts(picks, objective, min(bound, objective), statistics)
@@ -345,10 +372,11 @@ def _decode(program: LayoutProgram, values: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Values of all variables, and the bound in seconds."""
+    """Values of all variables, the bound in seconds, and of a relaxation the duals of its rows."""
 
     values: list[float]
     bound: float
+    duals: list[float]
 
 
 def _run(program: LayoutProgram, solver_name: str) -> _Run | None:
@@ -369,7 +397,11 @@ def _run(program: LayoutProgram, solver_name: str) -> _Run | None:
         return None
     values = [float(value) for value in solver.values(model.get_variables())]
     reached = solver.best_objective_bound if branches else solver.objective_value
-    return _Run(values, float(reached) / scale + program.constant)
+    duals: list[float] = []
+    if not branches:
+        rows = solver.dual_values(model.get_linear_constraints())
+        duals = [float(value) / scale for value in rows]
+    return _Run(values, float(reached) / scale + program.constant, duals)
 
 
 def _model(program: LayoutProgram, scale: float, *, integers: bool) -> Any:
