@@ -21,11 +21,16 @@ from torch.utils._pytree import tree_map_only
 from ..passes.schedule import build_schedule
 from ..passes.transfer import transfer, transfer_layouts
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
-from ..runtime.optimizer import current_hyperparameters, describe_optimizer
+from ..runtime.optimizer import (
+    current_hyperparameters,
+    describe_optimizer,
+)
+from ..runtime.parts import updated_parts
 from ..runtime.session import LocalSession, Session
 from .batch import Call, batch_size, contiguous, divisors, signature_of, take_rows
 from .capture import Captured, capture
 from .codegen.python import emit_python
+from .elementwise import check_elementwise, first_part
 from .ir.cluster import Cluster
 from .ir.errors import CaptureError, UsageError
 from .ir.fingerprint import fingerprint
@@ -96,6 +101,9 @@ class Parallel:
         self._options = options
         self._names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self._spec = describe_optimizer(self.optimizer, self._names)
+        in_parts = first_part(planned.programs)
+        if in_parts is not None:
+            check_elementwise(self.optimizer, in_parts)
         self._planned = planned
         self._variants: dict[str, Variant] = {}
         self._flags = _Flags(model)
@@ -332,13 +340,23 @@ class Parallel:
             )
             self._tensors.add(missing)
         if variant.plan.mode is Mode.TRAIN and any(self._states.missing(variant.needs.trained)):
-            self._configure_optimizer()
+            self._configure_optimizer(variant)
             self._states.add(variant.needs.trained)
 
-    def _configure_optimizer(self) -> None:
+    def _configure_optimizer(self, variant: Variant) -> None:
         state = self._optimizer_state()
         self._restored = None
-        self._started().call("configure_optimizer", {"spec": self._spec})
+        self._started().call(
+            "configure_optimizer",
+            [
+                {
+                    "spec": self._spec,
+                    "parts": updated_parts(program),
+                    "offloaded": list(program.offloaded),
+                }
+                for program in variant.programs
+            ],
+        )
         if state:
             self._load_states(state)
 
@@ -601,7 +619,7 @@ class _Parts:
         for program in programs:
             for name, shard in shards_by_name(program).items():
                 self._held.setdefault(name, {})[program.rank] = shard
-            for shard in (*program.shards, *program.updates):
+            for shard in program.updates:
                 self._updated.setdefault(shard.name, {})[program.rank] = shard
 
     def held(self, name: str, rank: int) -> TensorShard | None:
@@ -609,7 +627,8 @@ class _Parts:
 
     def of(self, name: str, updates: bool) -> Mapping[int, TensorShard]:
         """Parts by rank; a rank that is missing has the whole."""
-        return (self._updated if updates else self._held).get(name, {})
+        held = self._held.get(name, {})
+        return {**held, **self._updated.get(name, {})} if updates else held
 
 
 def _joined_states(parts: list[tuple[TensorShard | None, dict[str, Any]]]) -> dict[str, Any]:

@@ -21,15 +21,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import InfeasibleError, UsageError
 from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import PIPELINE, Certificate, Plan
+from ..compiler.sharding.sharding import make_sharding
 from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.analysis import batch_rows
 from ..cost_models.ops import price
-from .columns import column_of, stage_devices
-from .context import Context
+from .columns import Column, column_of, parameters_of, stage_devices
+from .context import Context, PlanOptions
 from .layouts.choose import LayoutChoice, plan_layouts
 from .layouts.statement import LayoutOptions
 from .microbatches import candidates, pinned_count
@@ -39,7 +41,7 @@ from .partition.prepare import stage_counts, state
 from .partition.search import SearchLimits, Solution, Tables, estimate, search
 from .partition.statement import Statement
 
-__all__ = ["DATA", "TENSOR", "ChooseMesh", "meshes"]
+__all__ = ["DATA", "TENSOR", "ChooseMesh", "mesh_is_open", "meshes"]
 
 DATA, TENSOR = "data", "tensor"
 _PROVEN = 4
@@ -66,26 +68,21 @@ class ChooseMesh:
     name: str = "mesh"
 
     def run(self, plan: Plan, context: Context) -> Plan:
-        if not _is_open(plan, context):
+        if not mesh_is_open(plan.cluster, plan.mode, context.options):
             return plan
+        if context.options.mesh is not None:
+            _check_pinned(plan, context, context.options.mesh)
         return _Search(plan, context).run()
 
 
-def _is_open(plan: Plan, context: Context) -> bool:
+def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
     """Whether there is a mesh to choose: devices of one kind, and nothing that fixes stages."""
-    options = context.options
     if options.mesh is not None:
-        _check_pinned(plan, context, options.mesh)
         return True
-    kinds = {device.type for device in plan.cluster.devices}
+    kinds = {device.type for device in cluster.devices}
     fixed = options.num_stages is not None or options.pins or options.device_pins
-    return (
-        plan.mode is Mode.TRAIN
-        and len(kinds) == 1
-        and len(plan.cluster.devices) > 1
-        and not fixed
-        and options.zero != 0
-    )
+    trains = mode is Mode.TRAIN
+    return trains and len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
 
 
 def _check_pinned(plan: Plan, context: Context, mesh: Mesh) -> None:
@@ -138,7 +135,9 @@ class _Search:
         kind = replace(plan.cluster.type_of(0), overhead_seconds=0.0)
         costs = price(context.graph, kind)
         self.work = sum(cost.total_seconds for cost in costs) * plan.batch_size / self.rows
-        self.layouts: dict[tuple[str, bool], LayoutChoice | None] = {}
+        self.layouts: dict[tuple[str, int], LayoutChoice | None] = {}
+        self.columns: dict[object, Column] = {}
+        self.statements: dict[object, Statement] = {}
         self.found: list[_Candidate] = []
         self.bounds: list[float] = []  # of what was not looked at
 
@@ -217,7 +216,7 @@ class _Search:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory."""
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         stages = mesh.axis(PIPELINE).size
-        key = (str(inner), saving)
+        key = (str(inner), saving and count)
         if key in self.layouts:
             return self.layouts[key]
         if mesh.axis(TENSOR).size > 1 and self.plan.optimizer.name not in _ELEMENTWISE:
@@ -228,7 +227,7 @@ class _Search:
             memory = stages * min(limit, self.context.options.memory_limit_bytes or limit)
         options = LayoutOptions(
             num_microbatches=stages + count - 1,
-            in_flight=1,
+            in_flight=min(stages, count) * self.plan.batch_size / count / self.rows,
             memory_bytes=memory,
             optimizer=self.plan.optimizer,
         )
@@ -244,7 +243,7 @@ class _Search:
         """The step of `plan`, whose layouts are within `share` of their bound; None if it does not
         fit."""
         statement, counts = self.pipeline(plan)
-        if statement is None:
+        if statement is None or self.is_too_large(plan, statement):
             return None
         problem = with_memory(state_problem(statement, plan.num_microbatches), _TYPICAL)
         limits = SearchLimits(tolerance=self.context.options.tolerance, num_orders=1)
@@ -254,20 +253,43 @@ class _Search:
         return _Candidate(plan, solution.seconds, solution.lower_bound * share, share)
 
     def pipeline(self, plan: Plan) -> tuple[Statement | None, tuple[int, ...]]:
-        """The pipeline of one column; none if the model has fewer parts than stages."""
-        column = column_of(plan, self.context)
-        statement = state(column.plan, column.context)
+        """The pipeline of one column; none if the model has fewer parts than stages.
+
+        Plans that differ in microbatches only have the same, and if they hold the same parts of
+        parameters, the same but for what gradients and states take.
+        """
+        held = tuple(entry.held for entry in plan.parameter_layouts)
+        key = (str(plan.mesh), plan.node_layouts, held)
+        if key not in self.columns:
+            self.columns[key] = column_of(plan, self.context)
+            self.statements[key] = state(self.columns[key].plan, self.columns[key].context)
+        column, statement = self.columns[key], self.statements[key]
         if len(statement.units) < plan.mesh.axis(PIPELINE).size:
             return None, ()
-        return statement, stage_counts(column.plan, column.context, len(statement.units))
+        parameters = parameters_of(plan, self.context.graph, column)
+        counts = stage_counts(column.plan, column.context, len(statement.units))
+        return replace(statement, parameters=parameters), counts
+
+    def is_too_large(self, plan: Plan, statement: Statement) -> bool:
+        """Whether parameters, gradients and states alone exceed the memory of all stages."""
+        held = sum(value.type.num_bytes for value in statement.graph.values_of(ValueKind.PARAMETER))
+        held += sum(e.gradient_bytes + e.state_bytes for e in statement.parameters.values())
+        limit = plan.cluster.type_of(0).memory_bytes
+        limit = min(limit, self.context.options.memory_limit_bytes or limit)
+        return held > plan.mesh.axis(PIPELINE).size * limit
 
     def with_layouts(self, mesh: Mesh, count: int, choice: LayoutChoice, level: int) -> Plan:
         """The plan before its stages, layouts in the order of the mesh's own axes."""
         parameters = choice.parameter_layouts
         if level:
-            parameters = zero_layouts(
-                self.context.graph, choice.mesh, parameters, axis=DATA, level=level
+            sharding = make_sharding(
+                self.context.graph,
+                choice.mesh,
+                choice.node_layouts,
+                choice.layouts,
+                choice.parameter_layouts,
             )
+            parameters = zero_layouts(self.context.graph, sharding, DATA, level)
         return replace(
             self.plan,
             mesh=mesh,

@@ -7,32 +7,36 @@ For choices c with options o, flows f with states m, forms w and uses u:
     d[u,w] = sum of x of the user's options that want w
     t[u,m,w] >= 0       it wants w while m is made: sum_w t = z, sum_m t = d        `_meet`
     y[f,m,w] >= t[u,m,w]  for all u: the conversion is paid once                    `_convert`
-    s[f,l] >= d[u,w]    for savers u and forms w of layout l: it is kept            `_keep`
-    b[g] >= sum_l bytes s[f,l]   for flows f of family g                            `_keep`
+    s[f,k] >= t[u,m,w]  if then tensor k is read in backward: it is kept            `_keep`
+    b[g] >= sum_k bytes s[f,k]   for flows f of family g                            `_keep`
     static + in_flight (saved + sum_g b[g]) + transient <= memory                   `_remember`
-    minimise seconds of the options + conversions
+    minimise seconds of the options + conversions + price of the bytes held
 
-The marginals `t` make the relaxation that of the local polytope: exact on trees of flows (Wainwright
-and Jordan, 2008), and integral on the graphs of models, so the linear program is solved first and
-integers are asked for only if it is fractional. Marginals are left out where one side has one
-member, conversions where one use has all of it or they are free.
+The marginals `t` make the relaxation that of the local polytope: exact on trees of flows
+(Wainwright and Jordan, 2008), and integral on the graphs of models without a limit of memory, so
+the linear program is solved first and integers are asked for only if it is fractional. Marginals
+are left out where one side has one member, conversions where one use has all of it or they are
+free.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .problem import Flow, LayoutProblem, Use, figures
+from .problem import Flow, LayoutProblem, figures
 
 __all__ = ["LayoutProgram", "SolvedLayouts", "Statistics", "build", "solve"]
 
 _SCALE = 1e4  # the objective in units of this part of the best that any one option can do
 _INTEGRAL = 1e-6
-_MOST_NODES = 20_000  # of the branch-and-bound tree: a limit that is the same on every machine
+_TOLERANCE = 1e-3  # gap at which a choice counts as optimal
+_SMALL = 1000  # variables up to which the integer program is solved, whatever it takes
+_PRICES = (1.0, 1.02, 1.1, 1.5, 3.0, 10.0)  # multiples of the relaxation's price of memory
+_MOST_NODES = 50  # of the branch-and-bound tree: a limit that is the same on every machine
 
 Expression = dict[int, float]  # variable -> coefficient
 
@@ -69,6 +73,7 @@ class LayoutProgram:
     rows: list[tuple[Expression, float, float]] = field(default_factory=list)
     constant: float = 0.0
     options: list[list[int | None]] = field(default_factory=list)
+    kept: dict[int, list[Expression]] = field(default_factory=lambda: defaultdict(list))
 
     def variable(self, name: str, cost: float = 0.0, upper: float = 1.0) -> int:
         self.names.append(name)
@@ -99,13 +104,19 @@ class _Indicator:
         return dict.fromkeys(self.terms, 1.0)
 
 
+def _either(indicators: Sequence[_Indicator]) -> _Indicator:
+    """Of indicators that exclude each other, whether one holds."""
+    terms = tuple(dict.fromkeys(variable for item in indicators for variable in item.terms))
+    return _Indicator(terms, min(1.0, sum(item.constant for item in indicators)))
+
+
 def build(problem: LayoutProblem) -> LayoutProgram:
     """The program of `problem`."""
     program = LayoutProgram(problem)
     _choose(program)
     for flow in problem.flows:
         _flow(program, flow)
-    if problem.memory_bytes is not None:
+    if problem.counts_bytes:
         _remember(program)
     return program
 
@@ -152,14 +163,26 @@ def _flow(program: LayoutProgram, flow: Flow) -> None:
     for state, made in states.items():
         _pay(program, made, flow.count * flow.made_seconds[state])
     together: dict[tuple[int, int], list[_Indicator]] = defaultdict(list)
+    costs: dict[tuple[int, int], float] = {}
+    kept: dict[int, list[_Indicator]] = defaultdict(list)
     for use in flow.uses:
         forms = _indicators(program, use.choice, use.forms)
         for form, wanted in forms.items():
             _pay(program, wanted, flow.count * use.count * flow.use_seconds[form])
-        for pair, indicator in _meet(program, flow, states, forms).items():
-            together[pair].append(indicator)
-    for (state, form), indicators in together.items():
-        _convert(program, flow.count * flow.pair_seconds[state][form], indicators)
+        wanted_by_pair: dict[tuple[int, int], list[_Indicator]] = defaultdict(list)
+        for (state, form), indicator in _meet(program, flow, states, forms).items():
+            pair = (state, flow.conversions[form])
+            wanted_by_pair[pair].append(indicator)
+            costs[pair] = flow.pair_seconds[state][form]
+            kept[flow.kept[state][form]].append(indicator)
+        for pair, indicators in wanted_by_pair.items():
+            together[pair].append(_either(indicators))
+    for pair, indicators in together.items():
+        _convert(program, flow.count * costs[pair], indicators)
+    for state, made in states.items():
+        kept[flow.own_kept[state]].append(made)
+    if program.problem.counts_bytes:
+        _keep(program, flow, kept)
 
 
 def _meet(
@@ -211,63 +234,63 @@ def _convert(program: LayoutProgram, cost: float, indicators: Sequence[_Indicato
 
 
 def _remember(program: LayoutProgram) -> None:
+    """Price and limit of memory."""
     problem = program.problem
-    assert problem.memory_bytes is not None
-    unit = float(max(problem.memory_bytes, 1))
+    unit = float(max(problem.memory_bytes or 1 << 30, 1))
+    total, fixed = _held(program, unit)
+    program.constant += problem.seconds_per_byte * unit * fixed
+    for variable, coefficient in total.items():
+        program.cost[variable] += problem.seconds_per_byte * unit * coefficient
+    if problem.memory_bytes is not None:
+        total[_transient(program, unit)] += 1.0
+        program.row(total, -math.inf, problem.memory_bytes / unit - fixed)
+
+
+def _held(program: LayoutProgram, unit: float) -> tuple[Expression, float]:
+    """Static and saved bytes in units: what depends on choices, what does not."""
+    problem = program.problem
     total: Expression = defaultdict(float)
     fixed = 0.0
-    transient = program.variable("transient", upper=math.inf)
     for choice, variables in zip(problem.choices, program.options, strict=True):
         for option, variable in zip(choice.options, variables, strict=True):
             held = choice.count * (option.static_bytes + problem.in_flight * option.saved_bytes)
             if variable is None:
-                fixed += held
-                program.row({transient: 1.0}, option.transient_bytes / unit, math.inf)
+                fixed += held / unit
             else:
                 total[variable] += held / unit
-        chosen = {
-            variable: -option.transient_bytes / unit
-            for option, variable in zip(choice.options, variables, strict=True)
-            if variable is not None
-        }
-        if chosen:
-            program.row({transient: 1.0, **chosen}, 0.0, math.inf)
-    for kept in _keep(program, unit):
-        total[kept] += problem.in_flight
-    total[transient] += 1.0
-    program.row(total, -math.inf, (problem.memory_bytes - fixed) / unit)
+    for family, kept_by_flow in program.kept.items():
+        most = program.variable(f"b[{family}]", upper=math.inf)
+        for kept in kept_by_flow:
+            terms = {variable: -num_bytes / unit for variable, num_bytes in kept.items()}
+            program.row({most: 1.0, **terms}, 0.0, math.inf)
+        total[most] += problem.in_flight
+    return total, fixed
 
 
-def _keep(program: LayoutProgram, unit: float) -> list[int]:
-    """b[g]: what families keep, in units of memory."""
-    families: dict[int, int] = {}
-    for flow in program.problem.flows:
-        layouts: dict[int, tuple[int, list[_Indicator]]] = {}
-        for use in flow.uses:
-            for layout, num_bytes, indicator in _savers(program, flow, use):
-                layouts.setdefault(layout, (num_bytes, []))[1].append(indicator)
-        own = [flow.states[i] if saves else -1 for i, saves in enumerate(flow.saves)]
-        for state, indicator in _indicators(program, flow.maker, own).items():
-            if state >= 0:
-                entry = (flow.state_bytes[state], [])
-                layouts.setdefault(flow.state_layouts[state], entry)[1].append(indicator)
-        terms: Expression = defaultdict(float)
-        for num_bytes, indicators in layouts.values():
-            kept = _any(program, indicators)
-            terms[kept] -= flow.count * num_bytes / unit
-        if terms:
-            if flow.family not in families:
-                families[flow.family] = program.variable(f"b[{flow.family}]", upper=math.inf)
-            program.row({families[flow.family]: 1.0, **terms}, 0.0, math.inf)
-    return list(families.values())
+def _transient(program: LayoutProgram, unit: float) -> int:
+    """Variable that is at least every transient, in units."""
+    transient = program.variable("transient", upper=math.inf)
+    for choice, variables in zip(program.problem.choices, program.options, strict=True):
+        terms: Expression = {transient: 1.0}
+        low = 0.0
+        for option, variable in zip(choice.options, variables, strict=True):
+            if variable is None:
+                low = option.transient_bytes / unit
+            else:
+                terms[variable] = -option.transient_bytes / unit
+        program.row(terms, low, math.inf)
+    return transient
 
 
-def _savers(program: LayoutProgram, flow: Flow, use: Use) -> Iterable[tuple[int, int, _Indicator]]:
-    """(layout, bytes, indicator) of what the backward of `use` reads."""
-    read = [form if saves else -1 for form, saves in zip(use.forms, use.saves, strict=True)]
-    for form, indicator in _indicators(program, use.choice, read).items():
-        if form >= 0:
-            yield flow.form_layouts[form], flow.form_bytes[form], indicator
+def _keep(program: LayoutProgram, flow: Flow, kept: Mapping[int, Sequence[_Indicator]]) -> None:
+    """Bytes of `flow` that stay, as an expression for its family."""
+    terms: Expression = {
+        _any(program, indicators): float(flow.count * flow.tensor_bytes[number])
+        for number, indicators in kept.items()
+        if number >= 0
+    }
+    if terms:
+        program.kept[flow.family].append(terms)
 
 
 def _any(program: LayoutProgram, indicators: Sequence[_Indicator]) -> int:
@@ -287,21 +310,53 @@ def solve(problem: LayoutProblem) -> SolvedLayouts | None:
         None if no options are legal.
     """
     program = build(problem)
-    found = _run(program, "glop", integral=False)
-    if found is None:
+    relaxed = _run(program, "glop")
+    if relaxed is None:
         return None
-    values, bound = found
-    integral = all(min(values[v], 1.0 - values[v]) <= _INTEGRAL for v in program.integers)
-    method = "GLOP"
-    if not integral:
-        method = "GLOP, then SCIP"
-        found = _run(program, "scip", integral=True)
-        if found is None:
-            return None
-        values, bound = found
-    picks = _decode(program, values)
-    result = figures(problem, picks)
-    objective = result.objective(problem)
+    integral = _is_integral(program, relaxed.values)
+    if integral:
+        return _solved(program, _decode(program, relaxed.values), relaxed.bound, integral, "GLOP")
+    if problem.memory_bytes is not None and len(program.names) > _SMALL:
+        priced = _by_price(problem, relaxed, len(program.rows) - 1)
+        if priced is not None:
+            bound = relaxed.bound
+            return _solved(program, priced, bound, integral, "GLOP, memory priced")
+    branched = _run(program, "scip")
+    if branched is None:
+        return None
+    bound = max(relaxed.bound, branched.bound)
+    return _solved(program, _decode(program, branched.values), bound, integral, "GLOP, then SCIP")
+
+
+def _by_price(problem: LayoutProblem, relaxed: _Run, row: int) -> tuple[int, ...] | None:
+    """Picks that fit, with memory paid for instead of limited; None if no price brings any.
+
+    At the price that the relaxation gives memory (the dual of its row), the program without a limit
+    is integral on graphs of models and has optima on both sides of the limit; a little above it,
+    what it finds fits (Lagrangian relaxation, Everett 1963). So it costs what the relaxation does
+    plus at most one step of the front of seconds and bytes.
+    """
+    assert problem.memory_bytes is not None
+    price = abs(relaxed.duals[row]) / problem.memory_bytes
+    for factor in _PRICES:
+        priced = build(replace(problem, memory_bytes=None, seconds_per_byte=factor * price))
+        found = _run(priced, "glop")
+        if found is None or not _is_integral(priced, found.values):
+            continue
+        picks = _decode(priced, found.values)
+        if figures(problem, picks).is_legal(problem):
+            return picks
+    return None
+
+
+def _is_integral(program: LayoutProgram, values: Sequence[float]) -> bool:
+    return all(min(values[v], 1.0 - values[v]) <= _INTEGRAL for v in program.integers)
+
+
+def _solved(
+    program: LayoutProgram, picks: tuple[int, ...], bound: float, integral: bool, method: str
+) -> SolvedLayouts:
+    objective = figures(program.problem, picks).objective(program.problem)
     statistics = Statistics(len(program.names), len(program.rows), integral, method)
     return SolvedLayouts(picks, objective, min(bound, objective), statistics)
 
@@ -315,37 +370,57 @@ def _decode(program: LayoutProgram, values: Sequence[float]) -> tuple[int, ...]:
     )
 
 
-def _run(
-    program: LayoutProgram, solver_name: str, *, integral: bool
-) -> tuple[list[float], float] | None:
-    """Values of all variables and the bound in seconds; None: infeasible."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Values of all variables, the bound in seconds, and of a relaxation the duals of its rows."""
+
+    values: list[float]
+    bound: float
+    duals: list[float]
+
+
+def _run(program: LayoutProgram, solver_name: str) -> _Run | None:
+    """Solve the relaxation (`glop`) or the integer program (`scip`); None: infeasible."""
+    from ortools.linear_solver.python import model_builder
+
+    branches = solver_name == "scip"
+    scale = _SCALE / max(sum(map(abs, program.cost)), 1e-30)
+    model = _model(program, scale, integers=branches)
+    solver = model_builder.Solver(solver_name)
+    if branches:
+        solver.set_solver_specific_parameters(
+            f"limits/nodes = {_MOST_NODES}\nlimits/gap = {_TOLERANCE}\n"
+            "randomization/randomseedshift = 1"
+        )
+    status = solver.solve(model)
+    if status not in (model_builder.SolveStatus.OPTIMAL, model_builder.SolveStatus.FEASIBLE):
+        return None
+    values = [float(value) for value in solver.values(model.get_variables())]
+    reached = solver.best_objective_bound if branches else solver.objective_value
+    duals: list[float] = []
+    if not branches:
+        rows = solver.dual_values(model.get_linear_constraints())
+        duals = [float(value) / scale for value in rows]
+    return _Run(values, float(reached) / scale + program.constant, duals)
+
+
+def _model(program: LayoutProgram, scale: float, *, integers: bool) -> Any:
+    """The program in OR-Tools' form, by its low-level calls: they are ten times as fast."""
     from ortools.linear_solver.python import model_builder
 
     model = model_builder.Model()
-    scale = _SCALE / max(sum(map(abs, program.cost)), 1e-30)
     helper = model.helper
-    integers = set(program.integers) if integral else set()
+    whole = set(program.integers) if integers else set()
     for index, (cost, upper) in enumerate(zip(program.cost, program.upper, strict=True)):
         helper.add_var()
         helper.set_var_lower_bound(index, 0.0)
         helper.set_var_upper_bound(index, upper)
         helper.set_var_objective_coefficient(index, cost * scale)
-        helper.set_var_integrality(index, index in integers)
+        helper.set_var_integrality(index, index in whole)
     for index, (terms, low, high) in enumerate(program.rows):
         helper.add_linear_constraint()
         helper.set_constraint_lower_bound(index, low)
         helper.set_constraint_upper_bound(index, high)
         for variable, coefficient in terms.items():
             helper.add_term_to_constraint(index, variable, coefficient)
-    solver = model_builder.Solver(solver_name)
-    if integral:
-        solver.set_solver_specific_parameters(
-            f"limits/nodes = {_MOST_NODES}\nlimits/gap = 0\nrandomization/randomseedshift = 1"
-        )
-    status = solver.solve(model)
-    solved = (model_builder.SolveStatus.OPTIMAL, model_builder.SolveStatus.FEASIBLE)
-    if status not in solved:
-        return None
-    reached: Any = solver.best_objective_bound if integral else solver.objective_value
-    values = [float(value) for value in solver.values(model.get_variables())]
-    return values, float(reached) / scale + program.constant
+    return model
