@@ -28,9 +28,10 @@ from .ir.errors import CaptureError, PlanFormatError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
 from .ir.plan import OptimizerModel, Plan
-from .parallel import OptimizerFactory, Parallel, RunOptions, start_workers
+from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
 from .planned import ModelPlan, PlannedModel, build_programs
+from .ranks import start_workers
 
 __all__ = ["PlannedModel", "auto_partition", "plan_model"]
 
