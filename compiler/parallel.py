@@ -10,25 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..runtime.optimizer import current_hyperparameters, describe_optimizer
 from ..runtime.session import Session
 from .batch import Call, contiguous
+from .checkpoint import Checkpoint, Progress, save_checkpoint
 from .codegen.python import emit_python
 from .ir.errors import UsageError
 from .ir.graph import Mode, ValueKind
 from .ir.program import Program
 from .ir.text import print_program
 from .parts import batch_part, shards_by_name
+from .placement import Needs
 from .planned import PlannedModel
 from .rank_state import RankState
 from .ranks import Ranks
 from .variants import Variant, Variants
+from .weights import Values, Weights, first_names
 
 __all__ = ["OptimizerFactory", "Parallel", "RunOptions"]
 
@@ -47,6 +51,7 @@ class RunOptions:
     keep_gradients: bool = False
     timeout_seconds: float = 300.0
     clip_grad_norm: float | None = None
+    weights: Weights | None = None
 
 
 class Parallel:
@@ -82,6 +87,12 @@ class Parallel:
             options.timeout_seconds,
             session,
             owns_session=owns_session,
+        )
+        self._values = Values(
+            model,
+            options.weights,
+            seed=options.seed,
+            needed=(name for names in Needs.of(planned.programs).held for name in names),
         )
         self._state = RankState(self._ranks, self._spec)
         self._step = 0
@@ -187,7 +198,6 @@ class Parallel:
         variant = self._variants.get(key)
         if variant is None:
             variant = self._maker.make(mode, call)
-            self._refuse_meta()
             self._place(variant)
             self._load(variant)
             self._variants[key] = variant
@@ -216,42 +226,38 @@ class Parallel:
 
     def _place(self, variant: Variant) -> None:
         """Send every rank what it lacks today's value of: parameters, buffers, states."""
-        parameters = [
-            value.origin for value in variant.captured.graph.values_of(ValueKind.PARAMETER)
-        ]
-        self._state.place(variant.programs, variant.needs, variant.captured.tensors, parameters)
+        self._state.place(variant.programs, variant.needs, variant.captured.tensors, self._values)
         if variant.plan.mode is Mode.TRAIN:
             self._state.configure_optimizer(variant.needs)
-
-    def _refuse_meta(self) -> None:
-        if any(parameter.is_meta for parameter in self.model.parameters()):
-            raise UsageError(
-                "the model's parameters are on meta: it can be planned, not run",
-                ways_out=("give it values: model.to_empty(device='cpu'), then load them",),
-            )
 
     # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's `state_dict()` with today's values, on the CPU; tied names share a tensor."""
         own = self.model.state_dict()
-        canonical = _canonical_names(self.model)
+        canonical = first_names(self.model)
         current = self._state.tensors()
-        for name, tensor in own.items():
-            own[name] = current.get(canonical.get(name, name), tensor)
+        for name in own:
+            first = canonical.get(name)
+            if first is not None:
+                if first not in current:
+                    current[first] = self._values.tensor(first)
+                own[name] = current[first]
         return own
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> Any:
         """As `nn.Module.load_state_dict`; ranks get the values before they next read them.
 
-        The model itself takes them too, on top of today's values for what `state` lacks.
+        The model itself takes them too, on top of today's values for what `state` lacks. A model
+        on meta keeps none: the values stay beside it.
         """
-        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        with torch.no_grad():
-            for name, tensor in self._state.tensors().items():
-                own[name].copy_(tensor)
+        self._values.keep(self._state.tensors())
         self._state.forget_tensors()
-        return self.model.load_state_dict(state, strict=strict)
+        if any(tensor.is_meta for tensor in self.model.state_dict().values()):
+            return self._values.load_state_dict(self.model, state, strict)
+        result = self.model.load_state_dict(state, strict=strict)
+        self._values.use_model()
+        return result
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the last training step, before clipping, by parameter name.
@@ -274,16 +280,10 @@ class Parallel:
             hyperparameters (as `torch.distributed.checkpoint.state_dict` has them), and
             `num_steps`, the training steps taken, from which randomness follows.
         """
-        groups = [
-            {**options, "params": list(members)}
-            for (members, _), options in zip(
-                self._spec.groups, current_hyperparameters(self.optimizer), strict=True
-            )
-        ]
         state = self._state.optimizer_state()
         return {
             "state": {name: state[name] for name in self._names.values() if name in state},
-            "param_groups": groups,
+            "param_groups": self._param_groups(),
             "num_steps": self._step,
         }
 
@@ -309,6 +309,70 @@ class Parallel:
         self._step = int(state["num_steps"])
         by_name = {name: dict(entries) for name, entries in state["state"].items()}
         self._state.load_optimizer_state(by_name)
+
+    def save_checkpoint(self, directory: str | PathLike[str]) -> None:
+        """Write today's state to a new directory, each rank the parts that it holds.
+
+        Model, optimizer and the steps taken, in the format of `torch.distributed.checkpoint`; see
+        `compiler/checkpoint.py`. Under torchrun every rank calls this.
+
+        Raises:
+            UsageError: there is something at `directory` already.
+            RuntimeFailure: it cannot be written; training can go on.
+        """
+        self._place_planned()
+        progress = None
+        if self.plan.mode is Mode.TRAIN:
+            progress = Progress(self._param_groups(), self._step)
+        save_checkpoint(
+            directory,
+            model=self.model,
+            values=self._values,
+            ranks=self._ranks,
+            state=self._state,
+            spec=self._spec,
+            progress=progress,
+        )
+
+    def load_checkpoint(self, directory: str | PathLike[str]) -> None:
+        """Take the state that `save_checkpoint`, under any plan, or plain torch has written.
+
+        Ranks read the parts that they hold. A checkpoint of a model alone leaves the optimizer as
+        it is. Nothing has changed where the checkpoint is refused.
+
+        Raises:
+            UsageError: there is no checkpoint, it is damaged, or of another model or optimizer.
+        """
+        trains = self.plan.mode is Mode.TRAIN
+        checkpoint = Checkpoint(directory, self.model, self._spec if trains else None)
+        self._state.forget_tensors()
+        self._values.use_stored(checkpoint.tensors)
+        self._place_planned()
+        held = set(self._state.names)
+        self._values.keep({n: checkpoint.whole(n) for n in checkpoint.tensors if n not in held})
+        if checkpoint.progress is not None:
+            self._state.read_optimizer_state(checkpoint.state)
+            options = checkpoint.progress.param_groups
+            for group, saved in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(saved)
+            self._step = checkpoint.progress.num_steps
+
+    def _place_planned(self) -> None:
+        """Give the ranks of the plan today's values and, for training, their optimizers."""
+        planned = self._planned
+        needs = Needs.of(planned.programs)
+        self._state.place(planned.programs, needs, planned.captured.tensors, self._values)
+        if self.plan.mode is Mode.TRAIN:
+            self._state.configure_optimizer(needs)
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        """Today's hyperparameters, with names of parameters."""
+        return [
+            {**options, "params": list(members)}
+            for (members, _), options in zip(
+                self._spec.groups, current_hyperparameters(self.optimizer), strict=True
+            )
+        ]
 
     def record_times(self) -> None:
         """Record when each instruction of the next step runs (see `instruction_times`)."""
@@ -376,16 +440,3 @@ def _tensors_of(program: Program, *kinds: ValueKind) -> list[str]:
             for value in stage.graph.values_of(kind)
         }
     )
-
-
-def _canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every parameter and buffer name -> the first name of the same tensor."""
-    first: dict[int, str] = {}
-    table: dict[str, str] = {}
-    pairs = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in pairs:
-        table[name] = first.setdefault(id(tensor), name)
-    return table

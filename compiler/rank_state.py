@@ -6,19 +6,24 @@ what, brings values to where they are needed next, and collects them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from ..runtime.optimizer import OptimizerSpec
+from ..runtime.weights import StoredTensor
 from .ir.program import Program, TensorShard
 from .parts import first_holders, joined, part_of, shards_by_name
 from .placement import Needs, Placement
 from .ranks import Ranks
+from .weights import Values, stored_part
 
 __all__ = ["RankState", "States"]
+
+_SENT_BYTES = 4 << 20  # of tensors in one message
 
 States = dict[str, dict[str, Any]]
 """State of an optimizer: by parameter name, by key."""
@@ -42,37 +47,78 @@ class RankState:
     # -- to the ranks --------------------------------------------------------------------------
 
     def place(
-        self,
-        programs: Sequence[Program],
-        needs: Needs,
-        source: Mapping[str, Tensor],
-        parameters: list[str],
+        self, programs: Sequence[Program], needs: Needs, model: Mapping[str, Tensor], values: Values
     ) -> None:
-        """Send every rank what its program reads and it lacks today's value of.
+        """Give every rank what its program reads and it lacks today's value of.
 
         Args:
-            source: values of what no rank has today's value of.
-            parameters: names of the parameters among what is needed.
+            model: parameters and buffers as they were captured, perhaps on meta.
+            values: of what no rank has today's value of.
         """
         self._parts.add(programs)
         missing = self._tensors.missing(needs.held)
-        if not any(missing):
+        names = sorted({name for names in missing for name in names})
+        if not names:
             return
-        moved = sorted({n for names in missing for n in names if n in self._tensors})
-        values = {**source, **self._gather("tensors", moved)}
+        stored = {
+            name: item
+            for name in names
+            if name not in self._tensors and (item := values.stored(name)) is not None
+        }
+        sent = [name for name in names if name not in stored]
+        values.refuse_missing(name for name in sent if name not in self._tensors)
+        parameters = sorted({name for name in names if isinstance(model[name], Parameter)})
+        if stored:
+            self._read(stored, missing, model, parameters)
+        for group in _bounded(sent, model):
+            moved = self._gather("tensors", [name for name in group if name in self._tensors])
+            whole = {n: moved[n] if n in moved else values.tensor(n) for n in group}
+            self._send(whole, missing, parameters)
+        self._tensors.add(missing)
+
+    def _send(
+        self, whole: Mapping[str, Tensor], missing: list[list[str]], parameters: list[str]
+    ) -> None:
+        """Send ranks what they miss of these tensors."""
         self._ranks.call(
             "set_tensors",
             [
                 {
                     "tensors": {
-                        name: part_of(values[name], self._parts.held(name, rank)) for name in names
+                        name: part_of(whole[name], self._parts.held(name, rank))
+                        for name in names
+                        if name in whole
                     },
                     "parameters": parameters,
                 }
                 for rank, names in enumerate(missing)
             ],
         )
-        self._tensors.add(missing)
+
+    def _read(
+        self,
+        stored: Mapping[str, StoredTensor],
+        missing: list[list[str]],
+        model: Mapping[str, Tensor],
+        parameters: list[str],
+    ) -> None:
+        """Have ranks read what they miss of these tensors."""
+        self._ranks.call(
+            "read_tensors",
+            [
+                {
+                    "parts": {
+                        name: stored_part(
+                            stored[name], self._parts.held(name, rank), model[name].dtype
+                        )
+                        for name in names
+                        if name in stored
+                    },
+                    "parameters": parameters,
+                }
+                for rank, names in enumerate(missing)
+            ],
+        )
 
     def forget_tensors(self) -> None:
         """Values of parameters and buffers elsewhere have changed: ranks have none of today's."""
@@ -102,6 +148,36 @@ class RankState:
         else:
             self._restored = state
 
+    def read_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Have ranks read the parts of the states of what they update, into new optimizers.
+
+        Args:
+            state: stored tensors, or plain data.
+        """
+        self._restored = None
+        self._ranks.call("configure_optimizer", {"spec": self._spec})
+
+        def part(name: str, value: Any, rank: int) -> Any:
+            if not isinstance(value, StoredTensor):
+                return value
+            shard = self._parts.of(name, updates=True).get(rank)
+            is_whole = shard is None or value.shape != shard.whole.shape
+            return stored_part(value, None if is_whole else shard, value.dtype)
+
+        self._ranks.call(
+            "read_optimizer_state",
+            [
+                {
+                    "state": {
+                        name: {key: part(name, value, rank) for key, value in entries.items()}
+                        for name, entries in state.items()
+                        if rank in self._states.ranks(name)
+                    }
+                }
+                for rank in range(self._ranks.num_ranks)
+            ],
+        )
+
     def _load_states(self, state: States) -> None:
         """Give every rank the parts of the states of what it updates."""
         ranks = range(self._ranks.num_ranks)
@@ -121,6 +197,24 @@ class RankState:
     def _is_configured(self) -> bool:
         """Whether the ranks have optimizers: they get them before the first training step."""
         return bool(self._states)
+
+    # -- where things are ----------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters and buffers that a rank has today's value of."""
+        return self._tensors.names
+
+    @property
+    def trained_names(self) -> list[str]:
+        """Parameters that a rank has the optimizer of."""
+        return self._states.names
+
+    def holders(self, name: str, *, states: bool = False) -> dict[int, TensorShard | None]:
+        """Ranks whose parts together are today's value, or its optimizer state, once."""
+        ranks = (self._states if states else self._tensors).ranks(name)
+        parts = self._parts.of(name, updates=states)
+        return {rank: parts.get(rank) for rank in first_holders(ranks, parts)}
 
     # -- from the ranks ------------------------------------------------------------------------
 
@@ -169,6 +263,20 @@ class RankState:
                 part = tensor.detach().to("cpu", copy=is_here)
                 found.setdefault(name, []).append((self._parts.of(name, updates).get(rank), part))
         return {name: joined(parts) for name, parts in found.items()}
+
+
+def _bounded(names: Iterable[str], tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Runs of `names`, each of few bytes or of one tensor."""
+    group: list[str] = []
+    num_bytes = 0
+    for name in names:
+        if group and num_bytes + tensors[name].nbytes > _SENT_BYTES:
+            yield group
+            group, num_bytes = [], 0
+        group.append(name)
+        num_bytes += tensors[name].nbytes
+    if group:
+        yield group
 
 
 class _Parts:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["same_contents", "unchanged"]
+__all__ = ["all_on_meta", "same_contents", "unchanged"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -67,3 +67,33 @@ def same_contents(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(contents[name])
+
+
+@contextlib.contextmanager
+def all_on_meta(model: nn.Module) -> Iterator[None]:
+    """Buffers and parameters of a model that is on meta in part, all on meta inside."""
+    twins: dict[int, Tensor] = {}
+
+    def twin(tensor: Tensor) -> Tensor:
+        if id(tensor) not in twins:
+            value = tensor.detach().to("meta")
+            trained = tensor.requires_grad
+            is_parameter = isinstance(tensor, nn.Parameter)
+            twins[id(tensor)] = nn.Parameter(value, trained) if is_parameter else value
+        return twins[id(tensor)]
+
+    tables = [
+        table
+        for module in model.modules()
+        for table in (module.__dict__["_parameters"], module.__dict__["_buffers"])
+    ]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.is_meta:
+                    table[name] = twin(tensor)
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.update(entries)
