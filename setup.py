@@ -25,8 +25,11 @@ PACKAGE_FOLDERS = {
     "cutset.compiler.ir": "compiler/ir",
     "cutset.compiler.ir.text": "compiler/ir/text",
     "cutset.compiler.ir.verify": "compiler/ir/verify",
+    "cutset.compiler.sharding": "compiler/sharding",
+    "cutset.compiler.sharding.rules": "compiler/sharding/rules",
     "cutset.cost_models": "cost_models",
     "cutset.passes": "passes",
+    "cutset.passes.layouts": "passes/layouts",
     "cutset.passes.partition": "passes/partition",
     "cutset.runtime": "runtime",
 }

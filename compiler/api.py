@@ -18,6 +18,7 @@ from torch import nn
 
 from ..cost_models import parse_devices
 from ..passes.context import PlanOptions
+from ..passes.mesh import mesh_is_open
 from ..passes.pipeline import plan_graph
 from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
@@ -27,6 +28,7 @@ from .ir.cluster import Cluster
 from .ir.errors import CaptureError, PlanFormatError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
+from .ir.mesh import Mesh
 from .ir.plan import OptimizerModel, Plan
 from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
@@ -52,6 +54,9 @@ def plan_model(
     num_microbatches: int | None = None,
     num_stages: int | None = None,
     schedule: str | None = None,
+    mesh: str | Mesh | None = None,
+    zero: int | None = None,
+    recompute: str = "none",
     memory_limit_bytes: int | None = None,
     constraints: Mapping[str, int] | None = None,
     clip_grad_norm: float | None = None,
@@ -70,6 +75,11 @@ def plan_model(
         mode: `train` or `infer`.
         optimizer_model: what planning assumes of the optimizer; None: AdamW.
         num_microbatches, num_stages, schedule: pin a decision; None: chosen.
+        mesh: pin the mesh, as `data=2,pipeline=2,tensor=2`; None: chosen, unless stages are fixed
+            by `num_stages` or `constraints`, which leave one device a stage.
+        zero: level of ZeRO over the data axis (0 to 3); None: the least that fits.
+        recompute: what backward computes again instead of keeping it: `none`, `full` (all within
+            each repeated block) or `selective` (what is cheap for the memory it frees).
         memory_limit_bytes: memory of every device, overriding the cluster's.
         constraints: module path pattern -> stage that must hold it.
         clip_grad_norm: clip the global gradient norm before the optimizer step.
@@ -107,10 +117,13 @@ def plan_model(
         num_stages=num_stages,
         num_microbatches=given.num_microbatches if given else num_microbatches,
         schedule=schedule,
+        recompute=recompute,
         optimizer=optimizer_model or OptimizerModel("adamw", 2.0),
         pins=tuple(sorted((constraints or {}).items())),
+        mesh=_mesh(mesh),
+        zero=_zero(zero),
     )
-    count = _microbatch_count(rows, options.num_microbatches, modes, cluster)
+    count = _microbatch_count(rows, options, modes, cluster)
 
     def captured_at(number: int) -> Captured:
         args, kwargs = take_rows(call, rows // number)
@@ -131,7 +144,7 @@ def plan_model(
         chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=options, progress=say)
         if chosen.num_microbatches != count:
             captured = captured_at(chosen.num_microbatches)
-            pinned = replace(options, num_microbatches=chosen.num_microbatches)
+            pinned = replace(options, num_microbatches=chosen.num_microbatches, mesh=chosen.mesh)
             chosen = plan_graph(
                 captured.graph, cluster, batch_size=rows, options=pinned, progress=say
             )
@@ -323,11 +336,36 @@ def _given_plan(plan: Plan | str | PathLike[str] | None) -> Plan | None:
     return load_plan(plan)
 
 
-def _microbatch_count(rows: int, wanted: int | None, mode: Mode, cluster: Cluster) -> int:
-    """The count to capture at: the one asked for, or a first guess of up to eight a device."""
+def _mesh(mesh: str | Mesh | None) -> Mesh | None:
+    if mesh is None or isinstance(mesh, Mesh):
+        return mesh
+    try:
+        return Mesh.parse(mesh)
+    except ValueError as error:
+        raise UsageError(
+            str(error), where="mesh", ways_out=("write e.g. mesh='data=2,pipeline=2,tensor=2'",)
+        ) from error
+
+
+def _zero(level: int | None) -> int | None:
+    if level not in (None, 0, 1, 2, 3):
+        raise UsageError(
+            f"zero = {level!r} is no level of ZeRO", where="zero", ways_out=("one of 0, 1, 2, 3",)
+        )
+    return level
+
+
+def _microbatch_count(rows: int, options: PlanOptions, mode: Mode, cluster: Cluster) -> int:
+    """The count to capture at: the one asked for, or a first guess of up to eight a device.
+
+    Where a data axis may split the rows of a microbatch, it has one for each device.
+    """
     legal = divisors(rows)
+    wanted = options.num_microbatches
     if wanted is None:
         target = len(cluster.devices) * (8 if mode is Mode.TRAIN else 1)
+        if mesh_is_open(cluster, mode, options):
+            target = max(1, rows // len(cluster.devices))
         return max(count for count in legal if count <= max(1, target))
     if wanted not in legal:
         raise UsageError(

@@ -228,7 +228,7 @@ class Parallel:
         """Send every rank what it lacks today's value of: parameters, buffers, states."""
         self._state.place(variant.programs, variant.needs, variant.captured.tensors, self._values)
         if variant.plan.mode is Mode.TRAIN:
-            self._state.configure_optimizer(variant.needs)
+            self._state.configure_optimizer(variant.programs, variant.needs)
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -351,7 +351,7 @@ class Parallel:
         held = set(self._state.names)
         self._values.keep({n: checkpoint.whole(n) for n in checkpoint.tensors if n not in held})
         if checkpoint.progress is not None:
-            self._state.read_optimizer_state(checkpoint.state)
+            self._state.read_optimizer_state(self._planned.programs, checkpoint.state)
             options = checkpoint.progress.param_groups
             for group, saved in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(saved)
@@ -363,7 +363,7 @@ class Parallel:
         needs = Needs.of(planned.programs)
         self._state.place(planned.programs, needs, planned.captured.tensors, self._values)
         if self.plan.mode is Mode.TRAIN:
-            self._state.configure_optimizer(needs)
+            self._state.configure_optimizer(planned.programs, needs)
 
     def _param_groups(self) -> list[dict[str, Any]]:
         """Today's hyperparameters, with names of parameters."""

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from ..runtime.optimizer import OptimizerSpec
+from ..runtime.parts import updated_parts
 from ..runtime.weights import StoredTensor
 from .ir.program import Program, TensorShard
 from .parts import first_holders, joined, part_of, shards_by_name
@@ -124,16 +125,29 @@ class RankState:
         """Values of parameters and buffers elsewhere have changed: ranks have none of today's."""
         self._tensors = Placement()
 
-    def configure_optimizer(self, needs: Needs) -> None:
+    def configure_optimizer(self, programs: Sequence[Program], needs: Needs) -> None:
         """Give every rank the optimizer of what it trains, if one lacks it."""
         if not any(self._states.missing(needs.trained)):
             return
         state = self.optimizer_state()
         self._restored = None
-        self._ranks.call("configure_optimizer", {"spec": self._spec})
+        self._make_optimizers(programs)
         if state:
             self._load_states(state)
         self._states.add(needs.trained)
+
+    def _make_optimizers(self, programs: Sequence[Program]) -> None:
+        self._ranks.call(
+            "configure_optimizer",
+            [
+                {
+                    "spec": self._spec,
+                    "parts": updated_parts(program),
+                    "offloaded": list(program.offloaded),
+                }
+                for program in programs
+            ],
+        )
 
     def changed(self, changed: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """A training step gave these new values, on these ranks only."""
@@ -148,14 +162,16 @@ class RankState:
         else:
             self._restored = state
 
-    def read_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def read_optimizer_state(
+        self, programs: Sequence[Program], state: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         """Have ranks read the parts of the states of what they update, into new optimizers.
 
         Args:
             state: stored tensors, or plain data.
         """
         self._restored = None
-        self._ranks.call("configure_optimizer", {"spec": self._spec})
+        self._make_optimizers(programs)
 
         def part(name: str, value: Any, rank: int) -> Any:
             if not isinstance(value, StoredTensor):
@@ -293,7 +309,7 @@ class _Parts:
         for program in programs:
             for name, shard in shards_by_name(program).items():
                 self._held.setdefault(name, {})[program.rank] = shard
-            for shard in (*program.shards, *program.updates):
+            for shard in program.updates:
                 self._updated.setdefault(shard.name, {})[program.rank] = shard
 
     def held(self, name: str, rank: int) -> TensorShard | None:
@@ -301,7 +317,8 @@ class _Parts:
 
     def of(self, name: str, updates: bool) -> Mapping[int, TensorShard]:
         """Parts by rank; a rank that is missing has the whole."""
-        return (self._updated if updates else self._held).get(name, {})
+        held = self._held.get(name, {})
+        return {**held, **self._updated.get(name, {})} if updates else held
 
 
 def _joined_states(parts: list[tuple[TensorShard | None, dict[str, Any]]]) -> dict[str, Any]:

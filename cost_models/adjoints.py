@@ -33,6 +33,14 @@ def adjoint(context: NodeContext) -> Adjoint:
 # -- nothing is saved --------------------------------------------------------------------------
 
 
+def _collective(c: NodeContext) -> Adjoint:
+    """Operand and result are copied where parts do not lie in memory as they travel."""
+    return Adjoint(
+        gradients=c.each(temporary=c.all_bytes),
+        forward_temporary_bytes=c.all_bytes,
+    )
+
+
 def _linear_map(c: NodeContext) -> Adjoint:
     """add, sub, clone, a dtype change: gradients follow from the arriving one alone."""
     result = c.value(c.node.outputs[0]).type
@@ -68,6 +76,20 @@ _PARTS = frozenset(
     "slice select diagonal as_strided narrow unfold split chunk unbind split_with_sizes expand "
     "expand_as".split()
 )
+
+
+# -- collectives -------------------------------------------------------------------------------
+
+
+def _collective(c: NodeContext) -> Adjoint:
+    """Nothing is saved. What splits or joins parts holds them beside operand and result."""
+    keeps = c.node.op.packet in ("all_reduce", "as_partial")
+    moves = c.node.op.packet in ("all_gather", "reduce_scatter", "all_to_all")
+    return Adjoint(
+        gradients=c.each(temporary=c.all_bytes / 2 if moves else 0.0),
+        forward_temporary_bytes=c.all_bytes / 2 if moves else 0.0,
+        aliased=frozenset(c.wanted if keeps else ()),
+    )
 
 
 # -- elementwise -------------------------------------------------------------------------------
@@ -192,5 +214,6 @@ _BY_CATEGORY: dict[Category, Rule] = {
     **KERNEL_RULES_BY_CATEGORY,
     Category.VIEW: _view,
     Category.COPY: _new_tensor,
+    Category.COLLECTIVE: _collective,
     Category.FACTORY: lambda c: Adjoint(),
 }

@@ -7,6 +7,8 @@ what a rank runs for one stage and microbatch:
 * B, the steps that gradients of the stage's differentiable boundary inputs depend on;
 * W, the rest: weight gradients, each added to its buffer at once.
 
+Copies of the forward steps of recomputed nodes stand in B and W, see `recompute.py`.
+
 Storages are named by numbers: a value's root storage by the value's id, everything else (saved
 extras, gradients) by numbers above all value ids.
 """
@@ -14,13 +16,14 @@ extras, gradients) by numbers above all value ids.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..compiler.ir.graph import Graph, Mode, Node, OutputKind, ValueKind
 from .adjoint_types import Adjoint
 from .analysis import Storages
 from .liveness import Step
+from .recompute import insert_copies, weights_with_inputs
 
 __all__ = ["StageSteps", "stage_steps"]
 
@@ -42,6 +45,8 @@ class StageSteps:
         saved: storages made or received in forward that a backward step reads, with bytes.
         passed: storages made in B (or arriving) that W reads, with bytes.
         user_outputs_bytes: results for the user.
+        copies: storages that are recomputed.
+        rerun: nodes that B or W runs again.
     """
 
     forward: tuple[Step, ...]
@@ -55,6 +60,8 @@ class StageSteps:
     saved: dict[int, float]
     passed: dict[int, float]
     user_outputs_bytes: float
+    copies: frozenset[int] = frozenset()
+    rerun: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -92,6 +99,7 @@ def stage_steps(
     storages: Storages,
     sizes: Sequence[float],
     consumers: Mapping[int, int] | None = None,
+    recomputed: Collection[int] = (),
 ) -> StageSteps:
     """Steps of the stage that consists of `nodes` of `graph` (a whole graph or a stage's own).
 
@@ -100,6 +108,7 @@ def stage_steps(
         sizes: bytes by value id.
         consumers: sent value id -> stages that read it, where more than one: each returns a
             gradient, and they are summed.
+        recomputed: nodes whose results backward computes again.
     """
     ordered = tuple(graph.nodes[index] for index in sorted(nodes))
     made = {value for node in ordered for value in node.outputs}
@@ -124,7 +133,8 @@ def stage_steps(
     if graph.mode is Mode.TRAIN:
         arriving = _arriving(build, sent, ends, consumers or {})
     returned = _backward_steps(build, received) if arriving else {}
-    first, second = _split(build.backward, returned)
+    backward, copies = insert_copies(build.backward, forward, recomputed, build.new)
+    first, second = _split(backward, returned, copies)
     made_in_b = {storage: size for step in first for storage, size in step.writes}
     return StageSteps(
         forward=forward,
@@ -142,6 +152,8 @@ def stage_steps(
             for output in graph.outputs
             if output.kind is OutputKind.USER and output.value in ends
         ),
+        copies=copies,
+        rerun=frozenset(s.node for s in backward if any(made in copies for made, _ in s.writes)),
     )
 
 
@@ -285,7 +297,7 @@ def _finish_parameters(build: _Build) -> None:
 
 
 def _split(
-    steps: Sequence[Step], returned: dict[int, float]
+    steps: Sequence[Step], returned: dict[int, float], copies: Collection[int]
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """B: the steps that the returned gradients depend on. W: all others."""
     needed = set(returned)
@@ -295,6 +307,8 @@ def _split(
         if any(storage in needed for storage, _ in step.writes):
             inside.add(position)
             needed.update(step.reads)
+    if copies and inside:
+        inside = weights_with_inputs(steps, inside, copies)
     first = tuple(step for position, step in enumerate(steps) if position in inside)
     second = tuple(step for position, step in enumerate(steps) if position not in inside)
     return first, second

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..compiler.ir.graph import Graph, Mode, ValueKind
@@ -32,6 +32,7 @@ from .analysis import Storages, batch_values, find_storages, weight_like_values
 from .backward import StageSteps, stage_steps
 from .liveness import live_bytes
 from .parameters import ParameterFigures
+from .recompute import nodes_with_inputs
 
 _GLOO_MESSAGES = 8
 _MARGIN, _MARGIN_BYTES = 0.025, 1024
@@ -46,6 +47,7 @@ __all__ = [
     "memory_profile",
     "node_memory",
     "optimizer_temporaries",
+    "rerun_nodes",
     "stage_memory",
 ]
 
@@ -112,8 +114,13 @@ class MemoryModel:
     adjoints: tuple[Adjoint, ...]
     weights: frozenset[int]
 
-    def steps(self, nodes: Iterable[int], consumers: Mapping[int, int] | None = None) -> StageSteps:
-        """Kernels of the stage made of `nodes`; `consumers` as in `stage_steps`.
+    def steps(
+        self,
+        nodes: Iterable[int],
+        consumers: Mapping[int, int] | None = None,
+        recomputed: Collection[int] = (),
+    ) -> StageSteps:
+        """Kernels of the stage made of `nodes`; other arguments as in `stage_steps`.
 
         A boundary value arrives contiguous; where it is not so in the whole graph, copies differ,
         and the stage's storages and rules are derived anew.
@@ -131,6 +138,7 @@ class MemoryModel:
             storages=storages,
             sizes=self.sizes,
             consumers=consumers,
+            recomputed=recomputed,
         )
 
     def _arrives_otherwise(self, nodes: tuple[int, ...]) -> bool:
@@ -166,12 +174,28 @@ def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "c
     return MemoryModel(graph, backend, sizes, storages, adjoints, weight_like_values(graph))
 
 
+def rerun_nodes(graph: Graph, recomputed: Collection[int]) -> frozenset[int]:
+    """Those of `recomputed` whose results backward really needs again."""
+    if not recomputed:
+        return frozenset()
+    model = memory_model(graph)
+    return model.steps(range(len(graph.nodes)), recomputed=recomputed).rerun
+
+
 def memory_profile(
-    graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu"
+    graph: Graph,
+    *,
+    batch_fraction: float = 1.0,
+    backend: str = "cpu",
+    recomputed: Collection[int] = (),
 ) -> tuple[NodeMemory, ...]:
-    """Additive memory figures of every node of `graph`, in node order."""
+    """Additive memory figures of every node of `graph`, in node order.
+
+    Args:
+        recomputed: nodes whose results backward computes again.
+    """
     model = memory_model(graph, batch_fraction=batch_fraction, backend=backend)
-    return node_memory(model, model.steps(range(len(graph.nodes))))
+    return node_memory(model, model.steps(range(len(graph.nodes)), recomputed=recomputed))
 
 
 def node_memory(model: MemoryModel, steps: StageSteps) -> tuple[NodeMemory, ...]:
@@ -193,14 +217,17 @@ def node_memory(model: MemoryModel, steps: StageSteps) -> tuple[NodeMemory, ...]
 def _deferred(model: MemoryModel, steps: StageSteps) -> list[float]:
     """Per node, arriving gradients that its weight gradient reads (less what B has freed)."""
     table = [0.0] * len(model.graph.nodes)
+    backward = (*steps.backward_input, *steps.backward_weight)
     gradients = {
         storage: size
-        for step in (*steps.backward_input, *steps.backward_weight)
+        for step in backward
         for storage, size in step.writes
+        if storage not in steps.copies
     }
+    joined = nodes_with_inputs(backward, steps.copies)
     readers: set[tuple[int, int]] = set()
-    for step in (*steps.backward_input, *steps.backward_weight):
-        if not _is_weight_step(model, step.node):
+    for step in backward:
+        if not _is_weight_step(model, step.node) or step.node in joined:
             continue
         for storage in step.reads:
             if storage in gradients and (step.node, storage) not in readers:
@@ -240,6 +267,7 @@ def stage_memory(
     batch_fraction: float = 1.0,
     backend: str = "cpu",
     consumers: Mapping[int, int] | None = None,
+    recomputed: Collection[int] = (),
     parameters: Mapping[int, ParameterFigures] | None = None,
 ) -> MemoryPrediction:
     """Upper bound of the memory of a rank that runs the stage made of `nodes`.
@@ -255,6 +283,7 @@ def stage_memory(
         num_microbatches: of a step: user inputs and outputs of all of them are held.
         consumers: value id -> number of other stages that read it (`consuming_stages`); without
             it every sent value is taken to have one.
+        recomputed: nodes whose results backward computes again.
         parameters: value id -> figures of trained parameters; by default a gradient is as large as
             its parameter, and states follow from that.
     """
@@ -264,7 +293,7 @@ def stage_memory(
         else memory_model(graph, batch_fraction=batch_fraction, backend=backend)
     )
     chosen = tuple(sorted(nodes))
-    steps = model.steps(chosen, consumers)
+    steps = model.steps(chosen, consumers, recomputed)
     train = (mode or model.graph.mode) is Mode.TRAIN
     trained, held = _parameters(model, chosen, train)
     figures = [
@@ -326,10 +355,16 @@ def _parameters(
     return trained, held
 
 
-def action_memory(model: MemoryModel, nodes: Iterable[int] | None) -> ActionMemory:
-    """Memory of each action of the stage made of `nodes` (None: all nodes of the graph)."""
+def action_memory(
+    model: MemoryModel, nodes: Iterable[int] | None, recomputed: Collection[int] = ()
+) -> ActionMemory:
+    """Memory of each action of the stage made of `nodes` (None: all nodes of the graph).
+
+    Backward computes the results of `recomputed` nodes again.
+    """
     chosen = range(len(model.graph.nodes)) if nodes is None else nodes
-    return _action_memory(model.steps(chosen), model.graph.mode is Mode.TRAIN)
+    steps = model.steps(chosen, recomputed=recomputed)
+    return _action_memory(steps, model.graph.mode is Mode.TRAIN)
 
 
 def _action_memory(steps: StageSteps, train: bool) -> ActionMemory:

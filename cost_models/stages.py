@@ -7,16 +7,21 @@ node's input gradient therefore counts in W when no differentiable boundary inpu
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..compiler.ir.cluster import DeviceType
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.plan import OptimizerModel
-from .ops import price
+from .memory import memory_model
+from .ops import NodeCost, price
 
 __all__ = ["StageSeconds", "optimizer_seconds", "stage_seconds"]
 
 _OPTIMIZER_KERNELS = 12  # launches of one update of AdamW
+# of a host, whose rates a cluster does not list: PCIe 4.0 x16, and memory of one socket
+_HOST_LINK_RATE = 20e9
+_HOST_MEMORY_RATE = 50e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +38,24 @@ class StageSeconds:
 
 
 def stage_seconds(
-    graph: Graph, device_type: DeviceType, *, batch_fraction: float = 1.0
+    graph: Graph,
+    device_type: DeviceType,
+    *,
+    batch_fraction: float = 1.0,
+    recomputed: Collection[int] = (),
 ) -> StageSeconds:
-    """Predicted seconds of the stage graph `graph` on `device_type`, one microbatch."""
+    """Predicted seconds of the stage graph `graph` on `device_type`, one microbatch.
+
+    Args:
+        recomputed: nodes whose results backward computes again. Weight gradients that it then
+            computes with the input gradients (see `recompute.py`) count there.
+    """
     costs = price(graph, device_type, batch_fraction=batch_fraction)
     forward = sum(cost.forward_seconds for cost in costs)
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
+    if recomputed:
+        return _recomputing(graph, costs, forward, recomputed)
     reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
     first, second = 0.0, 0.0
     for node, cost in zip(graph.nodes, costs, strict=True):
@@ -52,23 +68,52 @@ def stage_seconds(
     return StageSeconds(forward, first, second)
 
 
+def _recomputing(
+    graph: Graph, costs: Sequence[NodeCost], forward: float, recomputed: Collection[int]
+) -> StageSeconds:
+    """As `stage_seconds`, by the steps in which the backward runs."""
+    model = memory_model(graph)
+    steps = model.steps(range(len(graph.nodes)), recomputed=recomputed)
+    copied = [
+        {step.node for step in part if any(s in steps.copies for s, _ in step.writes)}
+        for part in (steps.backward_input, steps.backward_weight)
+    ]
+    early = {step.node for step in steps.backward_input}
+    late = {step.node for step in steps.backward_weight}
+    first, second = 0.0, 0.0
+    for node, cost in enumerate(costs):
+        again = cost.forward_seconds
+        first += again if node in copied[0] else 0.0
+        second += again if node in copied[1] else 0.0
+        first += cost.backward_input_seconds if node in early else 0.0
+        second += cost.backward_input_seconds if node not in early else 0.0
+        first += cost.backward_weight_seconds if node not in late else 0.0
+        second += cost.backward_weight_seconds if node in late else 0.0
+    return StageSeconds(forward, first, second)
+
+
 def optimizer_seconds(
     device_type: DeviceType,
     optimizer: OptimizerModel,
     *,
     parameter_bytes: float,
     num_parameters: int = 1,
+    offloaded_bytes: float = 0.0,
 ) -> float:
-    """Seconds of one update of parameters of `parameter_bytes` in `num_parameters` tensors.
+    """Seconds of one update of parameters of `parameter_bytes` in `num_parameters` tensors, and of
+    others of `offloaded_bytes` in the memory of the host.
 
     Memory-bound: gradient, parameter and states are read, parameter and states written, the
     gradient is zeroed. CUDA updates all tensors in a few launches, a CPU one after the other.
     """
+    passes = 4 + 2 * optimizer.state_bytes_per_parameter_byte
+    away = offloaded_bytes * (2 / _HOST_LINK_RATE + passes / _HOST_MEMORY_RATE)
     if not parameter_bytes:
-        return 0.0
-    moved = parameter_bytes * (4 + 2 * optimizer.state_bytes_per_parameter_byte)
+        return away
+    moved = parameter_bytes * passes
     launches = num_parameters if device_type.backend == "cpu" else 1
     return (
-        moved / device_type.memory_bytes_per_second
+        away
+        + moved / device_type.memory_bytes_per_second
         + launches * _OPTIMIZER_KERNELS * device_type.overhead_seconds
     )

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.graph import Graph, Mode, ValueKind, producers, users
 from ..compiler.ir.mesh import Mesh
-from ..compiler.ir.plan import PIPELINE, OptimizerModel, ParameterLayout, Plan, Stage
+from ..compiler.ir.plan import PIPELINE, ParameterLayout, Plan, Stage
 from ..compiler.sharding.localize import LocalPart, localize
+from ..compiler.sharding.recompute import recomputed_locally
 from ..compiler.sharding.sharding import Sharding
 from ..cost_models.collectives import Network, mesh_network
 from ..cost_models.links import all_reduce_seconds
@@ -23,7 +24,7 @@ from ..cost_models.parameters import ParameterFigures, parameter_figures
 from .context import Context
 from .replicate import needed_replicas, replicated_nodes
 
-__all__ = ["Column", "column_of", "stage_devices"]
+__all__ = ["Column", "column_of", "parameters_of", "stage_devices"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Column:
     plan: Plan
     context: Context
     groups: tuple[tuple[int, ...], ...]
-    part: LocalPart | None
+    part: LocalPart | None = None
+    sharding: Sharding | None = None
 
     def spread(self, stages: tuple[Stage, ...], graph: Graph) -> tuple[Stage, ...]:
         """Stages of the whole graph on all devices, from those of the column."""
@@ -112,8 +114,11 @@ def _local_nodes(part: LocalPart, nodes: set[int]) -> tuple[int, ...]:
 def column_of(plan: Plan, context: Context) -> Column:
     """The first column of `plan`, whose mesh and layouts are decided."""
     if plan.stage_mesh.size == 1:
-        groups = tuple((device.index,) for device in plan.cluster.devices)
-        return Column(plan, context, groups, None)
+        pinned = context.options.mesh
+        if pinned is not None:
+            options = replace(context.options, num_stages=pinned.axis(PIPELINE).size)
+            context = replace(context, options=options)
+        return Column(plan, context, ())
     groups = stage_devices(plan.mesh)
     sharding = Sharding.of(plan, context.graph)
     part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
@@ -126,7 +131,7 @@ def column_of(plan: Plan, context: Context) -> Column:
         layouts=(),
         parameter_layouts=(),
         node_layouts=(),
-        recomputed=(),
+        recomputed=recomputed_locally(part, plan.recomputed),
     )
     local_context = replace(
         context,
@@ -135,9 +140,10 @@ def column_of(plan: Plan, context: Context) -> Column:
             context.options, num_stages=len(groups), num_microbatches=plan.num_microbatches or None
         ),
         network=network,
-        parameters=_figures(context.graph, part.graph, sharding, network, plan.optimizer),
     )
-    return Column(local_plan, local_context, groups, part)
+    column = Column(local_plan, local_context, groups, part, sharding)
+    parameters = parameters_of(plan, context.graph, column)
+    return replace(column, context=replace(local_context, parameters=parameters))
 
 
 def stage_devices(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
@@ -185,26 +191,23 @@ def _row_parts(graph: Graph, local: Graph) -> int:
     return 1
 
 
-def _figures(
-    graph: Graph,
-    local: Graph,
-    sharding: Sharding,
-    network: Network,
-    optimizer: OptimizerModel,
-) -> Mapping[int, ParameterFigures]:
-    """Figures of the trained parameters, by value of the local graph."""
-    if graph.mode is not Mode.TRAIN:
+def parameters_of(plan: Plan, graph: Graph, column: Column) -> Mapping[int, ParameterFigures]:
+    """Figures of the trained parameters of `column`, by value of its local graph, if gradients and
+    states lie as `plan` says."""
+    network, sharding = column.context.network, column.sharding
+    if graph.mode is not Mode.TRAIN or network is None or sharding is None:
         return {}
     whole = graph.by_name()
+    layouts = {entry.value: entry for entry in plan.parameter_layouts}
     table = {}
-    for value in local.values_of(ValueKind.PARAMETER):
+    for value in column.context.graph.values_of(ValueKind.PARAMETER):
         if value.requires_grad:
             source = whole[value.name]
             held = sharding.layout(source)
-            layout = sharding.parameters.get(value.name) or ParameterLayout(
+            layout = layouts.get(value.name) or ParameterLayout(
                 value.name, held, sharding.gradient_layout(source), held
             )
             table[value.id] = parameter_figures(
-                source.type, layout, sharding.mesh, network, optimizer
+                source.type, layout, sharding.mesh, network, plan.optimizer
             )
     return table

@@ -25,7 +25,7 @@ from .partition.problem import StageProblem
 from .partition.search import SearchLimits, Solution, Tables, estimate
 from .partition.statement import Statement
 
-__all__ = ["ChooseMicrobatches", "candidates"]
+__all__ = ["ChooseMicrobatches", "candidates", "pinned_count"]
 
 _MOST_CANDIDATES = 8
 _MUCH = 1.05
@@ -40,15 +40,21 @@ class ChooseMicrobatches:
     name: str = "microbatches"
 
     def run(self, plan: Plan, context: Context) -> Plan:
-        pinned = context.options.num_microbatches
-        if pinned is not None:
-            if pinned < 1 or plan.batch_size % pinned:
-                raise UsageError(
-                    f"{pinned} microbatches do not divide a batch of {plan.batch_size}",
-                    ways_out=(f"legal: {', '.join(map(str, _divisors(plan.batch_size)))}",),
-                )
-            return replace(plan, num_microbatches=pinned)
-        return replace(plan, num_microbatches=_choose(plan, context))
+        if plan.num_microbatches:
+            return plan
+        pinned = pinned_count(plan, context)
+        return replace(plan, num_microbatches=pinned or _choose(plan, context))
+
+
+def pinned_count(plan: Plan, context: Context) -> int | None:
+    """The number that the user wants, if any. Raises UsageError if it does not divide the batch."""
+    pinned = context.options.num_microbatches
+    if pinned is not None and (pinned < 1 or plan.batch_size % pinned):
+        raise UsageError(
+            f"{pinned} microbatches do not divide a batch of {plan.batch_size}",
+            ways_out=(f"legal: {', '.join(map(str, _divisors(plan.batch_size)))}",),
+        )
+    return pinned
 
 
 def _choose(plan: Plan, context: Context) -> int:

@@ -11,14 +11,18 @@ from ..compiler.ir.graph import Graph
 from ..compiler.ir.plan import Plan
 from ..compiler.ir.verify import verify_plan
 from .context import Context, Pass, PlanOptions, silent
+from .mesh import ChooseMesh
 from .microbatches import ChooseMicrobatches
 from .predict import Predict
+from .recompute import ChooseRecompute
 from .schedule import BuildSchedule
 from .stages import PartitionStages
 
 __all__ = ["PASSES", "Context", "Pass", "PlanOptions", "plan_graph", "run_passes"]
 
 PASSES: tuple[Pass, ...] = (
+    ChooseRecompute(),
+    ChooseMesh(),
     ChooseMicrobatches(),
     PartitionStages(),
     BuildSchedule(),

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..compiler.ir.graph import Graph, Mode
-from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction
+from ..compiler.ir.graph import Mode
+from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction, Stage
 from ..cost_models.analysis import batch_rows
-from ..cost_models.memory import consuming_stages, memory_model, stage_memory
+from ..cost_models.memory import consuming_stages, memory_model, rerun_nodes, stage_memory
 from ..cost_models.ops import price
+from ..cost_models.recompute import with_reruns
+from .columns import Column, column_of
 from .context import Context
 from .partition.problem import in_flight_microbatches
 
 __all__ = ["Predict", "predict"]
 
 
-def predict(plan: Plan, graph: Graph) -> Prediction:
+def predict(plan: Plan, context: Context) -> Prediction:
     """Expected figures of `plan`, whose stages, schedule and certificate are decided."""
     assert plan.schedule is not None and plan.certificate is not None
-    fraction = plan.batch_size / plan.num_microbatches / batch_rows(graph)
-    kinds = {plan.cluster.type_of(stage.device) for stage in plan.stages}
-    costs = {kind.name: price(graph, kind, batch_fraction=fraction) for kind in kinds}
+    column = column_of(plan, context)
+    graph, cluster = column.context.graph, column.plan.cluster
+    stages = column.narrow(plan.stages)
+    fraction = column.plan.batch_size / plan.num_microbatches / batch_rows(graph)
+    kinds = {cluster.type_of(stage.device) for stage in stages}
+    rerun = rerun_nodes(graph, column.plan.recomputed)
+    network = column.context.network
+    costs = {
+        kind.name: with_reruns(price(graph, kind, batch_fraction=fraction, network=network), rerun)
+        for kind in kinds
+    }
     forward, backward = [], []
-    for stage in plan.stages:
-        prices = [costs[plan.cluster.devices[stage.device].type][node] for node in stage.nodes]
+    for stage in stages:
+        prices = [costs[cluster.devices[stage.device].type][node] for node in stage.nodes]
         forward.append(sum(cost.forward_seconds for cost in prices))
         trains = plan.mode is Mode.TRAIN
         backward.append(sum(cost.backward_seconds for cost in prices) if trains else 0.0)
@@ -35,33 +45,39 @@ def predict(plan: Plan, graph: Graph) -> Prediction:
         bubble_fraction=min(max(bubble, 0.0), 1.0),
         stage_forward_seconds=tuple(forward),
         stage_backward_seconds=tuple(backward),
-        memory=_memory(plan, graph, fraction),
+        memory=_memory(plan, column, stages, fraction),
     )
 
 
-def _memory(plan: Plan, graph: Graph, fraction: float) -> tuple[MemoryPrediction, ...]:
+def _memory(
+    plan: Plan, column: Column, stages: tuple[Stage, ...], fraction: float
+) -> tuple[MemoryPrediction, ...]:
+    """Memory of every device; those of one stage need the same."""
     assert plan.schedule is not None
-    backends = sorted({plan.cluster.type_of(stage.device).backend for stage in plan.stages})
+    graph, cluster = column.context.graph, column.plan.cluster
+    backends = sorted({cluster.type_of(stage.device).backend for stage in stages})
     models = {
         backend: memory_model(graph, batch_fraction=fraction, backend=backend)
         for backend in backends
     }
-    consumers = consuming_stages(graph, plan.stages)
-    return tuple(
-        stage_memory(
-            models[plan.cluster.type_of(stage.device).backend],
+    consumers = consuming_stages(graph, stages)
+    table = []
+    for stage, whole in zip(stages, plan.stages, strict=True):
+        need = stage_memory(
+            models[cluster.type_of(stage.device).backend],
             stage.nodes,
             in_flight=in_flight_microbatches(
-                plan.schedule.name, plan.num_microbatches, len(plan.stages), stage.index
+                plan.schedule.name, plan.num_microbatches, len(stages), stage.index
             ),
             optimizer=plan.optimizer,
             mode=plan.mode,
-            device=stage.device,
             num_microbatches=plan.num_microbatches,
             consumers=consumers,
+            recomputed=column.plan.recomputed,
+            parameters=column.context.parameters,
         )
-        for stage in plan.stages
-    )
+        table += [replace(need, device=device) for device in whole.devices]
+    return tuple(sorted(table, key=lambda entry: entry.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,4 +87,4 @@ class Predict:
     name: str = "predict"
 
     def run(self, plan: Plan, context: Context) -> Plan:
-        return replace(plan, prediction=predict(plan, context.graph))
+        return replace(plan, prediction=predict(plan, context))

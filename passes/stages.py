@@ -12,7 +12,9 @@ import time
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.errors import InfeasibleError
-from ..compiler.ir.plan import Certificate, Plan
+from ..compiler.ir.mesh import Mesh, MeshAxis
+from ..compiler.ir.plan import PIPELINE, Certificate, Plan, Stage
+from .columns import column_of
 from .context import Context
 from .partition.closest import closest_partition
 from .partition.diagnosis import explain, unsupported
@@ -34,9 +36,10 @@ class PartitionStages:
 
     def run(self, plan: Plan, context: Context) -> Plan:
         start = time.perf_counter()
-        statement = state(plan, context)
+        column = column_of(plan, context)
+        statement = state(column.plan, column.context)
         problem = state_problem(statement, plan.num_microbatches)
-        counts = stage_counts(plan, context, len(statement.units))
+        counts = stage_counts(column.plan, column.context, len(statement.units))
         options = context.options
         limits = SearchLimits(
             tolerance=options.tolerance,
@@ -44,7 +47,7 @@ class PartitionStages:
             seed=options.seed,
         )
         context.progress(
-            f"partition {len(context.graph.nodes)} nodes in {len(statement.units)} units"
+            f"partition {len(statement.graph.nodes)} nodes in {len(statement.units)} units"
         )
         fit = None
         error = unsupported(statement, problem)
@@ -57,11 +60,33 @@ class PartitionStages:
             raise error or _infeasible(statement, problem, counts)
         space = (
             f"all monotone partitions of {len(statement.units)} units "
-            f"({len(context.graph.nodes)} nodes) into {_range(counts)} stages on any devices "
+            f"({len(statement.graph.nodes)} nodes) into {_range(counts)} stages on any devices "
             f"whose additive bound of memory is at most {fit.share:.4g} of the device's"
         )
         certificate = _certificate(fit.solution, space, time.perf_counter() - start)
-        return replace(plan, stages=fit.stages, certificate=certificate)
+        if plan.certificate is not None:
+            certificate = _joined(plan.certificate, certificate)
+        stages = column.spread(fit.stages, context.graph)
+        return replace(plan, stages=stages, mesh=_mesh(plan, stages), certificate=certificate)
+
+
+def _mesh(plan: Plan, stages: tuple[Stage, ...]) -> Mesh:
+    """The mesh with as many stages as there are."""
+    if plan.mesh.axes and plan.mesh.axis(PIPELINE).size == len(stages):
+        return plan.mesh
+    return Mesh((MeshAxis(PIPELINE, len(stages)),)) if len(stages) > 1 else Mesh(())
+
+
+def _joined(meshes: Certificate, stages: Certificate) -> Certificate:
+    """The certificate of stages found within a choice of meshes."""
+    bound = min(meshes.lower_bound, stages.objective)
+    gap = max(0.0, 1.0 - bound / stages.objective) if stages.objective else 0.0
+    return replace(
+        stages,
+        lower_bound=bound,
+        gap=gap,
+        search_space=f"{meshes.search_space}; {stages.search_space}",
+    )
 
 
 def _infeasible(

@@ -21,6 +21,7 @@ from ..compiler.ir.graph import Graph
 from ..compiler.ir.ops import Category
 from . import functional_collectives as functional
 from .communicator import Communicator, Split
+from .recompute import mark_like
 
 __all__ = ["StageCollectives", "expand_local", "has_collectives"]
 
@@ -48,6 +49,7 @@ def expand_local(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 part = (x, dim, begin, begin + sizes[index])
                 view = graph.call_function(aten.slice.Tensor, part)
+                mark_like(view, node)
                 # a copy, as a view would keep the whole tensor alive
                 own = graph.call_function(
                     aten.clone.default, (view,), {"memory_format": torch.contiguous_format}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
+
+from .recompute import copy_marked, late_order, weights_with_inputs
 
 __all__ = [
     "BackwardParts",
@@ -31,7 +33,8 @@ class BackwardParts:
 
     Sources are ("argument" | "saved" | "tangent" | "passed", index). `accumulated` are indices
     into the weight gradients that exist; W takes their buffers last, in that order.
-    `zero_inputs` are indices into the input gradients that are structurally zero.
+    `accumulated_early` are those that B adds to their buffers instead, because it recomputes what
+    they read. `zero_inputs` are indices into the input gradients that are structurally zero.
     """
 
     forward: fx.GraphModule
@@ -39,6 +42,7 @@ class BackwardParts:
     weight: fx.GraphModule
     input_sources: tuple[Source, ...]
     weight_sources: tuple[Source, ...]
+    accumulated_early: tuple[int, ...]
     accumulated: tuple[int, ...]
     zero_inputs: tuple[int, ...]
 
@@ -55,18 +59,21 @@ def cut_backward(
     simplify(joint.graph)
     split_joint_ops(joint.graph)
     joint.graph.eliminate_dead_code()
-    nodes = list(joint.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    flat = _flat_outputs(nodes[-1])
+    placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
+    flat = _flat_outputs(next(iter(reversed(joint.graph.nodes))))
     outputs = flat[:num_outputs]
     input_grads = flat[num_outputs : num_outputs + num_input_gradients]
     weight_grads = flat[num_outputs + num_input_gradients :]
 
     boundary = set(placeholders)
-    forward_set = _with_items(_ancestors(outputs) - boundary)
-    input_set = _with_items(_ancestors(input_grads) - forward_set - boundary)
-    weight_set = _ancestors(weight_grads) - forward_set - input_set - boundary
-    order = {node: position for position, node in enumerate(nodes)}
+    forward_set = _with_items(_ancestors(outputs, boundary))
+    copies = copy_marked(joint.graph, forward_set)
+    outside = forward_set | boundary
+    input_set = _with_items(_ancestors(input_grads, outside))
+    own = [_ancestors([grad], outside | input_set) for grad in weight_grads]
+    early = weights_with_inputs(own, input_set, copies)
+    weight_set = set().union(*own) - input_set
+    order = _order(joint.graph, forward_set, placeholders[num_arguments:], bool(copies))
 
     backward = input_set | weight_set
     saved = _ordered(
@@ -75,9 +82,14 @@ def cut_backward(
         order,
     )
     saved = [node for node in saved if _is_tensor(node)]
+    early_grads = [weight_grads[index] for index in early]
+    accumulated = tuple(
+        index for index, grad in enumerate(weight_grads) if grad is not None and index not in early
+    )
+    grads = [weight_grads[index] for index in accumulated]
     passed = _ordered(
         {source for node in weight_set for source in node.all_input_nodes if source in input_set}
-        | {grad for grad in _nodes(weight_grads) if grad in input_set},
+        | {grad for grad in grads if grad in input_set},
         order,
     )
     source_of: dict[fx.Node, Source] = {}
@@ -88,20 +100,34 @@ def cut_backward(
     for position, node in enumerate(passed):
         source_of.setdefault(node, ("passed", position))
 
-    accumulated = tuple(index for index, grad in enumerate(weight_grads) if grad is not None)
-    grads = [grad for grad in weight_grads if grad is not None]
-    input_reads = _reads(input_set, input_grads, source_of, order)
+    input_reads = _reads(input_set, [*input_grads, *early_grads], source_of, order)
     weight_reads = _reads(weight_set, grads, source_of, order)
     kept_grads = [grad for grad in input_grads if grad is not None]
+    first, second = _ordered(input_set, order), _ordered(weight_set, order)
     return BackwardParts(
-        forward=_extract(joint, forward_set, placeholders[:num_arguments], [*outputs, *saved]),
-        input=_extract(joint, input_set, input_reads, [*kept_grads, *passed]),
-        weight=_accumulating(joint, weight_set, weight_reads, grads),
+        forward=_extract(
+            joint, _ordered(forward_set, order), placeholders[:num_arguments], [*outputs, *saved]
+        ),
+        input=_extract(joint, first, input_reads, [*kept_grads, *passed], early_grads),
+        weight=_extract(joint, second, weight_reads, [], grads),
         input_sources=tuple(source_of[node] for node in input_reads),
         weight_sources=tuple(source_of[node] for node in weight_reads),
+        accumulated_early=tuple(early),
         accumulated=accumulated,
         zero_inputs=tuple(i for i, grad in enumerate(input_grads) if grad is None),
     )
+
+
+def _order(
+    graph: fx.Graph, forward: set[fx.Node], tangents: list[fx.Node], recomputes: bool
+) -> dict[fx.Node, int]:
+    """Positions in which the nodes run."""
+    nodes = list(graph.nodes)
+    if recomputes:
+        backward = [node for node in nodes if node.op == "call_function" and node not in forward]
+        late = late_order(backward, tangents)
+        nodes = [node for node in nodes if node not in set(backward)] + late
+    return {node: position for position, node in enumerate(nodes)}
 
 
 def _flat_outputs(node: fx.Node) -> list[Any]:
@@ -122,12 +148,13 @@ def _nodes(items: Iterable[Any]) -> list[fx.Node]:
     return [item for item in items if isinstance(item, fx.Node)]
 
 
-def _ancestors(items: Iterable[Any]) -> set[fx.Node]:
+def _ancestors(items: Iterable[Any], outside: Collection[fx.Node]) -> set[fx.Node]:
+    """Nodes among `items` and what they depend on, up to those `outside`."""
     found: set[fx.Node] = set()
     stack = _nodes(items)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and node not in outside:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
@@ -164,37 +191,30 @@ def _reads(
 
 def _extract(
     joint: fx.GraphModule,
-    inside: set[fx.Node],
+    inside: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
     results: Sequence[Any],
+    grads: Sequence[fx.Node] = (),
 ) -> fx.GraphModule:
-    graph, table = _copy(joint, inside, inputs)
-    graph.output([table[item] if isinstance(item, fx.Node) else item for item in results])
-    return fx.GraphModule(joint, graph)
+    """The nodes `inside` as a graph of their own.
 
-
-def _copy(
-    joint: fx.GraphModule, inside: set[fx.Node], inputs: Sequence[fx.Node]
-) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    Each of `grads` is added to its buffer right after the node that computes it; the buffers come
+    last among the placeholders.
+    """
     graph = fx.Graph()
     table: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         table[node] = graph.placeholder(node.name)
         table[node].meta = dict(node.meta)
-    for node in joint.graph.nodes:
-        if node in inside and node not in table:
+    for node in inside:
+        if node not in table:
             table[node] = graph.node_copy(node, lambda source: table[source])
-    return graph, table
+    _accumulate(graph, [table[grad] for grad in grads])
+    graph.output([table[item] if isinstance(item, fx.Node) else item for item in results])
+    return fx.GraphModule(joint, graph)
 
 
-def _accumulating(
-    joint: fx.GraphModule,
-    inside: set[fx.Node],
-    inputs: Sequence[fx.Node],
-    grads: Sequence[fx.Node],
-) -> fx.GraphModule:
-    """W: every gradient is added to its buffer right after the node that computes it."""
-    graph, table = _copy(joint, inside, inputs)
+def _accumulate(graph: fx.Graph, grads: Sequence[fx.Node]) -> None:
     last_placeholder = next((n for n in reversed(list(graph.nodes)) if n.op == "placeholder"), None)
     buffers = []
     for index in range(len(grads)):
@@ -202,12 +222,9 @@ def _accumulating(
             last_placeholder = graph.placeholder(f"buffer_{index}")
         buffers.append(last_placeholder)
     for buffer, grad in zip(buffers, grads, strict=True):
-        anchor = table[grad]
-        after = buffers[-1] if anchor.op == "placeholder" else anchor
+        after = buffers[-1] if grad.op == "placeholder" else grad
         with graph.inserting_after(after):
-            graph.call_function(aten.add_.Tensor, (buffer, anchor))
-    graph.output(())
-    return fx.GraphModule(joint, graph)
+            graph.call_function(aten.add_.Tensor, (buffer, grad))
 
 
 def _start(graph: fx.Graph) -> Any:

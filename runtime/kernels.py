@@ -11,7 +11,8 @@ by reachability:
 so what F must keep for B and W is an explicit list of tensors. W adds each weight gradient to its
 buffer as soon as it exists (`addmm_` where the gradient is a matrix product), so no second copy of
 the gradients is ever alive. Ops that compute both kinds of gradient at once are split
-(`split_joint_ops`), or W would be empty for convolutions.
+(`split_joint_ops`), or W would be empty for convolutions. Where B recomputes what weight gradients
+read (`recompute.py`), they are computed in B as well, as it would else be kept until W.
 
 All kernels take one list of tensors and empty it, so that a dead tensor is freed at once.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,6 +35,8 @@ from ..compiler.ir.graph import Graph, OutputKind, Value, ValueKind
 from ..compiler.ir.ops import Category
 from .collective_ops import StageCollectives, expand_local, has_collectives
 from .fx_cut import boxed_module, cut_backward, mutates, simplify, use_addmm
+from .gradient_parts import PartOf, keep_early
+from .recompute import MarkedReplay
 
 __all__ = ["Kernel", "StageKernels", "StageSignature", "trace_inference", "trace_training"]
 
@@ -100,8 +103,9 @@ class StageKernels:
     * `backward_weight([...])` adds to gradient buffers in place.
 
     `input_sources` / `weight_sources` say, tensor by tensor, what the backward kernels read:
-    ("argument", i), ("saved", i), ("tangent", i) and for W ("passed", i). W reads the gradient
-    buffers of `accumulated` (positions in `arguments`) after those. `zero_inputs` are positions
+    ("argument", i), ("saved", i), ("tangent", i) and for W ("passed", i). After those B reads the
+    gradient buffers of `accumulated_early` (positions in `arguments`), W those of `accumulated`.
+    `zero_inputs` are positions
     within the differentiable inputs whose gradient is structurally zero. `collectives` are those
     inside the kernels, where there are any.
     """
@@ -113,6 +117,7 @@ class StageKernels:
     backward_weight: Kernel | None = None
     input_sources: tuple[tuple[Source, int], ...] = ()
     weight_sources: tuple[tuple[Source, int], ...] = ()
+    accumulated_early: tuple[int, ...] = ()
     accumulated: tuple[int, ...] = ()
     zero_inputs: tuple[int, ...] = ()
     modules: dict[str, fx.GraphModule] = field(default_factory=dict)
@@ -218,6 +223,7 @@ def trace_training(
     graph: Graph,
     device: torch.device,
     collectives: StageCollectives | None = None,
+    kept: Mapping[str, PartOf] | None = None,
 ) -> StageKernels:
     """F, B and W kernels of a training stage; see the module docstring.
 
@@ -226,9 +232,10 @@ def trace_training(
         graph: its graph: argument and output types are read.
         device: where the stage runs (kernels chosen by torch depend on it).
         collectives: to bind those of the graph to, if it has any.
+        kept: parts of gradients that are kept, by parameter; other gradients are kept whole.
     """
     signature = StageSignature.of(graph)
-    joint = _trace_joint(function, graph, signature, device)
+    joint = _trace_joint(function, graph, signature, device, kept or {})
     expand_local(joint.graph)
     parts = cut_backward(
         joint,
@@ -236,6 +243,7 @@ def trace_training(
         num_outputs=len(graph.outputs),
         num_input_gradients=len(signature.differentiable),
     )
+    use_addmm(parts.input)
     use_addmm(parts.weight)
     bind = None if collectives is None else collectives.bind
     return StageKernels(
@@ -246,19 +254,25 @@ def trace_training(
         backward_weight=boxed_module(parts.weight, bind),
         input_sources=tuple((Source(kind), index) for kind, index in parts.input_sources),
         weight_sources=tuple((Source(kind), index) for kind, index in parts.weight_sources),
+        accumulated_early=tuple(signature.trained[index] for index in parts.accumulated_early),
         accumulated=tuple(signature.trained[index] for index in parts.accumulated),
         zero_inputs=parts.zero_inputs,
         modules={"forward": parts.forward, "input": parts.input, "weight": parts.weight},
-        collectives=collectives if has_collectives(graph) else None,
+        collectives=collectives if has_collectives(graph) or kept else None,
     )
 
 
 def _trace_joint(
-    function: StageFunction, graph: Graph, signature: StageSignature, device: torch.device
+    function: StageFunction,
+    graph: Graph,
+    signature: StageSignature,
+    device: torch.device,
+    kept: Mapping[str, PartOf],
 ) -> fx.GraphModule:
     """Graph of `(key, *arguments, *tangents) -> (*outputs, *input grads, *weight grads)`."""
     wanted = {*signature.trained, *signature.differentiable}
     order = [*signature.differentiable, *signature.trained]
+    names = [signature.arguments[position].origin for position in signature.trained]
 
     def joint(
         key: Tensor, arguments: list[Tensor], tangents: list[Tensor]
@@ -282,7 +296,12 @@ def _trace_joint(
                 [tangent for _, tangent in pairs],
                 allow_unused=True,
             )
-        return [output.detach() for output in outputs], list(gradients)
+        found = list(gradients)
+        for index, name in enumerate(names, len(signature.differentiable)):
+            gradient = found[index]
+            if name in kept and gradient is not None:
+                found[index] = kept[name].of(gradient)
+        return [output.detach() for output in outputs], found
 
     # One thread, so that backward is recorded in one order on all ranks that share the stage.
     one_thread = torch.autograd.set_multithreading_enabled(False)
@@ -293,14 +312,16 @@ def _trace_joint(
             _example(graph.values[graph.outputs[position].value], device)
             for position in signature.tangents
         ]
-        return _functional(joint, key, arguments, tangents)
+        traced = _functional(joint, key, arguments, tangents)
+    keep_early(traced.graph, (len(names) - i for i, name in enumerate(names) if name in kept))
+    return traced
 
 
 def _functional(function: Callable[..., object], *examples: object) -> fx.GraphModule:
     """Trace of `function`, without ops that work in place."""
     traced = make_fx(function)(*examples)
     if mutates(traced.graph):
-        traced = make_fx(functionalize(traced))(*examples)
+        traced = make_fx(functionalize(MarkedReplay(traced).run))(*examples)
     left = mutates(traced.graph)
     assert not left, f"in-place ops survive functionalisation: {left}"
     return traced

@@ -39,6 +39,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--stages", type=positive_int, metavar="S", help="default: chosen by the planner"
     )
     parser.add_argument(
+        "--recompute",
+        choices=("none", "full", "selective"),
+        default="none",
+        help="what backward computes again instead of keeping it (default: %(default)s)",
+    )
+    parser.add_argument(
         "--memory-limit", type=positive_float, metavar="GIB", help="memory of every device"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="PLAN", help="write the plan here")
@@ -54,6 +60,7 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "num_microbatches": options.microbatches,
         "num_stages": options.stages,
         "schedule": options.schedule,
+        "recompute": options.recompute,
         "memory_limit_bytes": None if limit is None else int(limit * _GIB),
     }
 

@@ -8,6 +8,7 @@ new content of a buffer holds that buffer, whether it reads the old content or n
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from ..ir.errors import VerificationError
@@ -18,10 +19,15 @@ from ..ir.program import StageProgram
 __all__ = ["cut_stages"]
 
 
-def cut_stages(graph: Graph, stages: tuple[Stage, ...]) -> tuple[StageProgram, ...]:
+def cut_stages(
+    graph: Graph, stages: tuple[Stage, ...], recomputed: Collection[int] = ()
+) -> tuple[StageProgram, ...]:
     """One `StageProgram` per stage, in stage order.
 
     A training graph loses its USER outputs (a step returns the loss only).
+
+    Args:
+        recomputed: nodes that backward computes again.
 
     Raises:
         VerificationError: a stage reads a value that no stage up to it computes.
@@ -30,10 +36,19 @@ def cut_stages(graph: Graph, stages: tuple[Stage, ...]) -> tuple[StageProgram, .
     outputs = _assign_outputs(graph, stages, computed_by)
     reads = [_external_reads(graph, stage, outputs[stage.index]) for stage in stages]
     boundary = _boundary_edges(graph, stages, computed_by, reads)
-    return tuple(
+    programs = (
         _stage_program(graph, stage, reads[stage.index], outputs[stage.index], boundary)
         for stage in stages
     )
+    return tuple(
+        replace(program, recomputed=_positions(stage, recomputed))
+        for stage, program in zip(stages, programs, strict=True)
+    )
+
+
+def _positions(stage: Stage, nodes: Collection[int]) -> tuple[int, ...]:
+    """Where those of `nodes` that are in the stage come in its graph."""
+    return tuple(i for i, node in enumerate(sorted(stage.nodes)) if node in nodes)
 
 
 def _computing_stages(graph: Graph, stages: tuple[Stage, ...]) -> dict[int, tuple[int, ...]]:

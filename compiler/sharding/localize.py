@@ -113,28 +113,22 @@ class _Localizer:
 
     def add_node(self, node: Node) -> None:
         strategies = self.sharding.node_strategies(node)
-        if strategies is None:
-            whole = self.sharding.replicated
-            inputs = [self._read(node, value, whole, frozenset()) for value in node.inputs]
-            layouts = (whole,) * len(node.inputs), (whole,) * len(node.outputs)
-        else:
+        whole = self.sharding.replicated
+        layouts = (whole,) * len(node.inputs), (whole,) * len(node.outputs)
+        if strategies is not None:
             layouts = (
                 _stacked([strategy.inputs for strategy in strategies]),
                 _stacked([strategy.outputs for strategy in strategies]),
             )
-            inputs = [
-                self._read(
-                    node,
-                    value,
-                    layouts[0][position],
-                    frozenset(
-                        axis
-                        for axis, strategy in enumerate(strategies)
-                        if strategy.has_partial_gradient(position)
-                    ),
-                )
-                for position, value in enumerate(node.inputs)
-            ]
+        inputs = [
+            self._read(
+                node,
+                value,
+                layouts[0][position],
+                self.sharding.axes_of_terms(self.graph, node, position),
+            )
+            for position, value in enumerate(node.inputs)
+        ]
         lowering = Lowering(
             view=OpView(self.graph, node),
             local=self.local,

@@ -23,6 +23,9 @@ from .strategy import OpView, chunk_sizes
 __all__ = ["LocalGraph", "Lowering", "Ref"]
 
 
+_Kind = type[Shard] | type[Partial] | type[Replicate]
+
+
 @dataclass(frozen=True, slots=True)
 class Ref:
     """A local value inside the arguments of an emitted node."""
@@ -87,7 +90,7 @@ class LocalGraph:
                 return tuple(fill(entry) for entry in item)
             return item  # type: ignore[no-any-return]
 
-        filled = fill(tuple(args)), tuple((name, fill(item)) for name, item in kwargs)
+        filled = tuple(map(fill, args)), tuple((name, fill(item)) for name, item in kwargs)
         carried = any(self.values[value].requires_grad for value in inputs)
         flags = [carried and type.is_float for type in types]
         if isinstance(requires_grad, bool):
@@ -356,9 +359,7 @@ class Lowering:
         """A replicated value as terms along mesh axis number `axis`."""
         return self.local.as_partial(ref, self.mesh.axes[axis].name, self.node)
 
-    def axes_with(
-        self, kind: type[Shard] | type[Partial] | type[Replicate], layout: Layout
-    ) -> tuple[int, ...]:
+    def axes_with(self, kind: _Kind, layout: Layout) -> tuple[int, ...]:
         """Numbers of the mesh axes on which `layout` has a placement of that kind."""
         return tuple(i for i, item in enumerate(layout.placements) if isinstance(item, kind))
 

@@ -68,6 +68,17 @@ class Sharding:
         """One strategy an axis; None: replicated."""
         return self.strategies.get(node.name)
 
+    def axes_of_terms(self, graph: Graph, node: Node, position: int) -> frozenset[int]:
+        """The axes on which `node` of `graph` gives each rank one term of the gradient of its input
+        `position`; none if it gives it no gradient."""
+        if not any(graph.values[index].requires_grad for index in node.outputs):
+            return frozenset()
+        return frozenset(
+            axis
+            for axis in range(len(self.mesh.axes))
+            if _leaves_terms(graph, node, position, axis, self.strategies, self.deferred)
+        )
+
     def gradient_layout(self, value: Value) -> Layout:
         """Of the gradient that one rank has of a parameter after backward."""
         held = self.layout(value).placements
@@ -207,46 +218,60 @@ def _deferred(
 ) -> dict[str, frozenset[int]]:
     """`Sharding.deferred`, from the readers of each value to the value.
 
-    A replicated operator on such values passes terms of a gradient on as they are, since backward
-    is linear in the gradient.
+    A replicated operator passes terms of a gradient on as they are, since backward is linear in the
+    gradient; its results are deferred together, so that it never meets terms and whole gradients
+    at once. One that works on parts and makes a replicated result expects a complete gradient.
     """
     weights = computed_from_parameters(graph)
     returned = {output.value for output in graph.outputs if output.kind is not OutputKind.BUFFER}
     read_by = users(graph)
-    table: dict[int, frozenset[int]] = {}
-    for value in sorted(weights, reverse=True):
-        name = graph.values[value].name
-        axes: set[int] = set()
-        for axis in range(num_axes):
-            layout = made.get(name)
-            if layout is not None and not isinstance(layout.placements[axis], Replicate):
-                continue
-            readers = [graph.nodes[node] for node in read_by[value]]
-            if value not in returned and all(
-                _leaves_terms(graph, node, value, axis, strategies, table) for node in readers
-            ):
-                axes.add(axis)
-        table[value] = frozenset(axes)
-    return {graph.values[value].name: axes for value, axes in table.items() if axes}
+    table: dict[str, frozenset[int]] = {}
+
+    def is_deferred(index: int, axis: int) -> bool:
+        value = graph.values[index]
+        layout = made.get(value.name)
+        if index in returned or index not in weights:
+            return False
+        if layout is not None and not isinstance(layout.placements[axis], Replicate):
+            return False
+        readers = (graph.nodes[number] for number in read_by[index])
+        return all(
+            _leaves_terms(graph, node, node.inputs.index(index), axis, strategies, table)
+            for node in readers
+        )
+
+    def enter(values: tuple[int, ...], axes: set[int]) -> None:
+        carried = [index for index in values if graph.values[index].requires_grad]
+        chosen = frozenset(axis for axis in axes if all(is_deferred(i, axis) for i in carried))
+        if chosen:
+            table.update((graph.values[index].name, chosen) for index in carried)
+
+    for node in reversed(graph.nodes):
+        chosen = strategies.get(node.name)
+        whole = (a for a in range(num_axes) if chosen is None or chosen[a].is_replicated)
+        enter(node.outputs, set(whole))
+    for value in graph.values:
+        if value.kind is not ValueKind.RESULT:
+            enter((value.id,), set(range(num_axes)))
+    return table
 
 
 def _leaves_terms(
     graph: Graph,
     node: Node,
-    value: int,
+    position: int,
     axis: int,
     strategies: Mapping[str, tuple[OpStrategy, ...]],
-    table: Mapping[int, frozenset[int]],
+    deferred: Mapping[str, frozenset[int]],
 ) -> bool:
-    """Whether `node` gives one term a rank of the gradient of `value` that it reads."""
-    carried = [index for index in node.outputs if graph.values[index].requires_grad]
+    """Whether `node` gives each rank of `axis` one term of the gradient of what it reads."""
+    carried = [graph.values[index] for index in node.outputs if graph.values[index].requires_grad]
     if not carried:
         return True
     chosen = strategies.get(node.name)
-    position = node.inputs.index(value)
     if chosen is not None and not chosen[axis].is_replicated:
         return chosen[axis].has_partial_gradient(position)
-    return all(axis in table.get(index, ()) for index in carried)
+    return all(axis in deferred.get(value.name, ()) for value in carried)
 
 
 def computed_from_parameters(graph: Graph) -> set[int]:

@@ -19,7 +19,8 @@ class LayoutOptions:
 
     Args:
         num_microbatches: of a step: the sum of gradients and the update are spread over them.
-        in_flight: microbatches whose saved tensors are alive at once.
+        in_flight: microbatches whose saved tensors are alive at once; a fraction, if they are
+            smaller than the one that was captured.
         memory_bytes: limit of one device; None: none.
         optimizer: states a parameter.
         batch_axes: mesh axes over which batched inputs are split by rows and parameters are
@@ -29,7 +30,7 @@ class LayoutOptions:
     """
 
     num_microbatches: int = 1
-    in_flight: int = 1
+    in_flight: float = 1.0
     memory_bytes: int | None = None
     optimizer: OptimizerModel = OptimizerModel("adamw", 2.0)
     batch_axes: tuple[str, ...] = ("data",)

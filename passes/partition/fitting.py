@@ -118,6 +118,7 @@ class Needs:
                 device=stages[index].device,
                 num_microbatches=self.problem.num_microbatches,
                 consumers=consumers,
+                recomputed=self.statement.recomputed,
                 parameters=self.statement.parameters,
             )
             for index in wanted

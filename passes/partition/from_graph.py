@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Mode, OutputKind, Value, ValueKind, users
 from ...cost_models.analysis import batch_rows, batch_values
-from ...cost_models.memory import memory_profile
+from ...cost_models.memory import memory_profile, rerun_nodes
 from ...cost_models.ops import NodeCost, price
+from ...cost_models.recompute import with_reruns
 from ...cost_models.stages import optimizer_seconds
 from .devices import class_links, device_classes, slowest_link, used_types
 from .pins import class_pins, stage_pins
@@ -73,14 +74,19 @@ def _figures(statement: Statement, num_microbatches: int) -> _Figures:
     fraction = statement.batch_size / num_microbatches / batch_rows(graph)
     types = used_types(statement.cluster)
     profiles = [
-        memory_profile(graph, batch_fraction=fraction, backend=backend)
+        memory_profile(
+            graph, batch_fraction=fraction, backend=backend, recomputed=statement.recomputed
+        )
         for backend in sorted({entry.backend for entry in types})
     ]
     batched = batch_values(graph)
+    rerun = rerun_nodes(graph, statement.recomputed)
     return _Figures(
         types=types,
         costs=tuple(
-            price(graph, entry, batch_fraction=fraction, network=statement.network)
+            with_reruns(
+                price(graph, entry, batch_fraction=fraction, network=statement.network), rerun
+            )
             for entry in types
         ),
         saved=tuple(max(node.saved_bytes for node in row) for row in zip(*profiles, strict=True)),

@@ -69,6 +69,7 @@ def state(plan: Plan, context: Context) -> Statement:
         memory_limit_bytes=options.memory_limit_bytes,
         pins=options.pins,
         device_pins=options.device_pins,
+        recomputed=plan.recomputed,
         network=context.network,
         parameters=context.parameters,
     )

@@ -23,6 +23,7 @@ class Statement:
         replicas: for every unit, the replicated nodes that it needs.
         batch_size: rows of a step.
         pins, device_pins: see `PlanOptions`.
+        recomputed: nodes whose results backward computes again.
         network: who meets in the collectives of a local graph.
         parameters: figures of trained parameters by value id, where they are not those of a
             parameter that one rank trains alone.
@@ -38,6 +39,7 @@ class Statement:
     memory_limit_bytes: int | None = None
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
+    recomputed: tuple[int, ...] = ()
     network: Network | None = None
     parameters: Mapping[int, ParameterFigures] = field(default_factory=dict)
 

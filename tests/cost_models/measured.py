@@ -69,6 +69,7 @@ class StageRun:
         One profile covers all: it knows nothing of the release of what was allocated before it.
         """
         kernels = self.kernels
+        early = [torch.zeros_like(self.arguments[i]) for i in kernels.accumulated_early]
         buffers = [torch.zeros_like(self.arguments[i]) for i in kernels.accumulated]
         tangents = [
             self.graph.values[self.graph.outputs[position].value].type
@@ -83,7 +84,7 @@ class StageRun:
                     arriving = torch.ones(type.shape, dtype=type.dtype)
                     context[Source.TANGENT, index] = arriving
                     del arriving
-                self._backward_input(context)
+                self._backward_input(context, early)
             left = self._fresh(context)
             with record_function("phase weight"):
                 self._backward_weight(context, buffers)
@@ -109,7 +110,9 @@ class StageRun:
         registers.clear()
         return context
 
-    def _backward_input(self, context: dict[tuple[Source, int], Tensor | None]) -> None:
+    def _backward_input(
+        self, context: dict[tuple[Source, int], Tensor | None], buffers: list[Tensor]
+    ) -> None:
         kernels = self.kernels
         assert kernels.backward_input is not None
         later = set(kernels.weight_sources)
@@ -120,6 +123,7 @@ class StageRun:
         ]
         for source in [source for source in context if source not in later]:
             del context[source]
+        arguments.extend(buffers)
         results = list(kernels.backward_input(arguments))
         registers.clear()
         gradients = len(kernels.signature.differentiable) - len(kernels.zero_inputs)

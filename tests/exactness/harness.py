@@ -12,7 +12,7 @@ from torch import nn
 
 from cutset.compiler.batch import signature_of, take_rows
 from cutset.compiler.capture import Captured, capture
-from cutset.compiler.ir.graph import Mode
+from cutset.compiler.ir.graph import Graph, Mode
 from cutset.compiler.ir.mesh import Mesh, MeshAxis
 from cutset.compiler.ir.plan import OptimizerModel, Plan
 from cutset.compiler.measure import MeasuredRun, measure_training
@@ -23,10 +23,19 @@ from cutset.cost_models import parse_devices
 from cutset.passes.context import PlanOptions
 from cutset.passes.pipeline import plan_graph
 from cutset.runtime.session import Session
-from tests.models.exact import ROWS, ExactModel
-from tests.sharding.choices import Layouts
+from tests.models.exact import ROWS, ExactModel, sharded_tolerance
+from tests.sharding.choices import Layouts, flowing_layouts, random_layouts
 
-__all__ = ["Numerics", "Subject", "adamw64", "sgd32"]
+__all__ = [
+    "Numerics",
+    "Subject",
+    "adamw64",
+    "in_stage",
+    "layouts_over",
+    "sgd32",
+    "sharded_tolerance_of",
+    "spread",
+]
 
 STEPS = 3
 SEED = 5
@@ -161,6 +170,41 @@ class Subject:
         """Worst relative error by kind of tensor."""
         measured = self.run(num_stages, schedule, session, mesh, layouts)
         return relative_errors(measured.run, self.reference)
+
+    def sharded_errors(
+        self,
+        mesh: Mesh,
+        session: Session,
+        *,
+        seed: int | None = None,
+        schedule: str = "1f1b",
+    ) -> dict[str, WorstError]:
+        """`errors` over a mesh whose axis `pipeline`, if it has one, gives the stages; under random
+        layouts, or flowing ones if there is no seed."""
+        inner = in_stage(mesh)
+        layouts = layouts_over(self.captured.graph, inner, seed)
+        return self.errors(mesh.axis("pipeline").size, schedule, session, inner, layouts)
+
+
+def sharded_tolerance_of(name: str, numerics: Numerics) -> float:
+    """How exact training of one of `SHARDED_MODELS` is over a mesh.
+
+    A bias in front of BatchNorm has a gradient that is zero but for rounding, and Adam divides it
+    by its own size; with sums over ranks in another order that is rounding of another size.
+    """
+    if name in ("resnet", "unet") and numerics.dtype is torch.float64:
+        return 1e-9
+    return sharded_tolerance(name, numerics.tolerance)
+
+
+def in_stage(mesh: Mesh) -> Mesh:
+    """`mesh` without its axis `pipeline`, whose size is the number of stages."""
+    return Mesh(tuple(axis for axis in mesh.axes if axis.name != "pipeline"))
+
+
+def layouts_over(graph: Graph, mesh: Mesh, seed: int | None) -> Layouts:
+    """Random layouts over an in-stage mesh, or flowing ones if there is no seed."""
+    return flowing_layouts(graph, mesh) if seed is None else random_layouts(graph, mesh, seed)
 
 
 def spread(plan: Plan, mesh: Mesh, layouts: Layouts) -> Plan:

@@ -245,6 +245,25 @@ def test_kernels_of_all_ranks_hold_the_same_collectives(index: int) -> None:
     }
 
 
+def test_weight_gradient_that_is_summed_at_once() -> None:
+    build = GraphBuilder("weight", Mode.TRAIN)
+    h = build.boundary("h", (2, 3), F64)
+    w = build.op("cutset.sum_gradient.default", build.parameter("w", (4, 3), F64), "t")
+    out = build.op("aten.linear.default", h, w)
+    build.output(out, OutputKind.BOUNDARY, target=out.name)
+    graph = build.build()
+    x, w0, g = per_rank(2, 2, 3), random(4, 3), per_rank(2, 2, 4, seed=2)
+
+    def make(end: Communicator) -> Callable[[], list[Tensor]]:
+        kernels = kernels_of(graph, end, {"t": (0, 1)})
+        assert "cutset.all_reduce.default" in targets(kernels, "weight")
+        return lambda: list(run_kernels(kernels, [x[end.rank], w0], [g[end.rank]])[2].values())
+
+    # run_kernels adds twice
+    total = 2 * sum(mine.T @ theirs for mine, theirs in zip(g, x, strict=True))
+    equal([gradient for (gradient,) in on_ranks(2, make)], [total] * 2)
+
+
 def test_unbound_operators_say_so() -> None:
     with pytest.raises(RuntimeError, match="cutset::all_reduce was called outside of a stage"):
         torch.ops.cutset.all_reduce(torch.ones(2), "t", "sum")

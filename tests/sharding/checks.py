@@ -11,7 +11,7 @@ conventions of `compiler/sharding/strategy.py`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ from .lockstep import RankGraph, assemble, coordinates, distribute, run_lockstep
 
 __all__ = [
     "Case",
+    "check_flags",
     "check_pairs",
     "check_rule",
     "check_strategy",
@@ -270,6 +271,8 @@ def _check(case: Case, strategies: Sequence[OpStrategy], mesh: Mesh, relative_er
     graphs = [RankGraph(local.values, local.nodes) for local, _ in lowered]
     tensors = [dict(enumerate(column)) for column in zip(*parts, strict=True)]
     known = run_lockstep(graphs, tensors or [{} for _ in lowered], mesh, key=KEY)
+    for graph_of_rank, mine in zip(graphs, known, strict=True):
+        check_flags(graph_of_rank, mine)
     found = [
         [mine[refs[position]] for mine, (_, refs) in zip(known, lowered, strict=True)]
         for position in range(len(node.outputs))
@@ -282,6 +285,13 @@ def _check(case: Case, strategies: Sequence[OpStrategy], mesh: Mesh, relative_er
             relative_error,
         )
     _check_gradients(case, strategies, mesh, whole, parts, expected, found, relative_error)
+
+
+def check_flags(graph: RankGraph, known: Mapping[int, Tensor]) -> None:
+    """A value that carries a gradient says so; the localizer relies on it."""
+    for value in graph.values:
+        denied = known[value.id].requires_grad and not value.requires_grad
+        assert not denied, f"{value.name} carries a gradient that its graph denies"
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cutset.compiler.ir.graph import Graph, Node, Value, ValueKind, users
@@ -12,7 +12,7 @@ from cutset.compiler.ir.plan import NodeLayout, ParameterLayout, ValueLayout
 from cutset.compiler.sharding.rules import strategies_of
 from cutset.compiler.sharding.strategy import OpStrategy
 
-__all__ = ["Layouts", "flowing_layouts", "random_layouts"]
+__all__ = ["Layouts", "flowing_layouts", "picked_layouts", "random_layouts"]
 
 Chosen = dict[int, list[OpStrategy]]  # by node id, axis after axis
 Made = dict[tuple[int, int], Placement]  # by value and axis
@@ -58,6 +58,23 @@ def flowing_layouts(graph: Graph, mesh: Mesh) -> Layouts:
         wanted = set(_wanted(graph, mesh, chosen, value))
         held[value.id] = wanted.pop() if len(wanted) == 1 else _replicated(mesh)
     return _tables(graph, mesh, chosen, held, inputs)
+
+
+def picked_layouts(
+    graph: Graph, mesh: Mesh, strategies: Mapping[str, str], held: Mapping[str, str]
+) -> Layouts:
+    """Over a mesh of one axis: strategies, as text, by operator packet, and layouts of parameters
+    by origin; the rest is replicated."""
+
+    def pick(_g: Graph, node: Node, _a: int, found: list[OpStrategy], _m: Made) -> OpStrategy:
+        wanted = strategies.get(node.op.packet)
+        return found[0] if wanted is None else next(s for s in found if str(s) == wanted)
+
+    layouts = {
+        value.id: Layout.parse(held.get(value.origin, "[R]"))
+        for value in graph.values_of(ValueKind.PARAMETER)
+    }
+    return _tables(graph, mesh, _choose(graph, mesh, pick, {}), layouts, {})
 
 
 def _flow(

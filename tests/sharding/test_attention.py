@@ -50,6 +50,13 @@ def test_grouped_queries_split_whole_groups() -> None:
     check_rule(case, parts=(2, 3, 4))
 
 
+def test_heads_of_keys_that_do_not_divide_are_not_split_with_those_of_queries() -> None:
+    case = attention(heads=10, groups=5)
+    assert not any(text.endswith("S(1)") for text in strategy_texts(case, 2))
+    assert "S(1),S(1),S(1) -> S(1)" in strategy_texts(case, 5)
+    check_rule(case, parts=(5,), pairs=False)
+
+
 def test_one_head_of_keys_serves_all_ranks() -> None:
     case = attention(heads=6, groups=1)
     assert "S(1),R,R -> S(1)" in strategy_texts(case)

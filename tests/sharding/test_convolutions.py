@@ -68,6 +68,14 @@ def test_transposed_convolution(op: str) -> None:
     check_rule(case)
 
 
+@pytest.mark.parametrize("space", [(2, 3), (2, 3, 2)])
+def test_transposed_convolution_of_other_ranks(space: tuple[int, ...]) -> None:
+    x, weight = randn(3, 4, *space), randn(4, 6, *([2] * len(space)))
+    case = one_node(f"aten.conv_transpose{len(space)}d.input", x, weight, randn(6))
+    assert len(strategy_texts(case)) == 4
+    check_rule(case, pairs=False)
+
+
 def test_depthwise_convolution_splits_channels_unevenly() -> None:
     case = conv("conv2d.default", (3, 5, 4, 4), (5, 1, 3, 3), [1, 1], [1, 1], [1, 1], 5)
     assert "S(1),S(0),S(0) -> S(1)" in strategy_texts(case, 2)
@@ -116,17 +124,34 @@ def test_pooling_and_resampling(op: str) -> None:
     check_rule(case)
 
 
-def test_pooling_of_one_image_and_of_lines() -> None:
+OTHER_RANKS: dict[str, tuple[Any, ...]] = {
+    "max_pool1d.default": ((3, 4, 6), [2]),
+    "avg_pool1d.default": ((3, 4, 6), [2]),
+    "adaptive_avg_pool1d.default": ((3, 4, 6), [2]),
+    "upsample_nearest1d.vec": ((3, 4, 6), None, [2.0]),
+    "upsample_linear1d.vec": ((3, 4, 6), [4], False, None),
+    "max_pool3d.default": ((3, 4, 2, 4, 2), [2, 2, 2]),
+    "avg_pool3d.default": ((3, 4, 2, 4, 2), [2, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("op", OTHER_RANKS)
+def test_pooling_and_resampling_of_other_ranks(op: str) -> None:
+    shape, *rest = OTHER_RANKS[op]
+    case = one_node(f"aten.{op}", randn(*shape), *rest)
+    assert strategy_texts(case)[:2] == ["S(0) -> S(0)", "S(1) -> S(1)"]
+    check_rule(case)
+
+
+def test_pooling_of_one_image() -> None:
     check_rule(one_node("aten.max_pool2d.default", randn(4, 6, 6), [2, 2]))
-    check_rule(one_node("aten.max_pool1d.default", randn(3, 4, 6), [2]))
-    check_rule(one_node("aten.adaptive_avg_pool1d.default", randn(3, 4, 6), [2]))
-    check_rule(one_node("aten.avg_pool1d.default", randn(3, 4, 6), [2]))
 
 
 def test_pixel_shuffle() -> None:
     case = one_node("aten.pixel_shuffle.default", randn(3, 8, 2, 2), 2)
     assert strategy_texts(case) == ["S(0) -> S(0)"]
     check_rule(case)
+    check_rule(one_node("aten.pixel_unshuffle.default", randn(3, 2, 4, 4), 2))
 
 
 def test_grid_sampler() -> None:

@@ -11,7 +11,7 @@ from cutset.compiler.ir.types import TensorType
 from cutset.compiler.sharding.lowering import LocalGraph, Ref
 from cutset.compiler.sharding.strategy import OpStrategy
 
-from .checks import check_pairs, check_strategy, one_node, randn
+from .checks import check_flags, check_pairs, check_strategy, one_node, randn
 from .lockstep import RankGraph, assemble, coordinates, distribute, run_lockstep
 
 MESH = Mesh.parse("data=2,tensor=3")
@@ -87,8 +87,4 @@ def test_conversions_are_inverse_and_so_are_their_adjoints() -> None:
 def test_a_gradient_that_the_graph_denies_is_found() -> None:
     values = [Value(0, "x", TensorType((2,), torch.float64), ValueKind.INPUT)]
     with pytest.raises(AssertionError, match="denies"):
-        run_lockstep(
-            [RankGraph(values, [])],
-            [{0: torch.ones(2).double().requires_grad_()}],
-            Mesh.parse("data=1"),
-        )
+        check_flags(RankGraph(values, []), {0: randn(2).requires_grad_()})

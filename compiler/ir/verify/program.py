@@ -19,6 +19,7 @@ from .exchange import (
     verify_transfers,
 )
 from .graph import verify_graph
+from .recompute import verify_recomputed
 from .registers import Registers, boundary_inputs, boundary_outputs
 from .report import check, fail_at
 from .tail import verify_tails
@@ -121,6 +122,7 @@ def _verify_column(stage_ranks: tuple[int, ...], programs: list[Program]) -> Non
             check(stage.graph.mode is program.mode, "its graph is of another mode", here)
             verify_graph(stage.graph, is_stage=True)
             verify_axes(program, stage)
+            verify_recomputed(stage.recomputed, program.mode, stage.graph, here)
             stages[stage.index] = stage
     for index, rank in enumerate(stage_ranks):
         check(index in stages, f"rank {rank} does not hold stage {index}", f"program {rank}")
@@ -192,13 +194,14 @@ def _verify_boundaries(stages: dict[int, StageProgram]) -> None:
 def held_bytes(program: Program) -> int:
     """Bytes of the parameters, buffers, constants and (training) gradients that a rank holds; a
     tensor that several of its stages use counts once."""
-    held: dict[str, int] = {}
-    for stage in program.stages:
-        for value in stage.graph.values:
-            if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
-                copies = 2 if value.requires_grad and program.mode is Mode.TRAIN else 1
-                held[value.origin or value.name] = copies * value.type.num_bytes
-    return sum(held.values())
+    held = {
+        value.origin or value.name: value.type.num_bytes
+        for stage in program.stages
+        for value in stage.graph.values
+        if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
+    }
+    gradients = program.gradient_types().values()
+    return sum(held.values()) + sum(type.num_bytes for type in gradients)
 
 
 def _verify_memory(program: Program, registers: Registers, static: int) -> None:

@@ -223,6 +223,5 @@ def _picked(lowering: Lowering, x: Ref) -> Ref:
 
 
 CLASS_LOSSES: Table = {
-    packet: Rule(_classes, _lower)
-    for packet in ("cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d")
+    packet: Rule(_classes, _lower) for packet in ("cross_entropy_loss", "nll_loss_nd")
 }

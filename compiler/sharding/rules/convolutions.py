@@ -126,7 +126,6 @@ _LINEAR_SPACE: dict[str, int] = {
     "avg_pool3d": 3,
     "adaptive_avg_pool1d": 1,
     "adaptive_avg_pool2d": 2,
-    "_adaptive_avg_pool2d": 2,
     "upsample_nearest1d": 1,
     "upsample_linear1d": 1,
     "upsample_nearest2d": 2,

@@ -108,7 +108,7 @@ ELEMENTWISE: Table = {
         "logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor "
         "bitwise_left_shift bitwise_right_shift addcmul addcdiv lerp fmod remainder floor_divide "
         "atan2 hypot isnan isinf isfinite log_sigmoid threshold log2 log10 xlogy nan_to_num "
-        "softshrink hardshrink tanhshrink exp2 logit logaddexp polar complex fill copy copysign "
+        "softshrink hardshrink exp2 logit logaddexp polar complex fill copy copysign "
         "heaviside isclose real imag lgamma digamma __and__ __or__ __xor__",
         Rule(broadcast),
     ),

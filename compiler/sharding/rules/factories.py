@@ -27,7 +27,8 @@ def _sized(view: OpView, parts: int) -> Iterator[OpStrategy]:
     for result in results:
         if result != Replicate():
             yield from strategy(view, [], result, full_gradients=(0,))
-        for read in (Partial(), *map(Shard, over(view.input(0), parts))):
+        reads: list[Placement] = [Partial(), *map(Shard, over(view.input(0), parts))]
+        for read in reads:
             yield from strategy(view, [(0, read)], result)
 
 

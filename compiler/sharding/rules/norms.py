@@ -180,10 +180,7 @@ def _running(lowering: Lowering, name: str, observed: Ref) -> Ref:
 
 
 NORMS: Table = {
-    **{
-        packet: Rule(_layer)
-        for packet in ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
-    },
+    **{packet: Rule(_layer) for packet in ("layer_norm", "native_layer_norm", "rms_norm")},
     **{
         packet: Rule(_batch, _lower_batch)
         for packet in (
