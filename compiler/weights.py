@@ -176,7 +176,7 @@ class Values:
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor], strict: bool) -> Any:
         """As `model.load_state_dict` does for a model that is not on meta."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*for meta.*")  # that nothing is copied
+            warnings.filterwarnings("ignore", message="for .*: copying from a non-meta")
             result = model.load_state_dict(state, strict=strict)
         first = first_names(model)
         self.keep({first[name]: tensor for name, tensor in state.items() if name in first})
@@ -186,7 +186,7 @@ class Values:
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            value = make(name, own.detach().to("meta"))
+            value: object = make(name, own.detach().to("meta"))
         if not isinstance(value, Tensor) or value.is_meta or value.shape != own.shape:
             what = (
                 f"a tensor of shape {tuple(value.shape)} on {value.device}"

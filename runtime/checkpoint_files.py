@@ -21,26 +21,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
-    LoadPlan,
-    Metadata,
-    SavePlan,
+    _StorageInfo,
 )
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
+    LoadPlan,
     ReadItem,
+    SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -284,7 +283,7 @@ class CheckpointFile:
             self._metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
             self._places: Mapping[MetadataIndex, _StorageInfo] = self._metadata.storage_data
-            self._items = dict(self._metadata.state_dict_metadata.items())
+            self._items = dict(self._metadata.state_dict_metadata)
         except _METADATA_ERRORS as error:
             raise self._damaged(f"{type(error).__name__}: {error}", ".metadata") from error
 
@@ -333,7 +332,9 @@ class CheckpointFile:
     def copy(self, key: str, offset: tuple[int, ...], target: Tensor) -> None:
         """Fill `target` with the part of tensor `key` that begins at `offset`."""
         wanted = ChunkStorageMetadata(torch.Size(offset), target.size())
-        items = create_read_items_for_chunk_list(key, self._items[key], [wanted])
+        stored = self._items[key]
+        assert isinstance(stored, TensorStorageMetadata)
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
         found = sum(prod(item.lengths) for item in items)
         if found != target.numel():
             raise self._damaged(f"of {key}, {found} of {target.numel()} elements were saved", "")

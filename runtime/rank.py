@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ..compiler.ir.graph import Mode, Output, OutputKind
 from ..compiler.ir.program import Program, StageProgram
@@ -345,7 +344,13 @@ class Rank:
 
     def optimizer_state_types(self) -> dict[str, dict[str, Any]]:
         """`optimizer_state` with tensors on meta."""
-        return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), self.optimizer_state())
+        return {
+            name: {
+                key: value.to("meta") if isinstance(value, Tensor) else value
+                for key, value in entries.items()
+            }
+            for name, entries in self.optimizer_state().items()
+        }
 
     def read_optimizer_state(self, *, state: Mapping[str, dict[str, Any]]) -> None:
         """Take the state that lies in files, or is plain data, one parameter after the other."""

@@ -24,7 +24,7 @@ from .checkpoint_files import CheckpointFile
 
 __all__ = ["StoredPart", "StoredTensor", "WeightReader", "stored_tensors"]
 
-_OPEN_BYTES = 64 << 20  # read from one file before it is opened anew
+_OPEN_BYTES = 16 << 20  # read from one file before it is opened anew
 _SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,

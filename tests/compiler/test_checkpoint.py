@@ -30,6 +30,8 @@ from tests.sharding.choices import random_layouts
 
 from .partitioned import Plain, assert_same, batch, chain, partition, partition_chain
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 DROPOUT = 0.3
 TOLERANCE = 1e-11  # sums over ranks are taken in another order
 
