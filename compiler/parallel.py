@@ -320,7 +320,7 @@ class Parallel:
             UsageError: there is something at `directory` already.
             RuntimeFailure: it cannot be written; training can go on.
         """
-        self._place_planned()
+        self.place()
         progress = None
         if self.plan.mode is Mode.TRAIN:
             progress = Progress(self._param_groups(), self._step)
@@ -347,7 +347,7 @@ class Parallel:
         checkpoint = Checkpoint(directory, self.model, self._spec if trains else None)
         self._state.forget_tensors()
         self._values.use_stored(checkpoint.tensors)
-        self._place_planned()
+        self.place()
         held = set(self._state.names)
         self._values.keep({n: checkpoint.whole(n) for n in checkpoint.tensors if n not in held})
         if checkpoint.progress is not None:
@@ -357,8 +357,12 @@ class Parallel:
                 group.update(saved)
             self._step = checkpoint.progress.num_steps
 
-    def _place_planned(self) -> None:
-        """Give the ranks of the plan today's values and, for training, their optimizers."""
+    def place(self) -> None:
+        """Give the ranks of the plan their values now, instead of with the first call.
+
+        Each reads or is sent its parts, one tensor after the other; for training it gets its
+        optimizer.
+        """
         planned = self._planned
         needs = Needs.of(planned.programs)
         self._state.place(planned.programs, needs, planned.captured.tensors, self._values)

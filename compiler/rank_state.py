@@ -81,6 +81,7 @@ class RankState:
         self, whole: Mapping[str, Tensor], missing: list[list[str]], parameters: list[str]
     ) -> None:
         """Send ranks what they miss of these tensors."""
+        is_here = bool(self._ranks.session.local_ranks)
         self._ranks.call(
             "set_tensors",
             [
@@ -91,6 +92,7 @@ class RankState:
                         if name in whole
                     },
                     "parameters": parameters,
+                    "shared": is_here,
                 }
                 for rank, names in enumerate(missing)
             ],

@@ -25,7 +25,13 @@ from .communicator import Communicator
 from .executor import Executor, Step
 from .gradient_parts import parts_kept
 from .kernels import StageKernels, trace_inference, trace_training
-from .memory import measure_peak, resident_bytes, storage_bytes
+from .memory import (
+    measure_peak,
+    peak_resident_bytes,
+    reset_peak_resident,
+    resident_bytes,
+    storage_bytes,
+)
 from .optimizer import Hyperparameters, OptimizerSpec, RankOptimizer
 from .parts import Part, view_of
 from .rng import make_key
@@ -159,16 +165,21 @@ class Rank:
                     type.shape, dtype=type.dtype, device=self.device
                 )
 
-    def set_tensors(self, *, tensors: Mapping[str, Tensor], parameters: list[str]) -> None:
-        """Take copies of parameters and buffers by name; `parameters` names the first.
+    def set_tensors(
+        self, *, tensors: Mapping[str, Tensor], parameters: list[str], shared: bool = True
+    ) -> None:
+        """Take parameters and buffers by name; `parameters` names the first.
 
         A parameter that is already here keeps its storage, which the optimizer knows.
+
+        Args:
+            shared: the caller has these tensors too, so that copies are taken.
         """
         for name, tensor in tensors.items():
             if name in self._parameters:
                 self._parameters[name].data.copy_(tensor.detach())
             else:
-                value = tensor.detach().to(self.device, copy=True)
+                value = tensor.detach().to(self.device, copy=shared)
                 self._add_tensor(name, value, name in parameters)
         self._refresh_optimizer()
 
@@ -423,9 +434,17 @@ class Rank:
             discard(directory)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held between steps, and the resident size of the process."""
+        """Bytes held between steps, the resident size of the process and its peak."""
         held = storage_bytes(self._held_tensors())
-        return {"held_bytes": held, "resident_bytes": resident_bytes()}
+        return {
+            "held_bytes": held,
+            "resident_bytes": resident_bytes(),
+            "peak_resident_bytes": peak_resident_bytes(),
+        }
+
+    def reset_peak(self) -> None:
+        """Measure the peak of the resident size from now on."""
+        reset_peak_resident()
 
 
 def _failure_of_files(run: Callable[..., None], *arguments: Any) -> str | None:
