@@ -31,7 +31,7 @@ from .rank_state import RankState, States
 from .ranks import Ranks
 from .weights import Values, aliases_of, check_names, first_names, model_part, named_tensors
 
-__all__ = ["Checkpoint", "Progress", "save_checkpoint"]
+__all__ = ["Checkpoint", "Progress", "refuse_existing", "save_checkpoint"]
 
 _Path = tuple[str | int, ...]
 
@@ -112,7 +112,7 @@ def save_checkpoint(
         RuntimeFailure: it cannot be written; training can go on.
     """
     target = Path(directory).absolute()
-    _refuse_existing(target)
+    refuse_existing(target)
     temporary = str(target.with_name(f".{target.name}.incomplete"))
     _refuse_failures(ranks, ranks.call("begin_checkpoint", {"directory": temporary}), temporary)
     contents = _Contents()
@@ -143,7 +143,8 @@ def save_checkpoint(
     _refuse_failures(ranks, ranks.call("publish_checkpoint", arguments), temporary)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raise UsageError if a checkpoint cannot get this name."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(
             "there is something already, which is not overwritten",
