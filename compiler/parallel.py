@@ -22,6 +22,7 @@ from ..runtime.session import Session
 from .batch import Call, contiguous
 from .checkpoint import Checkpoint, Progress, save_checkpoint
 from .codegen.python import emit_python
+from .elementwise import check_elementwise, first_part
 from .ir.errors import UsageError
 from .ir.graph import Mode, ValueKind
 from .ir.program import Program
@@ -76,6 +77,9 @@ class Parallel:
         self._options = options
         self._names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self._spec = describe_optimizer(self.optimizer, self._names)
+        in_parts = first_part(planned.programs)
+        if in_parts is not None:
+            check_elementwise(self.optimizer, in_parts)
         self._planned = planned
         self._variants: dict[str, Variant] = {}
         self._maker = Variants(

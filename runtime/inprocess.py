@@ -28,16 +28,21 @@ _STEPS = {"train_step": "begin_train_step", "infer": "begin_infer"}
 
 
 class InProcessSession:
-    """A `Session` whose ranks live here; see the module docstring."""
+    """A `Session` whose ranks live here; see the module docstring. `host`: see `Rank`."""
 
-    def __init__(self, num_ranks: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        device: torch.device | None = None,
+        host: torch.device | None = None,
+    ) -> None:
         self.num_ranks = num_ranks
         self.local_ranks = tuple(range(num_ranks))
         self._network = LocalNetwork(num_ranks)
         self._ended = ""
         place = device or torch.device("cpu")
         self.ranks = [
-            Rank(rank, num_ranks, place, self._network.communicator(rank, place))
+            Rank(rank, num_ranks, place, self._network.communicator(rank, place), host=host)
             for rank in range(num_ranks)
         ]
 

@@ -86,7 +86,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         refuse_existing(options.save_checkpoint)  # not only after the last step
     loaded = _loaded(options, console)
     factory = choose_optimizer(loaded, options.optimizer, options.lr)
-    pristine = copy.deepcopy(loaded.model) if options.compare else None
+    wants_reference = options.compare and not console.quiet
+    pristine = copy.deepcopy(loaded.model) if wants_reference else None
     with auto_partition(
         loaded.model,
         _devices_here(plan),
@@ -105,7 +106,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     ) as parallel:
         measured = _measured(parallel, pristine, loaded, options, console)
     reference = None
-    if pristine is not None and not console.quiet:
+    if pristine is not None:
         console.progress("train the unpartitioned model")
         reference = train_reference(
             pristine,
@@ -137,8 +138,10 @@ def _measured(
     if options.load_checkpoint is not None:
         console.progress(f"load {options.load_checkpoint}")
         parallel.load_checkpoint(options.load_checkpoint)
-    if pristine is not None and options.weights is not None:
-        pristine.load_state_dict(parallel.state_dict())
+    if options.compare and options.weights is not None:
+        state = parallel.state_dict()  # of all ranks, which all ask for it
+        if pristine is not None:
+            pristine.load_state_dict(state)
 
     def save() -> None:
         if options.save_checkpoint is not None:

@@ -95,8 +95,8 @@ class _Copies:
         self.value = value
         self.first_use = first_use
         self.holders = holders
-        self.division: Division | None = division(sharding, value)
         entry = sharding.parameters.get(value.name)
+        self.division: Division | None = division(sharding, value)
         self.held: Layout = sharding.layout(value)
         self.state = entry.state if entry is not None and self.division else self.held
         self.is_offloaded = entry is not None and entry.offloaded
@@ -118,7 +118,8 @@ class _Copies:
 
     def _copy(self, place: Place, rank: int, stage: StageProgram) -> Copy:
         group = self.groups[_without(place, self.summed)]
-        summed, dim, peers, is_scattered = group, 0, (rank,), False
+        summed, dim, is_scattered = group, 0, False
+        peers: tuple[int, ...] = (rank,)
         if self.division is not None:
             axis, dim = self.division.axis, self.division.dim
             summed = [other for other in group if other[axis] == place[axis]]

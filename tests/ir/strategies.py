@@ -191,6 +191,7 @@ stage_programs = st.builds(
     st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
     st.lists(st.tuples(texts, ids), max_size=2).map(tuple),
     st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
+    st.lists(ids, max_size=9).map(tuple),
     st.lists(st.builds(GradientPart, texts, texts, ids, st.booleans()), max_size=2).map(tuple),
 )
 programs = st.builds(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cutset.runtime.optimizer import OptimizerSpec, RankOptimizer
+from cutset.runtime.optimizer import (
+    OptimizerSpec,
+    RankOptimizer,
+    describe_optimizer,
+    updates_elementwise,
+)
+from cutset.runtime.parts import view_of
 
 STEPS = 20
 FUSED = {"aten::_fused_adam_", "aten::_fused_adamw_"}
@@ -83,3 +90,68 @@ def test_what_one_pass_would_round_or_read_otherwise_takes_the_plain_kernel() ->
     assert train(torch.optim.AdamW, {"lr": 1e-2}, torch.bfloat16) == (0.0, False)
     assert train(torch.optim.AdamW, {"lr": 1e-2}, transposed=True) == (0.0, False)
     assert train(torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9}) == (0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), fused=True), True),
+        (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True), True),
+        (lambda p: torch.optim.Adagrad(p), True),
+        (lambda p: torch.optim.Adafactor(p), False),
+    ],
+    ids=["adamw", "sgd", "adagrad", "adafactor"],
+)
+def test_optimizers_that_update_parts_are_known_by_trial(
+    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], expected: bool
+) -> None:
+    found = parameters(torch.float64)
+    names = {id(parameter): name for name, parameter in found.items()}
+    spec = describe_optimizer(optimizer(list(found.values())), names)
+    assert updates_elementwise(spec) == expected
+
+
+class TestParts:
+    """A rank that updates a part of what it holds (ZeRO)."""
+
+    @pytest.mark.parametrize("part", [((0, 2), (33, 3)), ((16, 0), (17, 7))])
+    def test_the_update_writes_in_place(self, part: tuple[tuple[int, ...], ...]) -> None:
+        whole = parameters(torch.float64)["matrix"].detach()
+        before = whole.clone()
+        view = view_of(whole, *part)
+        updated = {"matrix": torch.nn.Parameter(view)}
+        spec = OptimizerSpec("torch.optim:AdamW", ((("matrix",), {"lr": 0.1}),))
+        gradient = torch.ones(part[1], dtype=torch.float64)
+        RankOptimizer(spec, updated).step({"matrix": gradient}, ({"lr": 0.1},))
+        assert (view != view_of(before, *part)).all()
+        view.copy_(view_of(before, *part))
+        assert torch.equal(whole, before)
+
+
+class TestOffloading:
+    """States and update on another device; here that is the CPU, too."""
+
+    def test_it_changes_no_bit(self) -> None:
+        options = {"lr": 1e-2, "weight_decay": 0.1}
+        spec = OptimizerSpec("torch.optim:AdamW", ((("matrix", "vector", "scalar"), options),))
+        ours, theirs = (parameters(torch.float64) for _ in range(2))
+        away = RankOptimizer(spec, ours, torch.device("cpu"), ["matrix", "vector", "elsewhere"])
+        here = RankOptimizer(spec, theirs)
+        for step in range(6):
+            for optimizer, held in ((away, ours), (here, theirs)):
+                optimizer.step(gradients(step, held), (options,))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert away.state().keys() == here.state().keys()
+        assert torch.equal(away.state()["matrix"]["exp_avg"], here.state()["matrix"]["exp_avg"])
+        assert len(away.state_tensors()) == len(here.state()["scalar"])
+
+    def test_weights_that_are_loaded_are_updated(self) -> None:
+        spec = OptimizerSpec("torch.optim:SGD", ((("vector",), {"lr": 1.0}),))
+        held = {"vector": parameters(torch.float64)["vector"]}
+        optimizer = RankOptimizer(spec, held, torch.device("cpu"), ["vector"])
+        one = {"vector": torch.ones(5, dtype=torch.float64)}
+        optimizer.step(one, ({"lr": 1.0},))
+        held["vector"].data.fill_(7.0)
+        optimizer.refresh()
+        optimizer.step(one, ({"lr": 1.0},))
+        assert torch.equal(held["vector"].detach(), torch.full((5,), 6.0, dtype=torch.float64))

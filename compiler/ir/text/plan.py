@@ -268,7 +268,8 @@ def _read_parameter(line: Line) -> ParameterLayout:
     for field in ("held", "gradient", "state"):
         line.expect(field, "=")
         layouts.append(Layout.parse(line.string()))
-    return ParameterLayout(name, *layouts, offloaded=line.accept("offloaded"))
+    held, gradient, state = layouts
+    return ParameterLayout(name, held, gradient, state, line.accept("offloaded"))
 
 
 def _read_nodes(line: Line) -> NodeLayout:
