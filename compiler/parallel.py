@@ -33,7 +33,7 @@ from .planned import PlannedModel
 from .rank_state import RankState
 from .ranks import Ranks
 from .variants import Variant, Variants
-from .weights import Values, Weights, first_names
+from .weights import Values, Weights, first_names, refuse_constants_on_meta
 
 __all__ = ["OptimizerFactory", "Parallel", "RunOptions"]
 
@@ -210,6 +210,7 @@ class Parallel:
         return variant
 
     def _load(self, variant: Variant) -> None:
+        refuse_constants_on_meta(variant.captured)
         self._ranks.call(
             "load",
             [

@@ -7,20 +7,24 @@ the driver ever has more than its share and one tensor.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..runtime.checkpoint_files import CheckpointFile
 from ..runtime.weights import StoredPart, StoredTensor, WeightReader, stored_tensors
+from .capture import Captured
 from .ir.errors import UsageError
+from .ir.graph import ValueKind
 from .ir.program import TensorShard
 
 __all__ = [
@@ -33,6 +37,8 @@ __all__ = [
     "first_names",
     "model_part",
     "named_tensors",
+    "parameters_on_meta",
+    "refuse_constants_on_meta",
     "stored_part",
 ]
 
@@ -51,6 +57,25 @@ def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, tensor in named_tensors(model):
         table.setdefault(first.setdefault(id(tensor), name), []).append(name)
     return {name: tuple(names) for name, names in table.items()}
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Models made inside have their parameters on meta, and buffers with values.
+
+    A parameter goes to meta as soon as its module has it, before anything is written to it.
+    """
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:  # tied ones stay one object
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
@@ -116,8 +141,8 @@ class Values:
                 f"buffers are on meta and their values in no file: {_some(buffers)}",
                 where="weights",
                 ways_out=(
-                    "give the model's own buffers values before, e.g. module.register_buffer"
-                    "(name, value, persistent=False): they may be real in a model on meta",
+                    "make the model `with parameters_on_meta():`, which leaves buffers real",
+                    "give the model's own buffers values: they may be real in a model on meta",
                     "pass weights=function, called as function(name, meta_tensor)",
                 ),
             )
@@ -206,6 +231,22 @@ def stored_part(stored: StoredTensor, shard: TensorShard | None, dtype: torch.dt
     if shard is None:
         return StoredPart(stored, (0,) * len(stored.shape), stored.shape, dtype)
     return StoredPart(stored, shard.offset, shard.part.shape, dtype)
+
+
+def refuse_constants_on_meta(captured: Captured) -> None:
+    """Raise UsageError if the graph reads a constant that has no value."""
+    constants = [value.origin for value in captured.graph.values_of(ValueKind.CONSTANT)]
+    lost = [name for name in constants if captured.tensors[name].is_meta]
+    if lost:
+        raise UsageError(
+            f"the model reads tensors on meta that are neither parameters nor buffers: "
+            f"{_some(lost)}",
+            where="the model's attributes",
+            ways_out=(
+                "make the model `with parameters_on_meta():`, which leaves such tensors real",
+                "register them as buffers",
+            ),
+        )
 
 
 def find_weights(path: Path) -> dict[str, StoredTensor]:

@@ -19,7 +19,7 @@ from .masks import simplify_masks
 from .quiet import without_trace_log
 from .rows import keep_rows
 from .signature import InputSignature, LossFunction, OutputSignature, num_targets
-from .state import all_on_meta
+from .state import all_on_meta, numbers_as_calls
 
 __all__ = ["Captured", "capture"]
 
@@ -89,7 +89,11 @@ def capture(
     if is_meta:
         tensors = [tensor.to("meta") for tensor in tensors]
     name = type(model).__name__
-    with without_trace_log(), all_on_meta(model) if is_meta else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_trace_log())
+        if is_meta:
+            stack.enter_context(all_on_meta(model))
+            stack.enter_context(numbers_as_calls())
         exported = export_model(
             model, inputs, tensors, mode=mode, loss_fn=loss_fn, keep_outputs=keep_outputs
         )
