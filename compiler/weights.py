@@ -131,7 +131,7 @@ class Values:
         """Raise UsageError unless all of `names` have a value."""
         missing = sorted(
             name
-            for name in names
+            for name in set(names)
             if self._model[name].is_meta
             and not (name in self._kept or name in self._stored or self._make)
         )

@@ -19,7 +19,7 @@ from .masks import simplify_masks
 from .quiet import without_trace_log
 from .rows import keep_rows
 from .signature import InputSignature, LossFunction, OutputSignature, num_targets
-from .state import all_on_meta, numbers_as_calls
+from .state import all_on_meta, numbers_kept
 
 __all__ = ["Captured", "capture"]
 
@@ -93,7 +93,7 @@ def capture(
         stack.enter_context(without_trace_log())
         if is_meta:
             stack.enter_context(all_on_meta(model))
-            stack.enter_context(numbers_as_calls())
+            stack.enter_context(numbers_kept())
         exported = export_model(
             model, inputs, tensors, mode=mode, loss_fn=loss_fn, keep_outputs=keep_outputs
         )

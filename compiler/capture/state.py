@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["all_on_meta", "numbers_as_calls", "same_contents", "unchanged"]
+__all__ = ["all_on_meta", "numbers_kept", "same_contents", "unchanged"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-_MOST_NUMBERS = 64  # that become calls, one each
+META = torch.device("meta")
 
 
 @contextlib.contextmanager
@@ -102,22 +102,16 @@ def all_on_meta(model: nn.Module) -> Iterator[None]:
             table.update(entries)
 
 
-class numbers_as_calls(TorchFunctionMode):
-    """Makes `torch.tensor(numbers, device="meta")` a call that has the numbers in its arguments.
+class numbers_kept(TorchFunctionMode):
+    """Has `torch.tensor(numbers, device="meta")` make a tensor on the CPU first.
 
-    It would be a constant of the traced program, one on meta, whose numbers are lost.
+    It becomes a constant of the traced program, which on meta would have lost its numbers.
     """
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is not torch.tensor or not result.is_meta or result.numel() > _MOST_NUMBERS:
-            return result
-        if not result.numel():
-            return torch.zeros(result.shape, dtype=result.dtype, device="meta")
-        if isinstance(args[0], Tensor):
-            return result
-        numbers = torch.tensor(args[0], dtype=result.dtype, device="cpu").flatten().tolist()
-        made = [torch.full((), item, dtype=result.dtype, device="meta") for item in numbers]
-        return torch.stack(made).reshape(result.shape) if result.ndim else made[0]
+        kwargs = kwargs or {}
+        if function is not torch.tensor or torch.device(kwargs.get("device") or "cpu") != META:
+            return function(*args, **kwargs)
+        return function(*args, **{**kwargs, "device": "cpu"}).to(META)

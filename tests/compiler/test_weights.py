@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.parallel import Parallel
-from cutset.compiler.weights import stored_part
+from cutset.compiler.weights import parameters_on_meta, stored_part
 from cutset.runtime.inprocess import InProcessSession
 from cutset.runtime.weights import StoredTensor, WeightReader
 
@@ -255,3 +255,38 @@ def test_a_file_that_changes_under_the_reader_is_named(tmp_path: Path) -> None:
     stored = StoredTensor("torch", str(path), "b", (3,), torch.float32)
     with pytest.raises(UsageError, match="tensor b cannot be read"):
         WeightReader().read(stored_part(stored, None, torch.float32), torch.device("cpu"))
+
+
+class Turning(nn.Module):
+    """Has a buffer that is computed, a tensor that is no buffer, tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6, dtype=torch.float64)
+        self.second = nn.Linear(6, 6, dtype=torch.float64)
+        self.second.weight = self.first.weight
+        self.register_buffer("angles", torch.arange(6.0).double().sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * self.angles)
+
+
+def test_models_made_with_their_parameters_on_meta(tmp_path: Path) -> None:
+    plain = Turning()
+    with parameters_on_meta():
+        model = Turning()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.first.weight is model.second.weight
+    assert torch.equal(model.angles, plain.angles)
+    parallel = partition(model, weights=_torch(plain.state_dict(), tmp_path))
+    train_both(parallel, Plain(plain), [batch()])
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_tensor_on_meta_that_is_no_buffer_is_refused() -> None:
+    model = meta_chain()
+    model.factor = torch.ones(6, device="meta", dtype=torch.float64)
+    model.layers[0].register_forward_pre_hook(lambda module, args: args[0] * model.factor)
+    parallel = partition(model, weights=drawn)
+    with pytest.raises(UsageError, match="neither parameters nor buffers: .*factor"):
+        parallel.train_step(*batch())
