@@ -30,9 +30,11 @@ from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
 from .ir.mesh import Mesh
 from .ir.plan import OptimizerModel, Plan
-from .parallel import OptimizerFactory, Parallel, RunOptions, start_workers
+from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
 from .planned import ModelPlan, PlannedModel, build_programs
+from .ranks import start_workers
+from .weights import Weights
 
 __all__ = ["PlannedModel", "auto_partition", "plan_model"]
 
@@ -176,6 +178,7 @@ def auto_partition(
     timeout_seconds: float = 300.0,
     clip_grad_norm: float | None = None,
     session: Session | None = None,
+    weights: Weights | None = None,
     **planning: Any,
 ) -> Parallel:
     """Partition `model` over `devices` and return it ready to train and infer.
@@ -189,6 +192,9 @@ def auto_partition(
         keep_gradients: keep each step's gradients for `Parallel.gradients()`.
         timeout_seconds: longest wait for another rank before the run is given up.
         session: run on these ranks instead of starting local workers.
+        weights: first values, for a model on `meta`: a safetensors or `torch.save` file, a
+            directory of such with a Hugging Face index, a checkpoint, or a function from the name
+            and meta tensor of a parameter to its value. Each rank reads or is sent its parts only.
         planning: further arguments of `plan_model`.
 
     Raises:
@@ -201,7 +207,7 @@ def auto_partition(
     planning["plan"] = _given_plan(planning.get("plan"))
     own = None
     if session is None and (example_inputs is not None or example_kwargs):
-        own = _early_workers(model, devices, planning, timeout_seconds)
+        own = _early_workers(model, devices, planning, timeout_seconds, weights is not None)
     with contextlib.ExitStack() as on_error:
         if own is not None:
             on_error.callback(own.close)
@@ -226,6 +232,7 @@ def auto_partition(
             keep_gradients=keep_gradients,
             timeout_seconds=timeout_seconds,
             clip_grad_norm=clip_grad_norm,
+            weights=weights,
         )
         if own is not None and own.num_ranks != len(planned.programs):
             own.close()  # others, which share the cores anew, start on first use
@@ -241,7 +248,11 @@ def _cluster(devices: Devices, memory_limit_bytes: int | None) -> Cluster:
 
 
 def _early_workers(
-    model: nn.Module, devices: Devices, planning: Mapping[str, Any], timeout_seconds: float
+    model: nn.Module,
+    devices: Devices,
+    planning: Mapping[str, Any],
+    timeout_seconds: float,
+    has_weights: bool,
 ) -> LocalSession | None:
     """Workers that start while the model is captured and planned; None if none will be used.
 
@@ -249,7 +260,7 @@ def _early_workers(
     """
     cluster = _cluster(devices, planning.get("memory_limit_bytes"))
     is_meta = any(parameter.is_meta for parameter in model.parameters())
-    if under_torchrun() or is_meta or not cluster.local:
+    if under_torchrun() or (is_meta and not has_weights) or not cluster.local:
         return None
     plan = planning["plan"]
     count = len(cluster.devices)
