@@ -19,6 +19,7 @@ from torch import nn
 from ..cost_models import parse_devices
 from ..passes.context import PlanOptions
 from ..passes.mesh import mesh_is_open
+from ..passes.pinned import check_pinned
 from ..passes.pipeline import plan_graph
 from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
@@ -121,6 +122,7 @@ def plan_model(
         mesh=_mesh(mesh),
         zero=_zero(zero),
     )
+    check_pinned(cluster, modes, options)
     count = _microbatch_count(rows, options, modes, cluster)
 
     def captured_at(number: int) -> Captured:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ..cost_models.simulator import Simulation
 from ..cost_models.timeline import render_timeline
+from .explain_sharding import layouts_json
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Plan, Stage
 from .module_names import modules_of_stages
@@ -164,6 +165,8 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "optimizer": plan.optimizer.name,
         "cluster": {"name": plan.cluster.name, "num_devices": len(plan.cluster.devices)},
         "mesh": str(plan.mesh),
+        "zero": plan.zero_level,
+        "layouts": layouts_json(plan),
         "stages": [_stage_json(summary) for summary in summarize(plan, graph)],
         "boundaries": [asdict(item) for item in boundaries(plan, graph)] if graph else None,
         "schedule": str(plan.schedule) if plan.schedule else None,

@@ -25,7 +25,7 @@ from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import InfeasibleError, UsageError
 from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
-from ..compiler.ir.plan import PIPELINE, Certificate, Plan
+from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Certificate, Plan
 from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.analysis import batch_rows
 from ..cost_models.ops import price
@@ -39,15 +39,12 @@ from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
 from .partition.search import SearchLimits, Solution, Tables, estimate, search
 from .partition.statement import Statement
+from .pinned import check_pinned, updates_elementwise
 
-__all__ = ["DATA", "TENSOR", "ChooseMesh", "mesh_is_open", "meshes"]
+__all__ = ["ChooseMesh", "mesh_is_open", "meshes"]
 
-DATA, TENSOR = "data", "tensor"
 _PROVEN = 4
 _TYPICAL = 1.1  # the additive bound of memory, as a share of the need
-_ELEMENTWISE = frozenset(
-    "adamw adam sgd rmsprop adagrad nadam radam adamax adadelta asgd rprop test".split()
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +64,9 @@ class ChooseMesh:
     name: str = "mesh"
 
     def run(self, plan: Plan, context: Context) -> Plan:
+        check_pinned(plan.cluster, plan.mode, context.options)
         if not mesh_is_open(plan.cluster, plan.mode, context.options):
             return plan
-        if context.options.mesh is not None:
-            _check_pinned(plan, context, context.options.mesh)
         return _Search(plan, context).run()
 
 
@@ -82,28 +78,6 @@ def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
     fixed = options.num_stages is not None or options.pins or options.device_pins
     trains = mode is Mode.TRAIN
     return trains and len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
-
-
-def _check_pinned(plan: Plan, context: Context, mesh: Mesh) -> None:
-    known = (DATA, PIPELINE, TENSOR)
-    for axis in mesh.axes:
-        if axis.name not in known:
-            raise UsageError(
-                f"unknown mesh axis {axis.name!r}", where="mesh", ways_out=(f"one of {known}",)
-            )
-    if mesh.size > len(plan.cluster.devices):
-        raise UsageError(
-            f"mesh {mesh} needs {mesh.size} devices, the cluster has {len(plan.cluster.devices)}",
-            where="mesh",
-            ways_out=("shrink an axis", "plan for more devices"),
-        )
-    stages = context.options.num_stages
-    if stages is not None and stages != mesh.axis(PIPELINE).size:
-        raise UsageError(
-            f"num_stages = {stages} contradicts mesh {mesh}",
-            where="mesh",
-            ways_out=(f"leave num_stages out, or pass {PIPELINE}={stages}",),
-        )
 
 
 def meshes(num_devices: int, rows: int) -> Iterator[Mesh]:
@@ -157,6 +131,8 @@ class _Search:
         table = []
         for mesh in every:
             data, stages = mesh.axis(DATA).size, mesh.axis(PIPELINE).size
+            if options.zero and data == 1:
+                continue
             counts = [
                 count
                 for count in _microbatch_counts(plan, self.context, stages)
@@ -208,7 +184,7 @@ class _Search:
         pinned = self.context.options.zero
         if pinned is not None:
             return (pinned,)
-        splits = mesh.axis(DATA).size > 1 and self.plan.optimizer.name in _ELEMENTWISE
+        splits = mesh.axis(DATA).size > 1 and updates_elementwise(self.plan.optimizer.name)
         return (0, 1, 2, 3) if splits else (0,)
 
     def choose_layouts(self, mesh: Mesh, count: int, saving: bool) -> LayoutChoice | None:
@@ -218,7 +194,7 @@ class _Search:
         key = (str(inner), saving and count)
         if key in self.layouts:
             return self.layouts[key]
-        if mesh.axis(TENSOR).size > 1 and self.plan.optimizer.name not in _ELEMENTWISE:
+        if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
             return None
         memory = None
         if saving:
@@ -307,8 +283,20 @@ class _Search:
                     solver="",
                     solver_seconds=0.0,
                 )
-                return replace(candidate.plan, certificate=certificate)
+                return self.warned(replace(candidate.plan, certificate=certificate))
         return self.smallest()
+
+    def warned(self, plan: Plan) -> Plan:
+        """A level of ZeRO that was asked for and has nothing to split is not dropped in silence."""
+        level = self.context.options.zero
+        if not level or plan.zero_level == level:
+            return plan
+        text = (
+            f"ZeRO-{level} was asked for, the plan has ZeRO-{plan.zero_level}: over the {DATA} "
+            "axis no parameter has a gradient of terms to be summed that could be split (the batch "
+            "is too small to be worth splitting)"
+        )
+        return replace(plan, warnings=(*plan.warnings, text))
 
     def proven(self, best: float) -> Iterator[float]:
         """Bounds of all that was looked at; where the bound of the dynamic program is below the

@@ -45,6 +45,15 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="what backward computes again instead of keeping it (default: %(default)s)",
     )
     parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="e.g. data=2,pipeline=2,tensor=2 (default: chosen)"
+    )
+    parser.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="level of ZeRO over the data axis (default: the least that fits)",
+    )
+    parser.add_argument(
         "--memory-limit", type=positive_float, metavar="GIB", help="memory of every device"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="PLAN", help="write the plan here")
@@ -60,6 +69,8 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "num_microbatches": options.microbatches,
         "num_stages": options.stages,
         "schedule": options.schedule,
+        "mesh": options.mesh,
+        "zero": options.zero,
         "recompute": options.recompute,
         "memory_limit_bytes": None if limit is None else int(limit * _GIB),
     }
@@ -98,6 +109,7 @@ COMMAND = Command(
     examples=(
         "cutset plan model.py:build --devices 4 -o plan.json",
         "cutset plan model.py:build --devices cluster.toml --memory-limit 70 --json",
+        "cutset plan model.py:build --devices h100:8 --mesh data=2,tensor=4 --zero 1",
         "cutset plan my.models:llama --devices 8 --microbatches 16 --schedule 1f1b -o plan.json",
     ),
     configure=_configure,
