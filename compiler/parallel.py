@@ -22,6 +22,7 @@ from ..passes.schedule import build_schedule
 from ..passes.transfer import transfer, transfer_layouts
 from ..runtime.launcher import launch_local, spmd_session, under_torchrun
 from ..runtime.optimizer import current_hyperparameters, describe_optimizer
+from ..runtime.parts import updated_parts
 from ..runtime.session import LocalSession, Session
 from .batch import Call, batch_size, contiguous, divisors, signature_of, take_rows
 from .capture import Captured, capture
@@ -332,13 +333,23 @@ class Parallel:
             )
             self._tensors.add(missing)
         if variant.plan.mode is Mode.TRAIN and any(self._states.missing(variant.needs.trained)):
-            self._configure_optimizer()
+            self._configure_optimizer(variant)
             self._states.add(variant.needs.trained)
 
-    def _configure_optimizer(self) -> None:
+    def _configure_optimizer(self, variant: Variant) -> None:
         state = self._optimizer_state()
         self._restored = None
-        self._started().call("configure_optimizer", {"spec": self._spec})
+        self._started().call(
+            "configure_optimizer",
+            [
+                {
+                    "spec": self._spec,
+                    "parts": updated_parts(program),
+                    "offloaded": list(program.offloaded),
+                }
+                for program in variant.programs
+            ],
+        )
         if state:
             self._load_states(state)
 
@@ -601,7 +612,7 @@ class _Parts:
         for program in programs:
             for name, shard in shards_by_name(program).items():
                 self._held.setdefault(name, {})[program.rank] = shard
-            for shard in (*program.shards, *program.updates):
+            for shard in program.updates:
                 self._updated.setdefault(shard.name, {})[program.rank] = shard
 
     def held(self, name: str, rank: int) -> TensorShard | None:
@@ -609,7 +620,8 @@ class _Parts:
 
     def of(self, name: str, updates: bool) -> Mapping[int, TensorShard]:
         """Parts by rank; a rank that is missing has the whole."""
-        return (self._updated if updates else self._held).get(name, {})
+        held = self._held.get(name, {})
+        return {**held, **self._updated.get(name, {})} if updates else held
 
 
 def _joined_states(parts: list[tuple[TensorShard | None, dict[str, Any]]]) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def weight_like_values(graph: Graph) -> frozenset[int]:
     return frozenset(index for index in weights if graph.values[index].requires_grad)
 
 
+_COLLECTIVE_VIEWS = ("cutset.sum_gradient.default", "cutset.shard.default")
 _PERMUTES = ("transpose", "permute", "t", "movedim", "swapaxes", "swapdims")
 
 
@@ -135,8 +136,8 @@ def find_storages(graph: Graph, nodes: Iterable[int] | None = None) -> Storages:
         if node.op.packet == "broadcast_tensors":
             for index, operand in zip(node.outputs, node.inputs, strict=False):
                 base[index], root[index] = operand, root[operand]
-        elif node.op.packet == "sum_gradient":
-            (index,), (operand,) = node.outputs, node.inputs
+        elif node.op.name in _COLLECTIVE_VIEWS:
+            index, operand = node.outputs[0], node.inputs[0]
             base[index], root[index], strides[index] = operand, root[operand], strides[operand]
         elif (node.op.category is Category.VIEW or node.op.packet == "unfold") and node.inputs:
             _follow_view(graph, node, base, root, strides)

@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.plan import OptimizerModel
-from ..compiler.ir.program import Program, Register
+from ..compiler.ir.program import (
+    GRADIENT_NORM,
+    AllGather,
+    AllReduce,
+    Collective,
+    Program,
+    ReduceScatter,
+    Register,
+)
 from ..compiler.ir.types import TensorType
+from .held import held_memory
 from .memory import ActionMemory, action_memory, memory_model, optimizer_temporaries
 
 __all__ = ["MemoryCurve"]
+
+_NORM_BYTES = 8.0
+# of a bucket, at most: laid down flat, cut for the wire, and as it arrives
+_COPIES: dict[type, float] = {AllReduce: 1.0, ReduceScatter: 3.0, AllGather: 3.0}
 
 
 class MemoryCurve:
@@ -24,19 +36,11 @@ class MemoryCurve:
     """
 
     def __init__(self, program: Program, optimizer: OptimizerModel, backend: str) -> None:
-        train = program.mode is Mode.TRAIN
-        held: dict[str, int] = {}
-        self._trained: dict[str, int] = {}
-        for stage in program.stages:
-            for value in stage.graph.values:
-                if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
-                    held[value.origin] = value.type.num_bytes
-                if value.kind is ValueKind.PARAMETER and value.requires_grad and train:
-                    self._trained[value.origin] = value.type.num_bytes
-        self.gradient_bytes = float(sum(self._trained.values()))
-        self._closing = optimizer_temporaries(optimizer, tuple(self._trained.values()), backend)
-        states = self.gradient_bytes * optimizer.state_bytes_per_parameter_byte
-        self._level = sum(held.values()) + self.gradient_bytes + states
+        self.held = held_memory(program, optimizer, backend)
+        self._held = {name: value.type.num_bytes for name, value in program.trained().items()}
+        self._updated = {n: type.num_bytes for n, type in program.update_types().items()}
+        self._closing = optimizer_temporaries(optimizer, self.held.updated_bytes, backend)
+        self._level = float(self.held.total_bytes)
         self._actions: dict[int, ActionMemory] = {
             stage.index: action_memory(
                 memory_model(stage.graph, backend=backend), None, stage.recomputed
@@ -47,16 +51,15 @@ class MemoryCurve:
         self._points: list[tuple[float, float]] = [(0.0, self._level)]
 
     @property
-    def num_gradients(self) -> int:
-        return len(self._trained)
-
-    @property
     def peak_bytes(self) -> int:
         return math.ceil(max(level for _, level in self._points))
 
-    def parameter_bytes(self, name: str) -> float:
-        """Bytes of the gradient of parameter `name`."""
-        return float(self._trained[name])
+    def message_bytes(self, item: Collective) -> float:
+        """Bytes of the tensors that a collective joins or sums, whole."""
+        if item.targets == (GRADIENT_NORM,):
+            return _NORM_BYTES
+        table = self._updated if isinstance(item, AllReduce) else self._held
+        return float(sum(table[name] for name in item.targets))
 
     def points(self) -> tuple[tuple[float, int], ...]:
         return tuple((seconds, math.ceil(level)) for seconds, level in self._points)
@@ -70,6 +73,18 @@ class MemoryCurve:
     def free(self, registers: Iterable[Register], seconds: float) -> None:
         freed = sum(self._registers.pop(register, 0.0) for register in registers)
         self._change(seconds, -freed)
+
+    def start(self, item: Collective, seconds: float) -> None:
+        """The buffers of a collective occupy memory from now on."""
+        self._change(seconds, self._buffer_bytes(item))
+
+    def end(self, item: Collective, seconds: float) -> None:
+        self._change(seconds, -self._buffer_bytes(item))
+
+    def _buffer_bytes(self, item: Collective) -> float:
+        if isinstance(item, AllReduce) and len(item.targets) == 1:
+            return 0.0  # in place
+        return _COPIES[type(item)] * self.message_bytes(item)
 
     def action(self, kind: str, stage: int, microbatch: int, begin: float, end: float) -> None:
         """A computation: its transients while it runs, what it saves or frees afterwards.

@@ -3,28 +3,30 @@
 Every rank executes its instructions in order on one compute stream. A transfer starts when its
 `Send` was executed, its `Recv` is posted (sends are taken as unbuffered) and earlier transfers
 between the two ranks in that direction are done; it takes alpha-beta time beside computation. A
-compute instruction waits for the transfers of what it reads. An `AllReduce` starts when all its
-ranks have reached it and takes ring time. Durations are those of the cost model unless measured
+compute instruction waits for the transfers of what it reads. A collective starts when all its ranks
+have reached it and earlier ones of theirs are done, takes ring time beside computation, and is
+waited for where its result is needed. Durations are those of the cost model unless measured
 ones are given.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import VerificationError
 from ..compiler.ir.graph import OutputKind, ValueKind
 from ..compiler.ir.plan import OptimizerModel
 from ..compiler.ir.program import (
-    GRADIENT_NORM,
+    AllGather,
     AllReduce,
     Backward,
     BackwardInput,
     BackwardWeight,
     ClipGradients,
+    Collective,
     Forward,
     Free,
     GradientNorm,
@@ -32,12 +34,13 @@ from ..compiler.ir.program import (
     OptimizerStep,
     Program,
     Recv,
+    ReduceScatter,
     Register,
     Send,
     StageProgram,
 )
 from ..compiler.ir.types import TensorType
-from .links import all_reduce_seconds
+from .links import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from .memory_curve import MemoryCurve
 from .stages import StageSeconds, optimizer_seconds, stage_seconds
 
@@ -80,6 +83,11 @@ class Simulation:
 
 
 _Computation = Forward | Backward | BackwardInput | BackwardWeight
+_SECONDS: dict[type, Callable[[Cluster, Sequence[int], float], float]] = {
+    AllReduce: all_reduce_seconds,
+    ReduceScatter: reduce_scatter_seconds,
+    AllGather: all_gather_seconds,
+}
 _DEFAULT_OPTIMIZER = OptimizerModel("adamw", 2.0)
 
 
@@ -103,6 +111,8 @@ def simulate(
     while any(rank.position < len(rank.program.instructions) for rank in run.ranks):
         if not any(run.advance(rank) for rank in run.ranks):
             raise _stuck(run)
+    for rank in run.ranks:
+        run.wait(rank, None)
     return run.result()
 
 
@@ -118,13 +128,24 @@ def _stuck(run: _Run) -> VerificationError:
     )
 
 
+@dataclass(slots=True, eq=False)
+class _Meeting:
+    """A collective: when its ranks reached it, and its end once all have."""
+
+    item: Collective
+    reached: dict[int, float] = field(default_factory=dict)
+    end_seconds: float | None = None
+
+
 @dataclass(slots=True)
 class _Rank:
     program: Program
-    position: int
-    seconds: float
-    busy_seconds: float
     memory: MemoryCurve
+    position: int = 0
+    seconds: float = 0.0
+    busy_seconds: float = 0.0
+    meetings: list[_Meeting] = field(default_factory=list)  # started, not waited for yet
+    wire_free_seconds: float = 0.0  # from when on it can take part in the next collective
 
 
 class _Run:
@@ -150,13 +171,7 @@ class _Run:
                     stage.graph, device_type, recomputed=stage.recomputed
                 )
         self.ranks = [
-            _Rank(
-                program,
-                0,
-                0.0,
-                0.0,
-                MemoryCurve(program, optimizer, cluster.type_of(program.rank).backend),
-            )
+            _Rank(program, MemoryCurve(program, optimizer, cluster.type_of(program.rank).backend))
             for program in programs
         ]
         self.spans: list[Span] = []
@@ -165,7 +180,8 @@ class _Run:
         self._posted: dict[tuple[int, int, int], tuple[float, Recv]] = {}
         self._link_free: dict[tuple[int, int], float] = defaultdict(float)
         self._arrival: dict[tuple[int, Register], float] = {}
-        self._reached: dict[tuple[str, tuple[int, ...]], dict[int, float]] = defaultdict(dict)
+        self._meetings: dict[tuple[int, ...], list[_Meeting]] = defaultdict(list)
+        self._turns: dict[tuple[int, tuple[int, ...]], int] = defaultdict(int)
 
     def advance(self, rank: _Rank) -> bool:
         """Execute instructions of `rank` until it has to wait; whether any was executed."""
@@ -177,6 +193,8 @@ class _Run:
         return rank.position > began
 
     def _execute(self, rank: _Rank, instruction: Instruction) -> bool:
+        if not self.wait(rank, instruction):
+            return False
         match instruction:
             case Forward() | Backward() | BackwardInput() | BackwardWeight():
                 return self._compute(rank, instruction)
@@ -194,10 +212,11 @@ class _Run:
                 self._start_transfer(key)
             case Free():
                 rank.memory.free(instruction.registers, rank.seconds)
-            case AllReduce():
-                return self._all_reduce(rank, instruction)
+            case AllReduce() | ReduceScatter() | AllGather():
+                self._start(rank, instruction)
             case GradientNorm() | ClipGradients():
-                self._sweep(rank, "sync", rank.memory.gradient_bytes)
+                held = rank.memory.held
+                self._sweep(rank, "sync", sum((*held.updated_bytes, *held.offloaded_bytes)))
             case OptimizerStep():
                 self._optimizer_step(rank)
         return True
@@ -240,17 +259,40 @@ class _Run:
             rank.memory.define(register, value_type, begin + length)
         return True
 
-    def _all_reduce(self, rank: _Rank, instruction: AllReduce) -> bool:
-        reached = self._reached[instruction.target, instruction.ranks]
-        reached.setdefault(rank.program.rank, rank.seconds)
-        if len(reached) < len(instruction.ranks):
+    def _start(self, rank: _Rank, item: Collective) -> None:
+        """`rank` reaches a collective; the last one to reach it settles when it ends."""
+        group = tuple(sorted(item.ranks))
+        turn = self._turns[rank.program.rank, group]
+        self._turns[rank.program.rank, group] += 1
+        if turn == len(self._meetings[group]):
+            self._meetings[group].append(_Meeting(item))
+        meeting = self._meetings[group][turn]
+        meeting.reached[rank.program.rank] = rank.seconds
+        rank.meetings.append(meeting)
+        rank.memory.start(item, rank.seconds)
+        if len(meeting.reached) == len(group):
+            members = [self.ranks[member] for member in group]
+            begin = max(
+                *meeting.reached.values(), *(member.wire_free_seconds for member in members)
+            )
+            seconds = _SECONDS[type(item)](self.cluster, group, rank.memory.message_bytes(item))
+            meeting.end_seconds = begin + seconds
+            for member in members:
+                member.wire_free_seconds = meeting.end_seconds
+
+    def wait(self, rank: _Rank, instruction: Instruction | None) -> bool:
+        """Wait for the collectives that `instruction` (None: the end of the step) needs; False if
+        one of them has not been reached by all its ranks."""
+        needed = _needed(rank.meetings, instruction)
+        ends = [meeting.end_seconds for meeting in needed]
+        if any(end is None for end in ends):
             return False
-        size = 8.0
-        if instruction.target != GRADIENT_NORM:
-            size = rank.memory.parameter_bytes(instruction.target)
-        begin = max(reached.values())
-        end = begin + all_reduce_seconds(self.cluster, instruction.ranks, size)
-        self._span(rank, "sync", -1, -1, begin, end, busy=False)
+        for meeting, end in zip(needed, ends, strict=True):
+            assert end is not None
+            if end > rank.seconds:
+                self._span(rank, "sync", -1, -1, rank.seconds, end, busy=False)
+            rank.memory.end(meeting.item, rank.seconds)
+        rank.meetings = [meeting for meeting in rank.meetings if meeting not in needed]
         return True
 
     def _sweep(self, rank: _Rank, kind: str, num_bytes: float) -> None:
@@ -262,8 +304,9 @@ class _Run:
         length = optimizer_seconds(
             self.cluster.type_of(rank.program.rank),
             self.optimizer,
-            parameter_bytes=rank.memory.gradient_bytes,
-            num_parameters=rank.memory.num_gradients,
+            parameter_bytes=sum(rank.memory.held.updated_bytes),
+            num_parameters=len(rank.memory.held.updated_bytes),
+            offloaded_bytes=sum(rank.memory.held.offloaded_bytes),
         )
         rank.memory.optimizer_step(rank.seconds, rank.seconds + length)
         self._span(rank, "optimizer", -1, -1, rank.seconds, rank.seconds + length)
@@ -295,6 +338,17 @@ class _Run:
             memory_curves=tuple(rank.memory.points() for rank in self.ranks),
             timeline=tuple(sorted(self.spans, key=lambda span: (span.rank, span.begin_seconds))),
         )
+
+
+def _needed(meetings: list[_Meeting], instruction: Instruction | None) -> list[_Meeting]:
+    match instruction:
+        case AllReduce() | ReduceScatter() | AllGather():
+            targets = set(instruction.targets)
+            return [meeting for meeting in meetings if targets & set(meeting.item.targets)]
+        case GradientNorm() | ClipGradients() | OptimizerStep() | None:
+            return list(meetings)
+        case _:
+            return []
 
 
 def _reads(stage: StageProgram, action: _Computation) -> list[Register]:

@@ -19,6 +19,9 @@ from .ops import NodeCost, price
 __all__ = ["StageSeconds", "optimizer_seconds", "stage_seconds"]
 
 _OPTIMIZER_KERNELS = 12  # launches of one update of AdamW
+# of a host, whose rates a cluster does not list: PCIe 4.0 x16, and memory of one socket
+_HOST_LINK_RATE = 20e9
+_HOST_MEMORY_RATE = 50e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +98,22 @@ def optimizer_seconds(
     *,
     parameter_bytes: float,
     num_parameters: int = 1,
+    offloaded_bytes: float = 0.0,
 ) -> float:
-    """Seconds of one update of parameters of `parameter_bytes` in `num_parameters` tensors.
+    """Seconds of one update of parameters of `parameter_bytes` in `num_parameters` tensors, and of
+    others of `offloaded_bytes` in the memory of the host.
 
     Memory-bound: gradient, parameter and states are read, parameter and states written, the
     gradient is zeroed. CUDA updates all tensors in a few launches, a CPU one after the other.
     """
+    passes = 4 + 2 * optimizer.state_bytes_per_parameter_byte
+    away = offloaded_bytes * (2 / _HOST_LINK_RATE + passes / _HOST_MEMORY_RATE)
     if not parameter_bytes:
-        return 0.0
-    moved = parameter_bytes * (4 + 2 * optimizer.state_bytes_per_parameter_byte)
+        return away
+    moved = parameter_bytes * passes
     launches = num_parameters if device_type.backend == "cpu" else 1
     return (
-        moved / device_type.memory_bytes_per_second
+        away
+        + moved / device_type.memory_bytes_per_second
         + launches * _OPTIMIZER_KERNELS * device_type.overhead_seconds
     )

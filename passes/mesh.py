@@ -26,6 +26,7 @@ from ..compiler.ir.errors import InfeasibleError, UsageError
 from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Certificate, Plan
+from ..compiler.sharding.sharding import make_sharding
 from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.analysis import batch_rows
 from ..cost_models.ops import price
@@ -257,9 +258,14 @@ class _Search:
         """The plan before its stages, layouts in the order of the mesh's own axes."""
         parameters = choice.parameter_layouts
         if level:
-            parameters = zero_layouts(
-                self.context.graph, choice.mesh, parameters, axis=DATA, level=level
+            sharding = make_sharding(
+                self.context.graph,
+                choice.mesh,
+                choice.node_layouts,
+                choice.layouts,
+                choice.parameter_layouts,
             )
+            parameters = zero_layouts(self.context.graph, sharding, DATA, level)
         return replace(
             self.plan,
             mesh=mesh,

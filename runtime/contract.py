@@ -21,6 +21,7 @@ from ..compiler.ir.program import (
     Backward,
     BackwardInput,
     BackwardWeight,
+    Collective,
     Forward,
     Program,
     Recv,
@@ -73,8 +74,8 @@ class Contract:
             if isinstance(item, Send | Recv):
                 message = Message(item.peer, item.tag, str(item.type), str(item.register))
                 messages[type(item)].append(message)
-            elif isinstance(item, AllReduce):
-                meetings.append(Meeting(f"{item.reduction} of {item.target}", item.ranks))
+            elif isinstance(item, Collective):
+                meetings.append(Meeting(_told_collective(item), item.ranks))
             elif isinstance(item, Forward | Backward | BackwardInput | BackwardWeight):
                 groups = dict.fromkeys(entry.ranks for entry in collectives[item.stage])
                 meetings += [Meeting(print_instruction(item), ranks) for ranks in groups]
@@ -161,7 +162,8 @@ def _at(meetings: Sequence[Meeting], position: int) -> Meeting | None:
 
 
 def _collectives(stage: StageProgram) -> Iterator[Meeting]:
-    """The collectives of a stage's forward graph in program order, as all their ranks see them."""
+    """The collectives of a stage's forward graph in program order, as all their ranks see them,
+    and the sums of gradients that backward keeps parts of."""
     axes = dict(stage.axes)
     for node in stage.graph.nodes:
         if node.op.category is Category.COLLECTIVE and node.op.packet != "as_partial":
@@ -169,6 +171,16 @@ def _collectives(stage: StageProgram) -> Iterator[Meeting]:
             assert isinstance(axis, str)
             call = f"{node.op.packet} in stage {stage.index} of {_whole(stage.graph, node)}"
             yield Meeting(call, axes[axis])
+    for part in stage.kept:
+        if part.summed:
+            call = f"sum of the gradient of {part.name} in stage {stage.index} along {part.dim}"
+            yield Meeting(call, axes[part.axis])
+
+
+def _told_collective(item: Collective) -> str:
+    kind = item.reduction if isinstance(item, AllReduce) else type(item).__name__
+    dims = "" if isinstance(item, AllReduce) else f" along {item.dims}"
+    return f"{kind} of {', '.join(item.targets)}{dims}"
 
 
 def _whole(graph: Graph, node: Node) -> str:

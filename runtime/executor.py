@@ -19,11 +19,13 @@ from torch import Tensor
 from ..compiler.ir.graph import OutputKind, Value, ValueKind
 from ..compiler.ir.program import (
     GRADIENT_NORM,
+    AllGather,
     AllReduce,
     Backward,
     BackwardInput,
     BackwardWeight,
     ClipGradients,
+    Collective,
     Forward,
     Free,
     GradientNorm,
@@ -31,12 +33,20 @@ from ..compiler.ir.program import (
     OptimizerStep,
     Program,
     Recv,
+    ReduceScatter,
     Register,
     Send,
 )
 from .communicator import Communicator, Pending
 from .cuda_graphs import GraphSlots
 from .kernels import Kernel, Source, StageKernels
+from .parts import (
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+    updated_parts,
+    view_of,
+)
 
 __all__ = ["Executor", "InstructionTime", "Step", "StepResult"]
 
@@ -125,6 +135,7 @@ class Executor:
         self._kernels = kernels
         self._tensors = tensors
         self._gradients = gradients
+        self._updated = _updated_views(program, gradients)
         self._communicator = communicator
         self._device = device
         self._timeout = timeout_seconds
@@ -151,9 +162,9 @@ class Executor:
         """Prepare a step; `advance` or `run` executes it.
 
         Args:
-            optimize: called at `OptimizerStep` with the gradients.
+            optimize: called at `OptimizerStep` with the gradients of the parts it updates.
             record: note when every instruction ran.
-            keep: receives copies of the gradients as they are before clipping.
+            keep: receives copies of these gradients as they are before clipping.
         """
         self._step = step
         self._keep = keep
@@ -164,7 +175,7 @@ class Executor:
         self._contexts: dict[tuple[int, int], _Context] = {}
         self._draining: list[Pending] = []
         self._sends: dict[Register, list[Pending]] = {}
-        self._collective: Pending | None = None
+        self._collectives: list[tuple[Collective, Pending]] = []
         self._norm = torch.zeros((), dtype=torch.float64)
         self.touched = set()
         self.result = StepResult()
@@ -182,7 +193,7 @@ class Executor:
     def run(self) -> StepResult:
         """Execute all instructions, waiting as needed."""
         while not self.finished:
-            for pending in self._awaited(self._program.instructions[self._position]):
+            for pending in self._awaited(self._next):
                 pending.wait(self._timeout)
             self.advance()
         return self.result
@@ -203,13 +214,19 @@ class Executor:
 
     @property
     def finished(self) -> bool:
-        return self._position >= len(self._program.instructions) and self._drained()
+        return self._next is None and self._drained()
+
+    @property
+    def _next(self) -> Instruction | None:
+        """The next instruction; None at the end."""
+        instructions = self._program.instructions
+        return instructions[self._position] if self._position < len(instructions) else None
 
     def advance(self) -> bool:
         """Execute the next instruction unless it must wait; whether anything was done."""
-        if self._position >= len(self._program.instructions):
+        instruction = self._next
+        if instruction is None:
             return self._drained()
-        instruction = self._program.instructions[self._position]
         if any(not pending.done() for pending in self._awaited(instruction)):
             return False
         begin = time.perf_counter()
@@ -233,6 +250,10 @@ class Executor:
         )
 
     def _drained(self) -> bool:
+        """Whether all communication is over."""
+        if any(not pending.done() for pending in self._awaited(None)):
+            return False
+        self._settle(None)
         for pending in self._draining:
             pending.wait(self._timeout)
         self._draining.clear()
@@ -240,28 +261,48 @@ class Executor:
 
     # -- what an instruction waits for ---------------------------------------------------------
 
-    def _awaited(self, instruction: Instruction) -> list[Pending]:
-        """Communications that must be complete before `instruction` can execute."""
+    def _awaited(self, instruction: Instruction | None) -> list[Pending]:
+        """Communications that must be complete before `instruction` (None: the end of the step)."""
         match instruction:
             case Forward(stage, microbatch):
                 read = [Register(name, microbatch) for name, _ in self._stages[stage].producers]
             case BackwardInput(stage, microbatch) | Backward(stage, microbatch):
                 read = [r for reads in self._tangents(stage, microbatch) for r in reads]
-            case AllReduce():
-                return [self._start_collective(instruction)]
             case _:
-                return []
+                return [pending for _, pending in self._needed(instruction)]
         held = (self._registers.get(register) for register in read)
         return [item for item in held if item is not None and not isinstance(item, Tensor)]
 
-    def _start_collective(self, instruction: AllReduce) -> Pending:
-        if self._collective is None:
-            target = instruction.target
-            tensor = self._norm if target == GRADIENT_NORM else self._gradients[target]
-            self._collective = self._communicator.start_all_reduce(
-                tensor, instruction.ranks, instruction.reduction, label=f"all-reduce of {target}"
-            )
-        return self._collective
+    def _needed(self, instruction: Instruction | None) -> list[tuple[Collective, Pending]]:
+        """Collectives under way whose results `instruction` (None: the end of the step) needs."""
+        match instruction:
+            case AllReduce() | ReduceScatter() | AllGather():
+                targets = set(instruction.targets)
+                return [entry for entry in self._collectives if targets & set(entry[0].targets)]
+            case GradientNorm() | ClipGradients() | OptimizerStep() | None:
+                return self._collectives
+            case _:
+                return []
+
+    def _settle(self, instruction: Instruction | None) -> None:
+        """Complete the collectives that `instruction` needs."""
+        needed = self._needed(instruction)
+        for _, pending in needed:
+            pending.wait(self._timeout)
+        self._collectives = [entry for entry in self._collectives if entry not in needed]
+
+    def _start(self, item: Collective) -> Pending:
+        label = f"{type(item).__name__} of {', '.join(item.targets)}"
+        communicator = self._communicator
+        if isinstance(item, AllGather):
+            tensors = [self._tensors[name] for name in item.targets]
+            return start_all_gather(communicator, tensors, item.dims, item.ranks, label=label)
+        if isinstance(item, ReduceScatter):
+            tensors = [self._gradients[name] for name in item.targets]
+            return start_reduce_scatter(communicator, tensors, item.dims, item.ranks, label=label)
+        is_norm = item.targets == (GRADIENT_NORM,)
+        tensors = [self._norm] if is_norm else [self._updated[name] for name in item.targets]
+        return start_all_reduce(communicator, tensors, item.ranks, item.reduction, label=label)
 
     def _tangents(self, stage: int, microbatch: int) -> list[list[Register]]:
         """Per tangent of the stage, the gradient registers that are summed (none: the loss)."""
@@ -278,6 +319,7 @@ class Executor:
     # -- instructions --------------------------------------------------------------------------
 
     def _execute(self, instruction: Instruction) -> None:
+        self._settle(instruction)
         match instruction:
             case Forward(stage, microbatch):
                 self._forward(stage, microbatch)
@@ -299,17 +341,16 @@ class Executor:
             case GradientNorm(parameters):
                 self._keep_gradients()
                 self._square_norm(parameters)
-            case AllReduce(target=target, ranks=ranks):
-                assert self._collective is not None and ranks
-                self._collective.wait(self._timeout)
-                self._collective = None
-                self.touched.update({target} - {GRADIENT_NORM})
+            case AllReduce() | ReduceScatter() | AllGather():
+                self._collectives.append((instruction, self._start(instruction)))
+                if not isinstance(instruction, AllGather):
+                    self.touched.update({*instruction.targets} - {GRADIENT_NORM})
             case ClipGradients(max_norm):
                 self._clip(max_norm)
             case OptimizerStep():
                 self._keep_gradients()
                 if self._optimize is not None:
-                    self._optimize({name: self._gradients[name] for name in sorted(self.touched)})
+                    self._optimize({name: self._updated[name] for name in sorted(self.touched)})
 
     def _read(self, register: Register) -> Tensor:
         held = self._registers[register]
@@ -457,25 +498,37 @@ class Executor:
     def _keep_gradients(self) -> None:
         if self._keep is not None:
             self._keep.clear()
-            self._keep.update({name: self._gradients[name].clone() for name in self.touched})
+            self._keep.update({name: self._updated[name].clone() for name in self.touched})
             self._keep = None
 
     def _square_norm(self, parameters: tuple[str, ...]) -> None:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for name in parameters:
             if name in self.touched:
-                total += _norm(self._gradients[name]).double().square()
+                total += _norm(self._updated[name]).double().square()
         self._norm = total
 
     def _clip(self, max_norm: float) -> None:
         factor = float(max_norm / (self._norm.sqrt() + 1e-6))
         if not factor >= 1.0:  # a norm of NaN spoils every gradient, as in torch
             for name in self.touched:
-                self._gradients[name].mul_(factor)
+                self._updated[name].mul_(factor)
 
     def _label(self, register: Register) -> str:
         kind = "gradient of" if register.is_gradient else "value"
         return f"{kind} %{register.value} of microbatch {register.microbatch}"
+
+
+def _updated_views(program: Program, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of each gradient, the part that the rank updates its parameter by."""
+    parts = updated_parts(program)
+    types = program.gradient_types()
+    return {
+        name: view_of(gradients[name], *parts[name])
+        if name in parts and parts[name][1] != types[name].shape
+        else gradients[name]
+        for name in types
+    }
 
 
 def _norm(tensor: Tensor) -> Tensor:

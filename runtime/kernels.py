@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,6 +35,7 @@ from ..compiler.ir.graph import Graph, OutputKind, Value, ValueKind
 from ..compiler.ir.ops import Category
 from .collective_ops import StageCollectives, expand_local, has_collectives
 from .fx_cut import boxed_module, cut_backward, mutates, simplify, use_addmm
+from .gradient_parts import PartOf, keep_early
 from .recompute import MarkedReplay
 
 __all__ = ["Kernel", "StageKernels", "StageSignature", "trace_inference", "trace_training"]
@@ -222,6 +223,7 @@ def trace_training(
     graph: Graph,
     device: torch.device,
     collectives: StageCollectives | None = None,
+    kept: Mapping[str, PartOf] | None = None,
 ) -> StageKernels:
     """F, B and W kernels of a training stage; see the module docstring.
 
@@ -230,9 +232,10 @@ def trace_training(
         graph: its graph: argument and output types are read.
         device: where the stage runs (kernels chosen by torch depend on it).
         collectives: to bind those of the graph to, if it has any.
+        kept: parts of gradients that are kept, by parameter; other gradients are kept whole.
     """
     signature = StageSignature.of(graph)
-    joint = _trace_joint(function, graph, signature, device)
+    joint = _trace_joint(function, graph, signature, device, kept or {})
     expand_local(joint.graph)
     parts = cut_backward(
         joint,
@@ -255,16 +258,21 @@ def trace_training(
         accumulated=tuple(signature.trained[index] for index in parts.accumulated),
         zero_inputs=parts.zero_inputs,
         modules={"forward": parts.forward, "input": parts.input, "weight": parts.weight},
-        collectives=collectives if has_collectives(graph) else None,
+        collectives=collectives if has_collectives(graph) or kept else None,
     )
 
 
 def _trace_joint(
-    function: StageFunction, graph: Graph, signature: StageSignature, device: torch.device
+    function: StageFunction,
+    graph: Graph,
+    signature: StageSignature,
+    device: torch.device,
+    kept: Mapping[str, PartOf],
 ) -> fx.GraphModule:
     """Graph of `(key, *arguments, *tangents) -> (*outputs, *input grads, *weight grads)`."""
     wanted = {*signature.trained, *signature.differentiable}
     order = [*signature.differentiable, *signature.trained]
+    names = [signature.arguments[position].origin for position in signature.trained]
 
     def joint(
         key: Tensor, arguments: list[Tensor], tangents: list[Tensor]
@@ -288,7 +296,12 @@ def _trace_joint(
                 [tangent for _, tangent in pairs],
                 allow_unused=True,
             )
-        return [output.detach() for output in outputs], list(gradients)
+        found = list(gradients)
+        for index, name in enumerate(names, len(signature.differentiable)):
+            gradient = found[index]
+            if name in kept and gradient is not None:
+                found[index] = kept[name].of(gradient)
+        return [output.detach() for output in outputs], found
 
     # One thread, so that backward is recorded in one order on all ranks that share the stage.
     one_thread = torch.autograd.set_multithreading_enabled(False)
@@ -299,7 +312,9 @@ def _trace_joint(
             _example(graph.values[graph.outputs[position].value], device)
             for position in signature.tangents
         ]
-        return _functional(joint, key, arguments, tangents)
+        traced = _functional(joint, key, arguments, tangents)
+    keep_early(traced.graph, (len(names) - i for i, name in enumerate(names) if name in kept))
+    return traced
 
 
 def _functional(function: Callable[..., object], *examples: object) -> fx.GraphModule:

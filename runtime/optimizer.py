@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..compiler.ir.errors import UsageError
+from .offload import HostCopy
 
 __all__ = [
     "Hyperparameters",
@@ -161,19 +162,44 @@ def _leaves_kernel_open(options: Hyperparameters) -> bool:
 
 
 class RankOptimizer:
-    """The real optimizer of the parameters that one rank holds."""
+    """The real optimizer of the parameters that one rank updates.
 
-    def __init__(self, spec: OptimizerSpec, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    Args:
+        spec: of the whole model's optimizer.
+        parameters: by name; views of parts are updated in place.
+        host: where the states of offloaded parameters lie and their update is made; None: with the
+            parameters.
+        offloaded: names of those; ones that are not here are ignored.
+    """
+
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        parameters: Mapping[str, torch.nn.Parameter],
+        host: torch.device | None = None,
+        offloaded: Iterable[str] = (),
+    ) -> None:
         kind = _import_class(spec.class_name)
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
             raise UsageError(f"{spec.class_name} is no torch.optim.Optimizer")
         local = spec.restricted(parameters)
         self._kept = [i for i, (members, _) in enumerate(local.groups) if members]
-        self._parameters = parameters
+        self._host_copies = {
+            name: HostCopy(parameters[name], host)
+            for name in (offloaded if host is not None else ())
+            if name in parameters
+        }
+        self._parameters = {
+            **parameters,
+            **{name: copy.parameter for name, copy in self._host_copies.items()},
+        }
         self._optimizer: torch.optim.Optimizer | None = None
         if self._kept:
             groups = [
-                {"params": [parameters[name] for name in local.groups[i][0]], **local.groups[i][1]}
+                {
+                    "params": [self._parameters[name] for name in local.groups[i][0]],
+                    **local.groups[i][1],
+                }
                 for i in self._kept
             ]
             make: Callable[..., torch.optim.Optimizer] = kind
@@ -192,10 +218,22 @@ class RankOptimizer:
             if fits_fused and _leaves_kernel_open(hyperparameters[index]):
                 group["fused"] = True
         for name, parameter in self._parameters.items():
-            parameter.grad = gradients.get(name)
+            gradient = gradients.get(name)
+            if gradient is not None and name in self._host_copies:
+                gradient = self._host_copies[name].fetched(gradient)
+            parameter.grad = gradient
+        for copy in self._host_copies.values():
+            copy.await_fetched()
         self._optimizer.step()
-        for parameter in self._parameters.values():
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None and name in self._host_copies:
+                self._host_copies[name].write_back()
             parameter.grad = None
+
+    def refresh(self) -> None:
+        """The parameters may have other values than the last step gave them."""
+        for copy in self._host_copies.values():
+            copy.is_stale = True
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Optimizer state by parameter name."""
@@ -224,11 +262,16 @@ class RankOptimizer:
                     for key, value in state[name].items()
                 }
 
-    def state_bytes(self) -> int:
-        """Bytes of state tensors."""
-        return sum(
-            value.numel() * value.element_size()
-            for entries in self.state().values()
+    def state_tensors(self) -> list[Tensor]:
+        """Tensors of the states that lie with the parameters."""
+        return [
+            value
+            for name, entries in self.state().items()
+            if name not in self._host_copies
             for value in entries.values()
             if isinstance(value, Tensor)
-        )
+        ]
+
+    def state_bytes(self) -> int:
+        """Bytes of these tensors."""
+        return sum(value.numel() * value.element_size() for value in self.state_tensors())

@@ -10,21 +10,23 @@ from __future__ import annotations
 import linecache
 import time
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..compiler.ir.graph import Mode, Output, OutputKind, ValueKind
+from ..compiler.ir.graph import Mode, Output, OutputKind
 from ..compiler.ir.program import Program, StageProgram
 from ..compiler.ir.text import parse_program
-from .collective_ops import StageCollectives, has_collectives
+from .collective_ops import StageCollectives
 from .communicator import Communicator
 from .executor import Executor, Step
+from .gradient_parts import parts_kept
 from .kernels import StageKernels, trace_inference, trace_training
 from .memory import measure_peak, resident_bytes, storage_bytes
 from .optimizer import Hyperparameters, OptimizerSpec, RankOptimizer
+from .parts import Part, view_of
 from .rng import make_key
 
 __all__ = ["Rank"]
@@ -39,6 +41,8 @@ class Rank:
         device: where this rank computes.
         communicator: to the other ranks.
         timeout_seconds: longest wait for another rank.
+        host: where offloaded optimizer states lie; None: they stay on `device`. By default the CPU
+            that an accelerator belongs to.
     """
 
     def __init__(
@@ -48,12 +52,14 @@ class Rank:
         device: torch.device,
         communicator: Communicator,
         timeout_seconds: float = 300.0,
+        host: torch.device | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
         self.device = device
         self._communicator = communicator
         self._timeout = timeout_seconds
+        self._host = host or (None if device.type == "cpu" else torch.device("cpu"))
         self._tensors: dict[str, Tensor] = {}
         self._constants: dict[str, dict[str, Tensor]] = {}
         self._parameters: dict[str, torch.nn.Parameter] = {}
@@ -127,27 +133,29 @@ class Rank:
     def _kernels(self, function: Any, stage: StageProgram, compile: bool) -> StageKernels:
         graph = stage.graph
         collectives = None
-        if has_collectives(graph):
+        if stage.meets:
             collectives = StageCollectives(self._communicator, dict(stage.axes), stage.index)
         if graph.mode is Mode.INFER and collectives is None:
             if compile:
                 function = torch.compile(function, dynamic=False)
             return trace_inference(function, graph, self.device)
-        trace = trace_training if graph.mode is Mode.TRAIN else trace_inference
-        kernels = trace(function, graph, self.device, collectives)
+        if graph.mode is Mode.INFER:
+            kernels = trace_inference(function, graph, self.device, collectives)
+        else:
+            kept = parts_kept(stage, self.rank)
+            kernels = trace_training(function, graph, self.device, collectives, kept)
         return kernels.compiled() if compile else kernels
 
     def meets_inside(self, *, key: str) -> bool:
         """Whether stages of program `key` wait for other ranks while they compute."""
-        return any(has_collectives(stage.graph) for stage in self._programs[key].stages)
+        return any(stage.meets for stage in self._programs[key].stages)
 
     def _allocate_gradients(self, program: Program) -> None:
-        for stage in program.stages:
-            for value in stage.graph.values_of(ValueKind.PARAMETER):
-                if value.requires_grad and value.origin not in self._gradients:
-                    self._gradients[value.origin] = torch.zeros(
-                        value.type.shape, dtype=value.type.dtype, device=self.device
-                    )
+        for name, type in program.gradient_types().items():
+            if name not in self._gradients:
+                self._gradients[name] = torch.zeros(
+                    type.shape, dtype=type.dtype, device=self.device
+                )
 
     def set_tensors(self, *, tensors: Mapping[str, Tensor], parameters: list[str]) -> None:
         """Take copies of parameters and buffers by name; `parameters` names the first.
@@ -166,10 +174,30 @@ class Rank:
                     value, requires_grad=value.is_floating_point()
                 )
                 self._tensors[name] = self._parameters[name].detach()
+        if self._optimizer is not None:
+            self._optimizer.refresh()
 
-    def configure_optimizer(self, *, spec: OptimizerSpec) -> None:
-        """Build the optimizer of the parameters held here."""
-        self._optimizer = RankOptimizer(spec, self._parameters)
+    def configure_optimizer(
+        self,
+        *,
+        spec: OptimizerSpec,
+        parts: Mapping[str, Part] | None = None,
+        offloaded: Sequence[str] = (),
+    ) -> None:
+        """Build the optimizer of the parameters held here.
+
+        Args:
+            parts: (offset, shape) of the part that is updated, for those not updated whole.
+            offloaded: those whose states and update are on the host.
+        """
+        whole = self._parameters
+        updated = {
+            name: torch.nn.Parameter(view_of(whole[name].detach(), *part))
+            for name, part in (parts or {}).items()
+            if name in whole
+        }
+        host = self._host if offloaded else None
+        self._optimizer = RankOptimizer(spec, {**whole, **updated}, host, offloaded)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -269,13 +297,13 @@ class Rank:
         }
 
     def _held_tensors(self) -> list[Tensor]:
-        """Tensors alive between steps: parameters, buffers, gradients, optimizer states."""
+        """Tensors alive between steps: parameters, buffers, gradients, optimizer states (unless
+        they are offloaded)."""
         held = [*self._tensors.values(), *self._gradients.values()]
         for constants in self._constants.values():
             held.extend(constants.values())
         if self._optimizer is not None:
-            for entries in self._optimizer.state().values():
-                held.extend(value for value in entries.values() if isinstance(value, Tensor))
+            held.extend(self._optimizer.state_tensors())
         return held
 
     # -- state ---------------------------------------------------------------------------------

@@ -7,20 +7,20 @@ itself; columns meet in the collectives of their stages, and where gradients are
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ..ir.graph import Graph, Mode, Value, ValueKind
-from ..ir.mesh import Mesh, Partial, Shard
+from ..ir.graph import Graph, Mode, ValueKind
+from ..ir.mesh import Mesh
 from ..ir.plan import Plan
-from ..ir.program import StageProgram, TensorShard
+from ..ir.program import GradientPart, StageProgram, TensorShard
 from ..sharding.localize import localize
 from ..sharding.recompute import recomputed_locally
 from ..sharding.sharding import Sharding
+from ..sharding.zero import division
 from .cut import cut_stages
 
-__all__ = ["Column", "Copies", "make_columns", "parameter_copies"]
+__all__ = ["Column", "Place", "make_columns"]
 
 Place = tuple[int, ...]
 
@@ -48,19 +48,6 @@ class Column:
             for shard in shards
         }
         return tuple(found[name] for name in sorted(found))
-
-
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """The copies of one trained parameter.
-
-    Args:
-        terms: rank -> ranks whose gradients are terms of one sum, itself among them, ascending.
-        owners: ranks whose parts, together, are the whole parameter once.
-    """
-
-    terms: dict[int, tuple[int, ...]]
-    owners: frozenset[int]
 
 
 def make_columns(graph: Graph, plan: Plan) -> tuple[Column, ...]:
@@ -101,11 +88,24 @@ def _column(
                 graph=part.graph,
                 recomputed=recomputed_locally(part, frozenset(stage.recomputed)),
                 axes=_axes(sharding.mesh, place, plan.stages[stage.index].devices),
+                kept=tuple(_kept(sharding, stage.graph)),
             )
             for stage, part in zip(stages, parts, strict=True)
         ),
         shards=tuple(part.shards for part in parts),
     )
+
+
+def _kept(sharding: Sharding, graph: Graph) -> Iterator[GradientPart]:
+    """The gradients of which a stage's backward keeps a part only."""
+    if graph.mode is not Mode.TRAIN:
+        return
+    for value in graph.values_of(ValueKind.PARAMETER):
+        share = division(sharding, value)
+        if value.requires_grad and share is not None and share.early:
+            summed = share.axis in sharding.deferred.get(value.name, frozenset())
+            axis = sharding.mesh.axes[share.axis].name
+            yield GradientPart(value.origin, axis, share.dim, summed)
 
 
 def _axes(
@@ -123,47 +123,4 @@ def _axes(
         )
         for position, axis in enumerate(mesh.axes)
         if axis.size > 1
-    )
-
-
-def parameter_copies(graph: Graph, plan: Plan, columns: tuple[Column, ...]) -> dict[str, Copies]:
-    """The copies of every trained parameter, by name."""
-    if graph.mode is not Mode.TRAIN:
-        return {}
-    sharding = Sharding.of(plan, graph)
-    holders: dict[str, dict[Place, set[int]]] = defaultdict(lambda: defaultdict(set))
-    values: dict[str, Value] = {}
-    for column in columns:
-        for rank, stage in zip(column.ranks, column.stages, strict=True):
-            for value in stage.graph.values_of(ValueKind.PARAMETER):
-                if value.requires_grad:
-                    holders[value.origin][column.place].add(rank)
-                    values[value.origin] = value
-    return {name: _copies(sharding, values[name], holders[name]) for name in sorted(holders)}
-
-
-def _copies(sharding: Sharding, value: Value, holders: dict[Place, set[int]]) -> Copies:
-    gradient = sharding.gradient_layout(value)
-    summed = [axis for axis, item in enumerate(gradient.placements) if isinstance(item, Partial)]
-    shared = [
-        axis
-        for axis, item in enumerate(sharding.layout(value).placements)
-        if not isinstance(item, Shard)
-    ]
-
-    def without(place: Place, axes: list[int]) -> Place:
-        return tuple(0 if axis in axes else index for axis, index in enumerate(place))
-
-    groups: dict[Place, set[int]] = defaultdict(set)
-    for place, ranks in holders.items():
-        groups[without(place, summed)] |= ranks
-    return Copies(
-        terms={
-            rank: tuple(sorted(groups[without(place, summed)]))
-            for place, ranks in holders.items()
-            for rank in ranks
-        },
-        owners=frozenset(
-            min(ranks) for place, ranks in holders.items() if without(place, shared) == place
-        ),
     )

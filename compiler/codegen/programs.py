@@ -5,16 +5,16 @@ travels while the device computes; earlier where two ranks could else wait for e
 `receives.py`). Results are sent at once after the action that makes them; input gradients leave
 before weight gradients are computed. Registers are freed after their last reader.
 
-Every column of the in-stage mesh runs the same schedule. What follows the last action is in
-`tail.py`.
+Every column of the in-stage mesh runs the same schedule. The sums of gradients and what follows the
+last action are in `tail.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ..ir.graph import Graph, Mode
+from ..ir.graph import Graph, Mode, ValueKind
 from ..ir.plan import Plan
 from ..ir.program import (
     Backward,
@@ -31,7 +31,8 @@ from ..ir.program import (
 )
 from ..ir.schedule import Action, ActionKind
 from ..ir.types import TensorType
-from .columns import Column, make_columns, parameter_copies
+from .columns import Column, make_columns
+from .copies import parameter_copies
 from .receives import post_receives_early
 from .tail import Tail
 
@@ -92,17 +93,43 @@ def _with_column(
     rank = program.rank
     position = column.ranks.index(rank)
     actions = plan.schedule.ranks[plan.stages[position].device]
-    instructions = list(_instructions(rank, actions, edges))
-    if tail is not None:
-        instructions += tail.instructions(rank)
-    return replace(
+    program = replace(
         program,
         stages=tuple(stage for stage in column.stages if column.ranks[stage.index] == rank),
         stage_ranks=column.ranks,
-        instructions=tuple(instructions),
         shards=column.shards_of(rank),
-        gradient_terms=tail.terms(rank) if tail is not None else (),
     )
+    if tail is None:
+        return replace(program, instructions=tuple(_instructions(rank, actions, edges, {})))
+    sums = {
+        position: tuple(tail.after_stage(rank, names))
+        for position, names in _completed(program, actions).items()
+    }
+    return replace(
+        program,
+        instructions=(*_instructions(rank, actions, edges, sums), *tail.instructions(rank)),
+        updates=tail.updates(rank),
+        gradient_terms=tail.terms(rank),
+        offloaded=tail.offloaded(rank),
+    )
+
+
+def _completed(program: Program, actions: tuple[Action, ...]) -> dict[int, list[str]]:
+    """Position of an action -> the parameters whose gradients nothing adds to after it."""
+    last = {
+        action.stage: position
+        for position, action in enumerate(actions)
+        if action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)
+    }
+    ends: dict[str, int] = {}
+    for stage in program.stages:
+        for value in stage.graph.values_of(ValueKind.PARAMETER):
+            if value.requires_grad:
+                ends[value.origin] = max(ends.get(value.origin, 0), last[stage.index])
+    table: dict[int, list[str]] = {}
+    for name, position in ends.items():
+        table.setdefault(position, []).append(name)
+    return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +240,13 @@ def _numbered(
     return {key: number for number, key in enumerate(sorted(keys))}
 
 
-def _instructions(rank: int, actions: tuple[Action, ...], edges: _Edges) -> Iterator[Instruction]:
+def _instructions(
+    rank: int,
+    actions: tuple[Action, ...],
+    edges: _Edges,
+    sums: Mapping[int, tuple[Instruction, ...]],
+) -> Iterator[Instruction]:
+    """`sums`: by position of an action, what starts once it is done."""
     receives = _receives_by_action(actions, edges, rank)
     last_read = {
         edge.register(action.microbatch): position
@@ -242,6 +275,7 @@ def _instructions(rank: int, actions: tuple[Action, ...], edges: _Edges) -> Iter
         dead += [register for register in read if last_read[register] == position]
         if dead:
             yield Free(tuple(dict.fromkeys(dead)))
+        yield from sums.get(position, ())
 
 
 def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -> list[list[Recv]]:

@@ -4,10 +4,11 @@ From programs whose receives are posted one action ahead, to programs that reach
 every `Send` blocked until its `Recv` is posted. A value that skips stages arrives before its
 consumer's next action is due; two ranks may then each wait for the other to post a receive.
 
-The programs are executed by turns under blocking sends. Whenever no rank can go on, a receive that
-a blocked send waits for is moved up to where its rank stands, along with those of the same
-sender before it (between two ranks, transfers keep their order). This only makes registers live
-earlier, and ends, as every move lets a send complete.
+The programs are executed by turns under blocking sends; collectives are left out, as ranks start
+them without waiting and need no result of theirs before their last transfer. Whenever no rank can
+go on, a receive that a blocked send waits for is moved up to where its rank stands, along with
+those of the same sender before it (between two ranks, transfers keep their order). This only makes
+registers live earlier, and ends, as every move lets a send complete.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
-from ..ir.program import AllReduce, Free, Instruction, Program, Recv, Register, Send
+from ..ir.program import Free, Instruction, Program, Recv, Register, Send
 from ..ir.verify.registers import Registers
 
 __all__ = ["post_receives_early"]
@@ -38,7 +39,7 @@ def post_receives_early(programs: tuple[Program, ...]) -> tuple[Program, ...]:
 
 class _BlockingRun:
     """Execution by turns. An event is `(Send | Recv, source, target, register)`: a send was
-    reached or a receive posted, or `(AllReduce, rank)`: a rank reached a collective."""
+    reached or a receive posted."""
 
     def __init__(self, programs: tuple[Program, ...]) -> None:
         self.instructions: list[list[Instruction]] = [list(p.instructions) for p in programs]
@@ -68,10 +69,6 @@ class _BlockingRun:
             self.sources[rank, item.register] = item.peer
             self.happen((Recv, item.peer, rank, item.register))
             return None
-        if isinstance(item, AllReduce):
-            self.happen((item, rank))
-            events: list[Hashable] = [(item, member) for member in item.ranks]
-            return next((event for event in events if event not in self.happened), None)
         read = item.registers if isinstance(item, Free) else self.registers.reads(item)
         for register in read:
             source = self.sources.get((rank, register))

@@ -1,24 +1,30 @@
-"""What follows the last action of a training step on each rank.
+"""The sums of gradients and what follows the last action of a training step on each rank.
 
-Sum the gradients of parameters whose terms lie on several ranks, then (if asked for) the global
-gradient norm and clipping, then the optimizer step. Parameters come in the order of their names on
-all ranks, so that no two ranks wait for each other in different collectives.
+The gradients of a stage are reduced from its last backward on, while other stages still compute;
+those of parameters that several stages hold after all actions, as their stages end at different
+times. Then come the global gradient norm and clipping (if asked for), the optimizer step, and the
+exchange of what each rank has updated. All ranks of a group start the same collectives in the same
+order, since they follow from the order of first use in the whole graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..ir.program import (
     GRADIENT_NORM,
+    AllGather,
     AllReduce,
     ClipGradients,
     GradientNorm,
     Instruction,
     OptimizerStep,
+    ReduceScatter,
+    TensorShard,
 )
-from .columns import Copies
+from .buckets import Entry, make_buckets
+from .copies import Copy
 
 __all__ = ["Tail"]
 
@@ -33,26 +39,69 @@ class Tail:
         clip: largest global norm of the gradients; None: not clipped.
     """
 
-    copies: Mapping[str, Copies]
+    copies: Mapping[str, Mapping[int, Copy]]
     ranks: tuple[int, ...]
     clip: float | None
 
+    def held(self, rank: int) -> list[Entry]:
+        """The trained parameters of `rank`."""
+        return [(name, copies[rank]) for name, copies in self.copies.items() if rank in copies]
+
     def terms(self, rank: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """`Program.gradient_terms` of `rank`."""
-        return tuple(
-            (name, copies.terms[rank])
-            for name, copies in self.copies.items()
-            if len(copies.terms.get(rank, ())) > 1
-        )
+        return tuple((name, c.terms) for name, c in self.held(rank) if len(c.terms) > 1)
+
+    def updates(self, rank: int) -> tuple[TensorShard, ...]:
+        """`Program.updates` of `rank`."""
+        return tuple(c.update for _, c in self.held(rank) if c.update is not None)
+
+    def offloaded(self, rank: int) -> tuple[str, ...]:
+        """`Program.offloaded` of `rank`."""
+        return tuple(name for name, c in self.held(rank) if c.is_offloaded)
+
+    def after_stage(self, rank: int, names: Iterable[str]) -> Iterator[Instruction]:
+        """Once the gradients of `names` are complete on `rank`."""
+        entries = [(name, self.copies[name][rank]) for name in names]
+        yield from _reduce_scatters(entries)
+        yield from _all_reduces((n, c) for n, c in entries if not (c.is_tied or c.is_scattered))
 
     def instructions(self, rank: int) -> Iterator[Instruction]:
-        """The tail of a rank that has a stage."""
-        for name, ranks in self.terms(rank):
-            yield AllReduce(name, ranks)
+        """After all actions of a rank that has a stage."""
+        held = self.held(rank)
+        yield from _all_reduces((n, c) for n, c in held if c.is_tied or c.is_scattered)
         if self.clip is not None:
-            owned = (name for name, copies in self.copies.items() if rank in copies.owners)
-            yield GradientNorm(tuple(owned))
+            yield GradientNorm(tuple(name for name, copy in held if copy.is_owner))
             if len(self.ranks) > 1:
-                yield AllReduce(GRADIENT_NORM, self.ranks)
+                yield AllReduce((GRADIENT_NORM,), self.ranks)
             yield ClipGradients(self.clip)
         yield OptimizerStep()
+        for bucket in make_buckets(
+            ((name, copy) for name, copy in held if copy.update is not None),
+            key=lambda copy: (copy.peers, copy.held.dtype),
+            size=lambda copy: copy.held.num_bytes,
+        ):
+            yield AllGather(*_shares(bucket))
+
+
+def _reduce_scatters(entries: Iterable[Entry]) -> Iterator[Instruction]:
+    for bucket in make_buckets(
+        ((name, copy) for name, copy in entries if copy.is_scattered),
+        key=lambda copy: (copy.peers, copy.held.dtype),
+        size=lambda copy: copy.held.num_bytes,
+    ):
+        yield ReduceScatter(*_shares(bucket))
+
+
+def _shares(bucket: tuple[Entry, ...]) -> tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
+    """Targets, dims and ranks of a collective that shares out the tensors of `bucket`."""
+    names = tuple(name for name, _ in bucket)
+    return names, tuple(copy.dim for _, copy in bucket), bucket[0][1].peers
+
+
+def _all_reduces(entries: Iterable[Entry]) -> Iterator[Instruction]:
+    for bucket in make_buckets(
+        ((name, copy) for name, copy in entries if len(copy.summed) > 1),
+        key=lambda copy: (copy.summed, copy.held.dtype),
+        size=lambda copy: copy.updated.num_bytes,
+    ):
+        yield AllReduce(tuple(name for name, _ in bucket), bucket[0][1].summed)

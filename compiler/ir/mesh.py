@@ -20,6 +20,7 @@ __all__ = [
     "Placement",
     "Replicate",
     "Shard",
+    "chunk_sizes",
     "local_offset",
     "local_type",
 ]
@@ -119,6 +120,13 @@ def _parse_placement(text: str) -> Placement:
     if text.endswith(")") and kind == "P(" and body in ("sum", "avg", "max", "min"):
         return Partial(body)
     raise ValueError(f"not a placement: {text!r} (expected R, S(dim) or P(reduction))")
+
+
+def chunk_sizes(size: int, parts: int) -> tuple[int, ...]:
+    """Sizes of the parts of a dim: `ceil(size / parts)` for the first ones, the rest for the last
+    (the rule of `torch.chunk`)."""
+    part = -(-size // parts)
+    return tuple(max(0, min(part, size - part * index)) for index in range(parts))
 
 
 def local_type(

@@ -104,7 +104,8 @@ class ParameterLayout:
 
     ZeRO is a matter of layouts (Rajbhandari et al., 2020): sharded states are stage 1, sharded
     gradients stage 2, and if the parameter itself is held sharded over an axis on which its users
-    replicate it (so that it is gathered on use), stage 3.
+    replicate it (so that it is gathered on use), stage 3. Where states lie, the parameter is
+    updated, so ZeRO-Offload (Ren et al., 2021) is a matter of one flag.
 
     Args:
         value: name in the graph.
@@ -112,12 +113,15 @@ class ParameterLayout:
         gradient: while it accumulates over microbatches; `Partial` on axes over which its terms are
             summed at the end of the step.
         state: of the optimizer's states, and of the part that a rank updates.
+        offloaded: whether an accelerator's rank keeps the states in the memory of its host and
+            makes the update there.
     """
 
     value: str
     held: Layout
     gradient: Layout
     state: Layout
+    offloaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

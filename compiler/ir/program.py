@@ -16,32 +16,44 @@ Meaning of the instructions:
 * `Send` starts a non-blocking send of a register; `Recv` posts a non-blocking receive. The
   register is readable once a later instruction that reads it has waited for it.
 * `Free` drops registers (after their sends have completed).
-* `AllReduce(target, ranks)` sums a parameter's gradient (`target` its name) or, with target
-  `GRADIENT_NORM`, the squared norm over ranks. `ClipGradients` scales by the global norm.
-* `OptimizerStep` updates the rank's parameters.
+* `ReduceScatter`, `AllReduce` and `AllGather` start a collective over `ranks`; all its `targets`, a
+  *bucket*, travel in one message. `ReduceScatter` sums gradients and leaves each rank the sum of
+  the part that it updates; `AllReduce` sums the updated parts of gradients (all of them, unless
+  `Program.updates` says less) or, with the target `GRADIENT_NORM`, the squared norm; `AllGather`
+  brings the updated parts of parameters to all `ranks`. The i-th rank has the i-th part along the
+  target's entry in `dims`, cut by the rule of `torch.chunk`. The next instruction that needs a
+  result waits for it: another collective on one of its targets, the norm, clipping, the optimizer
+  step, or the end of the step.
+* `GradientNorm` takes the squared norm of the updated parts of gradients, `ClipGradients` scales
+  them by the global norm. `OptimizerStep` updates the rank's parts of its parameters.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .graph import Graph, Mode
+from .graph import Graph, Mode, Value, ValueKind
+from .ops import Category
 from .types import TensorType
 
 __all__ = [
     "GRADIENT_NORM",
+    "AllGather",
     "AllReduce",
     "Backward",
     "BackwardInput",
     "BackwardWeight",
     "ClipGradients",
+    "Collective",
     "Forward",
     "Free",
     "GradientNorm",
+    "GradientPart",
     "Instruction",
     "OptimizerStep",
     "Program",
     "Recv",
+    "ReduceScatter",
     "Register",
     "Send",
     "StageProgram",
@@ -126,9 +138,27 @@ class GradientNorm:
 
 @dataclass(frozen=True, slots=True)
 class AllReduce:
-    target: str
+    targets: tuple[str, ...]
     ranks: tuple[int, ...]
     reduction: str = "sum"
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceScatter:
+    """`ranks` are in the order of their parts."""
+
+    targets: tuple[str, ...]
+    dims: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AllGather:
+    """`ranks` are in the order of their parts."""
+
+    targets: tuple[str, ...]
+    dims: tuple[int, ...]
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +173,8 @@ class OptimizerStep:
     pass
 
 
+Collective = AllReduce | ReduceScatter | AllGather
+
 Instruction = (
     Forward
     | Backward
@@ -153,6 +185,8 @@ Instruction = (
     | Free
     | GradientNorm
     | AllReduce
+    | ReduceScatter
+    | AllGather
     | ClipGradients
     | OptimizerStep
 )
@@ -174,6 +208,30 @@ class TensorShard:
     offset: tuple[int, ...]
     part: TensorType
 
+    def within(self, outer: TensorShard | None) -> TensorShard:
+        """The same part, as one of the part `outer` (None: of the whole)."""
+        if outer is None:
+            return self
+        offset = tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True))
+        return TensorShard(self.name, outer.part, offset, self.part)
+
+
+@dataclass(frozen=True, slots=True)
+class GradientPart:
+    """What a stage keeps of the gradient of a parameter that it holds all of along `dim` (ZeRO 2).
+
+    Args:
+        name: of the parameter.
+        axis: mesh axis whose ranks share the gradient, each having its part.
+        dim: that is shared, by the rule of `torch.chunk`.
+        summed: whether the gradients of the axis' ranks are terms, which each backward sums.
+    """
+
+    name: str
+    axis: str
+    dim: int
+    summed: bool
+
 
 @dataclass(frozen=True, slots=True)
 class StageProgram:
@@ -189,6 +247,7 @@ class StageProgram:
             rank belongs to, in the order of their parts.
         recomputed: nodes of the graph whose results backward computes again instead of keeping
             them, ascending; a view of such a result counts as one.
+        kept: gradients of which backward keeps a part only.
     """
 
     index: int
@@ -197,6 +256,13 @@ class StageProgram:
     producers: tuple[tuple[str, int], ...]
     axes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     recomputed: tuple[int, ...] = ()
+    kept: tuple[GradientPart, ...] = ()
+
+    @property
+    def meets(self) -> bool:
+        """Whether the stage meets other ranks while it computes, in forward or in backward."""
+        collective = any(node.op.category is Category.COLLECTIVE for node in self.graph.nodes)
+        return collective or any(part.summed for part in self.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +276,8 @@ class Program:
         memory_limit_bytes: what the verifier holds the rank to.
         shards: parts of the parameters, buffers, constants and inputs that it does not hold whole.
         updates: parts of the parameters that it updates, where that is less than it holds: its
-            gradients and optimizer states are of these (ZeRO).
+            optimizer states are of these (ZeRO).
+        offloaded: parameters whose optimizer states lie on the host and are updated there.
         gradient_terms: (parameter, ranks whose gradients of their copies are terms of one sum), for
             the parameters of which this rank is not the only one.
     """
@@ -227,6 +294,32 @@ class Program:
     shards: tuple[TensorShard, ...] = ()
     updates: tuple[TensorShard, ...] = ()
     gradient_terms: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    offloaded: tuple[str, ...] = ()
+
+    def trained(self) -> dict[str, Value]:
+        """The parameters with gradients that the rank holds, by name, with local types."""
+        if self.mode is not Mode.TRAIN:
+            return {}
+        return {
+            value.origin: value
+            for stage in self.stages
+            for value in stage.graph.values_of(ValueKind.PARAMETER)
+            if value.requires_grad
+        }
+
+    def update_types(self) -> dict[str, TensorType]:
+        """Types of the parts of parameters that the rank updates."""
+        parts = {shard.name: shard.part for shard in self.updates}
+        return {name: parts.get(name, value.type) for name, value in self.trained().items()}
+
+    def gradient_types(self) -> dict[str, TensorType]:
+        """Types of the gradients that it accumulates: of what it holds, or updates, of each."""
+        kept = {part.name for stage in self.stages for part in stage.kept}
+        updated = self.update_types()
+        return {
+            name: updated[name] if name in kept else value.type
+            for name, value in self.trained().items()
+        }
 
     def stage(self, index: int) -> StageProgram:
         """The stage with plan-wide number `index`. Raises KeyError if it is not on this rank."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..ir.graph import Attribute, Graph, Node, Operand
-from ..ir.mesh import Placement, Replicate
+from ..ir.mesh import Placement, Replicate, chunk_sizes
 from ..ir.ops import resolve
 from ..ir.types import TensorType
 
@@ -114,13 +114,6 @@ class OpView:
 
 StrategyRule = Callable[[OpView, int], Iterator[OpStrategy]]
 """(node, number of parts) -> its strategies without replication. Only legal ones."""
-
-
-def chunk_sizes(size: int, parts: int) -> tuple[int, ...]:
-    """Sizes of the parts of a dim: `ceil(size / parts)` for the first ones, the rest for the last
-    (the rule of `torch.chunk`)."""
-    part = -(-size // parts)
-    return tuple(max(0, min(part, size - part * index)) for index in range(parts))
 
 
 def can_shard(type: TensorType, dim: int, parts: int, *, even: bool = False) -> bool:

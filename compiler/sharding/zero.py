@@ -1,58 +1,106 @@
-"""ZeRO as layouts: which parts of parameters, gradients and states lie on which rank of an axis.
+"""ZeRO (Rajbhandari et al., 2020) in layouts: states, gradients, parameters sharded over an axis.
 
-Over an axis on which the gradient of a parameter is a term a rank (data parallelism), its states,
-then its gradient, then the parameter itself are split along the largest dim that no other axis
-splits and that gives every rank a part (Rajbhandari et al., ZeRO, 2020). A parameter without such a
-dim stays whole.
+Every rank of the axis would hold and update the same parameter. Instead each updates a part of it:
+level 1 shards the optimizer's states, level 2 also the gradients while they accumulate over
+microbatches, level 3 also the parameters between their uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from ..ir.graph import Graph
-from ..ir.mesh import Layout, Mesh, Partial, Placement, Shard
+from ..ir.graph import Graph, Value, ValueKind
+from ..ir.mesh import Layout, Placement, Replicate, Shard
 from ..ir.plan import ParameterLayout
+from .sharding import Sharding
 from .strategy import can_shard
 
-__all__ = ["zero_layouts"]
+__all__ = ["Division", "division", "zero_layouts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Ranks along `axis` (its position in the mesh) hold the same part of a parameter, and each
+    updates its share of that along `dim`.
+
+    Args:
+        early: whether backward keeps the share of the gradient only.
+    """
+
+    axis: int
+    dim: int
+    early: bool
+
+
+def division(sharding: Sharding, value: Value) -> Division | None:
+    """How the update of a parameter is divided; None: every rank updates all that it holds."""
+    entry = sharding.parameters.get(value.name)
+    if entry is None:
+        return None
+    layouts = entry.held, entry.gradient, entry.state
+    sides = zip(*(layout.placements for layout in layouts), strict=True)
+    for axis, (held, gradient, state) in enumerate(sides):
+        if isinstance(state, Shard) and not isinstance(held, Shard):
+            return Division(axis, state.dim, isinstance(gradient, Shard))
+    return None
 
 
 def zero_layouts(
-    graph: Graph, mesh: Mesh, parameters: Iterable[ParameterLayout], *, axis: str, level: int
+    graph: Graph, sharding: Sharding, axis: str, level: int, *, offloaded: bool = False
 ) -> tuple[ParameterLayout, ...]:
-    """`parameters` with states (level 1), gradients (2) and themselves (3) in parts over `axis`."""
-    number = [entry.name for entry in mesh.axes].index(axis)
-    values = graph.by_name()
-    table = []
-    for entry in parameters:
-        type = values[entry.value].type
-        taken = {item.dim for item in entry.held.placements if isinstance(item, Shard)}
-        dims = [
-            dim
-            for dim in range(len(type.shape))
-            if dim not in taken and can_shard(type, dim, mesh.axes[number].size)
-        ]
-        if not dims or not isinstance(entry.gradient.placements[number], Partial):
-            table.append(entry)
-            continue
-        part = Shard(max(dims, key=lambda dim: (type.shape[dim], -dim)))
-        changes = {"state": part}
-        if level >= 2:
-            changes["gradient"] = part
-        if level >= 3:
-            changes["held"] = part
-        table.append(
-            replace(
-                entry,
-                **{n: _with(getattr(entry, n), number, new) for n, new in changes.items()},
-            )
-        )
-    return tuple(table)
+    """Layouts of the parameters of `graph` under ZeRO of `level` over `axis`.
+
+    A parameter is divided along its largest dim that no other axis shards and of which every rank
+    gets some. One that has none, or is held sharded over the axis, keeps its layout.
+
+    Args:
+        sharding: layouts without ZeRO.
+        level: 0 (all of it on every rank) to 3.
+        offloaded: keep the optimizer's states in the memory of the host.
+    """
+    assert 0 <= level <= 3, f"there is no level {level} of ZeRO"
+    names = [item.name for item in sharding.mesh.axes]
+    found = []
+    for value in graph.values_of(ValueKind.PARAMETER):
+        entry = sharding.parameters.get(value.name) or _whole(sharding, value)
+        if value.requires_grad:
+            entry = replace(entry, offloaded=offloaded)
+            if level and axis in names:
+                entry = _divided(sharding, value, entry, names.index(axis), level)
+        if entry != _whole(sharding, value):
+            found.append(entry)
+    return tuple(found)
+
+
+def _whole(sharding: Sharding, value: Value) -> ParameterLayout:
+    layout = sharding.replicated
+    return ParameterLayout(value.name, layout, layout, layout)
+
+
+def _divided(
+    sharding: Sharding, value: Value, entry: ParameterLayout, axis: int, level: int
+) -> ParameterLayout:
+    held = entry.held.placements
+    size = sharding.mesh.axes[axis].size
+    taken = {item.dim for item in held if isinstance(item, Shard)}
+    dims = [
+        dim
+        for dim in range(len(value.type.shape))
+        if dim not in taken and can_shard(value.type, dim, size)
+    ]
+    if size == 1 or not dims or not isinstance(held[axis], Replicate):
+        return entry
+    share = Shard(max(dims, key=lambda dim: value.type.shape[dim]))
+    gradient = sharding.gradient_layout(value)
+    return replace(
+        entry,
+        held=_with(entry.held, axis, share) if level == 3 else entry.held,
+        gradient=_with(gradient, axis, share) if level >= 2 else gradient,
+        state=_with(entry.held, axis, share),
+    )
 
 
 def _with(layout: Layout, axis: int, placement: Placement) -> Layout:
-    placements = list(layout.placements)
-    placements[axis] = placement
-    return Layout(tuple(placements))
+    """`layout` with another placement on one axis."""
+    rows = layout.placements
+    return Layout((*rows[:axis], placement, *rows[axis + 1 :]))

@@ -70,7 +70,7 @@ def plan_layouts(
     """The fastest layouts of `graph` over `mesh`, laid on `devices` (last axis fastest).
 
     Raises:
-        InfeasibleError: no layouts fit `options.memory_bytes`.
+        InfeasibleError: no layouts were found that fit `options.memory_bytes`.
     """
     chosen = options or LayoutOptions()
     decided = Decided.nothing(graph)
@@ -108,7 +108,7 @@ def _solve_axis(
     solved = solve(stated.problem)
     if solved is None:
         raise InfeasibleError(
-            f"no layouts over {mesh} fit in {options.memory_bytes} bytes a device",
+            f"no layouts over {mesh} were found that fit in {options.memory_bytes} bytes a device",
             where=graph.name,
             ways_out=("more devices", "smaller microbatches", "recomputation"),
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from ...compiler.ir.graph import Mode, Node, OutputKind, Value, ValueKind, producers, users
 from ...compiler.ir.mesh import Layout, Placement, Replicate, Shard
+from ...compiler.sharding.conversions import conversion_steps
 from ...compiler.sharding.rules import strategies_of
 from ...compiler.sharding.sharding import computed_from_parameters
 from ...compiler.sharding.strategy import OpStrategy
@@ -28,11 +29,16 @@ __all__ = ["StatedProblem", "state_layouts"]
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """A layout that a value is made or held in; `deferred`: its gradient on the last axis may stay
-    a term a rank."""
+    """A layout that a value is made or held in.
+
+    Args:
+        deferred: its gradient on the last axis stays a term a rank.
+        saves: the backward of what makes it reads it.
+    """
 
     layout: Layout
     deferred: bool = False
+    saves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +49,14 @@ class _Form:
         partial: axes on which its gradient is a term a rank that has to be summed.
         passes_terms: it hands terms of a gradient on, on the last axis.
         carries: it returns a gradient at all.
+        saves: its backward reads the value.
     """
 
     layout: Layout
     partial: frozenset[int] = frozenset()
     passes_terms: bool = False
     carries: bool = True
+    saves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +204,16 @@ def _form(work: _Work, node: Node, position: int, way: _Way) -> _Form:
     strategies = (*work.statement.decided.strategies[node.id], way.strategy)
     value = node.inputs[position]
     wanted = Layout(tuple(strategy.inputs[position] for strategy in strategies))
+    saves = not work.pricer.is_held(value)
+    saves = saves and work.pricer.node(node, strategies).saves_inputs[position]
     if not work.value(value).requires_grad:
-        return _Form(wanted, carries=False)
+        return _Form(wanted, carries=False, saves=saves)
     partial = frozenset(
         axis for axis, strategy in enumerate(strategies) if strategy.has_partial_gradient(position)
     )
     carries = any(work.value(index).requires_grad for index in node.outputs)
     deferred = work.statement.decided.deferred.get(value, frozenset())
-    return _Form(wanted, partial - deferred, way.deferred and value in work.weights, carries)
+    return _Form(wanted, partial - deferred, way.deferred and value in work.weights, carries, saves)
 
 
 # -- tensors that are given ------------------------------------------------------------------------
@@ -285,7 +295,7 @@ def _add_held(work: _Work, members: tuple[int, ...], returned: dict[int, _Form])
     choice = work.add(Choice(value.name, options, len(members)))
     work.states[choice] = tuple(states)
     work.held.update(dict.fromkeys(members, choice))
-    _add_flow(work, choice, members, tuple(states), (False,) * len(states), returned)
+    _add_flow(work, choice, members, tuple(states), returned)
 
 
 def _wanted_placements(work: _Work, value: Value) -> list[Placement]:
@@ -331,13 +341,14 @@ def _add_made(work: _Work, members: tuple[int, ...], returned: dict[int, _Form])
     position = node.outputs.index(value)
     before = work.statement.decided.strategies[node.id]
     choice = work.nodes[node.id]
-    states, saves = [], []
+    kept = not work.pricer.is_held(value)
+    states = []
     for way in work.ways[choice]:
         strategies = (*before, way.strategy)
         layout = Layout(tuple(strategy.outputs[position] for strategy in strategies))
-        states.append(_State(layout, way.deferred))
-        saves.append(work.pricer.node(node, strategies).saves_outputs[position])
-    _add_flow(work, choice, members, tuple(states), tuple(saves), returned)
+        saves = kept and work.pricer.node(node, strategies).saves_outputs[position]
+        states.append(_State(layout, way.deferred, saves))
+    _add_flow(work, choice, members, tuple(states), returned)
 
 
 def _add_flow(
@@ -345,51 +356,63 @@ def _add_flow(
     maker: int,
     members: tuple[int, ...],
     made: tuple[_State, ...],
-    saves: tuple[bool, ...],
     returned: dict[int, _Form],
 ) -> None:
-    """The flow of `members`, equal values whose options make the states `made`."""
+    """The flow of `members`, equal values whose maker's options make the states `made`."""
     value = work.value(members[0])
+    pricer = work.pricer
     states = tuple(dict.fromkeys(made))
-    forms: dict[_Form, int] = {}
-    kept = not work.pricer.is_held(value.id)
-    uses = [
-        replace(use, saves=use.saves if kept else (False,) * len(use.saves))
-        for use in _uses(work, value, forms)
-    ]
+    table: dict[_Form, int] = {}
+    uses = _uses(work, value, table)
     if value.id in returned:
-        form = forms.setdefault(returned[value.id], len(forms))
-        uses.append(Use(work.add(Choice("returned", (Option(),))), (form,), (False,), count=0))
-    layouts = {
-        layout: index
-        for index, layout in enumerate(dict.fromkeys(entry.layout for entry in (*states, *forms)))
-    }
-    order = list(forms)
-    adds = any(use.count and any(order[form].carries for form in use.forms) for use in uses)
-    adding = [work.pricer.sum_seconds(value.type, state.layout) for state in states]
+        form = table.setdefault(returned[value.id], len(table))
+        uses.append(Use(work.add(Choice("returned", (Option(),))), (form,), count=0))
+    forms = tuple(table)
+    adds = any(use.count and any(forms[form].carries for form in use.forms) for use in uses)
+    kept = _Kept(list(dict.fromkeys(entry.layout for entry in (*states, *forms))))
+    shared = [replace(form, saves=False) for form in forms]
     work.flows.append(
         Flow(
             name=value.name,
             maker=maker,
             states=tuple(states.index(state) for state in made),
-            saves=saves if kept else (False,) * len(saves),
             uses=tuple(uses),
             pair_seconds=tuple(
                 tuple(_pair_seconds(work, value, state, form) for form in forms) for state in states
             ),
+            conversions=tuple(shared.index(form) for form in shared),
             use_seconds=tuple(
-                work.pricer.sum_seconds(value.type, form.layout) if form.carries else 0.0
+                pricer.sum_seconds(value.type, form.layout) if form.carries else 0.0
                 for form in forms
             ),
-            made_seconds=tuple(-seconds if adds else 0.0 for seconds in adding),
-            state_bytes=tuple(work.pricer.local_bytes(value.type, s.layout) for s in states),
-            form_bytes=tuple(work.pricer.local_bytes(value.type, f.layout) for f in forms),
-            state_layouts=tuple(layouts[state.layout] for state in states),
-            form_layouts=tuple(layouts[form.layout] for form in forms),
-            family=work.pricer.root[value.id],
+            made_seconds=tuple(
+                -pricer.sum_seconds(value.type, state.layout) if adds else 0.0 for state in states
+            ),
+            kept=tuple(tuple(kept.by_user(state, form) for form in forms) for state in states),
+            own_kept=tuple(kept.of(state.layout) if state.saves else -1 for state in states),
+            tensor_bytes=tuple(pricer.local_bytes(value.type, item) for item in kept.layouts),
+            family=pricer.root[value.id],
             count=len(members),
         )
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Numbers of the tensors of one value that backward may read: one a layout."""
+
+    layouts: list[Layout]
+
+    def of(self, layout: Layout) -> int:
+        return self.layouts.index(layout)
+
+    def by_user(self, state: _State, form: _Form) -> int:
+        """A part that is cut out of a whole is a view, which keeps the whole."""
+        if not form.saves:
+            return -1
+        steps = conversion_steps(state.layout, form.layout)
+        cut = all(isinstance(old, Replicate) and isinstance(new, Shard) for _, old, new in steps)
+        return self.of(state.layout if cut else form.layout)
 
 
 def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
@@ -401,13 +424,9 @@ def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
     uses = []
     for (choice, position), nodes in equal.items():
         node = graph.nodes[nodes[0]]
-        before = work.statement.decided.strategies[node.id]
-        wanted, saves = [], []
-        for way in work.ways[choice]:
-            wanted.append(forms.setdefault(_form(work, node, position, way), len(forms)))
-            figures = work.pricer.node(node, (*before, way.strategy))
-            saves.append(figures.saves_inputs[position])
-        uses.append(Use(choice, tuple(wanted), tuple(saves), len(nodes)))
+        wanted = (_form(work, node, position, way) for way in work.ways[choice])
+        numbers = tuple(forms.setdefault(form, len(forms)) for form in wanted)
+        uses.append(Use(choice, numbers, len(nodes)))
     return uses
 
 

@@ -58,13 +58,11 @@ class Use:
     Args:
         choice: its index.
         forms: index of the form wanted.
-        saves: whether its backward reads the value.
         count: how many equal nodes read one value.
     """
 
     choice: int
     forms: tuple[int, ...]
-    saves: tuple[bool, ...]
     count: int = 1
 
 
@@ -74,27 +72,27 @@ class Flow:
 
     Args:
         states: by option of the maker, index of the state made.
-        saves: by option of the maker, whether its backward reads its own result.
         pair_seconds: [state][form], of the conversion; infinite where there is none.
+        conversions: by form; forms of one number share their conversions.
         use_seconds: by form, what each use adds.
         made_seconds: by state.
-        state_bytes, form_bytes: of the local tensor.
-        state_layouts, form_layouts: a number that is equal for equal layouts.
+        kept: [state][form], number of the tensor that the backward of the user reads, -1 if none.
+        own_kept: by state, likewise for the backward of the maker.
+        tensor_bytes: by those numbers.
         family: flows of one family share storage (views of each other).
     """
 
     name: str
     maker: int
     states: tuple[int, ...]
-    saves: tuple[bool, ...]
     uses: tuple[Use, ...]
     pair_seconds: tuple[tuple[float, ...], ...]
+    conversions: tuple[int, ...]
     use_seconds: tuple[float, ...]
     made_seconds: tuple[float, ...]
-    state_bytes: tuple[int, ...]
-    form_bytes: tuple[int, ...]
-    state_layouts: tuple[int, ...]
-    form_layouts: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    own_kept: tuple[int, ...]
+    tensor_bytes: tuple[int, ...]
     family: int
     count: int = 1
 
@@ -169,19 +167,13 @@ def figures(problem: LayoutProblem, picks: Sequence[int]) -> Figures:
 def _flow_seconds(flow: Flow, picks: Sequence[int]) -> float:
     state = flow.states[picks[flow.maker]]
     wanted = [(use.forms[picks[use.choice]], use.count) for use in flow.uses]
-    converted = sum(flow.pair_seconds[state][form] for form in {form for form, _ in wanted})
+    conversions = {flow.conversions[form]: flow.pair_seconds[state][form] for form, _ in wanted}
     added = sum(count * flow.use_seconds[form] for form, count in wanted)
-    return converted + added + flow.made_seconds[state]
+    return sum(conversions.values()) + added + flow.made_seconds[state]
 
 
 def _saved_bytes(flow: Flow, picks: Sequence[int]) -> int:
-    """Each layout that some backward reads is kept once."""
-    kept: dict[int, int] = {}
-    for use in flow.uses:
-        pick = picks[use.choice]
-        if use.saves[pick]:
-            kept[flow.form_layouts[use.forms[pick]]] = flow.form_bytes[use.forms[pick]]
-    pick = picks[flow.maker]
-    if flow.saves[pick]:
-        kept[flow.state_layouts[flow.states[pick]]] = flow.state_bytes[flow.states[pick]]
-    return sum(kept.values())
+    """Each tensor that some backward reads is kept once."""
+    state = flow.states[picks[flow.maker]]
+    kept = {flow.kept[state][use.forms[picks[use.choice]]] for use in flow.uses}
+    return sum(flow.tensor_bytes[number] for number in {*kept, flow.own_kept[state]} if number >= 0)

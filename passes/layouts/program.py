@@ -7,8 +7,8 @@ For choices c with options o, flows f with states m, forms w and uses u:
     d[u,w] = sum of x of the user's options that want w
     t[u,m,w] >= 0       it wants w while m is made: sum_w t = z, sum_m t = d        `_meet`
     y[f,m,w] >= t[u,m,w]  for all u: the conversion is paid once                    `_convert`
-    s[f,l] >= d[u,w]    for savers u and forms w of layout l: it is kept            `_keep`
-    b[g] >= sum_l bytes s[f,l]   for flows f of family g                            `_keep`
+    s[f,k] >= t[u,m,w]  if then tensor k is read in backward: it is kept            `_keep`
+    b[g] >= sum_k bytes s[f,k]   for flows f of family g                            `_keep`
     static + in_flight (saved + sum_g b[g]) + transient <= memory                   `_remember`
     minimise seconds of the options + conversions
 
@@ -22,17 +22,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .problem import Flow, LayoutProblem, Use, figures
+from .problem import Flow, LayoutProblem, figures
 
 __all__ = ["LayoutProgram", "SolvedLayouts", "Statistics", "build", "solve"]
 
 _SCALE = 1e4  # the objective in units of this part of the best that any one option can do
 _INTEGRAL = 1e-6
-_MOST_NODES = 20_000  # of the branch-and-bound tree: a limit that is the same on every machine
+_TOLERANCE = 1e-3  # gap at which a choice counts as optimal
+_MOST_NODES = 50  # of the branch-and-bound tree: a limit that is the same on every machine
 
 Expression = dict[int, float]  # variable -> coefficient
 
@@ -69,6 +70,7 @@ class LayoutProgram:
     rows: list[tuple[Expression, float, float]] = field(default_factory=list)
     constant: float = 0.0
     options: list[list[int | None]] = field(default_factory=list)
+    kept: dict[int, list[Expression]] = field(default_factory=lambda: defaultdict(list))
 
     def variable(self, name: str, cost: float = 0.0, upper: float = 1.0) -> int:
         self.names.append(name)
@@ -97,6 +99,12 @@ class _Indicator:
     @property
     def expression(self) -> Expression:
         return dict.fromkeys(self.terms, 1.0)
+
+
+def _either(indicators: Sequence[_Indicator]) -> _Indicator:
+    """Of indicators that exclude each other, whether one holds."""
+    terms = tuple(dict.fromkeys(variable for item in indicators for variable in item.terms))
+    return _Indicator(terms, min(1.0, sum(item.constant for item in indicators)))
 
 
 def build(problem: LayoutProblem) -> LayoutProgram:
@@ -152,14 +160,26 @@ def _flow(program: LayoutProgram, flow: Flow) -> None:
     for state, made in states.items():
         _pay(program, made, flow.count * flow.made_seconds[state])
     together: dict[tuple[int, int], list[_Indicator]] = defaultdict(list)
+    costs: dict[tuple[int, int], float] = {}
+    kept: dict[int, list[_Indicator]] = defaultdict(list)
     for use in flow.uses:
         forms = _indicators(program, use.choice, use.forms)
         for form, wanted in forms.items():
             _pay(program, wanted, flow.count * use.count * flow.use_seconds[form])
-        for pair, indicator in _meet(program, flow, states, forms).items():
-            together[pair].append(indicator)
-    for (state, form), indicators in together.items():
-        _convert(program, flow.count * flow.pair_seconds[state][form], indicators)
+        wanted_by_pair: dict[tuple[int, int], list[_Indicator]] = defaultdict(list)
+        for (state, form), indicator in _meet(program, flow, states, forms).items():
+            pair = (state, flow.conversions[form])
+            wanted_by_pair[pair].append(indicator)
+            costs[pair] = flow.pair_seconds[state][form]
+            kept[flow.kept[state][form]].append(indicator)
+        for pair, indicators in wanted_by_pair.items():
+            together[pair].append(_either(indicators))
+    for pair, indicators in together.items():
+        _convert(program, flow.count * costs[pair], indicators)
+    for state, made in states.items():
+        kept[flow.own_kept[state]].append(made)
+    if program.problem.memory_bytes is not None:
+        _keep(program, flow, kept)
 
 
 def _meet(
@@ -232,42 +252,25 @@ def _remember(program: LayoutProgram) -> None:
         }
         if chosen:
             program.row({transient: 1.0, **chosen}, 0.0, math.inf)
-    for kept in _keep(program, unit):
-        total[kept] += problem.in_flight
+    for family, kept_by_flow in program.kept.items():
+        most = program.variable(f"b[{family}]", upper=math.inf)
+        for kept in kept_by_flow:
+            terms = {variable: -num_bytes / unit for variable, num_bytes in kept.items()}
+            program.row({most: 1.0, **terms}, 0.0, math.inf)
+        total[most] += problem.in_flight
     total[transient] += 1.0
     program.row(total, -math.inf, (problem.memory_bytes - fixed) / unit)
 
 
-def _keep(program: LayoutProgram, unit: float) -> list[int]:
-    """b[g]: what families keep, in units of memory."""
-    families: dict[int, int] = {}
-    for flow in program.problem.flows:
-        layouts: dict[int, tuple[int, list[_Indicator]]] = {}
-        for use in flow.uses:
-            for layout, num_bytes, indicator in _savers(program, flow, use):
-                layouts.setdefault(layout, (num_bytes, []))[1].append(indicator)
-        own = [flow.states[i] if saves else -1 for i, saves in enumerate(flow.saves)]
-        for state, indicator in _indicators(program, flow.maker, own).items():
-            if state >= 0:
-                entry = (flow.state_bytes[state], [])
-                layouts.setdefault(flow.state_layouts[state], entry)[1].append(indicator)
-        terms: Expression = defaultdict(float)
-        for num_bytes, indicators in layouts.values():
-            kept = _any(program, indicators)
-            terms[kept] -= flow.count * num_bytes / unit
-        if terms:
-            if flow.family not in families:
-                families[flow.family] = program.variable(f"b[{flow.family}]", upper=math.inf)
-            program.row({families[flow.family]: 1.0, **terms}, 0.0, math.inf)
-    return list(families.values())
-
-
-def _savers(program: LayoutProgram, flow: Flow, use: Use) -> Iterable[tuple[int, int, _Indicator]]:
-    """(layout, bytes, indicator) of what the backward of `use` reads."""
-    read = [form if saves else -1 for form, saves in zip(use.forms, use.saves, strict=True)]
-    for form, indicator in _indicators(program, use.choice, read).items():
-        if form >= 0:
-            yield flow.form_layouts[form], flow.form_bytes[form], indicator
+def _keep(program: LayoutProgram, flow: Flow, kept: Mapping[int, Sequence[_Indicator]]) -> None:
+    """Bytes of `flow` that stay, as an expression for its family."""
+    terms: Expression = {
+        _any(program, indicators): float(flow.count * flow.tensor_bytes[number])
+        for number, indicators in kept.items()
+        if number >= 0
+    }
+    if terms:
+        program.kept[flow.family].append(terms)
 
 
 def _any(program: LayoutProgram, indicators: Sequence[_Indicator]) -> int:
@@ -287,21 +290,28 @@ def solve(problem: LayoutProblem) -> SolvedLayouts | None:
         None if no options are legal.
     """
     program = build(problem)
-    found = _run(program, "glop", integral=False)
-    if found is None:
+    relaxed = _run(program, "glop")
+    if relaxed is None:
         return None
-    values, bound = found
-    integral = all(min(values[v], 1.0 - values[v]) <= _INTEGRAL for v in program.integers)
-    method = "GLOP"
-    if not integral:
-        method = "GLOP, then SCIP"
-        found = _run(program, "scip", integral=True)
-        if found is None:
-            return None
-        values, bound = found
+    integral = _is_integral(program, relaxed.values)
+    if integral:
+        return _solved(program, relaxed.values, relaxed.bound, integral, "GLOP")
+    branched = _run(program, "scip")
+    if branched is None:
+        return None
+    bound = max(relaxed.bound, branched.bound)
+    return _solved(program, branched.values, bound, integral, "GLOP, then SCIP")
+
+
+def _is_integral(program: LayoutProgram, values: Sequence[float]) -> bool:
+    return all(min(values[v], 1.0 - values[v]) <= _INTEGRAL for v in program.integers)
+
+
+def _solved(
+    program: LayoutProgram, values: Sequence[float], bound: float, integral: bool, method: str
+) -> SolvedLayouts:
     picks = _decode(program, values)
-    result = figures(problem, picks)
-    objective = result.objective(problem)
+    objective = figures(program.problem, picks).objective(program.problem)
     statistics = Statistics(len(program.names), len(program.rows), integral, method)
     return SolvedLayouts(picks, objective, min(bound, objective), statistics)
 
@@ -315,37 +325,52 @@ def _decode(program: LayoutProgram, values: Sequence[float]) -> tuple[int, ...]:
     )
 
 
-def _run(
-    program: LayoutProgram, solver_name: str, *, integral: bool
-) -> tuple[list[float], float] | None:
-    """Values of all variables and the bound in seconds; None: infeasible."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Values of all variables, and the bound in seconds."""
+
+    values: list[float]
+    bound: float
+
+
+def _run(program: LayoutProgram, solver_name: str) -> _Run | None:
+    """Solve the relaxation (`glop`) or the integer program (`scip`); None: infeasible."""
+    from ortools.linear_solver.python import model_builder
+
+    branches = solver_name == "scip"
+    scale = _SCALE / max(sum(map(abs, program.cost)), 1e-30)
+    model = _model(program, scale, integers=branches)
+    solver = model_builder.Solver(solver_name)
+    if branches:
+        solver.set_solver_specific_parameters(
+            f"limits/nodes = {_MOST_NODES}\nlimits/gap = {_TOLERANCE}\n"
+            "randomization/randomseedshift = 1"
+        )
+    status = solver.solve(model)
+    if status not in (model_builder.SolveStatus.OPTIMAL, model_builder.SolveStatus.FEASIBLE):
+        return None
+    values = [float(value) for value in solver.values(model.get_variables())]
+    reached = solver.best_objective_bound if branches else solver.objective_value
+    return _Run(values, float(reached) / scale + program.constant)
+
+
+def _model(program: LayoutProgram, scale: float, *, integers: bool) -> Any:
+    """The program in OR-Tools' form, by its low-level calls: they are ten times as fast."""
     from ortools.linear_solver.python import model_builder
 
     model = model_builder.Model()
-    scale = _SCALE / max(sum(map(abs, program.cost)), 1e-30)
     helper = model.helper
-    integers = set(program.integers) if integral else set()
+    whole = set(program.integers) if integers else set()
     for index, (cost, upper) in enumerate(zip(program.cost, program.upper, strict=True)):
         helper.add_var()
         helper.set_var_lower_bound(index, 0.0)
         helper.set_var_upper_bound(index, upper)
         helper.set_var_objective_coefficient(index, cost * scale)
-        helper.set_var_integrality(index, index in integers)
+        helper.set_var_integrality(index, index in whole)
     for index, (terms, low, high) in enumerate(program.rows):
         helper.add_linear_constraint()
         helper.set_constraint_lower_bound(index, low)
         helper.set_constraint_upper_bound(index, high)
         for variable, coefficient in terms.items():
             helper.add_term_to_constraint(index, variable, coefficient)
-    solver = model_builder.Solver(solver_name)
-    if integral:
-        solver.set_solver_specific_parameters(
-            f"limits/nodes = {_MOST_NODES}\nlimits/gap = 0\nrandomization/randomseedshift = 1"
-        )
-    status = solver.solve(model)
-    solved = (model_builder.SolveStatus.OPTIMAL, model_builder.SolveStatus.FEASIBLE)
-    if status not in solved:
-        return None
-    reached: Any = solver.best_objective_bound if integral else solver.objective_value
-    values = [float(value) for value in solver.values(model.get_variables())]
-    return values, float(reached) / scale + program.constant
+    return model

@@ -98,7 +98,7 @@ def test_tied_parameter_is_held_and_reduced_by_both_ranks() -> None:
     held = [[value.origin for value in s.graph.values_of(ValueKind.PARAMETER)] for s in stages]
     assert held == [["w"], ["v"], ["w"]]
     reductions = [of_type(program, AllReduce) for program in programs()]
-    assert reductions == [[AllReduce("w", (0, 2))], [], [AllReduce("w", (0, 2))]]
+    assert reductions == [[AllReduce(("w",), (0, 2))], [], [AllReduce(("w",), (0, 2))]]
 
 
 def test_every_send_has_its_receive() -> None:

@@ -31,7 +31,7 @@ def program(rank: int, *instructions: Instruction, plan_hash: str = "abc") -> Pr
 
 
 def test_programs_that_agree_can_reduce_over_subsets(pool: WorkerPool) -> None:
-    tied = AllReduce("wte.weight", (0, 2))
+    tied = AllReduce(("wte.weight",), (0, 2))
     programs = [program(0, tied), program(1), program(2, tied)]
     arguments = [{"program": item, "ranks": (0, 2)} for item in programs]
     session = pool.session(3, FAKE)

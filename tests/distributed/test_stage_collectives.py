@@ -16,7 +16,7 @@ FAKE = "tests.distributed.fakes:FakeRank"
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "int16", "complex64"])
 def test_parts_of_any_size_and_dtype(pool: WorkerPool, dtype: str) -> None:
     groups = [
-        program(rank, AllReduce("w", (0, 2))) if rank != 1 else program(1) for rank in range(3)
+        program(rank, AllReduce(("w",), (0, 2))) if rank != 1 else program(1) for rank in range(3)
     ]
     session = pool.session(3, FAKE)
     session.call("prepare", [{"program": item} for item in groups])

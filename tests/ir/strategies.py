@@ -33,6 +33,7 @@ from cutset.compiler.ir.plan import (
     ValueLayout,
 )
 from cutset.compiler.ir.program import (
+    AllGather,
     AllReduce,
     Backward,
     BackwardInput,
@@ -41,9 +42,11 @@ from cutset.compiler.ir.program import (
     Forward,
     Free,
     GradientNorm,
+    GradientPart,
     OptimizerStep,
     Program,
     Recv,
+    ReduceScatter,
     Register,
     Send,
     StageProgram,
@@ -164,6 +167,8 @@ def graphs(draw: st.DrawFn) -> Graph:
 
 
 registers = st.builds(Register, texts, ids, st.none() | ids)
+several = st.lists(texts, max_size=3).map(tuple)
+numbers = st.lists(ids, max_size=3).map(tuple)
 instructions = st.one_of(
     st.builds(Forward, ids, ids),
     st.builds(Backward, ids, ids),
@@ -173,7 +178,9 @@ instructions = st.one_of(
     st.builds(Recv, registers, ids, ids, types),
     st.builds(Free, st.lists(registers, max_size=3).map(tuple)),
     st.builds(GradientNorm, st.lists(texts, max_size=3).map(tuple)),
-    st.builds(AllReduce, texts, st.lists(ids, max_size=3).map(tuple), st.sampled_from(["sum"])),
+    st.builds(AllReduce, several, numbers, st.sampled_from(["sum"])),
+    st.builds(ReduceScatter, several, numbers, numbers),
+    st.builds(AllGather, several, numbers, numbers),
     st.builds(ClipGradients, finite),
     st.just(OptimizerStep()),
 )
@@ -184,6 +191,7 @@ stage_programs = st.builds(
     st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
     st.lists(st.tuples(texts, ids), max_size=2).map(tuple),
     st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
+    st.lists(st.builds(GradientPart, texts, texts, ids, st.booleans()), max_size=2).map(tuple),
 )
 programs = st.builds(
     Program,
@@ -204,6 +212,7 @@ programs = st.builds(
     gradient_terms=st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(
         tuple
     ),
+    offloaded=several,
     instructions=st.lists(instructions, max_size=6).map(tuple),
     plan_hash=texts,
     memory_limit_bytes=counts,
@@ -273,7 +282,7 @@ plans = st.builds(
     ).map(tuple),
     layouts=st.lists(st.builds(ValueLayout, texts, layouts), max_size=2).map(tuple),
     parameter_layouts=st.lists(
-        st.builds(ParameterLayout, texts, layouts, layouts, layouts), max_size=2
+        st.builds(ParameterLayout, texts, layouts, layouts, layouts, st.booleans()), max_size=2
     ).map(tuple),
     node_layouts=st.lists(
         st.builds(

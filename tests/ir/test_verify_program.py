@@ -267,7 +267,7 @@ EXCHANGE = {
     ),
     "group without member": (change(0, f"AllReduce {TIED}", ranks=(1, 2)), "is not a member"),
     "group out of order": (change(0, f"AllReduce {TIED}", ranks=(2, 0)), "not an ascending group"),
-    "group of unknown rank": (change(0, f"AllReduce {TIED}", ranks=(0, 7)), "not an ascending gro"),
+    "group of unknown rank": (change(0, f"AllReduce {TIED}", ranks=(0, 7)), "not a group of ranks"),
     "member missing": (drop(2, f"AllReduce {TIED}"), "rank 2 does not take part"),
     "other member missing": (drop(0, f"AllReduce {TIED}"), "rank 0 does not take part"),
     "collectives differ": (change(2, f"AllReduce {TIED}", reduction="avg"), "collective 0 of the"),
@@ -279,7 +279,7 @@ TAIL = {
     ),
     "reduced too early": (move(0, f"AllReduce {TIED}", to="BackwardWeight 0.3"), "still adds to"),
     "reduced twice": (
-        both(*(insert(r, "GradientNorm", AllReduce(TIED, (0, 2))) for r in (0, 2))),
+        both(*(insert(r, "GradientNorm", AllReduce((TIED,), (0, 2))) for r in (0, 2))),
         "was reduced before",
     ),
     "reduced otherwise": (
@@ -287,7 +287,7 @@ TAIL = {
         "copies' gradients are terms of a sum",
     ),
     "reduced by a wrong name": (
-        both(*(change(r, f"AllReduce {TIED}", target="wte") for r in (0, 2))),
+        both(*(change(r, f"AllReduce {TIED}", targets=("wte",)) for r in (0, 2))),
         "the rank trains no parameter 'wte'",
     ),
     "reduced over all": (
@@ -370,7 +370,7 @@ def test_no_instruction_can_be_repeated() -> None:
 
 def test_inference_changes_nothing() -> None:
     right = make_programs(mode=Mode.INFER)
-    for extra in (OptimizerStep(), ClipGradients(1.0), AllReduce(TIED, (0, 2))):
+    for extra in (OptimizerStep(), ClipGradients(1.0), AllReduce((TIED,), (0, 2))):
         with pytest.raises(VerificationError):
             verify_programs(insert(0, "", extra)(right))
     with pytest.raises(VerificationError, match="an inference program runs backward"):
@@ -401,9 +401,10 @@ def test_a_deadlock_prints_its_cycle() -> None:
 
 
 def test_collectives_in_different_orders_deadlock() -> None:
-    """Two groups, each in its own order, but the ranks interleave them differently."""
-    norm = print_instruction(AllReduce(GRADIENT_NORM, (0, 1, 2)))
-    swapped = move(0, norm, to=f"AllReduce {TIED}")(RIGHT)
+    """Two groups, each in its own order, but rank 0 waits for one before it starts the other."""
+    norm = print_instruction(AllReduce((GRADIENT_NORM,), (0, 1, 2)))
+    tied = f"AllReduce {TIED}"
+    swapped = both(move(0, norm, to=tied), move(0, "GradientNorm", to=tied))(RIGHT)
     waits = find_deadlock(program_waits(swapped))
     assert {entry.rank for entry in waits} == {0, 2}
     with pytest.raises(VerificationError, match="the programs deadlock"):

@@ -15,7 +15,7 @@ from cutset.runtime.contract import Contract, agree
 from cutset.runtime.local_communicator import LocalNetwork
 
 HIDDEN = TensorType((2, 4), torch.float32)
-TIED = AllReduce("wte.weight", (0, 1))
+TIED = AllReduce(("wte.weight",), (0, 1))
 
 
 def program(rank: int, *instructions: Instruction, plan_hash: str = "abc") -> Program:
@@ -82,12 +82,12 @@ class TestContract:
         )
 
     def test_order_of_collectives(self) -> None:
-        other = AllReduce("ln.weight", (0, 1))
+        other = AllReduce(("ln.weight",), (0, 1))
         assert "number 0" in contradiction(program(0, TIED, other), program(1, other, TIED))
         assert "missing" in contradiction(program(0, TIED), program(1))
 
     def test_collectives_of_others_do_not_matter(self) -> None:
-        elsewhere = AllReduce("x", (0, 2))
+        elsewhere = AllReduce(("x",), (0, 2))
         agree(Contract.of(program(0, elsewhere), "cpu"), [Contract.of(program(1), "cpu")])
 
 

@@ -109,6 +109,7 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
                 f"held={print_literal(str(parameter.held))}",
                 f"gradient={print_literal(str(parameter.gradient))}",
                 f"state={print_literal(str(parameter.state))}",
+                *(["offloaded"] if parameter.offloaded else []),
             ]
         )
     for group in plan.node_layouts:
@@ -267,7 +268,7 @@ def _read_parameter(line: Line) -> ParameterLayout:
     for field in ("held", "gradient", "state"):
         line.expect(field, "=")
         layouts.append(Layout.parse(line.string()))
-    return ParameterLayout(name, *layouts)
+    return ParameterLayout(name, *layouts, offloaded=line.accept("offloaded"))
 
 
 def _read_nodes(line: Line) -> NodeLayout:

@@ -3,10 +3,13 @@
 program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_hash=5f.. {
   stage_ranks (0, 1)
   shard "layers.0.weight" f32[4,8] of f32[8,8] at (4, 0)
+  update "layers.1.weight" f32[4,8] of f32[8,8] at (4, 0)
   terms "layers.0.bias" (0, 2)
+  offloaded "layers.1.weight"
   stage 0 {
     axis tensor (0, 1)
     recomputed "2-5"
+    keep "layers.1.weight" dim 0 over data summed
     to %h (1,)
     graph mlp.stage0 train {
       ...
@@ -17,6 +20,7 @@ program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_h
   Recv %h@0!1 <- 1 tag=2 f32[4,8]
   Free %h@0
   ...
+  AllReduce layers.0.bias layers.2.bias (0, 2) sum
   OptimizerStep
 }
 """
@@ -28,6 +32,7 @@ from collections.abc import Iterator
 
 from ..graph import Mode
 from ..program import (
+    AllGather,
     AllReduce,
     Backward,
     BackwardInput,
@@ -36,10 +41,12 @@ from ..program import (
     Forward,
     Free,
     GradientNorm,
+    GradientPart,
     Instruction,
     OptimizerStep,
     Program,
     Recv,
+    ReduceScatter,
     Register,
     Send,
     StageProgram,
@@ -67,11 +74,13 @@ def print_program(program: Program) -> str:
     lines += [f"  update {_shard(shard)}" for shard in program.updates]
     for target, ranks in program.gradient_terms:
         lines.append(f"  terms {print_text(target)} {print_literal(ranks)}")
+    lines += [f"  offloaded {print_text(name)}" for name in program.offloaded]
     for stage in program.stages:
         lines.append(f"  stage {stage.index} {{")
         lines += [f"    axis {print_text(n)} {print_literal(ranks)}" for n, ranks in stage.axes]
         if stage.recomputed:
             lines.append(f"    recomputed {print_text(format_ranges(stage.recomputed))}")
+        lines += [f"    keep {_kept(part)}" for part in stage.kept]
         lines += [f"    to {print_name(name)} {print_literal(to)}" for name, to in stage.consumers]
         lines += [f"    from {print_name(name)} {source}" for name, source in stage.producers]
         lines += textwrap.indent(print_graph(stage.graph), "    ").splitlines()
@@ -101,8 +110,11 @@ def print_instruction(item: Instruction) -> str:
         case GradientNorm():
             return f"{kind} {print_literal(item.parameters)}"
         case AllReduce():
-            target = print_text(item.target)
-            return f"{kind} {target} {print_literal(item.ranks)} {print_text(item.reduction)}"
+            targets = " ".join(map(print_text, item.targets))
+            return f"{kind} {targets} {print_literal(item.ranks)} {print_text(item.reduction)}"
+        case ReduceScatter() | AllGather():
+            targets = " ".join(map(print_text, item.targets))
+            return f"{kind} {targets} {print_literal(item.dims)} {print_literal(item.ranks)}"
         case ClipGradients():
             return f"{kind} {print_literal(item.max_norm)}"
         case OptimizerStep():
@@ -131,6 +143,7 @@ def parse_program(text: str) -> Program:
         shards=tuple(_read_shards(scanner, "shard")),
         updates=tuple(_read_shards(scanner, "update")),
         gradient_terms=tuple(_read_terms(scanner)),
+        offloaded=tuple(_read_offloaded(scanner)),
         stages=tuple(_read_stages(scanner)),
         instructions=tuple(_read_instructions(scanner)),
         plan_hash=plan_hash,
@@ -172,6 +185,27 @@ def _read_terms(scanner: Scanner) -> Iterator[tuple[str, tuple[int, ...]]]:
         line.end()
 
 
+def _read_offloaded(scanner: Scanner) -> Iterator[str]:
+    while scanner.peek() == "offloaded":
+        line = scanner.line()
+        line.expect("offloaded")
+        yield line.string()
+        line.end()
+
+
+def _kept(part: GradientPart) -> str:
+    summed = " summed" if part.summed else ""
+    return f"{print_text(part.name)} dim {part.dim} over {print_text(part.axis)}{summed}"
+
+
+def _read_kept(line: Line) -> GradientPart:
+    name = line.string()
+    line.expect("dim")
+    dim = line.integer()
+    line.expect("over")
+    return GradientPart(name, line.string(), dim, line.accept("summed"))
+
+
 def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
     while scanner.peek() == "stage":
         head = scanner.line()
@@ -182,12 +216,15 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
         producers: list[tuple[str, int]] = []
         axes: list[tuple[str, tuple[int, ...]]] = []
         recomputed: tuple[int, ...] = ()
-        while scanner.peek() in ("axis", "recomputed", "to", "from"):
+        kept: list[GradientPart] = []
+        while scanner.peek() in ("axis", "recomputed", "keep", "to", "from"):
             line = scanner.line()
             if line.accept("axis"):
                 axes.append((line.string(), _integers(line)))
             elif line.accept("recomputed"):
                 recomputed = _ids(line)
+            elif line.accept("keep"):
+                kept.append(_read_kept(line))
             elif line.accept("to"):
                 consumers.append((line.name(), _integers(line)))
             else:
@@ -197,7 +234,13 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
         graph = read_graph(scanner)
         scanner.line().expect("}")
         yield StageProgram(
-            index, graph, tuple(consumers), tuple(producers), tuple(axes), recomputed
+            index,
+            graph,
+            tuple(consumers),
+            tuple(producers),
+            tuple(axes),
+            recomputed,
+            tuple(kept),
         )
 
 
@@ -238,7 +281,10 @@ def _read_instruction(line: Line) -> Instruction:
         case "GradientNorm":
             return GradientNorm(read_strings(line))
         case "AllReduce":
-            return AllReduce(line.string(), _integers(line), line.string())
+            return AllReduce(_targets(line), _integers(line), line.string())
+        case "ReduceScatter" | "AllGather":
+            collective = ReduceScatter if kind == "ReduceScatter" else AllGather
+            return collective(_targets(line), _integers(line), _integers(line))
         case "ClipGradients":
             norm = line.literal()
             if not isinstance(norm, (int, float)):
@@ -247,6 +293,13 @@ def _read_instruction(line: Line) -> Instruction:
         case "OptimizerStep":
             return OptimizerStep()
     raise line.error(f"{kind!r} is not an instruction")
+
+
+def _targets(line: Line) -> tuple[str, ...]:
+    names = []
+    while line.peek() != "(":
+        names.append(line.string())
+    return tuple(names)
 
 
 def _read_register(line: Line) -> Register:

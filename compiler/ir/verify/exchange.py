@@ -19,6 +19,7 @@ from ..program import (
     Backward,
     BackwardInput,
     BackwardWeight,
+    Collective,
     Forward,
     Program,
     Recv,
@@ -86,9 +87,9 @@ def verify_collectives(programs: tuple[Program, ...]) -> None:
     issued: dict[tuple[int, ...], dict[int, list[int]]] = {}
     for program in programs:
         for position, item in enumerate(program.instructions):
-            if isinstance(item, AllReduce):
-                _verify_group(programs, program, position, item.ranks)
-                members = issued.setdefault(item.ranks, {})
+            if isinstance(item, Collective):
+                _verify_group(programs, program, position, item)
+                members = issued.setdefault(tuple(sorted(item.ranks)), {})
                 members.setdefault(program.rank, []).append(position)
     for group, members in issued.items():
         for rank in group[1:]:
@@ -121,11 +122,13 @@ def verify_stage_collectives(programs: tuple[Program, ...]) -> None:
 
 def _along(stage: StageProgram, axis: str) -> list[str]:
     """The collectives of a stage over `axis`, in order: what all its ranks have in common."""
-    return [
+    inside = [
         f"{node.op} of {node.name}"
         for node in stage.graph.nodes
         if node.op.category is Category.COLLECTIVE and axis in node.args
     ]
+    kept = [part for part in stage.kept if part.axis == axis]
+    return [*inside, *(f"sum of the gradient of {p.name} along {p.dim}" for p in kept if p.summed)]
 
 
 def _verify_same_computations(program: Program, other: Program, stage: int) -> None:
@@ -143,12 +146,17 @@ def _verify_same_computations(program: Program, other: Program, stage: int) -> N
 
 
 def _verify_group(
-    programs: tuple[Program, ...], program: Program, position: int, ranks: tuple[int, ...]
+    programs: tuple[Program, ...], program: Program, position: int, item: Collective
 ) -> None:
-    if list(ranks) != sorted(set(ranks)) or not set(ranks) <= set(range(len(programs))):
-        fail_at(program, position, f"{ranks} is not an ascending group of ranks of this run")
+    ranks = item.ranks
+    if len(set(ranks)) < len(ranks) or not set(ranks) <= set(range(len(programs))):
+        fail_at(program, position, f"{ranks} is not a group of ranks of this run")
+    if isinstance(item, AllReduce) and list(ranks) != sorted(ranks):
+        fail_at(program, position, f"{ranks} is not an ascending group")
     if program.rank not in ranks:
         fail_at(program, position, f"rank {program.rank} is not a member of its group {ranks}")
+    if not item.targets or len(set(item.targets)) < len(item.targets):
+        fail_at(program, position, "it has no targets, or one of them twice")
 
 
 def _verify_same_calls(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from ..errors import VerificationError
-from ..graph import Graph, producers
-from ..plan import Plan, Prediction
+from ..graph import Graph, Value, producers
+from ..mesh import Mesh, Partial, Shard, chunk_sizes
+from ..plan import ParameterLayout, Plan, Prediction
 from ..replicable import replicable_nodes
 from .cluster import verify_cluster, verify_layout, verify_mesh
 from .recompute import verify_recomputed
@@ -148,7 +149,32 @@ def _verify_layouts(plan: Plan, graph: Graph | None) -> None:
             here = f"{name} layout {layout} of parameter %{parameter.value}"
             check(parameter.value in values, f"graph {graph.name} has no such value", here)
             verify_layout(layout, values[parameter.value].type, plan.stage_mesh, where=here)
+        _verify_division(plan.stage_mesh, parameter, values[parameter.value])
     _verify_node_layouts(plan, graph)
+
+
+def _verify_division(mesh: Mesh, entry: ParameterLayout, value: Value) -> None:
+    """Gradients and states are of what is held, but for shares of that along one axis (ZeRO)."""
+    here = f"parameter %{entry.value}"
+    layouts = entry.held, entry.gradient, entry.state
+    shared = []
+    sides = zip(mesh.axes, *(layout.placements for layout in layouts), strict=True)
+    for axis, held, gradient, state in sides:
+        told = f"over {axis.name} it is held as {held}, its gradient as {gradient}, states {state}"
+        if isinstance(held, Shard):
+            check(held == gradient == state, f"{told}; they must be alike", here)
+            continue
+        alike = not isinstance(gradient, Shard) or gradient == state
+        check(
+            alike and not isinstance(state, Partial), f"{told}; states must be shared alike", here
+        )
+        if isinstance(state, Shard):
+            shared.append(axis.name)
+            check(state not in entry.held.placements, f"{told}; another axis shards the dim", here)
+            size = value.type.shape[state.dim]
+            many = min(chunk_sizes(size, axis.size)) > 0
+            check(many, f"{told}, but {axis.size} ranks cannot share {size} rows", here)
+    check(len(shared) <= 1, f"states are shared over several axes: {shared}", here)
 
 
 def _verify_node_layouts(plan: Plan, graph: Graph) -> None:

@@ -194,13 +194,14 @@ def _verify_boundaries(stages: dict[int, StageProgram]) -> None:
 def held_bytes(program: Program) -> int:
     """Bytes of the parameters, buffers, constants and (training) gradients that a rank holds; a
     tensor that several of its stages use counts once."""
-    held: dict[str, int] = {}
-    for stage in program.stages:
-        for value in stage.graph.values:
-            if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
-                copies = 2 if value.requires_grad and program.mode is Mode.TRAIN else 1
-                held[value.origin or value.name] = copies * value.type.num_bytes
-    return sum(held.values())
+    held = {
+        value.origin or value.name: value.type.num_bytes
+        for stage in program.stages
+        for value in stage.graph.values
+        if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
+    }
+    gradients = program.gradient_types().values()
+    return sum(held.values()) + sum(type.num_bytes for type in gradients)
 
 
 def _verify_memory(program: Program, registers: Registers, static: int) -> None:

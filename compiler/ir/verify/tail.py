@@ -1,33 +1,39 @@
-"""Rules of the end of a training step: tied gradients, global norm, clipping, optimizer.
+"""Rules of the end of a training step: sums of gradients, global norm, clipping, update.
 
-Every trained parameter whose gradient has terms on several ranks is all-reduced once over exactly
-those ranks, after the last backward that adds to it; copies in several stages are such terms. The
-norm is taken of complete gradients, counts each part of a trained parameter at one rank, and is
-summed over all ranks with parameters before clipping. The optimizer
-step comes once, last.
+A trained parameter's gradient is summed once over exactly the ranks whose gradients are its terms:
+by the backward of its stage, a `ReduceScatter` that leaves each rank the part that it updates, an
+`AllReduce` of that part, or several of these one after the other. Copies in several stages are
+terms, too. This happens after the last backward that adds to the gradient and before what needs it.
+The norm is taken of complete gradients, counts each part of a trained parameter at one rank, and is
+summed over all ranks with parameters before clipping. The optimizer step comes once; after it, each
+updated part goes to all ranks that hold more than it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..graph import Mode, ValueKind
+from ..graph import Mode
 from ..program import (
     GRADIENT_NORM,
+    AllGather,
     AllReduce,
     Backward,
     BackwardWeight,
     ClipGradients,
+    Collective,
     Free,
     GradientNorm,
     OptimizerStep,
     Program,
+    ReduceScatter,
 )
 from .report import check, fail_at, first_repeated
+from .updates import verify_updates
 
 __all__ = ["verify_tails"]
 
-_Tail = AllReduce | GradientNorm | ClipGradients | OptimizerStep
+_Tail = Collective | GradientNorm | ClipGradients | OptimizerStep
 
 
 def verify_tails(programs: tuple[Program, ...]) -> None:
@@ -40,32 +46,32 @@ def verify_tails(programs: tuple[Program, ...]) -> None:
         return
     _verify_terms(programs)
     for program in programs:
-        _verify_reductions(program)
+        _verify_order(program)
         _verify_optimizer(program)
+    _verify_sums(programs)
+    verify_updates(programs)
     _verify_norms(programs)
-
-
-def _trained(program: Program) -> Iterator[tuple[int, str]]:
-    """(stage, name) of the parameters with gradients that the rank holds."""
-    for stage in program.stages:
-        for value in stage.graph.values_of(ValueKind.PARAMETER):
-            if value.requires_grad:
-                yield stage.index, value.origin
 
 
 _Part = tuple[str, tuple[int, ...]]  # a trained parameter, and where the part of it begins
 
 
-def _parts(program: Program) -> dict[str, _Part]:
+def _held_parts(program: Program) -> dict[str, _Part]:
     """The parts of trained parameters that the rank holds, by parameter."""
     offsets = {shard.name: shard.offset for shard in program.shards}
-    return {name: (name, offsets.get(name, ())) for _, name in _trained(program)}
+    return {name: (name, offsets.get(name, ())) for name in program.trained()}
+
+
+def _updated_parts(program: Program) -> dict[str, _Part]:
+    """The parts of trained parameters that the rank updates, by parameter."""
+    updates = {shard.name: (shard.name, shard.offset) for shard in program.updates}
+    return _held_parts(program) | updates
 
 
 def _verify_terms(programs: tuple[Program, ...]) -> None:
     """Ranks agree on whose gradients are terms of one sum; they hold the same part, and copies of
     a parameter in several stages of a column are among them."""
-    parts = {program.rank: _parts(program) for program in programs}
+    parts = {program.rank: _held_parts(program) for program in programs}
     terms = {program.rank: dict(program.gradient_terms) for program in programs}
     for program in programs:
         for name, ranks in terms[program.rank].items():
@@ -88,8 +94,13 @@ def _verify_terms(programs: tuple[Program, ...]) -> None:
             )
 
 
-def _gradients_end(program: Program, stages: set[int]) -> int:
-    """Position of the last instruction that adds to gradients of parameters of `stages`."""
+def _gradients_end(program: Program, name: str | None = None) -> int:
+    """Position of the last instruction that adds to the gradient of `name` (None: to any)."""
+    stages = {
+        stage.index
+        for stage in program.stages
+        if name is None or any(value.origin == name for value in stage.graph.values)
+    }
     return max(
         (
             position
@@ -100,37 +111,74 @@ def _gradients_end(program: Program, stages: set[int]) -> int:
     )
 
 
-def _verify_reductions(program: Program) -> None:
-    terms = dict(program.gradient_terms)
-    stages: dict[str, set[int]] = {}
-    for stage, name in _trained(program):
-        stages.setdefault(name, set()).add(stage)
-    reduced: set[str] = set()
+def _reductions(program: Program) -> Iterator[tuple[int, AllReduce | ReduceScatter, str]]:
+    """(position, instruction, parameter) of each sum of a gradient."""
     for position, item in enumerate(program.instructions):
-        if not isinstance(item, AllReduce) or item.target == GRADIENT_NORM:
-            continue
-        if item.target not in stages:
-            fail_at(program, position, f"the rank trains no parameter {item.target!r}")
-        if item.ranks != terms.get(item.target):
-            fail_at(
-                program,
-                position,
-                f"ranks {terms.get(item.target, (program.rank,))} hold terms of {item.target!r}",
-            )
-        if item.reduction != "sum":
+        if isinstance(item, AllReduce | ReduceScatter):
+            for target in item.targets:
+                if target != GRADIENT_NORM:
+                    yield position, item, target
+
+
+def _verify_order(program: Program) -> None:
+    """Each gradient is complete on the rank before it is reduced, scattered before the rest."""
+    trained = program.trained()
+    kinds: dict[str, list[type]] = {}
+    for position, item, target in _reductions(program):
+        if target not in trained:
+            fail_at(program, position, f"the rank trains no parameter {target!r}")
+        if isinstance(item, AllReduce) and item.reduction != "sum":
             fail_at(program, position, "copies' gradients are terms of a sum")
-        if item.target in reduced:
-            fail_at(program, position, f"{item.target!r} was reduced before")
-        last = _gradients_end(program, stages[item.target])
+        before = kinds.setdefault(target, [])
+        if type(item) in before or AllReduce in before:
+            fail_at(program, position, f"{target!r} was reduced before")
+        before.append(type(item))
+        last = _gradients_end(program, target)
         if position < last:
             fail_at(program, position, f"instruction {last} still adds to the gradient")
-        reduced.add(item.target)
-    for name in sorted(stages):
-        check(
-            name in reduced or name not in terms,
-            f"ranks {terms.get(name)} hold {name!r}, but its gradient is not reduced",
-            f"program {program.rank}",
-        )
+
+
+def _verify_sums(programs: tuple[Program, ...]) -> None:
+    """Every gradient ends as the sum of all its terms, each counted once."""
+    summed = {
+        (program.rank, name): _summed_in_backward(program, name)
+        for program in programs
+        for name in program.trained()
+    }
+    for kind in (ReduceScatter, AllReduce):
+        before = dict(summed)
+        for program in programs:
+            for position, item, target in _reductions(program):
+                if not isinstance(item, kind):
+                    continue
+                found = [before.get((rank, target), frozenset()) for rank in item.ranks]
+                total = frozenset().union(*found)
+                if len(total) < sum(map(len, found)) or frozenset() in found:
+                    fail_at(program, position, f"terms of {target!r} are missing or counted twice")
+                summed[program.rank, target] = total
+    for program in programs:
+        terms = dict(program.gradient_terms)
+        last = {target: position for position, _, target in _reductions(program)}
+        for name in program.trained():
+            wanted = terms.get(name, (program.rank,))
+            if summed[program.rank, name] == frozenset(wanted):
+                continue
+            if name in last:
+                fail_at(program, last[name], f"ranks {wanted} hold terms of {name!r}")
+            check(
+                False,
+                f"ranks {wanted} hold {name!r}, but its gradient is not reduced",
+                f"program {program.rank}",
+            )
+
+
+def _summed_in_backward(program: Program, name: str) -> frozenset[int]:
+    """Ranks whose terms are in the gradient that the rank accumulates."""
+    for stage in program.stages:
+        for part in stage.kept:
+            if part.name == name and part.summed:
+                return frozenset(dict(stage.axes).get(part.axis, ()))
+    return frozenset([program.rank])
 
 
 def _verify_optimizer(program: Program) -> None:
@@ -142,9 +190,11 @@ def _verify_optimizer(program: Program) -> None:
     if not steps and not program.stages:
         return  # an idle rank has nothing to update
     check(len(steps) == 1, f"it has {len(steps)} optimizer steps, not 1", f"program {program.rank}")
-    for position in range(steps[0] + 1, len(program.instructions)):
-        if not isinstance(program.instructions[position], Free):
+    for position, item in enumerate(program.instructions):
+        if position > steps[0] and not isinstance(item, Free | AllGather):
             fail_at(program, position, "it comes after the optimizer step")
+        if position < steps[0] and isinstance(item, AllGather):
+            fail_at(program, position, "it comes before the optimizer step")
 
 
 def _verify_norms(programs: tuple[Program, ...]) -> None:
@@ -156,12 +206,14 @@ def _verify_norms(programs: tuple[Program, ...]) -> None:
     if norms == {None}:
         return
     counted = [
-        _parts(program)[name] for program in active for name in _verify_norm(program, active)
+        _updated_parts(program)[name]
+        for program in active
+        for name in _verify_norm(program, active)
     ]
     repeated = first_repeated(counted)
     check(repeated is None, f"two ranks count {_told(repeated)} in the norm", "programs")
-    held = {part for program in active for part in _parts(program).values()}
-    missing = ", ".join(map(_told, sorted(held - set(counted))))
+    updated = {part for program in active for part in _updated_parts(program).values()}
+    missing = ", ".join(map(_told, sorted(updated - set(counted))))
     check(not missing, f"no rank counts {missing} in the norm", "programs")
 
 
@@ -186,18 +238,16 @@ def _verify_norm(program: Program, active: list[Program]) -> tuple[str, ...]:
         expected.remove(AllReduce)
     found: list[tuple[int, GradientNorm | AllReduce | ClipGradients]] = []
     for position, item in enumerate(program.instructions):
-        gradient = isinstance(item, AllReduce) and item.target != GRADIENT_NORM
-        if not isinstance(item, (GradientNorm, AllReduce, ClipGradients)):
-            continue
-        if gradient and found:
+        is_norm = isinstance(item, AllReduce) and item.targets == (GRADIENT_NORM,)
+        if isinstance(item, (AllReduce, ReduceScatter)) and not is_norm and found:
             fail_at(program, position, "a gradient is reduced after the norm was taken")
-        if not gradient:
+        if isinstance(item, (GradientNorm, ClipGradients)) or is_norm:
+            assert isinstance(item, GradientNorm | AllReduce | ClipGradients)
             found.append((position, item))
     kinds = [type(item) for _, item in found]
     names = ", ".join(kind.__name__ for kind in expected)
     check(kinds == expected, f"clipping takes {names}, in this order and once each", here)
-    own = {stage.index for stage in program.stages}
-    last = _gradients_end(program, own)
+    last = _gradients_end(program)
     if found[0][0] < last:
         fail_at(program, found[0][0], f"instruction {last} still adds to gradients")
     ranks = tuple(other.rank for other in active)
@@ -206,8 +256,7 @@ def _verify_norm(program: Program, active: list[Program]) -> tuple[str, ...]:
         fail_at(program, found[1][0], f"the norm is summed over the ranks with stages, {ranks}")
     norm = found[0][1]
     assert isinstance(norm, GradientNorm)
-    trained = {name for _, name in _trained(program)}
     for name in norm.parameters:
-        if name not in trained:
+        if name not in program.trained():
             fail_at(program, found[0][0], f"the rank trains no parameter {name!r}")
     return norm.parameters

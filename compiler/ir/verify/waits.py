@@ -6,8 +6,9 @@ whether it can end: when no rank can go on and not all are done, the ranks wait 
 cycle. The same waits drawn as edges give `views.event_view`, which is cyclic exactly then.
 
 For programs the waits are those of *unbuffered* sends: a `Send` ends only once its `Recv` is
-posted, what reads a received register starts only once its `Send` was reached, an `AllReduce` ends
-once all members have reached it, and so does a computation whose stage holds collectives.
+posted, what reads a received register starts only once its `Send` was reached. A collective ends
+once all members have started it; what needs its result starts only then. A computation whose stage
+meets other ranks ends once all of them have reached it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..ops import Category
 from ..program import (
-    AllReduce,
     Backward,
     BackwardInput,
     BackwardWeight,
+    ClipGradients,
+    Collective,
     Forward,
     Free,
+    GradientNorm,
     Instruction,
+    OptimizerStep,
     Program,
     Recv,
     Register,
@@ -35,6 +38,7 @@ from .registers import Registers
 POST = "rank {other} to post the Recv of {subject} from rank {waits}"
 SEND = "rank {other} to reach the Send of {subject} to rank {waits}"
 REACH = "rank {other} to reach {subject}"
+START = "rank {other} to start {subject}"
 _COMPUTATIONS = (Forward, Backward, BackwardInput, BackwardWeight)
 
 __all__ = ["Blocked", "Wait", "find_deadlock", "program_waits"]
@@ -136,13 +140,15 @@ class _Ends:
         self.received: dict[tuple[int, Register], int] = {}  # (rank, register) -> source
         self.collectives: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         self.turns: dict[tuple[int, int], int] = {}  # (rank, position) -> turn in its group
+        self.awaited: dict[tuple[int, int], list[int]] = {}  # (rank, position) -> collectives
         self.meetings: dict[tuple[int, int], tuple[int, ...]] = {}  # (rank, stage) -> all ranks
         self.computed: dict[tuple[int, Instruction], int] = {}  # (rank, computation) -> position
         for rank, program in enumerate(programs):
             for stage in program.stages:
-                if any(node.op.category is Category.COLLECTIVE for node in stage.graph.nodes):
+                if stage.meets:
                     members = {member for _, ranks in stage.axes for member in ranks}
                     self.meetings[rank, stage.index] = tuple(sorted(members - {rank}))
+            self.awaited.update(((rank, at), needed) for at, needed in _awaited(program).items())
             for position, item in enumerate(program.instructions):
                 if isinstance(item, _COMPUTATIONS):
                     self.computed[rank, item] = position
@@ -151,8 +157,8 @@ class _Ends:
                 elif isinstance(item, Recv):
                     self.receives.setdefault((item.peer, rank, item.register), position)
                     self.received.setdefault((rank, item.register), item.peer)
-                elif isinstance(item, AllReduce):
-                    turns = self.collectives.setdefault((rank, item.ranks), [])
+                elif isinstance(item, Collective):
+                    turns = self.collectives.setdefault((rank, tuple(sorted(item.ranks))), [])
                     self.turns[rank, position] = len(turns)
                     turns.append(position)
 
@@ -162,20 +168,45 @@ class _Ends:
             posted = self.receives.get((rank, item.peer, item.register))
             if posted is not None:
                 yield Wait(item.peer, posted + 1, _Reason(POST, rank, item.peer, item.register))
-        elif isinstance(item, AllReduce):
-            turn = self.turns[rank, position]
-            for member in item.ranks:
-                others = self.collectives.get((member, item.ranks), ())
-                if member != rank and turn < len(others):
-                    yield Wait(member, others[turn], _Reason(REACH, rank, member, item))
         elif isinstance(item, _COMPUTATIONS):
             for member in self.meetings.get((rank, item.stage), ()):
                 reached = self.computed.get((member, item))
                 if reached is not None:
                     yield Wait(member, reached, _Reason(REACH, rank, member, item))
+        for started in self.awaited.get((rank, position), ()):
+            yield from self._starts(program, started)
         read = item.registers if isinstance(item, Free) else registers.reads(item)
         for register in read:
             source = self.received.get((rank, register))
             sent = None if source is None else self.sends.get((source, rank, register))
             if source is not None and sent is not None:
                 yield Wait(source, sent, _Reason(SEND, rank, source, register))
+
+    def _starts(self, program: Program, position: int) -> Iterator[Wait]:
+        """Until the other members have started the collective at `position`."""
+        item = program.instructions[position]
+        assert isinstance(item, Collective)
+        turn = self.turns[program.rank, position]
+        for member in item.ranks:
+            others = self.collectives.get((member, tuple(sorted(item.ranks))), ())
+            if member != program.rank and turn < len(others):
+                reason = _Reason(START, program.rank, member, item)
+                yield Wait(member, others[turn] + 1, reason)
+
+
+def _awaited(program: Program) -> dict[int, list[int]]:
+    """Positions of the collectives whose results each instruction is the first to need."""
+    table: dict[int, list[int]] = {}
+    pending: list[tuple[int, Collective]] = []
+    for position, item in enumerate(program.instructions):
+        needed: list[tuple[int, Collective]] = []
+        if isinstance(item, GradientNorm | ClipGradients | OptimizerStep):
+            needed = pending
+        elif isinstance(item, Collective):
+            needed = [entry for entry in pending if set(entry[1].targets) & set(item.targets)]
+        if needed:
+            table[position] = [at for at, _ in needed]
+            pending = [entry for entry in pending if entry not in needed]
+        if isinstance(item, Collective):
+            pending.append((position, item))
+    return table

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
+from cutset.compiler.ir.graph import Graph
+from cutset.compiler.ir.mesh import Mesh
+from cutset.compiler.sharding.localize import localize
+from cutset.compiler.sharding.sharding import make_sharding
+from cutset.cost_models.collectives import mesh_network
+from cutset.cost_models.ops import price
+from cutset.passes.layouts.choose import LayoutChoice, plan_layouts
+from cutset.passes.layouts.from_graph import StatedProblem, state_layouts
+from cutset.passes.layouts.pricing import Pricer
+from cutset.passes.layouts.program import solve
+from cutset.passes.layouts.statement import Decided, LayoutOptions, LayoutStatement
+
+from .brute import brute_force, graphs
+
+
+def cluster(count: int, bytes_per_second: float, latency: float = 1e-7) -> Cluster:
+    """Devices of small overhead, so that parts of small tensors pay."""
+    kind = DeviceType("chip", "cuda", 1 << 40, 1e9, (("f32", 1e10),), 1e-8)
+    devices = tuple(Device(index, "chip", "node") for index in range(count))
+    return Cluster("chips", (kind,), devices, (LinkRule(Link(latency, bytes_per_second)),))
+
+
+def stated(graph: Graph, mesh: Mesh, machine: Cluster, options: LayoutOptions) -> StatedProblem:
+    """The problem of the only axis of `mesh`."""
+    network = mesh_network(machine, mesh, tuple(range(mesh.size)))
+    pricer = Pricer(graph, mesh, machine.types[0], network)
+    return state_layouts(LayoutStatement(graph, mesh, Decided.nothing(graph), options), pricer)
+
+
+def local_seconds(graph: Graph, choice: LayoutChoice, machine: Cluster) -> float:
+    """Price of the first rank's local graph."""
+    sharding = make_sharding(
+        graph, choice.mesh, choice.node_layouts, choice.layouts, choice.parameter_layouts
+    )
+    part = localize(graph, sharding, (0,) * len(choice.mesh.axes)).graph
+    network = mesh_network(machine, choice.mesh, tuple(range(choice.mesh.size)))
+    return sum(cost.total_seconds for cost in price(part, machine.types[0], network=network))
+
+
+_SPEEDS = st.sampled_from((1e7, 1e9, 1e11))
+
+
+@settings(max_examples=100)
+@given(graphs(most_nodes=3), st.integers(2, 4), _SPEEDS, st.integers(1, 4))
+def test_choice_is_the_best_of_all(
+    graph: Graph, parts: int, speed: float, num_microbatches: int
+) -> None:
+    options = LayoutOptions(num_microbatches=num_microbatches)
+    problem = stated(graph, Mesh.parse(f"tensor={parts}"), cluster(parts, speed), options).problem
+    assume(math.prod(len(choice.options) for choice in problem.choices) <= 30_000)
+    solved = solve(problem)
+    assert solved is not None
+    assert solved.objective == pytest.approx(
+        brute_force(problem), rel=1e-9 if solved.statistics.relaxation_integral else 1.1e-3
+    )
+    assert solved.lower_bound <= solved.objective
+
+
+@settings(max_examples=60)
+@given(graphs(most_nodes=6), st.sampled_from(("tensor=2", "tensor=4", "data=2,tensor=2")), _SPEEDS)
+def test_objective_is_the_price_of_the_local_graph(graph: Graph, mesh: str, speed: float) -> None:
+    parsed = Mesh.parse(mesh)
+    machine = cluster(parsed.size, speed)
+    choice = plan_layouts(graph, parsed, machine, tuple(range(parsed.size)))
+    assert choice.seconds == pytest.approx(local_seconds(graph, choice, machine), rel=1e-9)
