@@ -27,6 +27,7 @@ from ..runtime.session import LocalSession, Session
 from .batch import Call, batch_size, contiguous, divisors, signature_of, take_rows
 from .capture import Captured, capture
 from .codegen.python import emit_python
+from .elementwise import check_elementwise, first_part
 from .ir.cluster import Cluster
 from .ir.errors import CaptureError, UsageError
 from .ir.fingerprint import fingerprint
@@ -97,6 +98,9 @@ class Parallel:
         self._options = options
         self._names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self._spec = describe_optimizer(self.optimizer, self._names)
+        in_parts = first_part(planned.programs)
+        if in_parts is not None:
+            check_elementwise(self.optimizer, in_parts)
         self._planned = planned
         self._variants: dict[str, Variant] = {}
         self._flags = _Flags(model)

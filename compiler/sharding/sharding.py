@@ -7,11 +7,12 @@ Names of values and nodes are the same in a model's graph and in the graphs of i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..ir.errors import VerificationError
 from ..ir.graph import Graph, Node, OutputKind, Value, ValueKind, users
-from ..ir.mesh import Layout, Mesh, Partial, Replicate, Shard
+from ..ir.mesh import Layout, Mesh, Partial, Placement, Replicate, Shard
+from ..ir.ops import Category
 from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
 from .rules import strategies_of
 from .strategy import OpStrategy, can_shard
@@ -119,18 +120,31 @@ def make_sharding(
 def legal_node_layouts(
     graph: Graph, mesh: Mesh, groups: tuple[NodeLayout, ...]
 ) -> tuple[NodeLayout, ...]:
-    """`groups` without the nodes of `graph` that cannot run so."""
+    """`groups` as far as the nodes of `graph` can run so: replicated over the other axes."""
     table = _StrategyTable(graph)
-    kept = []
+    kept: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], list[int]] = {}
     for group in groups:
-        nodes = tuple(
-            number
-            for number in group.nodes
-            if _find_strategies(table, mesh, graph.nodes[number], group) is not None
-        )
-        if nodes:
-            kept.append(replace(group, nodes=nodes))
-    return tuple(kept)
+        for number in group.nodes:
+            node = graph.nodes[number]
+            legal = frozenset(
+                position
+                for position, axis in enumerate(mesh.axes)
+                if _find_strategy(table, node, axis.size, _along(group, position)) is not None
+            )
+            if legal and _each_dim_once((*group.inputs, *group.outputs)):
+                sides = _only(group.inputs, legal), _only(group.outputs, legal)
+                kept.setdefault(sides, []).append(number)
+    return tuple(
+        NodeLayout(tuple(nodes), inputs, outputs) for (inputs, outputs), nodes in kept.items()
+    )
+
+
+def _only(layouts: tuple[Layout, ...], axes: frozenset[int]) -> tuple[Layout, ...]:
+    """`layouts`, replicated but over `axes`."""
+    return tuple(
+        Layout(tuple(p if i in axes else Replicate() for i, p in enumerate(layout.placements)))
+        for layout in layouts
+    )
 
 
 def legal_value_layouts(
@@ -157,9 +171,11 @@ class _StrategyTable:
         self._found: dict[object, tuple[OpStrategy, ...]] = {}
 
     def of(self, node: Node, parts: int) -> tuple[OpStrategy, ...]:
-        values = self._graph.values
-        types = tuple(values[i].type for i in (*node.inputs, *node.outputs))
-        key = (parts, node.op, node.args, node.kwargs, types, node.random_draw is None)
+        values = [self._graph.values[index] for index in (*node.inputs, *node.outputs)]
+        looks = tuple((value.type, value.requires_grad) for value in values)
+        # what indices can point to depends on what they were made from
+        origin = node.inputs if node.op.category is Category.INDEXING else ()
+        key = (parts, node.op, node.args, node.kwargs, looks, origin, node.random_draw is None)
         if key not in self._found:
             self._found[key] = strategies_of(self._graph, node, parts)
         return self._found[key]
@@ -186,18 +202,30 @@ def _strategies(
 def _find_strategies(
     table: _StrategyTable, mesh: Mesh, node: Node, group: NodeLayout
 ) -> tuple[OpStrategy, ...] | None:
-    chosen = []
-    for position, axis in enumerate(mesh.axes):
-        wanted = tuple(
-            tuple(layout.placements[position] for layout in side)
-            for side in (group.inputs, group.outputs)
-        )
-        found = (s for s in table.of(node, axis.size) if (s.inputs, s.outputs) == wanted)
-        strategy = next(found, None)
-        if strategy is None:
-            return None
-        chosen.append(strategy)
-    return tuple(chosen) if _each_dim_once((*group.inputs, *group.outputs)) else None
+    found = [
+        _find_strategy(table, node, axis.size, _along(group, position))
+        for position, axis in enumerate(mesh.axes)
+    ]
+    chosen = tuple(strategy for strategy in found if strategy is not None)
+    is_legal = len(chosen) == len(found) and _each_dim_once((*group.inputs, *group.outputs))
+    return chosen if is_legal else None
+
+
+_Sides = tuple[tuple[Placement, ...], tuple[Placement, ...]]  # of what a node reads and makes
+
+
+def _along(group: NodeLayout, axis: int) -> _Sides:
+    inputs, outputs = (
+        tuple(layout.placements[axis] for layout in side) for side in (group.inputs, group.outputs)
+    )
+    return inputs, outputs
+
+
+def _find_strategy(
+    table: _StrategyTable, node: Node, parts: int, wanted: _Sides
+) -> OpStrategy | None:
+    found = (s for s in table.of(node, parts) if (s.inputs, s.outputs) == wanted)
+    return next(found, None)
 
 
 def _each_dim_once(layouts: tuple[Layout, ...]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...compiler.ir.cluster import Cluster, DeviceType
 from ...compiler.ir.errors import InfeasibleError
@@ -37,7 +37,7 @@ class LayoutChoice:
         seconds: forward and backward of one microbatch, collectives included: the price of the
             local graph.
         step_seconds: once a step: summing gradients over the mesh, and the update's bytes.
-        objective: seconds + step_seconds / microbatches.
+        objective: seconds + step_seconds / microbatches, and the price of bytes if they have one.
         lower_bound: no choice over the last axis is better, given the axes before, as long as equal
             blocks are treated alike (see `classes.py`).
         static_bytes: parameters, gradients, states, buffers, inputs.
@@ -116,9 +116,7 @@ def _solve_axis(
 
 
 def _unlimited(options: LayoutOptions) -> LayoutOptions:
-    from dataclasses import replace
-
-    return replace(options, memory_bytes=None)
+    return replace(options, memory_bytes=None, seconds_per_byte=0.0)
 
 
 def _whole(graph: Graph, decided: Decided) -> Decided:

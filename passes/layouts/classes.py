@@ -20,7 +20,7 @@ _MOST_CLASSES = 600  # above it, one period is enough of a problem
 
 
 def node_classes(graph: Graph, nodes: Sequence[int] | None = None) -> tuple[tuple[int, ...], ...]:
-    """Classes of equal nodes of `graph` (of `nodes` only), each ascending, in order of the first."""
+    """Classes of equal nodes of `graph` (of `nodes` only), ascending, in order of the first."""
     chosen = set(range(len(graph.nodes)) if nodes is None else nodes)
     classes = _classes(graph, chosen, _PERIOD)
     return classes if len(classes) <= _MOST_CLASSES else _classes(graph, chosen, 1)

@@ -157,6 +157,7 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
         num_microbatches=options.num_microbatches,
         memory_bytes=options.memory_bytes,
         in_flight=options.in_flight,
+        seconds_per_byte=options.seconds_per_byte,
     )
     return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
 

@@ -1,4 +1,4 @@
-"""What nodes and conversions cost on parts of tensors, by lowering them for one rank and pricing that.
+"""What nodes and conversions cost on parts of tensors: they are lowered for one rank and priced.
 
 So an option's seconds include every helper and collective that its rule emits, and the price of a
 decided plan is that of its local graph. The first rank counts: its parts are the largest.

@@ -105,6 +105,8 @@ class LayoutProblem:
         num_microbatches: of a step, over which `step_seconds` are spread.
         memory_bytes: limit of static + in_flight * saved + transient bytes; None: none.
         in_flight: microbatches whose saved tensors are alive at once.
+        seconds_per_byte: price of static and saved bytes in the objective: with a limit the lean
+            choices are hard to find, at a price they are as easy as the fast ones.
     """
 
     choices: tuple[Choice, ...]
@@ -112,6 +114,11 @@ class LayoutProblem:
     num_microbatches: int = 1
     memory_bytes: int | None = None
     in_flight: float = 1.0
+    seconds_per_byte: float = 0.0
+
+    @property
+    def counts_bytes(self) -> bool:
+        return self.memory_bytes is not None or self.seconds_per_byte > 0.0
 
     def weight(self, option: Option) -> float:
         """Seconds of an option in the objective."""
@@ -129,7 +136,9 @@ class Figures:
     transient_bytes: int
 
     def objective(self, problem: LayoutProblem) -> float:
-        return self.seconds + self.step_seconds / problem.num_microbatches
+        held = self.static_bytes + problem.in_flight * self.saved_bytes
+        seconds = self.seconds + self.step_seconds / problem.num_microbatches
+        return seconds + problem.seconds_per_byte * held
 
     def need_bytes(self, problem: LayoutProblem) -> int:
         saved = math.ceil(problem.in_flight * self.saved_bytes)

@@ -10,12 +10,13 @@ For choices c with options o, flows f with states m, forms w and uses u:
     s[f,k] >= t[u,m,w]  if then tensor k is read in backward: it is kept            `_keep`
     b[g] >= sum_k bytes s[f,k]   for flows f of family g                            `_keep`
     static + in_flight (saved + sum_g b[g]) + transient <= memory                   `_remember`
-    minimise seconds of the options + conversions
+    minimise seconds of the options + conversions + price of the bytes held
 
-The marginals `t` make the relaxation that of the local polytope: exact on trees of flows (Wainwright
-and Jordan, 2008), and integral on the graphs of models, so the linear program is solved first and
-integers are asked for only if it is fractional. Marginals are left out where one side has one
-member, conversions where one use has all of it or they are free.
+The marginals `t` make the relaxation that of the local polytope: exact on trees of flows
+(Wainwright and Jordan, 2008), and integral on the graphs of models without a limit of memory, so
+the linear program is solved first and integers are asked for only if it is fractional. Marginals
+are left out where one side has one member, conversions where one use has all of it or they are
+free.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .problem import Flow, LayoutProblem, figures
@@ -33,6 +34,8 @@ __all__ = ["LayoutProgram", "SolvedLayouts", "Statistics", "build", "solve"]
 _SCALE = 1e4  # the objective in units of this part of the best that any one option can do
 _INTEGRAL = 1e-6
 _TOLERANCE = 1e-3  # gap at which a choice counts as optimal
+_SMALL = 1000  # variables up to which the integer program is solved, whatever it takes
+_PRICES = (1.0, 1.02, 1.1, 1.5, 3.0, 10.0)  # multiples of the relaxation's price of memory
 _MOST_NODES = 50  # of the branch-and-bound tree: a limit that is the same on every machine
 
 Expression = dict[int, float]  # variable -> coefficient
@@ -113,7 +116,7 @@ def build(problem: LayoutProblem) -> LayoutProgram:
     _choose(program)
     for flow in problem.flows:
         _flow(program, flow)
-    if problem.memory_bytes is not None:
+    if problem.counts_bytes:
         _remember(program)
     return program
 
@@ -178,7 +181,7 @@ def _flow(program: LayoutProgram, flow: Flow) -> None:
         _convert(program, flow.count * costs[pair], indicators)
     for state, made in states.items():
         kept[flow.own_kept[state]].append(made)
-    if program.problem.memory_bytes is not None:
+    if program.problem.counts_bytes:
         _keep(program, flow, kept)
 
 
@@ -231,35 +234,52 @@ def _convert(program: LayoutProgram, cost: float, indicators: Sequence[_Indicato
 
 
 def _remember(program: LayoutProgram) -> None:
+    """Price and limit of memory."""
     problem = program.problem
-    assert problem.memory_bytes is not None
-    unit = float(max(problem.memory_bytes, 1))
+    unit = float(max(problem.memory_bytes or 1 << 30, 1))
+    total, fixed = _held(program, unit)
+    program.constant += problem.seconds_per_byte * unit * fixed
+    for variable, coefficient in total.items():
+        program.cost[variable] += problem.seconds_per_byte * unit * coefficient
+    if problem.memory_bytes is not None:
+        total[_transient(program, unit)] += 1.0
+        program.row(total, -math.inf, problem.memory_bytes / unit - fixed)
+
+
+def _held(program: LayoutProgram, unit: float) -> tuple[Expression, float]:
+    """Static and saved bytes in units: what depends on choices, what does not."""
+    problem = program.problem
     total: Expression = defaultdict(float)
     fixed = 0.0
-    transient = program.variable("transient", upper=math.inf)
     for choice, variables in zip(problem.choices, program.options, strict=True):
         for option, variable in zip(choice.options, variables, strict=True):
             held = choice.count * (option.static_bytes + problem.in_flight * option.saved_bytes)
             if variable is None:
-                fixed += held
-                program.row({transient: 1.0}, option.transient_bytes / unit, math.inf)
+                fixed += held / unit
             else:
                 total[variable] += held / unit
-        chosen = {
-            variable: -option.transient_bytes / unit
-            for option, variable in zip(choice.options, variables, strict=True)
-            if variable is not None
-        }
-        if chosen:
-            program.row({transient: 1.0, **chosen}, 0.0, math.inf)
     for family, kept_by_flow in program.kept.items():
         most = program.variable(f"b[{family}]", upper=math.inf)
         for kept in kept_by_flow:
             terms = {variable: -num_bytes / unit for variable, num_bytes in kept.items()}
             program.row({most: 1.0, **terms}, 0.0, math.inf)
         total[most] += problem.in_flight
-    total[transient] += 1.0
-    program.row(total, -math.inf, (problem.memory_bytes - fixed) / unit)
+    return total, fixed
+
+
+def _transient(program: LayoutProgram, unit: float) -> int:
+    """Variable that is at least every transient, in units."""
+    transient = program.variable("transient", upper=math.inf)
+    for choice, variables in zip(program.problem.choices, program.options, strict=True):
+        terms: Expression = {transient: 1.0}
+        low = 0.0
+        for option, variable in zip(choice.options, variables, strict=True):
+            if variable is None:
+                low = option.transient_bytes / unit
+            else:
+                terms[variable] = -option.transient_bytes / unit
+        program.row(terms, low, math.inf)
+    return transient
 
 
 def _keep(program: LayoutProgram, flow: Flow, kept: Mapping[int, Sequence[_Indicator]]) -> None:
@@ -295,12 +315,38 @@ def solve(problem: LayoutProblem) -> SolvedLayouts | None:
         return None
     integral = _is_integral(program, relaxed.values)
     if integral:
-        return _solved(program, relaxed.values, relaxed.bound, integral, "GLOP")
+        return _solved(program, _decode(program, relaxed.values), relaxed.bound, integral, "GLOP")
+    if problem.memory_bytes is not None and len(program.names) > _SMALL:
+        priced = _by_price(problem, relaxed, len(program.rows) - 1)
+        if priced is not None:
+            bound = relaxed.bound
+            return _solved(program, priced, bound, integral, "GLOP, memory priced")
     branched = _run(program, "scip")
     if branched is None:
         return None
     bound = max(relaxed.bound, branched.bound)
-    return _solved(program, branched.values, bound, integral, "GLOP, then SCIP")
+    return _solved(program, _decode(program, branched.values), bound, integral, "GLOP, then SCIP")
+
+
+def _by_price(problem: LayoutProblem, relaxed: _Run, row: int) -> tuple[int, ...] | None:
+    """Picks that fit, with memory paid for instead of limited; None if no price brings any.
+
+    At the price that the relaxation gives memory (the dual of its row), the program without a limit
+    is integral on graphs of models and has optima on both sides of the limit; a little above it,
+    what it finds fits (Lagrangian relaxation, Everett 1963). So it costs what the relaxation does
+    plus at most one step of the front of seconds and bytes.
+    """
+    assert problem.memory_bytes is not None
+    price = abs(relaxed.duals[row]) / problem.memory_bytes
+    for factor in _PRICES:
+        priced = build(replace(problem, memory_bytes=None, seconds_per_byte=factor * price))
+        found = _run(priced, "glop")
+        if found is None or not _is_integral(priced, found.values):
+            continue
+        picks = _decode(priced, found.values)
+        if figures(problem, picks).is_legal(problem):
+            return picks
+    return None
 
 
 def _is_integral(program: LayoutProgram, values: Sequence[float]) -> bool:
@@ -308,9 +354,8 @@ def _is_integral(program: LayoutProgram, values: Sequence[float]) -> bool:
 
 
 def _solved(
-    program: LayoutProgram, values: Sequence[float], bound: float, integral: bool, method: str
+    program: LayoutProgram, picks: tuple[int, ...], bound: float, integral: bool, method: str
 ) -> SolvedLayouts:
-    picks = _decode(program, values)
     objective = figures(program.problem, picks).objective(program.problem)
     statistics = Statistics(len(program.names), len(program.rows), integral, method)
     return SolvedLayouts(picks, objective, min(bound, objective), statistics)
@@ -327,10 +372,11 @@ def _decode(program: LayoutProgram, values: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Values of all variables, and the bound in seconds."""
+    """Values of all variables, the bound in seconds, and of a relaxation the duals of its rows."""
 
     values: list[float]
     bound: float
+    duals: list[float]
 
 
 def _run(program: LayoutProgram, solver_name: str) -> _Run | None:
@@ -351,7 +397,11 @@ def _run(program: LayoutProgram, solver_name: str) -> _Run | None:
         return None
     values = [float(value) for value in solver.values(model.get_variables())]
     reached = solver.best_objective_bound if branches else solver.objective_value
-    return _Run(values, float(reached) / scale + program.constant)
+    duals: list[float] = []
+    if not branches:
+        rows = solver.dual_values(model.get_linear_constraints())
+        duals = [float(value) / scale for value in rows]
+    return _Run(values, float(reached) / scale + program.constant, duals)
 
 
 def _model(program: LayoutProgram, scale: float, *, integers: bool) -> Any:

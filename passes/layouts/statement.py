@@ -22,6 +22,7 @@ class LayoutOptions:
         in_flight: microbatches whose saved tensors are alive at once; a fraction, if they are
             smaller than the one that was captured.
         memory_bytes: limit of one device; None: none.
+        seconds_per_byte: price of bytes held throughout or from forward to backward.
         optimizer: states a parameter.
         batch_axes: mesh axes over which batched inputs are split by rows and parameters are
             replicated (data parallelism).
@@ -32,6 +33,7 @@ class LayoutOptions:
     num_microbatches: int = 1
     in_flight: float = 1.0
     memory_bytes: int | None = None
+    seconds_per_byte: float = 0.0
     optimizer: OptimizerModel = OptimizerModel("adamw", 2.0)
     batch_axes: tuple[str, ...] = ("data",)
     boundary: Mapping[str, Placement] = field(default_factory=dict)

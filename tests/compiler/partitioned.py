@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch.nn import functional as F
 from cutset.compiler.api import auto_partition, plan_model
 from cutset.compiler.batch import batch_size, microbatches_of
 from cutset.compiler.capture.signature import find_loss, num_targets
+from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.parallel import Parallel, RunOptions
-from cutset.compiler.planned import PlannedModel
+from cutset.compiler.planned import PlannedModel, build_programs
 from cutset.runtime.inprocess import InProcessSession
 from cutset.runtime.rng import ReplayRandomness, make_key
+from tests.exactness.harness import in_stage, layouts_over, spread
 
 WIDTH = 6
 ROWS = 4
@@ -88,6 +91,31 @@ def partition_chain(dropout: float = 0.0, stages: int = 2, **options: Any) -> Pa
     options.setdefault("optimizer", lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     run = RunOptions(loss_fn=F.mse_loss, **options)
     return Parallel(_planned_chain(dropout, stages), run, InProcessSession(stages))
+
+
+def plan_over(
+    model: nn.Module,
+    mesh: Mesh,
+    *args: Any,
+    loss_fn: Callable[..., Tensor] = F.mse_loss,
+    microbatches: int = 2,
+    seed: int | None = None,
+    clip: float | None = None,
+) -> PlannedModel:
+    """Planned over a mesh whose axis `pipeline`, if it has one, gives the stages; under random
+    layouts, or flowing ones if there is no seed."""
+    stages, inner = mesh.axis("pipeline").size, in_stage(mesh)
+    planned = plan_model(
+        model,
+        stages,
+        example_inputs=args,
+        loss_fn=loss_fn,
+        num_stages=stages,
+        num_microbatches=microbatches,
+        check=False,
+    )
+    plan = spread(planned.plan, inner, layouts_over(planned.captured.graph, inner, seed))
+    return replace(planned, plan=plan, programs=build_programs(planned.captured, plan, clip))
 
 
 class Plain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cutset.compiler.ir.mesh import Mesh
 from tests.distributed.conftest import WorkerPool
 from tests.exactness.harness import Subject, adamw64, sgd32
-from tests.models.exact import EXACT_MODELS
+from tests.models.exact import EXACT_MODELS, SHARDED_MODELS
 
 ROOT = Path(__file__).absolute().parents[2]
 
@@ -29,6 +31,18 @@ def test_local_workers_are_exact_in_single_precision(pool: WorkerPool) -> None:
     subject = Subject(EXACT_MODELS["resnet"], sgd32, clip_grad_norm=0.5)
     errors = subject.errors(2, "1f1b", pool.session(2))
     assert all(error.value <= sgd32.tolerance for error in errors.values()), errors
+
+
+@functools.cache
+def gpt2() -> Subject:
+    return Subject(SHARDED_MODELS["gpt2"], adamw64)
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2,tensor=2", "data=2,pipeline=2"])
+def test_local_workers_are_exact_over_meshes(pool: WorkerPool, mesh: str) -> None:
+    axes = Mesh.parse(mesh)
+    errors = gpt2().sharded_errors(axes, pool.session(axes.size))
+    assert all(error.value <= adamw64.tolerance for error in errors.values()), errors
 
 
 def test_torchrun_is_exact(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def problems(draw: st.DrawFn) -> LayoutProblem:
         for _ in range(draw(st.integers(0, 2)))
     )
     memory = draw(st.none() | st.integers(20, 90))
-    return LayoutProblem(choices, flows, draw(_COUNT), memory, draw(_COUNT))
+    price = draw(st.sampled_from((0.0, 0.0, 0.5)))
+    return LayoutProblem(choices, flows, draw(_COUNT), memory, draw(_COUNT), price)
 
 
 _COUNT = st.integers(1, 3)
