@@ -87,7 +87,7 @@ class Planning:
             return captured, plan
         captured = self.captured(plan.num_microbatches)
         pinned = replace(options, num_microbatches=plan.num_microbatches, mesh=plan.mesh)
-        return captured, self._plan(captured, pinned)
+        return captured, _joined(plan, self._plan(captured, pinned))
 
     def _plan(self, captured: Captured, options: PlanOptions) -> Plan:
         return plan_graph(
@@ -116,3 +116,20 @@ class Planning:
                 ways_out=(f"legal counts here: {', '.join(map(str, legal))}",),
             )
         return wanted
+
+
+def _joined(searched: Plan, plan: Plan) -> Plan:
+    """`plan`, found under the mesh and microbatches of `searched`, with what was searched before.
+
+    Costs scale with rows, so bounds hold for either graph.
+    """
+    before, now = searched.certificate, plan.certificate
+    assert before is not None and now is not None
+    bound = min(before.lower_bound, now.objective)
+    certificate = replace(
+        now,
+        lower_bound=bound,
+        gap=max(0.0, 1.0 - bound / now.objective) if now.objective else 0.0,
+        search_space=before.search_space,
+    )
+    return replace(plan, certificate=certificate, alternatives=searched.alternatives)

@@ -17,6 +17,7 @@ __all__ = [
     "DATA",
     "PIPELINE",
     "TENSOR",
+    "Alternative",
     "Certificate",
     "Fingerprint",
     "MemoryPrediction",
@@ -193,12 +194,30 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """The best plan that was priced on another mesh.
+
+    Args:
+        zero: level of ZeRO over the data axis.
+        step_seconds: predicted.
+        fits: whether it fits into memory.
+    """
+
+    mesh: Mesh
+    num_microbatches: int
+    zero: int
+    step_seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All decisions. Passes fill in fields one after the other; see `passes/pipeline.py`.
 
     Args:
         mesh: all axes, `pipeline` among them if there are several stages.
         recomputed: nodes whose results backward computes again instead of keeping them.
+        alternatives: what other meshes would have given, best first; those that fit come first.
     """
 
     fingerprint: Fingerprint
@@ -216,6 +235,7 @@ class Plan:
     schedule: Schedule | None = None
     prediction: Prediction | None = None
     certificate: Certificate | None = None
+    alternatives: tuple[Alternative, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
