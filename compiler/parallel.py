@@ -636,8 +636,7 @@ def _joined_states(parts: list[tuple[TensorShard | None, dict[str, Any]]]) -> di
     everything else (counters) is the same on all ranks."""
 
     def join(key: str, shard: TensorShard | None, value: Any) -> Any:
-        is_part = isinstance(value, Tensor) and shard is not None
-        if not is_part or tuple(value.shape) != shard.part.shape:
+        if not isinstance(value, Tensor) or shard is None or value.shape != shard.part.shape:
             return value
         return joined([(other, entries[key]) for other, entries in parts])
 
@@ -646,8 +645,7 @@ def _joined_states(parts: list[tuple[TensorShard | None, dict[str, Any]]]) -> di
 
 
 def _state_part(value: Any, shard: TensorShard | None) -> Any:
-    is_whole = isinstance(value, Tensor) and shard is not None
-    if not is_whole or tuple(value.shape) != shard.whole.shape:
+    if not isinstance(value, Tensor) or shard is None or value.shape != shard.whole.shape:
         return value
     return part_of(value, shard).contiguous()
 
