@@ -53,8 +53,7 @@ def run(kernels: StageKernels, seed: int = 0) -> tuple[list[Tensor], dict[int, T
     for index, position in enumerate(kernels.signature.tangents):
         sources[Source.TANGENT, index] = torch.ones_like(outputs[position])
     sums = {
-        i: torch.zeros_like(tensors[i])
-        for i in (*kernels.accumulated_early, *kernels.accumulated)
+        i: torch.zeros_like(tensors[i]) for i in (*kernels.accumulated_early, *kernels.accumulated)
     }
     early = [sums[i] for i in kernels.accumulated_early]
     back = list(kernels.backward_input([*(sources[s] for s in kernels.input_sources), *early]))
