@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .compiler.parallel import Parallel
     from .compiler.plan_json import load_plan, save_plan
     from .compiler.validate import verify_numerically as verify
+    from .compiler.weights import parameters_on_meta
 
 __all__ = [
     "CaptureError",
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "auto_partition",
     "load_plan",
+    "parameters_on_meta",
     "plan_model",
     "save_plan",
     "verify",
@@ -65,6 +67,7 @@ _HOMES = {
     "Plan": (".compiler.ir.plan", "Plan"),
     "auto_partition": (".compiler.api", "auto_partition"),
     "load_plan": (".compiler.plan_json", "load_plan"),
+    "parameters_on_meta": (".compiler.weights", "parameters_on_meta"),
     "plan_model": (".compiler.api", "plan_model"),
     "save_plan": (".compiler.plan_json", "save_plan"),
     "verify": (".compiler.validate", "verify_numerically"),
