@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .compiler.api import auto_partition, plan_model
+    from .compiler.api import auto_partition, compare_strategies, plan_model
     from .compiler.ir.cluster import Cluster
     from .compiler.ir.errors import (
         CaptureError,
@@ -51,6 +51,7 @@ __all__ = [
     "WorkerLost",
     "__version__",
     "auto_partition",
+    "compare_strategies",
     "load_plan",
     "parameters_on_meta",
     "plan_model",
@@ -66,6 +67,7 @@ _HOMES = {
     "Parallel": (".compiler.parallel", "Parallel"),
     "Plan": (".compiler.ir.plan", "Plan"),
     "auto_partition": (".compiler.api", "auto_partition"),
+    "compare_strategies": (".compiler.api", "compare_strategies"),
     "load_plan": (".compiler.plan_json", "load_plan"),
     "parameters_on_meta": (".compiler.weights", "parameters_on_meta"),
     "plan_model": (".compiler.api", "plan_model"),

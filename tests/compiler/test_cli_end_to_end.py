@@ -41,6 +41,14 @@ def empty():
     made = net()
     made["model"].to("meta")
     return made
+def wide():
+    with torch.device("meta"):
+        layers = [nn.Linear(2048, 8192), nn.ReLU(), nn.Linear(8192, 2048)]
+        return {
+            "model": nn.Sequential(*layers),
+            "args": (torch.randn(16384, 2048), torch.randn(16384, 2048)),
+            "loss_fn": F.mse_loss,
+        }
 
 def meta():
     with torch.device("meta"):
@@ -74,6 +82,19 @@ def test_plan_prints_what_it_decided(folder: Path, capsys: pytest.CaptureFixture
     assert found["mode"] == "infer"
     assert found["num_microbatches"] == 2
     assert found["certificate"]["gap"] >= 0
+
+
+def test_plan_takes_a_mesh_and_a_level_of_zero(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", f"{folder}/factories.py:wide", "--devices", "h100:4", "--zero", "2"]
+    found = _json([*arguments, "--mesh", "data=2,tensor=2", "--microbatches", "1"], capsys)
+    assert (found["mesh"], found["zero"]) == ("data=2,tensor=2", 2)
+    assert found["layouts"]["axes"] == ["data", "tensor"]
+    assert found["layouts"]["sharded_nodes"] > 0
+    assert {entry["count"] for entry in found["layouts"]["parameters"]} != set()
+    refused = _json([*arguments, "--mesh", "tensor=4"], capsys, code=2)
+    assert "mesh tensor=4 has none" in refused["error"]["cause"]
 
 
 def test_explain_knows_modules_when_it_has_the_model(

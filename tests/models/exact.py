@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "EXACT_MODELS",
+    "IN_FLOAT32",
     "ROWS",
     "SHARDED_MODELS",
     "ExactModel",
@@ -352,13 +353,12 @@ SHARDED_MODELS = EXACT_MODELS | {
     name: _in_own_precision(EXACT_MODELS[name]) for name in ("gpt2", "llama", "mamba")
 }
 
-_IN_FLOAT32 = ("llama", "mamba", "t5")
+IN_FLOAT32 = ("llama", "mamba", "t5")
+"""They compute norms in float32 whatever they are in: sums over ranks before a norm differ in the
+last bit of float64, and now and then round to another float32."""
 
 
 def sharded_tolerance(name: str, rounding: float) -> float:
-    """How exact a sharded model in float64 is, where `rounding` is what float64 allows.
-
-    Some models compute norms in float32 whatever they are in: sums over ranks before a norm differ
-    in the last bit of float64 and now and then round to another float32.
-    """
-    return 1e-5 if name in _IN_FLOAT32 else rounding
+    """How exact loss and gradients of a sharded model in float64 are, where `rounding` is what
+    float64 allows."""
+    return 1e-5 if name in IN_FLOAT32 else rounding

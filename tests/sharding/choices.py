@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from cutset.compiler.ir.graph import Graph, Node, Value, ValueKind, users
 from cutset.compiler.ir.mesh import Layout, Mesh, Partial, Placement, Replicate, Shard
 from cutset.compiler.ir.plan import NodeLayout, ParameterLayout, ValueLayout
 from cutset.compiler.sharding.rules import strategies_of
+from cutset.compiler.sharding.sharding import make_sharding
 from cutset.compiler.sharding.strategy import OpStrategy
+from cutset.compiler.sharding.zero import zero_layouts
 
-__all__ = ["Layouts", "flowing_layouts", "picked_layouts", "random_layouts"]
+__all__ = ["Layouts", "flowing_layouts", "picked_layouts", "random_layouts", "zero_layouts_of"]
 
 Chosen = dict[int, list[OpStrategy]]  # by node id, axis after axis
 Made = dict[tuple[int, int], Placement]  # by value and axis
@@ -61,20 +63,34 @@ def flowing_layouts(graph: Graph, mesh: Mesh) -> Layouts:
 
 
 def picked_layouts(
-    graph: Graph, mesh: Mesh, strategies: Mapping[str, str], held: Mapping[str, str]
+    graph: Graph, mesh: Mesh, strategies: Sequence[Mapping[str, str]], held: Mapping[str, str]
 ) -> Layouts:
-    """Over a mesh of one axis: strategies, as text, by operator packet, and layouts of parameters
-    by origin; the rest is replicated."""
+    """Strategies as text, for each axis by name of node or operator packet, and layouts of
+    parameters and inputs by origin; the rest is replicated."""
 
-    def pick(_g: Graph, node: Node, _a: int, found: list[OpStrategy], _m: Made) -> OpStrategy:
-        wanted = strategies.get(node.op.packet)
+    def pick(_g: Graph, node: Node, axis: int, found: list[OpStrategy], _m: Made) -> OpStrategy:
+        table = strategies[axis]
+        wanted = table.get(node.name, table.get(node.op.packet))
         return found[0] if wanted is None else next(s for s in found if str(s) == wanted)
 
-    layouts = {
-        value.id: Layout.parse(held.get(value.origin, "[R]"))
-        for value in graph.values_of(ValueKind.PARAMETER)
-    }
-    return _tables(graph, mesh, _choose(graph, mesh, pick, {}), layouts, {})
+    given, inputs = (
+        {
+            value.id: Layout.parse(held[value.origin])
+            if value.origin in held
+            else _replicated(mesh)
+            for value in graph.values_of(kind)
+        }
+        for kind in (ValueKind.PARAMETER, ValueKind.INPUT)
+    )
+    return _tables(graph, mesh, _choose(graph, mesh, pick, {}), given, inputs)
+
+
+def zero_layouts_of(graph: Graph, mesh: Mesh, level: int, *, offloaded: bool = False) -> Layouts:
+    """`flowing_layouts` with ZeRO of `level` over axis `data`."""
+    flowing = flowing_layouts(graph, mesh)
+    sharding = make_sharding(graph, mesh, flowing.nodes, flowing.values, flowing.parameters)
+    parameters = zero_layouts(graph, sharding, "data", level, offloaded=offloaded)
+    return replace(flowing, parameters=parameters)
 
 
 def _flow(

@@ -81,13 +81,13 @@ def test_gradients(
     kind: type[_Net], strategies: Mapping[str, str], held: Mapping[str, str]
 ) -> None:
     subject = whole_of(lambda: made(kind))
-    layouts = picked_layouts(subject.graph, LINE, strategies, held)
+    layouts = picked_layouts(subject.graph, LINE, [strategies], held)
     check_layouts(subject, LINE, layouts, 1e-12)
 
 
 def deferred(kind: type[_Net], strategies: Mapping[str, str]) -> set[str]:
     graph: Graph = whole_of(lambda: made(kind)).graph
-    layouts = picked_layouts(graph, LINE, strategies, {})
+    layouts = picked_layouts(graph, LINE, [strategies], {})
     sharding = make_sharding(graph, LINE, layouts.nodes, layouts.values, layouts.parameters)
     return set(sharding.deferred)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 
 from ..errors import VerificationError
+from ..graph import Graph, Node
 from ..ops import Category
 from ..program import (
     AllReduce,
@@ -123,12 +124,26 @@ def verify_stage_collectives(programs: tuple[Program, ...]) -> None:
 def _along(stage: StageProgram, axis: str) -> list[str]:
     """The collectives of a stage over `axis`, in order: what all its ranks have in common."""
     inside = [
-        f"{node.op} of {node.name}"
+        _met(stage.graph, node)
         for node in stage.graph.nodes
         if node.op.category is Category.COLLECTIVE and axis in node.args
     ]
     kept = [part for part in stage.kept if part.axis == axis]
     return [*inside, *(f"sum of the gradient of {p.name} along {p.dim}" for p in kept if p.summed)]
+
+
+_INDEXED = ("shard", "all_gather", "reduce_scatter", "all_to_all")
+
+
+def _met(graph: Graph, node: Node) -> str:
+    """A collective but for the place of the rank and the size of its part."""
+    type = graph.values[node.inputs[0]].type
+    args = list(node.args[2:])
+    if node.op.packet in _INDEXED:
+        del args[4 if node.op.packet == "all_to_all" else 2]
+    elif node.op.packet == "all_reduce":
+        args.append(type.shape)
+    return f"{node.op} of {node.name}, {type.dtype}: {args}"
 
 
 def _verify_same_computations(program: Program, other: Program, stage: int) -> None:

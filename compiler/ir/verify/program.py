@@ -1,9 +1,11 @@
 """Rules of a set of programs: what must hold before anything runs.
 
 Checked in this order, as later checks rely on earlier ones: the headers agree; the stages fit
-together; each rank defines, reads and frees its registers rightly and completes its actions
-(`actions.py`); sends and receives match, collectives match, no rank waits for ever
-(`exchange.py`); the step's tail is in order (`tail.py`); memory stays under the limit.
+together; ranks hold parts that make up the whole (`shards.py`); each rank defines, reads and frees
+its registers rightly and completes its actions (`actions.py`); sends and receives match,
+collectives match (`exchange.py`); values and gradients are summed where ranks have terms
+(`sums.py`); no rank waits for ever; the step's tail is in order (`tail.py`); memory stays under the
+limit.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from .graph import verify_graph
 from .recompute import verify_recomputed
 from .registers import Registers, boundary_inputs, boundary_outputs
 from .report import check, fail_at
+from .shards import verify_shards
+from .sums import verify_sums
 from .tail import verify_tails
 
 __all__ = ["held_bytes", "verify_programs"]
@@ -42,12 +46,14 @@ def verify_programs(
     """
     _verify_headers(programs)
     _verify_stages(programs)
+    verify_shards(programs)
     registers = Registers(programs)
     for program in programs:
         verify_actions(program, registers)
     verify_transfers(programs)
     verify_collectives(programs)
     verify_stage_collectives(programs)
+    verify_sums(programs)
     verify_no_deadlock(programs)
     verify_tails(programs)
     for program in programs:
