@@ -148,8 +148,12 @@ def _cheapest_cut(kept: _Kept, nodes: Iterable[int], inner: Collection[int]) -> 
         if node in inner and _is_cheap(kept.model, kept.model.graph.nodes[node])
     ]
     for node in nodes:
-        parts = [(node, steps[node].writes)] if node in cheap else []
-        for key, writes in parts or [((node, s), ((s, size),)) for s, size in steps[node].writes]:
+        parts: list[tuple[object, tuple[tuple[int, float], ...]]]
+        if node in cheap:
+            parts = [(node, steps[node].writes)]
+        else:
+            parts = [((node, write[0]), (write,)) for write in steps[node].writes]
+        for key, writes in parts:
             network.add_edge((key, "in"), (key, "out"), capacity=sum(size for _, size in writes))
             made.update(dict.fromkeys((storage for storage, _ in writes), (key, "out")))
             if node not in cheap:
