@@ -44,6 +44,7 @@ REQUIRED = [
 ]
 ONNX = ["onnxscript>=0.5", "onnxruntime>=1.20"]
 EXAMPLES = ["transformers>=5"]
+SAFETENSORS = ["safetensors>=0.4.3"]
 DEVELOPMENT = [
     "build>=1.2",
     "hypothesis>=6.100",
@@ -80,8 +81,9 @@ setup(
     extras_require={
         "onnx": ONNX,
         "report": [],  # pictures are drawn with the standard library
+        "safetensors": SAFETENSORS,  # to read such weights
         "examples": EXAMPLES,
-        "dev": [*DEVELOPMENT, *ONNX, *EXAMPLES],
+        "dev": [*DEVELOPMENT, *ONNX, *SAFETENSORS, *EXAMPLES],
     },
     entry_points={"console_scripts": ["cutset=cutset.compiler.cli:main"]},
     classifiers=[

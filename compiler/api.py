@@ -18,23 +18,24 @@ from torch import nn
 
 from ..cost_models import parse_devices
 from ..passes.context import PlanOptions
-from ..passes.mesh import mesh_is_open
-from ..passes.pipeline import plan_graph
 from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
-from .batch import batch_size, contiguous, divisors, signature_of, take_rows
-from .capture import Captured, capture
+from .batch import batch_size, contiguous, signature_of, take_rows
+from .compare import STRATEGIES, StrategyFigures, compare
 from .ir.cluster import Cluster
-from .ir.errors import CaptureError, PlanFormatError, UsageError
+from .ir.errors import PlanFormatError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
 from .ir.mesh import Mesh
 from .ir.plan import OptimizerModel, Plan
-from .parallel import OptimizerFactory, Parallel, RunOptions, start_workers
+from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
 from .planned import ModelPlan, PlannedModel, build_programs
+from .planning import Planning
+from .ranks import start_workers
+from .weights import Weights
 
-__all__ = ["PlannedModel", "auto_partition", "plan_model"]
+__all__ = ["PlannedModel", "auto_partition", "compare_strategies", "plan_model"]
 
 Devices = int | str | PathLike[str] | Cluster | Sequence[torch.device]
 Progress = Callable[[str], None]
@@ -121,31 +122,13 @@ def plan_model(
         mesh=_mesh(mesh),
         zero=_zero(zero),
     )
-    count = _microbatch_count(rows, options, modes, cluster)
-
-    def captured_at(number: int) -> Captured:
-        args, kwargs = take_rows(call, rows // number)
-        say(f"capture {type(model).__name__} at {rows // number} rows a microbatch")
-        return capture(model, args, kwargs, mode=modes, loss_fn=loss_fn, check=check)
-
-    captured = captured_at(count)
-    if not captured.graph.nodes:
-        raise CaptureError(
-            "the model computes nothing from its inputs: there is nothing to partition",
-            where=f"model {type(model).__name__}",
-            ways_out=("pass a model with at least one operator on tensors",),
-        )
+    planning = Planning(model, call, cluster, modes, loss_fn, check, say)
     if given is not None:
+        captured = planning.captured(planning.first_count(options))
         check_plan_matches(given, fingerprint(captured.graph, type(model).__name__), cluster)
         chosen = replace(given, cluster=cluster)
     else:
-        chosen = plan_graph(captured.graph, cluster, batch_size=rows, options=options, progress=say)
-        if chosen.num_microbatches != count:
-            captured = captured_at(chosen.num_microbatches)
-            pinned = replace(options, num_microbatches=chosen.num_microbatches, mesh=chosen.mesh)
-            chosen = plan_graph(
-                captured.graph, cluster, batch_size=rows, options=pinned, progress=say
-            )
+        captured, chosen = planning.search(options)
     say("generate and verify programs")
     programs = build_programs(captured, chosen, clip_grad_norm)
     return PlannedModel(
@@ -158,6 +141,44 @@ def plan_model(
         call_signature=signature_of(take_rows(call, rows // chosen.num_microbatches)),
         training=model.training,
     )
+
+
+def compare_strategies(
+    model: nn.Module,
+    devices: Devices,
+    *,
+    strategies: Sequence[str] = STRATEGIES,
+    **planning: Any,
+) -> tuple[PlannedModel, tuple[StrategyFigures, ...]]:
+    """Plan `model`, and price the usual hand-written strategies beside the plan.
+
+    Args:
+        strategies: of `ddp`, `fsdp`, `tp` and `pp` (see `compiler/compare.py`).
+        planning: further arguments of `plan_model`.
+
+    Returns:
+        The planned model, and a row of figures for its plan and for each strategy.
+
+    Raises:
+        See `plan_model`; UsageError for an unknown strategy.
+    """
+    planned = plan_model(model, devices, **planning)
+    plan = planned.plan
+    pinned = ("num_microbatches", "schedule", "recompute")
+    search = Planning(
+        model=model,
+        call=planned.call,
+        cluster=plan.cluster,
+        mode=plan.mode,
+        loss_fn=planned.loss_fn,
+        check=False,
+        say=planning.get("progress") or (lambda line: None),
+        graphs={plan.num_microbatches: planned.captured},
+    )
+    options = PlanOptions(
+        optimizer=plan.optimizer, **{name: planning[name] for name in pinned if name in planning}
+    )
+    return planned, compare(search, plan, options, strategies)
 
 
 def auto_partition(
@@ -176,6 +197,7 @@ def auto_partition(
     timeout_seconds: float = 300.0,
     clip_grad_norm: float | None = None,
     session: Session | None = None,
+    weights: Weights | None = None,
     **planning: Any,
 ) -> Parallel:
     """Partition `model` over `devices` and return it ready to train and infer.
@@ -189,6 +211,9 @@ def auto_partition(
         keep_gradients: keep each step's gradients for `Parallel.gradients()`.
         timeout_seconds: longest wait for another rank before the run is given up.
         session: run on these ranks instead of starting local workers.
+        weights: first values, for a model on `meta`: a safetensors or `torch.save` file, a
+            directory of such with a Hugging Face index, a checkpoint, or a function from the name
+            and meta tensor of a parameter to its value. Each rank reads or is sent its parts only.
         planning: further arguments of `plan_model`.
 
     Raises:
@@ -201,7 +226,7 @@ def auto_partition(
     planning["plan"] = _given_plan(planning.get("plan"))
     own = None
     if session is None and (example_inputs is not None or example_kwargs):
-        own = _early_workers(model, devices, planning, timeout_seconds)
+        own = _early_workers(model, devices, planning, timeout_seconds, weights is not None)
     with contextlib.ExitStack() as on_error:
         if own is not None:
             on_error.callback(own.close)
@@ -226,6 +251,7 @@ def auto_partition(
             keep_gradients=keep_gradients,
             timeout_seconds=timeout_seconds,
             clip_grad_norm=clip_grad_norm,
+            weights=weights,
         )
         if own is not None and own.num_ranks != len(planned.programs):
             own.close()  # others, which share the cores anew, start on first use
@@ -241,7 +267,11 @@ def _cluster(devices: Devices, memory_limit_bytes: int | None) -> Cluster:
 
 
 def _early_workers(
-    model: nn.Module, devices: Devices, planning: Mapping[str, Any], timeout_seconds: float
+    model: nn.Module,
+    devices: Devices,
+    planning: Mapping[str, Any],
+    timeout_seconds: float,
+    has_weights: bool,
 ) -> LocalSession | None:
     """Workers that start while the model is captured and planned; None if none will be used.
 
@@ -249,7 +279,7 @@ def _early_workers(
     """
     cluster = _cluster(devices, planning.get("memory_limit_bytes"))
     is_meta = any(parameter.is_meta for parameter in model.parameters())
-    if under_torchrun() or is_meta or not cluster.local:
+    if under_torchrun() or (is_meta and not has_weights) or not cluster.local:
         return None
     plan = planning["plan"]
     count = len(cluster.devices)
@@ -342,26 +372,3 @@ def _zero(level: int | None) -> int | None:
             f"zero = {level!r} is no level of ZeRO", where="zero", ways_out=("one of 0, 1, 2, 3",)
         )
     return level
-
-
-def _microbatch_count(rows: int, options: PlanOptions, mode: Mode, cluster: Cluster) -> int:
-    """The count to capture at: the one asked for, or a first guess of up to eight a device.
-
-    Where a data axis may split the rows of a microbatch, it has one for each device.
-    """
-    legal = divisors(rows)
-    wanted = options.num_microbatches
-    if wanted is None:
-        target = len(cluster.devices) * (8 if mode is Mode.TRAIN else 1)
-        if mesh_is_open(cluster, mode, options):
-            target = max(1, rows // len(cluster.devices))
-        return max(count for count in legal if count <= max(1, target))
-    if wanted not in legal:
-        raise UsageError(
-            f"num_microbatches = {wanted} does not divide the batch of {rows} rows "
-            f"({rows} % {wanted} = {rows % wanted})"
-            if wanted > 0
-            else f"num_microbatches = {wanted} is not positive",
-            ways_out=(f"legal counts here: {', '.join(map(str, legal))}",),
-        )
-    return wanted

@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, replace
 
 from ..cost_models.simulator import Simulation
 from ..cost_models.timeline import render_timeline
+from .explain_sharding import layouts_json
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Plan, Stage
 from .module_names import modules_of_stages
 from .timeline import ideal_simulation
+from .words import bytes_text, count_text, plural, seconds_text
 
 __all__ = ["Boundary", "StageSummary", "binding", "explain", "explain_json", "summarize"]
 
@@ -131,7 +133,7 @@ def binding(plan: Plan) -> tuple[str, ...]:
         worst = max(range(len(times)), key=times.__getitem__)
         share = times[worst] * len(times) / sum(times) if sum(times) else 1.0
         sentences.append(
-            f"the slowest stage is {worst}: {_seconds(times[worst])} a microbatch, "
+            f"the slowest stage is {worst}: {seconds_text(times[worst])} a microbatch, "
             f"{share:.2f} times the mean"
         )
     if prediction.memory:
@@ -140,11 +142,12 @@ def binding(plan: Plan) -> tuple[str, ...]:
         verb = "is close to its limit" if _fullness(plan, fullest) > _NEARLY_FULL else "has room"
         sentences.append(
             f"memory {verb}: the fullest device is {fullest.device} with "
-            f"{_bytes(fullest.total_bytes)} of {_bytes(limit)} ({_fullness(plan, fullest):.0%})"
+            f"{bytes_text(fullest.total_bytes)} of {bytes_text(limit)} "
+            f"({_fullness(plan, fullest):.0%})"
         )
     sentences.append(
         f"the pipeline is idle {prediction.bubble_fraction:.0%} of the time with "
-        f"{_plural(plan.num_microbatches, 'microbatch', 'es')}"
+        f"{plural(plan.num_microbatches, 'microbatch', 'es')}"
     )
     return tuple(sentences)
 
@@ -164,6 +167,8 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "optimizer": plan.optimizer.name,
         "cluster": {"name": plan.cluster.name, "num_devices": len(plan.cluster.devices)},
         "mesh": str(plan.mesh),
+        "zero": plan.zero_level,
+        "layouts": layouts_json(plan),
         "stages": [_stage_json(summary) for summary in summarize(plan, graph)],
         "boundaries": [asdict(item) for item in boundaries(plan, graph)] if graph else None,
         "schedule": str(plan.schedule) if plan.schedule else None,
@@ -199,10 +204,10 @@ def _head(plan: Plan) -> str:
     devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     work = f"training with {plan.optimizer.name}" if plan.mode.value == "train" else "inference"
     return (
-        f"{model.name}: {_count(model.num_parameters)} parameters "
-        f"({_bytes(model.parameter_bytes)}), {work}, batch of {plan.batch_size} in "
-        f"{_plural(plan.num_microbatches, 'microbatch', 'es')}\n"
-        f"on {plan.cluster.name}: {devices}; {_plural(len(plan.stages), 'stage', 's')}"
+        f"{model.name}: {count_text(model.num_parameters)} parameters "
+        f"({bytes_text(model.parameter_bytes)}), {work}, batch of {plan.batch_size} in "
+        f"{plural(plan.num_microbatches, 'microbatch', 'es')}\n"
+        f"on {plan.cluster.name}: {devices}; {plural(len(plan.stages), 'stage', 's')}"
     )
 
 
@@ -242,16 +247,16 @@ def _stage_line(summary: StageSummary) -> str:
 def _work_text(summary: StageSummary) -> str:
     parts = [f"{summary.num_nodes} ops"]
     if summary.num_parameters is not None:
-        parts.append(f"{_count(summary.num_parameters)} parameters")
+        parts.append(f"{count_text(summary.num_parameters)} parameters")
     return "   ".join([*parts, *filter(None, [_times(summary)])])
 
 
 def _times(summary: StageSummary) -> str:
     parts = []
     if summary.forward_seconds is not None:
-        parts.append(f"forward {_seconds(summary.forward_seconds)}")
+        parts.append(f"forward {seconds_text(summary.forward_seconds)}")
     if summary.backward_seconds:
-        parts.append(f"backward {_seconds(summary.backward_seconds)}")
+        parts.append(f"backward {seconds_text(summary.backward_seconds)}")
     return "   ".join(parts)
 
 
@@ -259,14 +264,16 @@ def _memory_bar(used: int, limit: int) -> str:
     cells = 30
     filled = min(cells, round(used / limit * cells)) if limit else cells
     bar = "#" * filled + "." * (cells - filled)
-    return f"memory [{bar}] {_bytes(used)} of {_bytes(limit)} ({used / limit:.0%})"
+    return f"memory [{bar}] {bytes_text(used)} of {bytes_text(limit)} ({used / limit:.0%})"
 
 
 def _arrows(stage: int, sent: tuple[Boundary, ...], *, last: bool) -> list[str]:
     if last:
         return []
     notes = [
-        f"{_bytes(item.num_bytes)} to stage {item.target}" for item in sent if item.source == stage
+        f"{bytes_text(item.num_bytes)} to stage {item.target}"
+        for item in sent
+        if item.source == stage
     ]
     note = f"  {'; '.join(notes)} a microbatch" if notes else ""
     return [f"    |{_clip(note, _WIDTH - 6)}", "    v"]
@@ -286,10 +293,11 @@ def _schedule_text(plan: Plan) -> str:
     if len(lanes) > _LANES:
         lanes = [*lanes[:_LANES], f"... and {len(lanes) - _LANES} more ranks"]
     head = (
-        f"schedule {plan.schedule.name}: {_seconds(simulation.step_seconds)} by stage times alone"
+        f"schedule {plan.schedule.name}: {seconds_text(simulation.step_seconds)} by stage times "
+        "alone"
     )
     if shown.step_seconds < simulation.step_seconds:
-        head += f"; the first {_seconds(shown.step_seconds)}:"
+        head += f"; the first {seconds_text(shown.step_seconds)}:"
     return "\n".join([head, "(0-9 forward, a-z backward, A-Z weight gradient, . idle)", *lanes])
 
 
@@ -311,13 +319,13 @@ def _figures_text(plan: Plan) -> str:
     if plan.prediction is not None:
         seconds = plan.prediction.step_seconds
         rate = plan.batch_size / seconds if seconds > 0 else 0.0
-        lines.append(f"predicted step  {_seconds(seconds)}, {rate:.3g} rows a second")
+        lines.append(f"predicted step  {seconds_text(seconds)}, {rate:.3g} rows a second")
     lines.extend(f"what binds      {sentence}" for sentence in binding(plan))
     if plan.certificate is not None:
         proof = plan.certificate
         lines.append(
-            f"certificate     objective {_seconds(proof.objective)}, nothing below "
-            f"{_seconds(proof.lower_bound)} (gap {proof.gap:.2%})"
+            f"certificate     objective {seconds_text(proof.objective)}, nothing below "
+            f"{seconds_text(proof.lower_bound)} (gap {proof.gap:.2%})"
         )
         lines.append(f"                searched: {proof.search_space}")
         lines.append(f"                by {proof.solver} in {proof.solver_seconds:.2f} s")
@@ -326,28 +334,3 @@ def _figures_text(plan: Plan) -> str:
 
 def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
-
-
-def _plural(count: int, noun: str, ending: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}{ending}"
-
-
-def _count(number: int) -> str:
-    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}"
-    return str(number)
-
-
-def _bytes(number: int) -> str:
-    for factor, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number} B"
-
-
-def _seconds(number: float) -> str:
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.3g} s"

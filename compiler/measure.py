@@ -39,6 +39,7 @@ def measure_training(
     loss_fn: LossFunction | None = None,
     steps: int = 1,
     compare: bool = False,
+    after_steps: Callable[[], None] = lambda: None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> MeasuredRun:
     """Train `steps` steps on one batch.
@@ -49,6 +50,7 @@ def measure_training(
         loss_fn: the one that `parallel` was made with; tells which of `args` are targets.
         steps: optimizer steps.
         compare: also collect outputs (before training), gradients (first step) and weights (last).
+        after_steps: called after the last step, before memory is measured in one more.
         progress: receives one line a step.
     """
     named = dict(kwargs or {})
@@ -69,6 +71,7 @@ def measure_training(
             gradients = parallel.gradients()
     if compare:
         state = parallel.state_dict()
+    after_steps()
     progress("measure memory in one more step")
     parallel.measure_memory()
     parallel.train_step(*args, **named)

@@ -78,20 +78,6 @@ _PARTS = frozenset(
 )
 
 
-# -- collectives -------------------------------------------------------------------------------
-
-
-def _collective(c: NodeContext) -> Adjoint:
-    """Nothing is saved. What splits or joins parts holds them beside operand and result."""
-    keeps = c.node.op.packet in ("all_reduce", "as_partial")
-    moves = c.node.op.packet in ("all_gather", "reduce_scatter", "all_to_all")
-    return Adjoint(
-        gradients=c.each(temporary=c.all_bytes / 2 if moves else 0.0),
-        forward_temporary_bytes=c.all_bytes / 2 if moves else 0.0,
-        aliased=frozenset(c.wanted if keeps else ()),
-    )
-
-
 # -- elementwise -------------------------------------------------------------------------------
 
 

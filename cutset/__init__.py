@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .compiler.api import auto_partition, plan_model
+    from .compiler.api import auto_partition, compare_strategies, plan_model
     from .compiler.ir.cluster import Cluster
     from .compiler.ir.errors import (
         CaptureError,
@@ -50,6 +50,7 @@ __all__ = [
     "WorkerLost",
     "__version__",
     "auto_partition",
+    "compare_strategies",
     "load_plan",
     "plan_model",
     "save_plan",
@@ -64,6 +65,7 @@ _HOMES = {
     "Parallel": (".compiler.parallel", "Parallel"),
     "Plan": (".compiler.ir.plan", "Plan"),
     "auto_partition": (".compiler.api", "auto_partition"),
+    "compare_strategies": (".compiler.api", "compare_strategies"),
     "load_plan": (".compiler.plan_json", "load_plan"),
     "plan_model": (".compiler.api", "plan_model"),
     "save_plan": (".compiler.plan_json", "save_plan"),

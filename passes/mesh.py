@@ -17,48 +17,28 @@ ranks lie closest together, as they talk most (Narayanan et al., Megatron-LM, 20
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.cluster import Cluster
-from ..compiler.ir.errors import InfeasibleError, UsageError
+from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
-from ..compiler.ir.plan import PIPELINE, Certificate, Plan
-from ..compiler.sharding.sharding import make_sharding
-from ..compiler.sharding.zero import zero_layouts
-from ..cost_models.analysis import batch_rows
-from ..cost_models.ops import price
-from .columns import Column, column_of, parameters_of, stage_devices
+from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Alternative, Certificate, Plan
+from .candidates import Candidate, Pricing, Way
 from .context import Context, PlanOptions
-from .layouts.choose import LayoutChoice, plan_layouts
-from .layouts.statement import LayoutOptions
 from .microbatches import candidates, pinned_count
-from .partition.fitting import find_fitting, with_memory
-from .partition.from_graph import state_problem
-from .partition.prepare import stage_counts, state
-from .partition.search import SearchLimits, Solution, Tables, estimate, search
-from .partition.statement import Statement
+from .partition.fitting import Fit
+from .pinned import check_pinned, updates_elementwise
 
-__all__ = ["DATA", "TENSOR", "ChooseMesh", "mesh_is_open", "meshes"]
+__all__ = ["ChooseMesh", "mesh_is_open", "meshes"]
 
-DATA, TENSOR = "data", "tensor"
 _PROVEN = 4
-_TYPICAL = 1.1  # the additive bound of memory, as a share of the need
-_ELEMENTWISE = frozenset(
-    "adamw adam sgd rmsprop adagrad nadam radam adamax adadelta asgd rprop test".split()
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A priced plan without stages; its layouts' bound is `share` of what they cost."""
-
-    plan: Plan
-    seconds: float
-    lower_bound: float
-    share: float
+_CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
+_FINALISTS = 4  # meshes, beside those of one axis
+_ALTERNATIVES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +48,9 @@ class ChooseMesh:
     name: str = "mesh"
 
     def run(self, plan: Plan, context: Context) -> Plan:
+        check_pinned(plan.cluster, plan.mode, context.options)
         if not mesh_is_open(plan.cluster, plan.mode, context.options):
             return plan
-        if context.options.mesh is not None:
-            _check_pinned(plan, context, context.options.mesh)
         return _Search(plan, context).run()
 
 
@@ -83,28 +62,6 @@ def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
     fixed = options.num_stages is not None or options.pins or options.device_pins
     trains = mode is Mode.TRAIN
     return trains and len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
-
-
-def _check_pinned(plan: Plan, context: Context, mesh: Mesh) -> None:
-    known = (DATA, PIPELINE, TENSOR)
-    for axis in mesh.axes:
-        if axis.name not in known:
-            raise UsageError(
-                f"unknown mesh axis {axis.name!r}", where="mesh", ways_out=(f"one of {known}",)
-            )
-    if mesh.size > len(plan.cluster.devices):
-        raise UsageError(
-            f"mesh {mesh} needs {mesh.size} devices, the cluster has {len(plan.cluster.devices)}",
-            where="mesh",
-            ways_out=("shrink an axis", "plan for more devices"),
-        )
-    stages = context.options.num_stages
-    if stages is not None and stages != mesh.axis(PIPELINE).size:
-        raise UsageError(
-            f"num_stages = {stages} contradicts mesh {mesh}",
-            where="mesh",
-            ways_out=(f"leave num_stages out, or pass {PIPELINE}={stages}",),
-        )
 
 
 def meshes(num_devices: int, rows: int) -> Iterator[Mesh]:
@@ -131,33 +88,47 @@ class _Search:
     def __init__(self, plan: Plan, context: Context) -> None:
         self.plan = plan
         self.context = context
-        self.rows = batch_rows(context.graph)
-        kind = replace(plan.cluster.type_of(0), overhead_seconds=0.0)
-        costs = price(context.graph, kind)
-        self.work = sum(cost.total_seconds for cost in costs) * plan.batch_size / self.rows
-        self.layouts: dict[tuple[str, int], LayoutChoice | None] = {}
-        self.columns: dict[object, Column] = {}
-        self.statements: dict[object, Statement] = {}
-        self.found: list[_Candidate] = []
-        self.bounds: list[float] = []  # of what was not looked at
+        self.pricing = Pricing(plan, context)
+        self.found: list[Candidate] = []
+        self.looked_at: dict[int, Fit | None] = {}  # by place in `found`
+        self.bounds: list[float] = []  # of what was not priced
 
     def run(self) -> Plan:
-        for mesh, count in sorted(self.space(), key=lambda item: (self.bound(*item), str(item[0]))):
+        unfit: dict[Mesh, int] = {}  # most microbatches with which a mesh does not fit
+        for mesh, count in sorted(self.space(), key=self.order):
             best = min((item.seconds for item in self.found), default=math.inf)
             if self.bound(mesh, count) >= best:
                 self.bounds.append(self.bound(mesh, count))
-            else:
-                self.look_at(mesh, count)
+            elif count > unfit.get(mesh, 0):  # fewer microbatches never need less memory
+                before = len(self.found)
+                self.price(mesh, count, self.hopeful(mesh, count))
+                if len(self.found) == before:
+                    unfit[mesh] = count
         return self.finish()
+
+    def order(self, item: tuple[Mesh, int]) -> tuple[float, int, str]:
+        """Least bound first; of equal ones more microbatches, which need less memory."""
+        mesh, count = item
+        return round(self.bound(mesh, count) / (self.pricing.work or 1.0), 9), -count, str(mesh)
+
+    def hopeful(self, mesh: Mesh, count: int) -> Iterator[Way]:
+        """The ways on `mesh`, without the layouts that do not fit even at the last level."""
+        for _, alike in itertools.groupby(self.ways(mesh), key=lambda way: way.saving):
+            group = tuple(alike)
+            if len(group) == 1 or self.pricing.candidate(mesh, count, group[-1]) is not None:
+                yield from group
 
     def space(self) -> list[tuple[Mesh, int]]:
         """Meshes with numbers of microbatches."""
         plan, options = self.plan, self.context.options
         pinned = options.mesh
-        every = meshes(len(plan.cluster.devices), self.rows) if pinned is None else (pinned,)
+        rows = self.pricing.rows
+        every = meshes(len(plan.cluster.devices), rows) if pinned is None else (pinned,)
         table = []
         for mesh in every:
             data, stages = mesh.axis(DATA).size, mesh.axis(PIPELINE).size
+            if options.zero and data == 1:
+                continue
             counts = [
                 count
                 for count in _microbatch_counts(plan, self.context, stages)
@@ -176,162 +147,131 @@ class _Search:
         """No plan on `mesh` with `count` microbatches is faster."""
         stages = mesh.axis(PIPELINE).size
         inner = mesh.axis(DATA).size * mesh.axis(TENSOR).size
-        return (stages + count - 1) / (stages * count) * self.work / inner
+        return (stages + count - 1) / (stages * count) * self.pricing.work / inner
 
-    def look_at(self, mesh: Mesh, count: int) -> None:
-        """Price the plans on `mesh` with `count` microbatches: least ZeRO first."""
+    def ways(self, mesh: Mesh) -> tuple[Way, ...]:
+        """Ways to save memory on `mesh`, least first."""
+        options = self.context.options
         if all(axis.name == PIPELINE for axis in mesh.axes):
-            plan = replace(self.plan, mesh=mesh, num_microbatches=count)
-            self.keep(self.evaluate(plan), 0)
-            return
-        for saving in (False, True):
-            choice = self.choose_layouts(mesh, count, saving)
-            if choice is None:
-                continue
-            for level in self.levels(mesh):
-                plan = self.with_layouts(mesh, count, choice, level)
-                share = choice.lower_bound / choice.objective if choice.objective else 1.0
-                if self.keep(self.evaluate(plan, share), level):
-                    return
+            return (Way(0, saving=False),)
+        levels: tuple[int, ...] = (0,)
+        if options.zero is not None:
+            levels = (options.zero,)
+        elif mesh.axis(DATA).size > 1 and updates_elementwise(self.plan.optimizer.name):
+            levels = (0, 1, 2, 3)
+        return tuple(Way(level, saving) for saving in (False, True) for level in levels)
 
-    def keep(self, candidate: _Candidate | None, level: int) -> bool:
-        if candidate is None:
-            return False
-        self.found.append(candidate)
-        plan = candidate.plan
-        self.context.progress(
-            f"mesh {plan.mesh}, {plan.num_microbatches} microbatches, ZeRO-{level}: "
-            f"{candidate.seconds:.6g} s a step"
-        )
-        return True
-
-    def levels(self, mesh: Mesh) -> tuple[int, ...]:
-        pinned = self.context.options.zero
-        if pinned is not None:
-            return (pinned,)
-        splits = mesh.axis(DATA).size > 1 and self.plan.optimizer.name in _ELEMENTWISE
-        return (0, 1, 2, 3) if splits else (0,)
-
-    def choose_layouts(self, mesh: Mesh, count: int, saving: bool) -> LayoutChoice | None:
-        """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory."""
-        inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
-        stages = mesh.axis(PIPELINE).size
-        key = (str(inner), saving and count)
-        if key in self.layouts:
-            return self.layouts[key]
-        if mesh.axis(TENSOR).size > 1 and self.plan.optimizer.name not in _ELEMENTWISE:
-            return None
-        memory = None
-        if saving:
-            limit = self.plan.cluster.type_of(0).memory_bytes
-            memory = stages * min(limit, self.context.options.memory_limit_bytes or limit)
-        options = LayoutOptions(
-            num_microbatches=stages + count - 1,
-            in_flight=min(stages, count) * self.plan.batch_size / count / self.rows,
-            memory_bytes=memory,
-            optimizer=self.plan.optimizer,
-        )
-        devices = stage_devices(mesh)[0]
-        try:
-            choice = plan_layouts(self.context.graph, inner, self.plan.cluster, devices, options)
-        except InfeasibleError:
-            choice = None
-        self.layouts[key] = choice
-        return choice
-
-    def evaluate(self, plan: Plan, share: float = 1.0) -> _Candidate | None:
-        """The step of `plan`, whose layouts are within `share` of their bound; None if it does not
-        fit."""
-        statement, counts = self.pipeline(plan)
-        if statement is None or self.is_too_large(plan, statement):
-            return None
-        problem = with_memory(state_problem(statement, plan.num_microbatches), _TYPICAL)
-        limits = SearchLimits(tolerance=self.context.options.tolerance, num_orders=1)
-        solution = estimate(problem, counts, limits)
-        if math.isinf(solution.seconds):
-            return None
-        return _Candidate(plan, solution.seconds, solution.lower_bound * share, share)
-
-    def pipeline(self, plan: Plan) -> tuple[Statement | None, tuple[int, ...]]:
-        """The pipeline of one column; none if the model has fewer parts than stages.
-
-        Plans that differ in microbatches only have the same, and if they hold the same parts of
-        parameters, the same but for what gradients and states take.
-        """
-        held = tuple(entry.held for entry in plan.parameter_layouts)
-        key = (str(plan.mesh), plan.node_layouts, held)
-        if key not in self.columns:
-            self.columns[key] = column_of(plan, self.context)
-            self.statements[key] = state(self.columns[key].plan, self.columns[key].context)
-        column, statement = self.columns[key], self.statements[key]
-        if len(statement.units) < plan.mesh.axis(PIPELINE).size:
-            return None, ()
-        parameters = parameters_of(plan, self.context.graph, column)
-        counts = stage_counts(column.plan, column.context, len(statement.units))
-        return replace(statement, parameters=parameters), counts
-
-    def is_too_large(self, plan: Plan, statement: Statement) -> bool:
-        """Whether parameters, gradients and states alone exceed the memory of all stages."""
-        held = sum(value.type.num_bytes for value in statement.graph.values_of(ValueKind.PARAMETER))
-        held += sum(e.gradient_bytes + e.state_bytes for e in statement.parameters.values())
-        limit = plan.cluster.type_of(0).memory_bytes
-        limit = min(limit, self.context.options.memory_limit_bytes or limit)
-        return held > plan.mesh.axis(PIPELINE).size * limit
-
-    def with_layouts(self, mesh: Mesh, count: int, choice: LayoutChoice, level: int) -> Plan:
-        """The plan before its stages, layouts in the order of the mesh's own axes."""
-        parameters = choice.parameter_layouts
-        if level:
-            sharding = make_sharding(
-                self.context.graph,
-                choice.mesh,
-                choice.node_layouts,
-                choice.layouts,
-                choice.parameter_layouts,
-            )
-            parameters = zero_layouts(self.context.graph, sharding, DATA, level)
-        return replace(
-            self.plan,
-            mesh=mesh,
-            node_layouts=choice.node_layouts,
-            layouts=choice.layouts,
-            parameter_layouts=parameters,
-            num_microbatches=count,
-        )
+    def price(self, mesh: Mesh, count: int, ways: Iterable[Way]) -> None:
+        """Price plans on `mesh` with `count` microbatches: the first of `ways` that fits, and if
+        that is without ZeRO the next as well, which may be faster, as ranks share the update."""
+        fits = False
+        for way in ways:
+            if fits and not way.zero:
+                return
+            candidate = self.pricing.candidate(mesh, count, way)
+            if candidate is not None:
+                self.found.append(candidate)
+                self.context.progress(
+                    f"mesh {mesh}, {count} microbatches, ZeRO-{way.zero}: "
+                    f"{candidate.seconds:.6g} s a step"
+                )
+            if fits or (candidate is not None and way.zero):
+                return
+            fits = candidate is not None
 
     def finish(self) -> Plan:
-        """The fastest candidate that fits by liveness."""
-        ordered = sorted(self.found, key=lambda item: item.seconds)
-        for candidate in ordered:
-            if self.fits(candidate):
-                floor = min([candidate.seconds, *self.bounds, *self.proven(candidate.seconds)])
-                certificate = Certificate(
-                    objective=candidate.seconds,
-                    lower_bound=floor,
-                    gap=max(0.0, 1.0 - floor / candidate.seconds) if candidate.seconds else 0.0,
-                    search_space=self.told(),
-                    solver="",
-                    solver_seconds=0.0,
+        """The fastest of the finalists, all of which fit by liveness."""
+        while pending := [place for place in self.finalists() if place not in self.looked_at]:
+            for place in pending:
+                candidate = self.found[place]
+                self.looked_at[place] = self.pricing.fit(candidate.plan)
+                if self.looked_at[place] is None:
+                    mesh, count = candidate.plan.mesh, candidate.plan.num_microbatches
+                    ways = self.ways(mesh)
+                    self.price(mesh, count, ways[ways.index(candidate.way) + 1 :])
+        if not self.finalists():
+            return self.smallest()
+        best = min(self.finalists(), key=lambda place: (self.seconds(place), place))
+        seconds = self.seconds(best)
+        floor = min([seconds, *self.bounds, *self.proven(seconds)])
+        certificate = Certificate(
+            objective=seconds,
+            lower_bound=floor,
+            gap=max(0.0, 1.0 - floor / seconds) if seconds else 0.0,
+            search_space=self.told(),
+            solver="",
+            solver_seconds=0.0,
+        )
+        plan = replace(
+            self.found[best].plan, certificate=certificate, alternatives=self.alternatives(best)
+        )
+        return self.warned(plan)
+
+    def seconds(self, place: int) -> float:
+        """Of a candidate, by the closest look that was taken at it."""
+        fit = self.looked_at.get(place)
+        return fit.solution.seconds if fit is not None else self.found[place].seconds
+
+    def finalists(self) -> list[int]:
+        """Candidates to look at closely, or that have passed that: the best of each mesh, for the
+        best meshes, and for those of one axis, which are what people write by hand."""
+        rest = [i for i in range(len(self.found)) if self.looked_at.get(i, True) is not None]
+        rest.sort(key=lambda place: (self.found[place].seconds, place))
+        first: dict[str, int] = {}
+        for place in rest:
+            first.setdefault(str(self.found[place].plan.mesh), place)
+        chosen = list(first.values())
+        limit = _CLOSE * self.found[chosen[0]].seconds if chosen else 0.0
+        return [
+            place
+            for rank, place in enumerate(chosen)
+            if self.found[place].seconds <= limit
+            and (rank < _FINALISTS or len(self.found[place].plan.mesh.axes) == 1)
+        ]
+
+    def alternatives(self, best: int) -> tuple[Alternative, ...]:
+        """The best of other meshes, fastest first; those that fit before those that do not."""
+        entries = []
+        for place, candidate in enumerate(self.found):
+            plan = candidate.plan
+            if plan.mesh != self.found[best].plan.mesh:
+                entries.append(
+                    Alternative(
+                        mesh=plan.mesh,
+                        num_microbatches=plan.num_microbatches,
+                        zero=plan.zero_level,
+                        step_seconds=self.seconds(place),
+                        fits=self.looked_at.get(place, True) is not None,
+                    )
                 )
-                return replace(candidate.plan, certificate=certificate)
-        return self.smallest()
+        entries.sort(key=lambda entry: (not entry.fits, entry.step_seconds, str(entry.mesh)))
+        first: dict[str, Alternative] = {}
+        for entry in entries:
+            first.setdefault(str(entry.mesh), entry)
+        return tuple(first.values())[:_ALTERNATIVES]
+
+    def warned(self, plan: Plan) -> Plan:
+        """A level of ZeRO that was asked for and has nothing to split is not dropped in silence."""
+        level = self.context.options.zero
+        if not level or plan.zero_level == level:
+            return plan
+        text = (
+            f"ZeRO-{level} was asked for, the plan has ZeRO-{plan.zero_level}: no parameter has a "
+            f"dim that could be split over the {DATA} axis"
+        )
+        return replace(plan, warnings=(*plan.warnings, text))
 
     def proven(self, best: float) -> Iterator[float]:
-        """Bounds of all that was looked at; where the bound of the dynamic program is below the
-        best step, the integer program is asked as well, for the few where it is lowest."""
-        for number, candidate in enumerate(sorted(self.found, key=lambda item: item.lower_bound)):
+        """Bounds of all that was priced; where the bound of the dynamic program is below the best
+        step, the integer program is asked as well, for the few where it is lowest."""
+        order = sorted(range(len(self.found)), key=lambda place: self.found[place].lower_bound)
+        for number, place in enumerate(order):
+            candidate = self.found[place]
             bound = candidate.lower_bound
             if bound < best and number < _PROVEN:
-                bound = max(bound, self.searched(candidate).lower_bound * candidate.share)
+                found = self.pricing.searched(candidate.plan)
+                bound = max(bound, found.lower_bound * candidate.share)
             yield bound
-
-    def searched(self, candidate: _Candidate) -> Solution:
-        statement, counts = self.pipeline(candidate.plan)
-        assert statement is not None
-        problem = state_problem(statement, candidate.plan.num_microbatches)
-        options = self.context.options
-        limits = SearchLimits(tolerance=options.tolerance, time_limit=1.0, seed=options.seed)
-        return search(with_memory(problem, _TYPICAL), counts, limits)
 
     def told(self) -> str:
         if self.context.options.mesh is not None:
@@ -341,29 +281,18 @@ class _Search:
             "their layouts, ZeRO 0 to 3, microbatches"
         )
 
-    def fits(self, candidate: _Candidate) -> bool:
-        statement, counts = self.pipeline(candidate.plan)
-        assert statement is not None
-        problem = state_problem(statement, candidate.plan.num_microbatches)
-        limits = SearchLimits(tolerance=self.context.options.tolerance, num_orders=1)
-        tables = Tables.of(problem, limits)
-        fit = find_fitting(
-            statement, problem, counts, lambda other: estimate(other, counts, limits, tables)
-        )
-        return fit is not None
-
     def smallest(self) -> Plan:
         """Nothing fits: what needs least, so that the error of the next pass is about that."""
         count = len(self.plan.cluster.devices)
-        pinned = self.context.options.mesh
-        mesh = pinned or Mesh((MeshAxis(PIPELINE, count),))
+        mesh = self.context.options.mesh or Mesh((MeshAxis(PIPELINE, count),))
         counts = _microbatch_counts(self.plan, self.context, mesh.axis(PIPELINE).size)
         if all(axis.name == PIPELINE for axis in mesh.axes):
             return replace(self.plan, num_microbatches=counts[-1])
-        choice = self.choose_layouts(mesh, counts[-1], True)
-        choice = choice or self.choose_layouts(mesh, counts[-1], False)
-        assert choice is not None
-        return self.with_layouts(mesh, counts[-1], choice, self.levels(mesh)[-1])
+        least = self.ways(mesh)[-1]
+        plan = self.pricing.plan_on(mesh, counts[-1], least)
+        plan = plan or self.pricing.plan_on(mesh, counts[-1], replace(least, saving=False))
+        assert plan is not None, "without a limit of memory there are layouts"
+        return plan
 
 
 def _microbatch_counts(plan: Plan, context: Context, stages: int) -> list[int]:

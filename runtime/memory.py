@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["measure_peak", "resident_bytes", "storage_bytes"]
+__all__ = [
+    "measure_peak",
+    "peak_resident_bytes",
+    "reset_peak_resident",
+    "resident_bytes",
+    "storage_bytes",
+]
 
 T = TypeVar("T")
 
@@ -62,3 +68,16 @@ def resident_bytes() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
         pages = int(file.read().split()[1])
     return pages * 4096
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set size of this process so far, or since `reset_peak_resident` (Linux)."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak_resident() -> None:
+    """Measure the peak from now on (Linux; `man 5 proc_pid_clear_refs`)."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import linecache
 import time
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,23 @@ from torch import Tensor
 from ..compiler.ir.graph import Mode, Output, OutputKind
 from ..compiler.ir.program import Program, StageProgram
 from ..compiler.ir.text import parse_program
+from .checkpoint_files import SavedPart, WrittenPart, begin, discard, publish, write_parts
 from .collective_ops import StageCollectives
 from .communicator import Communicator
 from .executor import Executor, Step
 from .gradient_parts import parts_kept
 from .kernels import StageKernels, trace_inference, trace_training
-from .memory import measure_peak, resident_bytes, storage_bytes
+from .memory import (
+    measure_peak,
+    peak_resident_bytes,
+    reset_peak_resident,
+    resident_bytes,
+    storage_bytes,
+)
 from .optimizer import Hyperparameters, OptimizerSpec, RankOptimizer
 from .parts import Part, view_of
 from .rng import make_key
+from .weights import StoredPart, WeightReader
 
 __all__ = ["Rank"]
 
@@ -157,25 +165,46 @@ class Rank:
                     type.shape, dtype=type.dtype, device=self.device
                 )
 
-    def set_tensors(self, *, tensors: Mapping[str, Tensor], parameters: list[str]) -> None:
-        """Take copies of parameters and buffers by name; `parameters` names the first.
+    def set_tensors(
+        self, *, tensors: Mapping[str, Tensor], parameters: list[str], shared: bool = True
+    ) -> None:
+        """Take parameters and buffers by name; `parameters` names the first.
 
         A parameter that is already here keeps its storage, which the optimizer knows.
+
+        Args:
+            shared: the caller has these tensors too, so that copies are taken.
         """
         for name, tensor in tensors.items():
-            value = tensor.detach().to(self.device)
             if name in self._parameters:
-                self._parameters[name].data.copy_(value)
-                continue
-            value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
-            self._tensors[name] = value
-            if name in parameters:
-                self._parameters[name] = torch.nn.Parameter(
-                    value, requires_grad=value.is_floating_point()
-                )
-                self._tensors[name] = self._parameters[name].detach()
+                self._parameters[name].data.copy_(tensor.detach())
+            else:
+                value = tensor.detach().to(self.device, copy=shared)
+                self._add_tensor(name, value, name in parameters)
+        self._refresh_optimizer()
+
+    def read_tensors(self, *, parts: Mapping[str, StoredPart], parameters: list[str]) -> None:
+        """As `set_tensors`, of what lies in files, one after the other."""
+        reader = WeightReader()
+        for name, part in parts.items():
+            if name in self._parameters:
+                self._parameters[name].data.copy_(reader.read(part, self.device))
+            else:
+                self._add_tensor(name, reader.read(part, self.device), name in parameters)
+        reader.close()
+        self._refresh_optimizer()
+
+    def _refresh_optimizer(self) -> None:
         if self._optimizer is not None:
             self._optimizer.refresh()
+
+    def _add_tensor(self, name: str, value: Tensor, is_parameter: bool) -> None:
+        self._tensors[name] = value
+        if is_parameter:
+            self._parameters[name] = torch.nn.Parameter(
+                value, requires_grad=value.is_floating_point()
+            )
+            self._tensors[name] = self._parameters[name].detach()
 
     def configure_optimizer(
         self,
@@ -324,10 +353,106 @@ class Rank:
         if self._optimizer is not None:
             self._optimizer.load_state(state)
 
+    def optimizer_state_types(self) -> dict[str, dict[str, Any]]:
+        """`optimizer_state` with tensors on meta."""
+        return {
+            name: {
+                key: value.to("meta") if isinstance(value, Tensor) else value
+                for key, value in entries.items()
+            }
+            for name, entries in self.optimizer_state().items()
+        }
+
+    def read_optimizer_state(self, *, state: Mapping[str, dict[str, Any]]) -> None:
+        """Take the state that lies in files, or is plain data, one parameter after the other."""
+        reader = WeightReader()
+        for name, entries in state.items():
+            self.load_optimizer_state(
+                state={
+                    name: {
+                        key: reader.read(value, self.device)
+                        if isinstance(value, StoredPart)
+                        else value
+                        for key, value in entries.items()
+                    }
+                }
+            )
+        reader.close()
+
+    # -- checkpoints ---------------------------------------------------------------------------
+    # What may go wrong with files is a reply, so that the job goes on after a failed save.
+
+    def begin_checkpoint(self, *, directory: str) -> str | None:
+        """Make `directory` (on rank 0); what went wrong."""
+        return _failure_of_files(begin, directory) if self.rank == 0 else None
+
+    def write_checkpoint(
+        self,
+        *,
+        directory: str,
+        parts: list[SavedPart],
+        others: Mapping[str, Tensor],
+        objects: Mapping[str, Any],
+    ) -> list[WrittenPart] | str:
+        """Write parts of what is held here, other whole tensors and objects, both by key.
+
+        Returns:
+            what was written, or what went wrong.
+        """
+        state = self.optimizer_state()
+        held = [
+            (
+                part.key,
+                part.whole,
+                part.offset,
+                self._tensors[part.name] if part.entry is None else state[part.name][part.entry],
+            )
+            for part in parts
+        ]
+        whole = [(key, tuple(t.shape), (0,) * t.ndim, t.detach()) for key, t in others.items()]
+        try:
+            return write_parts(directory, self.rank, [*held, *whole], objects)
+        except (OSError, RuntimeError) as error:  # torch has the latter for a full disk
+            return f"{type(error).__name__}: {error}"
+
+    def publish_checkpoint(
+        self,
+        *,
+        directory: str,
+        target: str,
+        parts: list[WrittenPart],
+        paths: Mapping[str, tuple[str | int, ...]],
+    ) -> str | None:
+        """Give the checkpoint in `directory` its name (on rank 0); what went wrong."""
+        if self.rank:
+            return None
+        return _failure_of_files(publish, directory, target, parts, paths)
+
+    def discard_checkpoint(self, *, directory: str) -> None:
+        """Remove what a failed save has written (on rank 0)."""
+        if self.rank == 0:
+            discard(directory)
+
     def memory(self) -> dict[str, int]:
-        """Bytes held between steps, and the resident size of the process."""
+        """Bytes held between steps, the resident size of the process and its peak."""
         held = storage_bytes(self._held_tensors())
-        return {"held_bytes": held, "resident_bytes": resident_bytes()}
+        return {
+            "held_bytes": held,
+            "resident_bytes": resident_bytes(),
+            "peak_resident_bytes": peak_resident_bytes(),
+        }
+
+    def reset_peak(self) -> None:
+        """Measure the peak of the resident size from now on."""
+        reset_peak_resident()
+
+
+def _failure_of_files(run: Callable[..., None], *arguments: Any) -> str | None:
+    try:
+        run(*arguments)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _functions(source: str, filename: str) -> dict[str, Any]:

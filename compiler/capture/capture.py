@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from .masks import simplify_masks
 from .quiet import without_trace_log
 from .rows import keep_rows
 from .signature import InputSignature, LossFunction, OutputSignature, num_targets
+from .state import all_on_meta, numbers_kept
 
 __all__ = ["Captured", "capture"]
 
@@ -86,12 +88,16 @@ def capture(
     is_meta = any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     if is_meta:
         tensors = [tensor.to("meta") for tensor in tensors]
-    with without_trace_log():
+    name = type(model).__name__
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_trace_log())
+        if is_meta:
+            stack.enter_context(all_on_meta(model))
+            stack.enter_context(numbers_kept())
         exported = export_model(
             model, inputs, tensors, mode=mode, loss_fn=loss_fn, keep_outputs=keep_outputs
         )
-    name = type(model).__name__
-    lowered = lower(exported, model, inputs, mode=mode, name=name)
+        lowered = lower(exported, model, inputs, mode=mode, name=name)
     captured = Captured(
         graph=keep_rows(simplify_masks(lowered.graph)),
         tensors=lowered.tensors,

@@ -206,6 +206,11 @@ class _Lowering:
         if packet == "as_strided":
             self.as_strided(node)
             return
+        if packet == "_to_copy" and _moves_only(node):
+            (source,) = node.args
+            assert isinstance(source, fx.Node)
+            self.single[node] = self.single[source]
+            return
         inputs: list[int] = []
         args = tuple(self.attribute(node, item, inputs) for item in node.args)
         kwargs = tuple(
@@ -366,6 +371,14 @@ class _Lowering:
                 leaf = next(leaves)
                 yield Output(OutputKind.USER, value, leaf.origin, leaf.batch_dim)
         yield from changed
+
+
+def _moves_only(node: fx.Node) -> bool:
+    """Whether a `_to_copy` changes nothing but the device, of which a stage has one."""
+    (source,) = node.args
+    assert isinstance(source, fx.Node)
+    same_type = source.meta["val"].dtype == node.meta["val"].dtype
+    return "device" in node.kwargs and same_type and {*node.kwargs} <= {"dtype", "layout", "device"}
 
 
 def _one_of_one(node: fx.Node, call: _Call) -> _Call:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["same_contents", "unchanged"]
+__all__ = ["all_on_meta", "numbers_kept", "same_contents", "unchanged"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+META = torch.device("meta")
 
 
 @contextlib.contextmanager
@@ -67,3 +70,48 @@ def same_contents(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(contents[name])
+
+
+@contextlib.contextmanager
+def all_on_meta(model: nn.Module) -> Iterator[None]:
+    """Buffers and parameters of a model that is on meta in part, all on meta inside."""
+    twins: dict[int, Tensor] = {}
+
+    def twin(tensor: Tensor) -> Tensor:
+        if id(tensor) not in twins:
+            value = tensor.detach().to("meta")
+            trained = tensor.requires_grad
+            is_parameter = isinstance(tensor, nn.Parameter)
+            twins[id(tensor)] = nn.Parameter(value, trained) if is_parameter else value
+        return twins[id(tensor)]
+
+    tables = [
+        table
+        for module in model.modules()
+        for table in (module.__dict__["_parameters"], module.__dict__["_buffers"])
+    ]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.is_meta:
+                    table[name] = twin(tensor)
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.update(entries)
+
+
+class numbers_kept(TorchFunctionMode):
+    """Has `torch.tensor(numbers, device="meta")` make a tensor on the CPU first.
+
+    It becomes a constant of the traced program, which on meta would have lost its numbers.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is not torch.tensor or torch.device(kwargs.get("device") or "cpu") != META:
+            return function(*args, **kwargs)
+        return function(*args, **{**kwargs, "device": "cpu"}).to(META)

@@ -48,9 +48,13 @@ class LoadedModel:
     def is_meta(self) -> bool:
         """Whether there are tensors without values, so that the model can be planned, not run."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
+        return self.has_meta_inputs or any(tensor.is_meta for tensor in tensors)
+
+    @property
+    def has_meta_inputs(self) -> bool:
+        """Whether there are inputs without values."""
         inputs = pytree.tree_leaves((self.args, self.kwargs))
-        tensors.extend(leaf for leaf in inputs if isinstance(leaf, torch.Tensor))
-        return any(tensor.is_meta for tensor in tensors)
+        return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in inputs)
 
 
 def load_model(spec: str, *, seed: int = 0, dtype: str | None = None) -> LoadedModel:

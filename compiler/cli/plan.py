@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,21 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="what backward computes again instead of keeping it (default: %(default)s)",
     )
     parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="e.g. data=2,pipeline=2,tensor=2 (default: chosen)"
+    )
+    parser.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="level of ZeRO over the data axis (default: the least that fits)",
+    )
+    parser.add_argument(
         "--memory-limit", type=positive_float, metavar="GIB", help="memory of every device"
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="NAME,...",
+        help="also price hand-written strategies: ddp, fsdp, tp, pp",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="PLAN", help="write the plan here")
     add_model_arguments(parser)
@@ -60,13 +75,16 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "num_microbatches": options.microbatches,
         "num_stages": options.stages,
         "schedule": options.schedule,
+        "mesh": options.mesh,
+        "zero": options.zero,
         "recompute": options.recompute,
         "memory_limit_bytes": None if limit is None else int(limit * _GIB),
     }
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
-    from ..api import optimizer_model_of, plan_model
+    from ..api import compare_strategies, optimizer_model_of
+    from ..compare import render_comparison
     from ..explain import explain, explain_json
     from ..plan_json import save_plan
     from .model_loader import choose_optimizer, load_model
@@ -74,22 +92,27 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.progress(f"load {options.model}")
     loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
     factory = choose_optimizer(loaded, options.optimizer, options.lr)
-    planned = plan_model(
+    planned, comparison = compare_strategies(
         loaded.model,
         int(options.devices) if options.devices.isdigit() else options.devices,
         example_inputs=loaded.args,
         example_kwargs=loaded.kwargs,
         loss_fn=loaded.loss_fn,
+        strategies=tuple(filter(None, (options.compare or "").split(","))),
         optimizer_model=optimizer_model_of(factory, loaded.model),
         progress=console.progress,
         **planning_arguments(options),
     )
     data = explain_json(planned.plan, planned.captured.graph)
+    text = explain(planned.plan, planned.captured.graph)
+    if options.compare:
+        data["comparison"] = [asdict(row) for row in comparison]
+        text = f"{text}\n{render_comparison(comparison)}\n"
     if options.output is not None:
         save_plan(planned.plan, options.output)
         console.note(f"wrote {options.output}")
         data["path"] = str(options.output)
-    console.result(data, explain(planned.plan, planned.captured.graph))
+    console.result(data, text)
 
 
 COMMAND = Command(
@@ -98,6 +121,8 @@ COMMAND = Command(
     examples=(
         "cutset plan model.py:build --devices 4 -o plan.json",
         "cutset plan model.py:build --devices cluster.toml --memory-limit 70 --json",
+        "cutset plan model.py:build --devices h100:8 --mesh data=2,tensor=4 --zero 1",
+        "cutset plan model.py:build --devices h100:8 --compare ddp,fsdp,tp,pp",
         "cutset plan my.models:llama --devices 8 --microbatches 16 --schedule 1f1b -o plan.json",
     ),
     configure=_configure,

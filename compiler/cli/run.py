@@ -23,9 +23,12 @@ from .command import (
 from .console import Console
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..ir.cluster import Cluster
     from ..ir.plan import Plan
     from ..measure import MeasuredRun
+    from ..parallel import Parallel
     from ..reference import ReferenceRun
     from .model_loader import LoadedModel
 
@@ -50,6 +53,15 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=positive_float, default=300.0, metavar="SECONDS", help="of every wait"
     )
+    parser.add_argument(
+        "--weights", type=Path, metavar="PATH", help="first values: a file, a directory of weights"
+    )
+    parser.add_argument(
+        "--load-checkpoint", type=Path, metavar="DIR", help="go on from what another run has saved"
+    )
+    parser.add_argument(
+        "--save-checkpoint", type=Path, metavar="DIR", help="write a checkpoint after the last step"
+    )
     add_model_arguments(parser)
     add_optimizer_arguments(parser)
 
@@ -57,7 +69,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, console: Console) -> None:
     from ...runtime.launcher import job_rank
     from ..api import auto_partition
-    from ..measure import measure_training
+    from ..checkpoint import refuse_existing
     from ..plan_json import load_plan
     from ..reference import train_reference
     from .model_loader import choose_optimizer
@@ -70,6 +82,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
             where=str(options.plan),
             ways_out=("plan with --mode train",),
         )
+    if options.save_checkpoint is not None:
+        refuse_existing(options.save_checkpoint)  # not only after the last step
     loaded = _loaded(options, console)
     factory = choose_optimizer(loaded, options.optimizer, options.lr)
     wants_reference = options.compare and not console.quiet
@@ -87,17 +101,10 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         clip_grad_norm=options.clip_grad_norm,
         keep_gradients=options.compare,
         timeout_seconds=options.timeout,
+        weights=options.weights,
         progress=console.progress,
     ) as parallel:
-        measured = measure_training(
-            parallel,
-            loaded.args,
-            loaded.kwargs,
-            loss_fn=loaded.loss_fn,
-            steps=options.steps,
-            compare=options.compare,
-            progress=console.progress,
-        )
+        measured = _measured(parallel, pristine, loaded, options, console)
     reference = None
     if pristine is not None:
         console.progress("train the unpartitioned model")
@@ -118,6 +125,41 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     )
 
 
+def _measured(
+    parallel: Parallel,
+    pristine: nn.Module | None,
+    loaded: LoadedModel,
+    options: argparse.Namespace,
+    console: Console,
+) -> MeasuredRun:
+    """Train; `pristine`, the model to compare with, gets the same first values."""
+    from ..measure import measure_training
+
+    if options.load_checkpoint is not None:
+        console.progress(f"load {options.load_checkpoint}")
+        parallel.load_checkpoint(options.load_checkpoint)
+    if options.compare and options.weights is not None:
+        state = parallel.state_dict()  # of all ranks, which all ask for it
+        if pristine is not None:
+            pristine.load_state_dict(state)
+
+    def save() -> None:
+        if options.save_checkpoint is not None:
+            console.progress(f"save {options.save_checkpoint}")
+            parallel.save_checkpoint(options.save_checkpoint)
+
+    return measure_training(
+        parallel,
+        loaded.args,
+        loaded.kwargs,
+        loss_fn=loaded.loss_fn,
+        steps=options.steps,
+        compare=options.compare,
+        after_steps=save,
+        progress=console.progress,
+    )
+
+
 def _devices_here(plan: Plan) -> str | Cluster:
     """Devices of this machine like those of the plan, for it to be checked against."""
     cluster = plan.cluster
@@ -131,12 +173,29 @@ def _loaded(options: argparse.Namespace, console: Console) -> LoadedModel:
     from .model_loader import load_model
 
     console.progress(f"load {options.model}")
+    if options.compare and options.load_checkpoint is not None:
+        raise UsageError(
+            "the unpartitioned model does not start from a checkpoint's optimizer",
+            where="--compare",
+            ways_out=("leave --compare out", "pass the checkpoint as --weights"),
+        )
     loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
-    if loaded.is_meta:
+    has_values = options.weights is not None or options.load_checkpoint is not None
+    if loaded.has_meta_inputs or (loaded.is_meta and not has_values):
         raise UsageError(
             "the model or its inputs are on the meta device: they can be planned, not run",
             where=options.model,
-            ways_out=("make them on the cpu", "use `cutset plan` and `cutset simulate`"),
+            ways_out=(
+                "pass --weights or --load-checkpoint for the model's values",
+                "make them on the cpu",
+                "use `cutset plan` and `cutset simulate`",
+            ),
+        )
+    if loaded.is_meta and options.compare:
+        raise UsageError(
+            "the unpartitioned model is on the meta device: it does not run",
+            where="--compare",
+            ways_out=("leave --compare out", "make the model on the cpu"),
         )
     return loaded
 
@@ -199,6 +258,8 @@ COMMAND = Command(
     examples=(
         "cutset run model.py:build --plan plan.json --steps 5",
         "cutset run model.py:build --plan plan.json --steps 3 --compare --dtype float64 --json",
+        "cutset run model.py:build --plan plan.json --weights model.safetensors "
+        "--save-checkpoint step5",
         "torchrun --nproc-per-node 4 -m cutset run model.py:build --plan plan.json --steps 5",
     ),
     configure=_configure,

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from .cluster import Cluster
 from .graph import Mode
-from .mesh import Layout, Mesh
+from .mesh import Layout, Mesh, Shard
 from .schedule import Schedule
 
 __all__ = [
+    "DATA",
     "PIPELINE",
+    "TENSOR",
+    "Alternative",
     "Certificate",
     "Fingerprint",
     "MemoryPrediction",
@@ -30,6 +33,12 @@ __all__ = [
 
 PIPELINE = "pipeline"
 """Name of the mesh axis along which stages lie."""
+
+DATA = "data"
+"""Name of the mesh axis over which the rows of a microbatch are split."""
+
+TENSOR = "tensor"
+"""Name of the mesh axis over which tensors are split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +194,30 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """The best plan that was priced on another mesh.
+
+    Args:
+        zero: level of ZeRO over the data axis.
+        step_seconds: predicted.
+        fits: whether it fits into memory.
+    """
+
+    mesh: Mesh
+    num_microbatches: int
+    zero: int
+    step_seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All decisions. Passes fill in fields one after the other; see `passes/pipeline.py`.
 
     Args:
         mesh: all axes, `pipeline` among them if there are several stages.
         recomputed: nodes whose results backward computes again instead of keeping them.
+        alternatives: what other meshes would have given, best first; those that fit come first.
     """
 
     fingerprint: Fingerprint
@@ -208,9 +235,24 @@ class Plan:
     schedule: Schedule | None = None
     prediction: Prediction | None = None
     certificate: Certificate | None = None
+    alternatives: tuple[Alternative, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def stage_mesh(self) -> Mesh:
         """The axes inside a stage: over them tensors are laid out."""
         return Mesh(tuple(axis for axis in self.mesh.axes if axis.name != PIPELINE))
+
+    @property
+    def zero_level(self) -> int:
+        """The highest level of ZeRO over the data axis of any parameter (see `ParameterLayout`)."""
+        names = [axis.name for axis in self.stage_mesh.axes]
+        if DATA not in names:
+            return 0
+        axis = names.index(DATA)
+        levels = [0]
+        for entry in self.parameter_layouts:
+            sides = (entry.held, entry.gradient, entry.state)
+            shares = [isinstance(side.placements[axis], Shard) for side in sides]
+            levels.append(3 if shares[0] else 2 if shares[1] else int(shares[2]))
+        return max(levels)

@@ -18,6 +18,7 @@ from ...compiler.sharding.conversions import conversion_steps
 from ...compiler.sharding.rules import strategies_of
 from ...compiler.sharding.sharding import computed_from_parameters
 from ...compiler.sharding.strategy import OpStrategy
+from ...cost_models.analysis import batch_rows, batch_values
 from ...cost_models.stages import optimizer_seconds
 from .classes import node_classes, node_signature
 from .pricing import Pricer
@@ -114,6 +115,8 @@ class _Work:
     ways: dict[int, tuple[_Way, ...]] = field(default_factory=dict)
     states: dict[int, tuple[_State, ...]] = field(default_factory=dict)
     found: dict[object, tuple[OpStrategy, ...]] = field(default_factory=dict)
+    rows: int = 1
+    batched: frozenset[int] = frozenset()
 
     def value(self, index: int) -> Value:
         return self.statement.graph.values[index]
@@ -132,6 +135,8 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
         weights=computed_from_parameters(graph) if graph.mode is Mode.TRAIN else set(),
         made_by=producers(graph),
         read_by=users(graph),
+        rows=batch_rows(graph),
+        batched=batch_values(graph),
     )
     for members in node_classes(graph):
         _add_nodes(work, members)
@@ -195,9 +200,24 @@ def _strategies(work: _Work, node: Node) -> tuple[OpStrategy, ...]:
         work.found[key] = strategies_of(statement.graph, node, statement.parts)
     table: dict[object, OpStrategy] = {}
     for strategy in work.found[key]:
-        if statement.decided.allows(node.id, strategy):
+        if statement.decided.allows(node.id, strategy) and not _splits_rows(work, node, strategy):
             table.setdefault((strategy.inputs, strategy.outputs), strategy)
     return tuple(table.values())
+
+
+def _splits_rows(work: _Work, node: Node, strategy: OpStrategy) -> bool:
+    """Whether an axis that is not for it would split the rows of the batch: microbatches may come
+    to have fewer rows than what was captured."""
+    statement = work.statement
+    if statement.splits_batch or work.rows == 1:
+        return False
+    pairs = zip((*node.inputs, *node.outputs), (*strategy.inputs, *strategy.outputs), strict=True)
+    return any(
+        placement == Shard(0)
+        and value in work.batched
+        and work.value(value).type.shape[0] % work.rows == 0
+        for value, placement in pairs
+    )
 
 
 def _form(work: _Work, node: Node, position: int, way: _Way) -> _Form:
@@ -370,7 +390,8 @@ def _add_flow(
         uses.append(Use(work.add(Choice("returned", (Option(),))), (form,), count=0))
     forms = tuple(table)
     adds = any(use.count and any(forms[form].carries for form in use.forms) for use in uses)
-    kept = _Kept(list(dict.fromkeys(entry.layout for entry in (*states, *forms))))
+    layouts = [*(state.layout for state in states), *(form.layout for form in forms)]
+    kept = _Kept(list(dict.fromkeys(layouts)))
     shared = [replace(form, saves=False) for form in forms]
     work.flows.append(
         Flow(
@@ -420,8 +441,9 @@ def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
     """Uses of `value` by class; new forms are added to `forms`."""
     graph = work.statement.graph
     equal: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for node in work.read_by[value.id]:
-        equal[work.nodes[node], graph.nodes[node].inputs.index(value.id)].append(node)
+    for reader in work.read_by[value.id]:
+        place = graph.nodes[reader].inputs.index(value.id)
+        equal[work.nodes[reader], place].append(reader)
     uses = []
     for (choice, position), nodes in equal.items():
         node = graph.nodes[nodes[0]]

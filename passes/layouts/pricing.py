@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Graph, Mode, Node, Output, OutputKind, Value, ValueKind
-from ...compiler.ir.mesh import Layout, Mesh, local_type
+from ...compiler.ir.mesh import Layout, Mesh, Placement, local_type
 from ...compiler.ir.ops import op_named
 from ...compiler.ir.types import TensorType
 from ...compiler.sharding.conversions import can_convert, convert
@@ -47,9 +47,9 @@ class NodeFigures:
     saves_outputs: tuple[bool, ...]
 
 
-def stacked(by_axis: Sequence[Sequence[object]]) -> tuple[Layout, ...]:
+def stacked(by_axis: Sequence[Sequence[Placement]]) -> tuple[Layout, ...]:
     """Layouts of tensors from their placements axis by axis."""
-    return tuple(Layout(tuple(column)) for column in zip(*by_axis, strict=True))  # type: ignore[arg-type]
+    return tuple(Layout(tuple(column)) for column in zip(*by_axis, strict=True))
 
 
 @dataclass(slots=True)

@@ -307,7 +307,7 @@ def solve(problem: LayoutProblem) -> SolvedLayouts | None:
     """The best options: by the linear relaxation, by branching if that is fractional.
 
     Returns:
-        None if no options are legal.
+        None if no options are legal, or in a large program if none were found within the memory.
     """
     program = build(problem)
     relaxed = _run(program, "glop")
@@ -318,9 +318,9 @@ def solve(problem: LayoutProblem) -> SolvedLayouts | None:
         return _solved(program, _decode(program, relaxed.values), relaxed.bound, integral, "GLOP")
     if problem.memory_bytes is not None and len(program.names) > _SMALL:
         priced = _by_price(problem, relaxed, len(program.rows) - 1)
-        if priced is not None:
-            bound = relaxed.bound
-            return _solved(program, priced, bound, integral, "GLOP, memory priced")
+        if priced is None:
+            return None
+        return _solved(program, priced, relaxed.bound, integral, "GLOP, memory priced")
     branched = _run(program, "scip")
     if branched is None:
         return None
@@ -332,20 +332,18 @@ def _by_price(problem: LayoutProblem, relaxed: _Run, row: int) -> tuple[int, ...
     """Picks that fit, with memory paid for instead of limited; None if no price brings any.
 
     At the price that the relaxation gives memory (the dual of its row), the program without a limit
-    is integral on graphs of models and has optima on both sides of the limit; a little above it,
-    what it finds fits (Lagrangian relaxation, Everett 1963). So it costs what the relaxation does
-    plus at most one step of the front of seconds and bytes.
+    has optima on both sides of the limit; a little above it, what it finds fits (Lagrangian
+    relaxation, Everett 1963) and costs little more than the relaxation.
     """
     assert problem.memory_bytes is not None
     price = abs(relaxed.duals[row]) / problem.memory_bytes
     for factor in _PRICES:
         priced = build(replace(problem, memory_bytes=None, seconds_per_byte=factor * price))
         found = _run(priced, "glop")
-        if found is None or not _is_integral(priced, found.values):
-            continue
-        picks = _decode(priced, found.values)
-        if figures(problem, picks).is_legal(problem):
-            return picks
+        if found is not None:
+            picks = _decode(priced, found.values)  # rounded, where it is fractional all the same
+            if figures(problem, picks).is_legal(problem):
+                return picks
     return None
 
 
@@ -408,7 +406,7 @@ def _model(program: LayoutProgram, scale: float, *, integers: bool) -> Any:
     """The program in OR-Tools' form, by its low-level calls: they are ten times as fast."""
     from ortools.linear_solver.python import model_builder
 
-    model = model_builder.Model()
+    model: Any = model_builder.Model()  # type: ignore[no-untyped-call]
     helper = model.helper
     whole = set(program.integers) if integers else set()
     for index, (cost, upper) in enumerate(zip(program.cost, program.upper, strict=True)):

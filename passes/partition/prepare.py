@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...compiler.ir.errors import UsageError
 from ...compiler.ir.graph import Mode
 from ...compiler.ir.plan import Plan
+from ...cost_models.analysis import batch_rows
 from ...cost_models.ops import price
 from ..coarsen import Coarsening, coarsen
 from ..context import Context
@@ -45,10 +46,20 @@ def stage_counts(plan: Plan, context: Context, num_units: int) -> tuple[int, ...
 
 
 def state(plan: Plan, context: Context) -> Statement:
-    """What `state_problem` needs, at any number of microbatches."""
+    """What `state_problem` needs, at any number of microbatches.
+
+    Units are made for the microbatches of `plan` if it has their number, else for the graph's own
+    size.
+    """
     graph, options = context.graph, context.options
     replicated = replicated_nodes(graph)
-    costs = price(graph, plan.cluster.types[0], network=context.network)
+    rows = plan.batch_size / (plan.num_microbatches or plan.batch_size / batch_rows(graph))
+    costs = price(
+        graph,
+        plan.cluster.types[0],
+        batch_fraction=rows / batch_rows(graph),
+        network=context.network,
+    )
     most = options.num_stages or len(plan.cluster.devices)
     fine = min(_FEW_UNITS, _UNITS_TIMES_STAGES // most)
     how = Coarsening(

@@ -14,6 +14,8 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
+from torch import nn
 
 from cutset.compiler.cli import main
 from cutset.compiler.export import validate_onnx
@@ -34,6 +36,19 @@ def net(width=32):
 
 def other():
     return net(width=48)
+
+def empty():
+    made = net()
+    made["model"].to("meta")
+    return made
+def wide():
+    with torch.device("meta"):
+        layers = [nn.Linear(2048, 8192), nn.ReLU(), nn.Linear(8192, 2048)]
+        return {
+            "model": nn.Sequential(*layers),
+            "args": (torch.randn(16384, 2048), torch.randn(16384, 2048)),
+            "loss_fn": F.mse_loss,
+        }
 
 def meta():
     with torch.device("meta"):
@@ -67,6 +82,19 @@ def test_plan_prints_what_it_decided(folder: Path, capsys: pytest.CaptureFixture
     assert found["mode"] == "infer"
     assert found["num_microbatches"] == 2
     assert found["certificate"]["gap"] >= 0
+
+
+def test_plan_takes_a_mesh_and_a_level_of_zero(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", f"{folder}/factories.py:wide", "--devices", "h100:4", "--zero", "2"]
+    found = _json([*arguments, "--mesh", "data=2,tensor=2", "--microbatches", "1"], capsys)
+    assert (found["mesh"], found["zero"]) == ("data=2,tensor=2", 2)
+    assert found["layouts"]["axes"] == ["data", "tensor"]
+    assert found["layouts"]["sharded_nodes"] > 0
+    assert {entry["count"] for entry in found["layouts"]["parameters"]} != set()
+    refused = _json([*arguments, "--mesh", "tensor=4"], capsys, code=2)
+    assert "mesh tensor=4 has none" in refused["error"]["cause"]
 
 
 def test_explain_knows_modules_when_it_has_the_model(
@@ -156,6 +184,31 @@ def test_run_trains_the_same_weights_as_the_unpartitioned_model(
     assert found["step_seconds"] > 0
     assert found["reference_step_seconds"] > 0
     assert found["predicted_step_seconds"] > 0
+
+
+def test_run_goes_on_from_a_checkpoint(
+    folder: Path, plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three steps from weights in a file are one, saved, and two more of a model on meta."""
+    torch.manual_seed(9)
+    net = nn.Sequential(
+        *(nn.Linear(16, 32), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 32), nn.Tanh()),
+        nn.Linear(32, 4),
+    )
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    common = ["--plan", str(plan_file), "--dtype", "float64", "--seed", "7"]
+    given = ["--weights", str(tmp_path / "weights.pt")]
+    real = ["run", f"{folder}/factories.py:net", *common, *given]
+    whole = _json([*real, "--steps", "3", "--compare"], capsys)
+    assert max(whole["max_relative_error"].values()) < 1e-10
+    saved = ["--save-checkpoint", str(tmp_path / "c")]
+    first = _json([*real, "--steps", "1", *saved], capsys)
+    empty = ["run", f"{folder}/factories.py:empty", *common]
+    load = ["--load-checkpoint", str(tmp_path / "c")]
+    rest = _json([*empty, "--steps", "2", *load], capsys)
+    assert first["losses"] + rest["losses"] == whole["losses"]
+    for wrong in ([*empty, "--compare", *given], [*real, "--compare", *load], [*real, *saved]):
+        assert main(wrong) == 2
 
 
 def test_run_under_torchrun_prints_once(folder: Path, plan_file: Path) -> None:

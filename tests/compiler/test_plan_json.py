@@ -19,7 +19,7 @@ from cutset.compiler.ir.errors import PlanFormatError, UsageError, VerificationE
 from cutset.compiler.ir.fingerprint import fingerprint
 from cutset.compiler.ir.graph import Mode
 from cutset.compiler.ir.mesh import Layout, Mesh, MeshAxis, Replicate, Shard
-from cutset.compiler.ir.plan import Plan, ValueLayout
+from cutset.compiler.ir.plan import Alternative, ParameterLayout, Plan, ValueLayout
 from cutset.compiler.plan_json import (
     FORMAT_VERSION,
     check_plan_matches,
@@ -41,6 +41,8 @@ def with_everything() -> Plan:
         PLAN,
         mesh=Mesh((MeshAxis("data", 1), MeshAxis("pipeline", 3))),
         layouts=(ValueLayout("x", layout),),
+        parameter_layouts=(ParameterLayout("w", layout, layout, layout, offloaded=True),),
+        alternatives=(Alternative(Mesh.parse("data=3"), 2, 3, 0.5, False),),
         warnings=('op "my.op" has no rule', "zweite Zeile ü\n"),
     )
 

@@ -9,13 +9,16 @@ from cutset.compiler.codegen.programs import generate_programs
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.compiler.ir.errors import VerificationError
 from cutset.compiler.ir.graph import Graph, Mode
+from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.ir.plan import Fingerprint, OptimizerModel, Plan, Stage
 from cutset.compiler.ir.program import Program, Send
 from cutset.compiler.ir.schedule import Schedule
+from cutset.compiler.ir.verify import verify_programs
 from cutset.cost_models.simulator import Simulation, simulate
 from cutset.cost_models.stages import StageSeconds, optimizer_seconds, stage_seconds
 from cutset.cost_models.timeline import render_timeline
 from tests.ir.builders import mlp, tied_embedding
+from tests.sharding.choices import zero_layouts_of
 
 FREE = OptimizerModel("none", 0.0)
 WHOLE = "F0.0 F0.1 B0.0 F0.2 B0.1 F0.3 B0.2 B0.3"
@@ -127,6 +130,42 @@ def test_a_tied_gradient_and_a_clipped_norm_are_reduced() -> None:
     # ring all-reduce over two ranks: two hops of a second each, twice; two messages before that
     assert sum(span.kind == "sync" and span.rank == 0 for span in result.timeline) == 4
     assert result.step_seconds == pytest.approx(2 * 2.0 + 2 * 1.0)
+
+
+def interleaved(level: int) -> tuple[Program, ...]:
+    """Two stages on each of two ranks of a data axis."""
+    graph, mesh = mlp(), Mesh.parse("data=2")
+    layouts = zero_layouts_of(graph, mesh, level)
+    text = "schedule test stages=2 microbatches=1\n0: F0.0 F1.0 B1.0 B0.0"
+    half = len(graph.nodes) // 2
+    plan = Plan(
+        Fingerprint("m", "", "", 0, 0), cluster(Link(0.25, 1e30)), graph.mode, 4, FREE,
+        num_microbatches=1, mesh=mesh,
+        stages=tuple(
+            Stage(index, (0, 1), tuple(range(half * index, [half, len(graph.nodes)][index])))
+            for index in range(2)
+        ),
+        schedule=Schedule.parse(text), layouts=layouts.values, node_layouts=layouts.nodes,
+        parameter_layouts=layouts.parameters,
+    )  # fmt: skip
+    return generate_programs(graph, plan, plan_hash="0" * 12)
+
+
+@pytest.mark.parametrize(("level", "seconds"), [(0, 6.5), (1, 6.5)])
+def test_gradients_of_one_stage_are_reduced_while_another_computes(
+    level: int, seconds: float
+) -> None:
+    """F0 0-1, F1 -2, B1 -4, B0 -6. An all-reduce over two ranks takes two latencies: that of stage
+    1 is hidden behind B0, that of stage 0 is not. With ZeRO 1 the second half of each all-reduce,
+    an all-gather, follows the update: -6.25 and, for both stages in one bucket, -6.5."""
+    where = cluster(Link(0.25, 1e30))
+    measured = {index: StageSeconds(1.0, 1.0, 1.0) for index in range(2)}
+    programs = interleaved(level)
+    verify_programs(programs)
+    result = simulate(programs, cluster=where, optimizer=FREE, measured=measured)
+    assert result.step_seconds == pytest.approx(seconds)
+    for curve in result.memory_curves:
+        assert curve[-1][1] == curve[0][1], "all that a step takes it gives back"
 
 
 def test_inference_runs_forward_only() -> None:

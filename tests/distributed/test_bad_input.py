@@ -211,7 +211,7 @@ def test_a_worker_killed_in_the_middle_of_training() -> None:
     with partition(net(), num_stages=2, timeout_seconds=20.0) as parallel:
         batch = torch.randn(4, 8), torch.randn(4, 8)
         parallel.train_step(*batch)
-        victim = parallel._session.process_ids[1]
+        victim = parallel._ranks.session.process_ids[1]
         threading.Timer(0.3, os.kill, (victim, signal.SIGKILL)).start()
         with pytest.raises(WorkerLost, match="the worker of rank 1 ended by SIGKILL"):
             for _ in range(100_000):

@@ -14,6 +14,7 @@ from cutset.compiler.ir.mesh import Mesh
 from tests.distributed.conftest import WorkerPool
 from tests.exactness.harness import Subject, adamw64, sgd32
 from tests.models.exact import EXACT_MODELS, SHARDED_MODELS
+from tests.sharding.choices import zero_layouts_of
 
 ROOT = Path(__file__).absolute().parents[2]
 
@@ -42,6 +43,15 @@ def gpt2() -> Subject:
 def test_local_workers_are_exact_over_meshes(pool: WorkerPool, mesh: str) -> None:
     axes = Mesh.parse(mesh)
     errors = gpt2().sharded_errors(axes, pool.session(axes.size))
+    assert all(error.value <= adamw64.tolerance for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_local_workers_are_exact_under_zero(pool: WorkerPool, level: int) -> None:
+    """gpt2's tied weight is on both stages, so it is scattered, then summed, then gathered."""
+    axes = Mesh.parse("data=2")
+    layouts = zero_layouts_of(gpt2().captured.graph, axes, level)
+    errors = gpt2().errors(2, "1f1b", pool.session(4), axes, layouts)
     assert all(error.value <= adamw64.tolerance for error in errors.values()), errors
 
 

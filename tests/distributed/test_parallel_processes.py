@@ -43,5 +43,4 @@ def test_fewer_workers_than_devices_where_one_is_faster() -> None:
         assert len(parallel.plan.stages) == 1
         plain = Plain(chain(), rows=1)
         train_both(parallel, plain, [inputs])
-        assert parallel._session is not None
-        assert parallel._session.num_ranks == 1
+        assert parallel._ranks.session.num_ranks == 1

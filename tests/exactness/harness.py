@@ -108,6 +108,7 @@ class Subject:
         schedule: str,
         mesh: Mesh | None = None,
         layouts: Layouts | None = None,
+        recompute: str = "none",
     ) -> PlannedModel:
         """A plan with so many stages, with `layouts` over the in-stage `mesh`."""
         plan = plan_graph(
@@ -118,6 +119,7 @@ class Subject:
                 num_stages=num_stages,
                 num_microbatches=self.count,
                 schedule=schedule,
+                recompute=recompute,
                 optimizer=OptimizerModel("test", self.numerics.state_ratio),
             ),
         )
@@ -142,6 +144,7 @@ class Subject:
         session: Session,
         mesh: Mesh | None = None,
         layouts: Layouts | None = None,
+        recompute: str = "none",
     ) -> MeasuredRun:
         """Train under a plan with so many stages on `session`."""
         options = RunOptions(
@@ -152,7 +155,7 @@ class Subject:
             clip_grad_norm=self.clip,
             timeout_seconds=60.0,
         )
-        planned = self.planned(num_stages, schedule, mesh, layouts)
+        planned = self.planned(num_stages, schedule, mesh, layouts, recompute)
         parallel = Parallel(planned, options, session)
         assert len(parallel.plan.stages) == num_stages
         return measure_training(
@@ -166,9 +169,10 @@ class Subject:
         session: Session,
         mesh: Mesh | None = None,
         layouts: Layouts | None = None,
+        recompute: str = "none",
     ) -> dict[str, WorstError]:
         """Worst relative error by kind of tensor."""
-        measured = self.run(num_stages, schedule, session, mesh, layouts)
+        measured = self.run(num_stages, schedule, session, mesh, layouts, recompute)
         return relative_errors(measured.run, self.reference)
 
     def sharded_errors(

@@ -21,6 +21,7 @@ from cutset.compiler.ir.graph import (
 from cutset.compiler.ir.mesh import Layout, Mesh, MeshAxis, Partial, Replicate, Shard
 from cutset.compiler.ir.ops import op_named
 from cutset.compiler.ir.plan import (
+    Alternative,
     Certificate,
     Fingerprint,
     MemoryPrediction,
@@ -298,5 +299,8 @@ plans = st.builds(
     schedule=st.none() | schedules,
     prediction=st.none() | predictions,
     certificate=st.none() | st.builds(Certificate, finite, finite, finite, texts, texts, finite),
+    alternatives=st.lists(
+        st.builds(Alternative, meshes, ids, ids, finite, st.booleans()), max_size=2
+    ).map(tuple),
     warnings=st.lists(texts, max_size=2).map(tuple),
 )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cutset.compiler.ir.graph import Graph, Node, Value, ValueKind, users
 from cutset.compiler.ir.mesh import Layout, Mesh, Partial, Placement, Replicate, Shard
 from cutset.compiler.ir.plan import NodeLayout, ParameterLayout, ValueLayout
 from cutset.compiler.sharding.rules import strategies_of
+from cutset.compiler.sharding.sharding import make_sharding
 from cutset.compiler.sharding.strategy import OpStrategy
+from cutset.compiler.sharding.zero import zero_layouts
 
-__all__ = ["Layouts", "flowing_layouts", "picked_layouts", "random_layouts"]
+__all__ = ["Layouts", "flowing_layouts", "picked_layouts", "random_layouts", "zero_layouts_of"]
 
 Chosen = dict[int, list[OpStrategy]]  # by node id, axis after axis
 Made = dict[tuple[int, int], Placement]  # by value and axis
@@ -81,6 +83,14 @@ def picked_layouts(
         for kind in (ValueKind.PARAMETER, ValueKind.INPUT)
     )
     return _tables(graph, mesh, _choose(graph, mesh, pick, {}), given, inputs)
+
+
+def zero_layouts_of(graph: Graph, mesh: Mesh, level: int, *, offloaded: bool = False) -> Layouts:
+    """`flowing_layouts` with ZeRO of `level` over axis `data`."""
+    flowing = flowing_layouts(graph, mesh)
+    sharding = make_sharding(graph, mesh, flowing.nodes, flowing.values, flowing.parameters)
+    parameters = zero_layouts(graph, sharding, "data", level, offloaded=offloaded)
+    return replace(flowing, parameters=parameters)
 
 
 def _flow(

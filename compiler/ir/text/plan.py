@@ -18,6 +18,7 @@ schedule 1f1b stages=2 microbatches=4
 prediction step_seconds=0.25 ...
 memory device=0 parameters_bytes=4096 ...
 certificate objective=0.25 lower_bound=0.25 ...
+alternative mesh="data=4" num_microbatches=2 zero=1 step_seconds=0.3 fits=true
 warning "..."
 """
 
@@ -32,6 +33,7 @@ from ..cluster import Cluster, Device, DeviceType, Link, LinkRule
 from ..graph import Mode
 from ..mesh import Layout, Mesh
 from ..plan import (
+    Alternative,
     Certificate,
     Fingerprint,
     MemoryPrediction,
@@ -130,6 +132,9 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         yield from (_record("memory", entry) for entry in plan.prediction.memory)
     if plan.certificate is not None:
         yield _record("certificate", plan.certificate)
+    for other in plan.alternatives:
+        mesh = print_literal(str(other.mesh))
+        yield _record(f"alternative mesh={mesh}", other, skip=("mesh",))
     yield from (f"warning {print_literal(text)}" for text in plan.warnings)
 
 
@@ -205,6 +210,7 @@ def parse_plan(text: str) -> Plan:
         plan = replace(plan, prediction=_read_prediction(scanner))
     if scanner.peek() == "certificate":
         plan = replace(plan, certificate=_read_line(scanner, "certificate", Certificate))
+    plan = replace(plan, alternatives=tuple(_read_all(scanner, "alternative", _read_alternative)))
     plan = replace(plan, warnings=tuple(_read_all(scanner, "warning", Line.string)))
     scanner.end()
     return plan
@@ -270,6 +276,11 @@ def _read_parameter(line: Line) -> ParameterLayout:
         layouts.append(Layout.parse(line.string()))
     held, gradient, state = layouts
     return ParameterLayout(name, held, gradient, state, line.accept("offloaded"))
+
+
+def _read_alternative(line: Line) -> Alternative:
+    line.expect("mesh", "=")
+    return _read_record(line, Alternative, mesh=Mesh.parse(line.string()))
 
 
 def _read_nodes(line: Line) -> NodeLayout:

@@ -48,8 +48,8 @@ def verify_tails(programs: tuple[Program, ...]) -> None:
     for program in programs:
         _verify_order(program)
         _verify_optimizer(program)
-    _verify_sums(programs)
     verify_updates(programs)
+    _verify_sums(programs)
     _verify_norms(programs)
 
 

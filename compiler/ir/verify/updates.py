@@ -97,6 +97,8 @@ def _share_error(
     shape = (*type.shape[:dim], sizes[index], *type.shape[dim + 1 :])
     begin = tuple(o + (sum(sizes[:index]) if d == dim else 0) for d, o in enumerate(offset))
     share = TensorShard(name, updates[name].whole, begin, TensorType(shape, type.dtype))
-    if updates[name] != share:
-        return f"rank {rank} updates {updates[name]}, its share is {share}"
+    mine = updates[name]
+    if mine != share:
+        told = f"rank {rank} updates {mine.part} of {name!r} at {mine.offset}"
+        return f"{told}, its share among {ranks} is {share.part} at {share.offset}"
     return ""

@@ -1,0 +1,135 @@
+"""A model with a call and a cluster: capture it at the sizes that are asked for, search plans.
+
+A graph is captured at the size of one microbatch, and what that is, is a decision. So a plan is
+searched on a first guess, and searched again, under the mesh and the number of microbatches that
+were found, on a graph captured at that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from ..passes.context import PlanOptions
+from ..passes.mesh import mesh_is_open
+from ..passes.pinned import check_pinned
+from ..passes.pipeline import plan_graph
+from .batch import Call, batch_size, divisors, take_rows
+from .capture import Captured, capture
+from .capture.signature import LossFunction
+from .ir.cluster import Cluster
+from .ir.errors import CaptureError, UsageError
+from .ir.graph import Mode
+from .ir.plan import Plan
+
+__all__ = ["Planning"]
+
+
+@dataclass(slots=True)
+class Planning:
+    """What plans are searched for; graphs that were captured are kept, by number of microbatches.
+
+    Args:
+        call: with the global batch.
+        check: compare captured gradients with the model's own.
+        say: receives one line a phase.
+    """
+
+    model: nn.Module
+    call: Call
+    cluster: Cluster
+    mode: Mode
+    loss_fn: LossFunction | None
+    check: bool
+    say: Callable[[str], None]
+    graphs: dict[int, Captured] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return batch_size(*self.call)
+
+    def captured(self, num_microbatches: int) -> Captured:
+        """The model at the size of one of so many microbatches.
+
+        Raises:
+            CaptureError: see `capture`; or the model computes nothing.
+        """
+        if num_microbatches not in self.graphs:
+            rows = self.rows // num_microbatches
+            args, kwargs = take_rows(self.call, rows)
+            name = type(self.model).__name__
+            self.say(f"capture {name} at {rows} rows a microbatch")
+            found = capture(
+                self.model, args, kwargs, mode=self.mode, loss_fn=self.loss_fn, check=self.check
+            )
+            if not found.graph.nodes:
+                raise CaptureError(
+                    "the model computes nothing from its inputs: there is nothing to partition",
+                    where=f"model {name}",
+                    ways_out=("pass a model with at least one operator on tensors",),
+                )
+            self.graphs[num_microbatches] = found
+        return self.graphs[num_microbatches]
+
+    def search(self, options: PlanOptions) -> tuple[Captured, Plan]:
+        """The fastest plan under `options`, and the graph that it is for.
+
+        Raises:
+            CaptureError, InfeasibleError, UsageError: see `plan_model`.
+        """
+        check_pinned(self.cluster, self.mode, options)
+        count = self.first_count(options)
+        captured = self.captured(count)
+        plan = self._plan(captured, options)
+        if plan.num_microbatches == count:
+            return captured, plan
+        captured = self.captured(plan.num_microbatches)
+        pinned = replace(options, num_microbatches=plan.num_microbatches, mesh=plan.mesh)
+        return captured, _joined(plan, self._plan(captured, pinned))
+
+    def _plan(self, captured: Captured, options: PlanOptions) -> Plan:
+        return plan_graph(
+            captured.graph, self.cluster, batch_size=self.rows, options=options, progress=self.say
+        )
+
+    def first_count(self, options: PlanOptions) -> int:
+        """The number of microbatches asked for, or a first guess: up to eight a device.
+
+        Where a data axis may split the rows of a microbatch, it has one for each device.
+        """
+        legal = divisors(self.rows)
+        wanted = options.num_microbatches
+        if wanted is None:
+            devices = len(self.cluster.devices)
+            target = devices * (8 if self.mode is Mode.TRAIN else 1)
+            if mesh_is_open(self.cluster, self.mode, options):
+                target = max(1, self.rows // devices)
+            return max(count for count in legal if count <= max(1, target))
+        if wanted not in legal:
+            raise UsageError(
+                f"num_microbatches = {wanted} does not divide the batch of {self.rows} rows "
+                f"({self.rows} % {wanted} = {self.rows % wanted})"
+                if wanted > 0
+                else f"num_microbatches = {wanted} is not positive",
+                ways_out=(f"legal counts here: {', '.join(map(str, legal))}",),
+            )
+        return wanted
+
+
+def _joined(searched: Plan, plan: Plan) -> Plan:
+    """`plan`, found under the mesh and microbatches of `searched`, with what was searched before.
+
+    Costs scale with rows, so bounds hold for either graph.
+    """
+    before, now = searched.certificate, plan.certificate
+    assert before is not None and now is not None
+    bound = min(before.lower_bound, now.objective)
+    certificate = replace(
+        now,
+        lower_bound=bound,
+        gap=max(0.0, 1.0 - bound / now.objective) if now.objective else 0.0,
+        search_space=before.search_space,
+    )
+    return replace(plan, certificate=certificate, alternatives=searched.alternatives)

@@ -1,0 +1,110 @@
+"""The ranks that a partitioned model runs on: given, or started when they are first needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..runtime.launcher import launch_local, spmd_session, under_torchrun
+from ..runtime.session import Arguments, LocalSession, Session
+from .ir.cluster import Cluster
+from .ir.errors import UsageError
+
+__all__ = ["Ranks", "start_workers"]
+
+
+class Ranks:
+    """The session of one partitioned model.
+
+    Args:
+        cluster: on whose first devices local workers start.
+        num_ranks: of the plan.
+        timeout_seconds: longest wait of a rank for another.
+        session: ranks that exist; None: start some.
+        owns_session: `session` was started for this model, and ends with it.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        num_ranks: int,
+        timeout_seconds: float,
+        session: Session | None = None,
+        *,
+        owns_session: bool = False,
+    ) -> None:
+        if session is not None and session.num_ranks != num_ranks:
+            raise UsageError(
+                f"the plan is for {num_ranks} ranks, the session has {session.num_ranks}",
+                where="session",
+                ways_out=(f"pass num_stages={session.num_ranks}", "pass a session of as many"),
+            )
+        self._cluster = cluster
+        self._num_ranks = num_ranks
+        self._timeout = timeout_seconds
+        self._session = session
+        self._owns_session = owns_session or session is None
+        self._clean = self._owns_session
+        self._closed = False
+
+    @property
+    def num_ranks(self) -> int:
+        return self._num_ranks
+
+    @property
+    def session(self) -> Session:
+        """The session, started and without what others have left on its ranks."""
+        if self._closed:
+            raise UsageError("this Parallel is closed", ways_out=("call auto_partition again",))
+        if self._session is None:
+            self._session = self._start()
+        if not self._clean:
+            self._clean = True
+            self._session.call("reset")
+        return self._session
+
+    def call(self, method: str, arguments: Arguments = ()) -> list[Any]:
+        """`Session.call`. The ranks' own waits end, and name their cause, before this one."""
+        return self.session.call(method, arguments, timeout_seconds=2 * self._timeout)
+
+    def _start(self) -> Session:
+        if not self._cluster.local:
+            raise UsageError(
+                f"cluster {self._cluster.name!r} is not this machine: it is planned for, not run",
+                ways_out=("pass a number of local devices", "start the script under torchrun"),
+            )
+        if under_torchrun():
+            session: Session = spmd_session(timeout_seconds=self._timeout)
+            if session.num_ranks != self._num_ranks:
+                raise UsageError(
+                    f"the plan is for {self._num_ranks} ranks, the job has {session.num_ranks}",
+                    ways_out=(f"pass devices={session.num_ranks}", "start as many processes"),
+                )
+            return session
+        return start_workers(self._cluster, self._num_ranks, timeout_seconds=self._timeout)
+
+    def close(self) -> None:
+        """End the session if it was started for this model."""
+        if not self._closed and self._session is not None and self._owns_session:
+            self._session.close()
+        self._closed = True
+
+
+def start_workers(
+    cluster: Cluster, num_ranks: int, *, timeout_seconds: float, wait: bool = True
+) -> LocalSession:
+    """Workers on the first devices of a local cluster; see `launch_local`."""
+    backends = {cluster.type_of(rank).backend for rank in range(num_ranks)}
+    kind = "cuda" if backends == {"cuda"} else "cpu"
+    places = [
+        torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+        for rank in range(num_ranks)
+    ]
+    return launch_local(
+        num_ranks,
+        backend="nccl" if kind == "cuda" else "gloo",
+        devices=places,
+        timeout_seconds=timeout_seconds,
+        wait=wait,
+    )

@@ -1,0 +1,202 @@
+"""Plans on one mesh: their layouts, and what the pipeline of a column of them costs and needs.
+
+A candidate is estimated by dynamic programming over the units of the captured graph; the few that
+may win are looked at as closely as the pass that decides the stages will.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ..compiler.ir.errors import InfeasibleError
+from ..compiler.ir.graph import ValueKind
+from ..compiler.ir.mesh import Mesh
+from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
+from ..compiler.sharding.sharding import make_sharding
+from ..compiler.sharding.zero import zero_layouts
+from ..cost_models.analysis import batch_rows
+from ..cost_models.ops import price
+from .columns import Column, column_of, parameters_of, stage_devices
+from .context import Context
+from .layouts.choose import LayoutChoice, plan_layouts
+from .layouts.statement import LayoutOptions
+from .partition.fitting import Fit, find_fitting, with_memory
+from .partition.from_graph import state_problem
+from .partition.prepare import stage_counts, state
+from .partition.search import SearchLimits, Solution, Tables, estimate, search
+from .partition.statement import Statement
+from .pinned import updates_elementwise
+
+__all__ = ["Candidate", "Pricing", "Way"]
+
+_TYPICAL = 1.1  # the additive bound of memory, as a share of the need
+_LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How memory is saved: level of ZeRO, and whether layouts were chosen under a limit of it."""
+
+    zero: int
+    saving: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A priced plan without stages; its layouts' bound is `share` of what they cost."""
+
+    plan: Plan
+    way: Way
+    seconds: float
+    lower_bound: float
+    share: float
+
+
+class Pricing:
+    """Prices plans for one graph and cluster; layouts and columns are made once."""
+
+    def __init__(self, plan: Plan, context: Context) -> None:
+        self.plan = plan
+        self.context = context
+        self.rows = batch_rows(context.graph)
+        kind = replace(plan.cluster.type_of(0), overhead_seconds=0.0)
+        costs = price(context.graph, kind)
+        self.work = sum(cost.total_seconds for cost in costs) * plan.batch_size / self.rows
+        self._layouts: dict[object, LayoutChoice | None] = {}
+        self._columns: dict[object, Column] = {}
+        self._statements: dict[object, Statement] = {}
+
+    def candidate(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
+        """The plan on `mesh` with `count` microbatches, estimated; None if it does not fit."""
+        plan = self.plan_on(mesh, count, way)
+        if plan is None:
+            return None
+        share = 1.0
+        if plan.stage_mesh.axes:
+            choice = self._choice(mesh, count, saving=way.saving)
+            assert choice is not None
+            share = choice.lower_bound / choice.objective if choice.objective else 1.0
+        statement, counts = self._pipeline(plan)
+        if statement is None or self._is_too_large(plan, statement):
+            return None
+        problem = with_memory(state_problem(statement, plan.num_microbatches), _TYPICAL)
+        limits = SearchLimits(tolerance=self.context.options.tolerance, num_orders=1)
+        solution = estimate(problem, counts, limits)
+        if math.isinf(solution.seconds):
+            return None
+        return Candidate(plan, way, solution.seconds, solution.lower_bound * share, share)
+
+    def fit(self, plan: Plan) -> Fit | None:
+        """The fastest stages of `plan` that fit by liveness, over units made for its microbatches;
+        None if none are found."""
+        statement, counts = self._pipeline(plan, closely=True)
+        if statement is None:
+            return None
+        problem = state_problem(statement, plan.num_microbatches)
+        limits = self._limits()
+        tables = Tables.of(problem, limits)
+        return find_fitting(
+            statement, problem, counts, lambda other: search(other, counts, limits, tables)
+        )
+
+    def searched(self, plan: Plan) -> Solution:
+        """Stages of `plan` over the units of the captured graph, with a proof."""
+        statement, counts = self._pipeline(plan)
+        assert statement is not None
+        problem = with_memory(state_problem(statement, plan.num_microbatches), _TYPICAL)
+        return search(problem, counts, self._limits())
+
+    def _limits(self) -> SearchLimits:
+        options = self.context.options
+        limit = min(_LOOK_SECONDS, options.time_limit_seconds)
+        return SearchLimits(tolerance=options.tolerance, time_limit=limit, seed=options.seed)
+
+    # -- layouts -----------------------------------------------------------------------------------
+
+    def plan_on(self, mesh: Mesh, count: int, way: Way) -> Plan | None:
+        """The plan before its stages, layouts in the order of the mesh's own axes; None if no
+        layouts fit."""
+        plan = replace(self.plan, mesh=mesh, num_microbatches=count)
+        if not plan.stage_mesh.axes:
+            return plan
+        choice = self._choice(mesh, count, saving=way.saving)
+        if choice is None:
+            return None
+        parameters = choice.parameter_layouts
+        if way.zero:
+            sharding = make_sharding(
+                self.context.graph, choice.mesh, choice.node_layouts, choice.layouts, parameters
+            )
+            parameters = zero_layouts(self.context.graph, sharding, DATA, way.zero)
+        return replace(
+            plan,
+            node_layouts=choice.node_layouts,
+            layouts=choice.layouts,
+            parameter_layouts=parameters,
+        )
+
+    def _choice(self, mesh: Mesh, count: int, *, saving: bool) -> LayoutChoice | None:
+        """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory.
+
+        What is done once a step is spread over microbatches, fill and drain of the pipeline
+        included, counted in rows of the captured graph, to the nearest power of two.
+        """
+        inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
+        stages = mesh.axis(PIPELINE).size
+        portion = self.plan.batch_size / count / self.rows
+        spread = 1 << max(0, round(math.log2((stages + count - 1) * portion)))
+        key = (str(inner), spread, saving and count)
+        if key in self._layouts:
+            return self._layouts[key]
+        if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
+            return None
+        options = LayoutOptions(
+            num_microbatches=spread,
+            in_flight=min(stages, count) * portion,
+            memory_bytes=stages * self._memory_bytes() if saving else None,
+            optimizer=self.plan.optimizer,
+        )
+        devices = stage_devices(mesh)[0]
+        try:
+            choice = plan_layouts(self.context.graph, inner, self.plan.cluster, devices, options)
+        except InfeasibleError:
+            choice = None
+        self._layouts[key] = choice
+        return choice
+
+    def _memory_bytes(self) -> int:
+        limit = self.plan.cluster.type_of(0).memory_bytes
+        return min(limit, self.context.options.memory_limit_bytes or limit)
+
+    # -- the pipeline of a column ------------------------------------------------------------------
+
+    def _pipeline(
+        self, plan: Plan, *, closely: bool = False
+    ) -> tuple[Statement | None, tuple[int, ...]]:
+        """The pipeline of one column; none if the model has fewer parts than stages.
+
+        Plans that differ in microbatches only have the same, unless it is made `closely`; and if
+        they hold the same parts of parameters, the same but for what gradients and states take.
+        """
+        held = tuple(entry.held for entry in plan.parameter_layouts)
+        key = (str(plan.mesh), plan.node_layouts, held)
+        if key not in self._columns:
+            self._columns[key] = column_of(plan, self.context)
+        column = self._columns[key]
+        count = plan.num_microbatches if closely else 0
+        if (key, count) not in self._statements:
+            local = replace(column.plan, num_microbatches=count)
+            self._statements[key, count] = state(local, column.context)
+        statement = self._statements[key, count]
+        if len(statement.units) < plan.mesh.axis(PIPELINE).size:
+            return None, ()
+        parameters = parameters_of(plan, self.context.graph, column)
+        counts = stage_counts(column.plan, column.context, len(statement.units))
+        return replace(statement, parameters=parameters), counts
+
+    def _is_too_large(self, plan: Plan, statement: Statement) -> bool:
+        """Whether parameters, gradients and states alone exceed the memory of all stages."""
+        held = sum(value.type.num_bytes for value in statement.graph.values_of(ValueKind.PARAMETER))
+        held += sum(e.gradient_bytes + e.state_bytes for e in statement.parameters.values())
+        return held > plan.mesh.axis(PIPELINE).size * self._memory_bytes()

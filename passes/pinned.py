@@ -1,0 +1,113 @@
+"""Refuses decisions of the user that contradict each other, before anything is searched."""
+
+from __future__ import annotations
+
+from ..compiler.ir.cluster import Cluster
+from ..compiler.ir.errors import UsageError
+from ..compiler.ir.graph import Mode
+from ..compiler.ir.mesh import Mesh
+from ..compiler.ir.plan import DATA, PIPELINE, TENSOR
+from .context import PlanOptions
+
+__all__ = ["check_pinned", "updates_elementwise"]
+
+_AXES = (DATA, PIPELINE, TENSOR)
+_ELEMENTWISE = frozenset(
+    "adamw adam sgd rmsprop adagrad nadam radam adamax adadelta asgd rprop test".split()
+)
+
+
+def updates_elementwise(optimizer: str) -> bool:
+    """Whether a part of a parameter can be updated without seeing the rest of it."""
+    return optimizer in _ELEMENTWISE
+
+
+def check_pinned(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
+    """Raises UsageError where `options` contradict each other, the cluster or the optimizer."""
+    if options.mesh is not None:
+        _check_mesh(cluster, mode, options, options.mesh)
+    if options.zero:
+        _check_zero(cluster, mode, options, options.zero)
+
+
+def _check_mesh(cluster: Cluster, mode: Mode, options: PlanOptions, mesh: Mesh) -> None:
+    names = [axis.name for axis in mesh.axes]
+    for name in names:
+        if name not in _AXES:
+            known = ", ".join(_AXES)
+            raise _refused("mesh", f"unknown mesh axis {name!r}", f"axes are {known}")
+        if names.count(name) > 1:
+            raise _refused("mesh", f"mesh {mesh} has axis {name!r} twice", "give each axis once")
+    if mesh.size > len(cluster.devices):
+        raise _refused(
+            "mesh",
+            f"mesh {mesh} needs {mesh.size} devices, the cluster has {len(cluster.devices)}",
+            "shrink an axis",
+            "plan for more devices",
+        )
+    stages = mesh.axis(PIPELINE).size
+    if options.num_stages not in (None, stages):
+        raise _refused(
+            "mesh",
+            f"num_stages = {options.num_stages} contradicts mesh {mesh}, "
+            f"which has {stages} stage{'' if stages == 1 else 's'}",
+            f"leave num_stages out, or pass {PIPELINE}={options.num_stages} in the mesh",
+        )
+    if options.device_pins:
+        raise _refused(
+            "mesh",
+            "a mesh places stages on devices itself, so modules cannot be pinned to devices",
+            "pin modules to stages instead",
+        )
+    trains = mode is Mode.TRAIN
+    if trains and mesh.axis(TENSOR).size > 1 and not updates_elementwise(options.optimizer.name):
+        raise _whole_updates("mesh", f"the {TENSOR} axis of mesh {mesh}", options.optimizer.name)
+
+
+def _check_zero(cluster: Cluster, mode: Mode, options: PlanOptions, level: int) -> None:
+    if mode is not Mode.TRAIN:
+        raise _refused(
+            "zero",
+            f"ZeRO-{level} splits what training holds; this plan is for inference",
+            "leave zero out",
+        )
+    if not updates_elementwise(options.optimizer.name):
+        raise _whole_updates("zero", f"ZeRO-{level}", options.optimizer.name)
+    if options.mesh is not None and options.mesh.axis(DATA).size == 1:
+        raise _refused(
+            "zero",
+            f"ZeRO-{level} works over a {DATA} axis, mesh {options.mesh} has none",
+            f"add {DATA}=2 or more to the mesh",
+            "leave zero out",
+        )
+    if options.mesh is None and (options.num_stages is not None or options.pins):
+        fixed = f"num_stages = {options.num_stages}" if options.num_stages else "pinning stages"
+        raise _refused(
+            "zero",
+            f"ZeRO-{level} works over a {DATA} axis, but {fixed} leaves one device a stage",
+            f"pin the mesh too, e.g. mesh='{DATA}=2,{PIPELINE}=2'",
+            "leave zero out",
+        )
+    kinds = {device.type for device in cluster.devices}
+    if options.mesh is None and len(cluster.devices) == 1:
+        raise _refused("zero", f"ZeRO-{level} needs several devices, there is one", "leave it out")
+    if options.mesh is None and len(kinds) > 1:
+        raise _refused(
+            "zero",
+            f"ZeRO-{level} works over a {DATA} axis, and devices of several types get one a stage",
+            f"pin the mesh too, e.g. mesh='{DATA}=2'",
+        )
+
+
+def _whole_updates(where: str, what: str, optimizer: str) -> UsageError:
+    return _refused(
+        where,
+        f"{what} updates parts of parameters, but {optimizer!r} is not known to update each "
+        "element by itself",
+        "use an elementwise optimizer such as AdamW or SGD",
+        f"use {PIPELINE} and {DATA} axes without ZeRO",
+    )
+
+
+def _refused(where: str, cause: str, *ways_out: str) -> UsageError:
+    return UsageError(cause, where=where, ways_out=ways_out)
