@@ -141,7 +141,7 @@ class Values:
                 f"buffers are on meta and their values in no file: {_some(buffers)}",
                 where="weights",
                 ways_out=(
-                    "make the model `with parameters_on_meta():`, which leaves buffers real",
+                    "make the model `with cutset.parameters_on_meta():`, which leaves buffers real",
                     "give the model's own buffers values: they may be real in a model on meta",
                     "pass weights=function, called as function(name, meta_tensor)",
                 ),
@@ -243,7 +243,7 @@ def refuse_constants_on_meta(captured: Captured) -> None:
             f"{_some(lost)}",
             where="the model's attributes",
             ways_out=(
-                "make the model `with parameters_on_meta():`, which leaves such tensors real",
+                "make the model `with cutset.parameters_on_meta():`, which leaves such tensors real",
                 "register them as buffers",
             ),
         )

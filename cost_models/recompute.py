@@ -76,19 +76,20 @@ def weights_with_inputs(
         for i, step in enumerate(steps)
         if not step.writes and i not in inside
     ]
-    shared: set[int] = set()
+    joined: set[int] = set()  # nodes one of whose weight gradients has joined
     while True:
         found = []
         for part in parts:
             read = {storage for i in part - inside for storage in steps[i].reads}
-            read = {storage for storage in read if writer.get(storage, -1) in inside}
-            if not read.isdisjoint(copies) or not read.isdisjoint(shared):
-                found.append((part, read.difference(copies)))
+            read = {storage for storage in read if writer.get(storage) in inside}
+            nodes = {steps[i].node for i in part - inside}
+            if not read.isdisjoint(copies) or not nodes.isdisjoint(joined):
+                found.append((part, nodes))
         if not found:
             return inside
-        for part, read in found:
+        for part, nodes in found:
             inside |= part
-            shared |= read
+            joined |= nodes
         parts = [part for part in parts if not part <= inside]
 
 

@@ -54,8 +54,6 @@ def stage_seconds(
     forward = sum(cost.forward_seconds for cost in costs)
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
-    if recomputed:
-        return _recomputing(graph, costs, forward, recomputed)
     reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
     first, second = 0.0, 0.0
     for node, cost in zip(graph.nodes, costs, strict=True):
@@ -65,31 +63,28 @@ def stage_seconds(
             first += cost.backward_input_seconds
         else:
             second += cost.backward_input_seconds
-    return StageSeconds(forward, first, second)
+    plain = StageSeconds(forward, first, second)
+    return _recomputing(graph, costs, plain, recomputed) if recomputed else plain
 
 
 def _recomputing(
-    graph: Graph, costs: Sequence[NodeCost], forward: float, recomputed: Collection[int]
+    graph: Graph, costs: Sequence[NodeCost], plain: StageSeconds, recomputed: Collection[int]
 ) -> StageSeconds:
-    """As `stage_seconds`, by the steps in which the backward runs."""
-    model = memory_model(graph)
-    steps = model.steps(range(len(graph.nodes)), recomputed=recomputed)
-    copied = [
+    """`plain` with what runs again, and with the weight gradients that join the input gradients."""
+    steps = memory_model(graph).steps(range(len(graph.nodes)), recomputed=recomputed)
+    again = [
         {step.node for step in part if any(s in steps.copies for s, _ in step.writes)}
         for part in (steps.backward_input, steps.backward_weight)
     ]
     early = {step.node for step in steps.backward_input}
-    late = {step.node for step in steps.backward_weight}
-    first, second = 0.0, 0.0
-    for node, cost in enumerate(costs):
-        again = cost.forward_seconds
-        first += again if node in copied[0] else 0.0
-        second += again if node in copied[1] else 0.0
-        first += cost.backward_input_seconds if node in early else 0.0
-        second += cost.backward_input_seconds if node not in early else 0.0
-        first += cost.backward_weight_seconds if node not in late else 0.0
-        second += cost.backward_weight_seconds if node in late else 0.0
-    return StageSeconds(forward, first, second)
+    moved = early - {step.node for step in steps.backward_weight}
+    weights = sum(costs[node].backward_weight_seconds for node in moved)
+    first, second = (sum(costs[node].forward_seconds for node in nodes) for nodes in again)
+    return StageSeconds(
+        plain.forward,
+        plain.backward_input + first + weights,
+        plain.backward_weight + second - weights,
+    )
 
 
 def optimizer_seconds(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .compiler.parallel import Parallel
     from .compiler.plan_json import load_plan, save_plan
     from .compiler.validate import verify_numerically as verify
+    from .compiler.weights import parameters_on_meta
 
 __all__ = [
     "CaptureError",
@@ -52,6 +53,7 @@ __all__ = [
     "auto_partition",
     "compare_strategies",
     "load_plan",
+    "parameters_on_meta",
     "plan_model",
     "save_plan",
     "verify",
@@ -67,6 +69,7 @@ _HOMES = {
     "auto_partition": (".compiler.api", "auto_partition"),
     "compare_strategies": (".compiler.api", "compare_strategies"),
     "load_plan": (".compiler.plan_json", "load_plan"),
+    "parameters_on_meta": (".compiler.weights", "parameters_on_meta"),
     "plan_model": (".compiler.api", "plan_model"),
     "save_plan": (".compiler.plan_json", "save_plan"),
     "verify": (".compiler.validate", "verify_numerically"),

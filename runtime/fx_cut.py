@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 
-from .recompute import copy_marked, late_order, weights_with_inputs
+from .recompute import copy_marked, late_order, rerun_nodes, weights_with_inputs
 
 __all__ = [
     "BackwardParts",
@@ -48,13 +48,19 @@ class BackwardParts:
 
 
 def cut_backward(
-    joint: fx.GraphModule, *, num_arguments: int, num_outputs: int, num_input_gradients: int
+    joint: fx.GraphModule,
+    *,
+    num_arguments: int,
+    num_outputs: int,
+    num_input_gradients: int,
+    weight_groups: Collection[frozenset[int]] = (),
 ) -> BackwardParts:
     """Cut a joint graph by reachability.
 
     Args:
         joint: placeholders are `num_arguments` arguments (the key first) and then tangents;
             its flat outputs are outputs, input gradients, weight gradients (None if absent).
+        weight_groups: of weight gradients, by index, that stay together in B or W.
     """
     simplify(joint.graph)
     split_joint_ops(joint.graph)
@@ -68,10 +74,11 @@ def cut_backward(
     boundary = set(placeholders)
     forward_set = _with_items(_ancestors(outputs, boundary))
     copies = copy_marked(joint.graph, forward_set)
+    again = rerun_nodes(copies, placeholders[num_arguments:])
     outside = forward_set | boundary
     input_set = _with_items(_ancestors(input_grads, outside))
     own = [_ancestors([grad], outside | input_set) for grad in weight_grads]
-    early = weights_with_inputs(own, input_set, copies)
+    early = weights_with_inputs(own, input_set, again, weight_groups)
     weight_set = set().union(*own) - input_set
     order = _order(joint.graph, forward_set, placeholders[num_arguments:], bool(copies))
 

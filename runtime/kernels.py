@@ -36,7 +36,7 @@ from ..compiler.ir.ops import Category
 from .collective_ops import StageCollectives, expand_local, has_collectives
 from .fx_cut import boxed_module, cut_backward, mutates, simplify, use_addmm
 from .gradient_parts import PartOf, keep_early
-from .recompute import MarkedReplay
+from .recompute import MarkedReplay, read_together
 
 __all__ = ["Kernel", "StageKernels", "StageSignature", "trace_inference", "trace_training"]
 
@@ -242,6 +242,7 @@ def trace_training(
         num_arguments=1 + len(signature.arguments),
         num_outputs=len(graph.outputs),
         num_input_gradients=len(signature.differentiable),
+        weight_groups=_weight_groups(graph, signature),
     )
     use_addmm(parts.input)
     use_addmm(parts.weight)
@@ -260,6 +261,12 @@ def trace_training(
         modules={"forward": parts.forward, "input": parts.input, "weight": parts.weight},
         collectives=collectives if has_collectives(graph) or kept else None,
     )
+
+
+def _weight_groups(graph: Graph, signature: StageSignature) -> list[frozenset[int]]:
+    """Positions in `trained` of the parameters that one node reads."""
+    index = {signature.arguments[p].id: i for i, p in enumerate(signature.trained)}
+    return [frozenset(index[v] for v in group if v in index) for group in read_together(graph)]
 
 
 def _trace_joint(

@@ -20,12 +20,16 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from ..compiler.ir.graph import Graph, ValueKind
+
 __all__ = [
     "MarkedReplay",
     "copy_marked",
     "late_order",
     "mark_like",
+    "read_together",
     "recompute",
+    "rerun_nodes",
     "weights_with_inputs",
 ]
 
@@ -120,42 +124,61 @@ def late_order(nodes: Iterable[fx.Node], tangents: Iterable[fx.Node]) -> list[fx
 
 
 def weights_with_inputs(
-    parts: Sequence[set[fx.Node]], inputs: set[fx.Node], copies: Collection[fx.Node]
+    parts: Sequence[set[fx.Node]],
+    inputs: set[fx.Node],
+    again: Collection[fx.Node],
+    groups: Collection[frozenset[int]],
 ) -> list[int]:
     """Which weight gradients to compute with the input gradients; their nodes join `inputs`.
 
     Those that read what is recomputed there, as it would else be held until all input gradients
-    are done, or be computed once more; and those that read a gradient which would be held for
-    them alone.
+    are done, or be computed once more; and with each all of its group, for which the gradient that
+    both read would else be held. What depends on what decides, which is the same on all ranks.
 
     Args:
         parts: per weight gradient, the nodes that it alone needs beside `inputs`.
+        again: what is recomputed.
+        groups: of weight gradients that read the same gradient.
     """
-    chosen: list[int] = []
-    shared: set[fx.Node] = set()
+    chosen: set[int] = set()
     while True:
-        found = []
-        for index, part in enumerate(parts):
-            reads = {s for node in part for s in node.all_input_nodes if s in inputs}
-            bases = {_base(node, inputs) for node in reads}
-            if index not in chosen and (reads & set(copies) or bases & shared):
-                found.append((index, bases.difference(copies)))
+        found = {
+            index
+            for index, part in enumerate(parts)
+            if any(s in again and s in inputs for node in part for s in node.all_input_nodes)
+        }
+        for group in groups:
+            if not group.isdisjoint(found):
+                found |= {index for index in group if parts[index]}
+        found -= chosen
         if not found:
             return sorted(chosen)
-        for index, bases in found:
-            chosen.append(index)
-            inputs |= parts[index]
-            shared |= bases
+        chosen |= found
+        inputs.update(*(parts[index] for index in found))
 
 
-def _base(node: fx.Node, among: Collection[fx.Node]) -> fx.Node:
-    """What `node` is a view of, `among` those."""
-    while _is_view(node) and node.target is not operator.getitem:
-        source = node.all_input_nodes[0]
-        if source not in among:
-            break
-        node = source
-    return node
+def read_together(graph: Graph) -> list[frozenset[int]]:
+    """Groups of parameters, as value ids, of which one node reads one or what is computed from
+    it alone, beside an activation: one gradient of its result makes all of their gradients."""
+    held = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
+    sources = {
+        value.id: frozenset([value.id] if value.kind is ValueKind.PARAMETER else ())
+        for value in graph.values
+        if value.kind in held
+    }
+    groups = []
+    for node in graph.nodes:
+        found = frozenset().union(*(sources.get(value, frozenset()) for value in node.inputs))
+        if all(value in sources for value in node.inputs):
+            sources.update(dict.fromkeys(node.outputs, found))
+        elif len(found) > 1:
+            groups.append(found)
+    return groups
+
+
+def rerun_nodes(copies: Iterable[fx.Node], tangents: Iterable[fx.Node]) -> set[fx.Node]:
+    """`copies` and what is computed from them without any tangent."""
+    return _descendants(copies) - _descendants(tangents)
 
 
 def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:

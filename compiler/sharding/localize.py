@@ -158,6 +158,8 @@ class _Localizer:
             wanted = self.held.get(output.target, wanted)
         maker = self._maker(value)
         ref = self._read(maker, output.value, wanted, frozenset())
+        if output.kind is OutputKind.BOUNDARY:
+            ref = self.local.named(ref, value.name, maker)
         self._note_origin(maker)
         return Output(output.kind, ref.id, output.target, output.batch_dim)
 

@@ -11,7 +11,7 @@ Collectives are nodes of namespace `cutset` whose adjoints are collectives too (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..ir.graph import Attribute, Node, Operand, Value, ValueKind
@@ -60,6 +60,19 @@ class LocalGraph:
         while name in self.names or name in self.reserved:
             name, number = f"{stem}_{number}", number + 1
         return name
+
+    def named(self, ref: Ref, name: str, like: Node) -> Ref:
+        """`ref` under the name of a value of the whole graph; rules call results what they like."""
+        value = self.values[ref.id]
+        if value.name == name:
+            return ref
+        if value.kind is not ValueKind.RESULT or value.name in self.reserved:
+            (ref,) = self.emit("aten.alias.default", [ref], [value.type], names=[name], like=like)
+            return ref
+        self.names.remove(value.name)
+        self.names.add(name)
+        self.values[ref.id] = replace(value, name=name)
+        return ref
 
     def emit(
         self,

@@ -44,7 +44,6 @@ def check(
     ("name", "mesh", "seed"),
     [
         ("gpt2", "pipeline=2,tensor=2", None),
-        ("bert", "tensor=2", None),
         ("resnet", "data=2", None),
         ("unet", "tensor=2", 0),
         ("no_grad", "data=2,tensor=2", 1),

@@ -160,6 +160,8 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: prediction(p, memory=p.prediction.memory[1:]),
         "devices [0] have stages but no memory prediction",
     ),
+    "recomputed node is missing": (lambda p: replace(p, recomputed=(3, 11)), "[11] do not exist"),
+    "recomputed twice": (lambda p: replace(p, recomputed=(3, 3)), "nodes do not ascend: [3, 3]"),
     "bound above objective": (lambda p: certificate(p, lower_bound=2.0), "exceeds the objective"),
     "gap": (lambda p: certificate(p, gap=-0.5), "gap -0.5 is not between 0 and 1"),
     "no number": (lambda p: certificate(p, objective=float("inf")), "a figure is no number"),

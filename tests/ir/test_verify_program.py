@@ -196,6 +196,8 @@ STAGES = {
         graph(0, lambda s: {"outputs": (*s.graph.outputs, s.graph.outputs[0])}),
         "two outputs send a value of this name",
     ),
+    "recomputed node is missing": (stage(1, recomputed=(0, 99)), "[99] do not exist"),
+    "recomputed nodes in disorder": (stage(1, recomputed=(1, 0)), "do not ascend: [1, 0]"),
     "types differ": (graph(2, retyped), "it is f64[2,8] (gradient: True), but stage 0 sends f32"),
 }
 REGISTERS = {

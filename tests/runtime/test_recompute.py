@@ -112,6 +112,20 @@ def test_weight_gradients_of_what_is_recomputed_join_the_input_gradients() -> No
     assert check_equal(graph, ()).accumulated_early == ()
 
 
+def test_gradients_of_one_node_stay_together() -> None:
+    """A bias gradient in W would hold the gradient that the weight gradient in B reads as well."""
+    build = GraphBuilder("bias", Mode.TRAIN)
+    h = build.boundary("h", (4, 8), torch.float64)
+    first = build.parameter("first", (8, 8), torch.float64)
+    second = build.parameter("second", (8, 8), torch.float64)
+    bias = build.parameter("b", (8,), torch.float64)
+    wide = build.op("aten.tanh.default", build.op("aten.linear.default", h, first))
+    out = build.op("aten.tanh.default", build.op("aten.linear.default", wide, second, bias))
+    build.output(out, OutputKind.BOUNDARY, target=out.name)
+    again = check_equal(build.build(), [0, 1])
+    assert [again.signature.arguments[i].origin for i in again.accumulated_early] == ["second", "b"]
+
+
 def test_what_only_weight_gradients_read_is_recomputed_there() -> None:
     graph, _ = chain(1)
     again = check_equal(graph, [1])

@@ -134,7 +134,9 @@ def _verify_edges(plan: Plan, graph: Graph) -> None:
 
 
 def _verify_layouts(plan: Plan, graph: Graph | None) -> None:
-    repeated = first_repeated(entry.value for entry in (*plan.layouts, *plan.parameter_layouts))
+    laid_out = [entry.value for entry in plan.layouts]
+    laid_out += [entry.value for entry in plan.parameter_layouts]
+    repeated = first_repeated(laid_out)
     check(repeated is None, f"%{repeated} has two layouts", "layouts of the plan")
     if graph is None:
         return
