@@ -60,12 +60,19 @@ class Pricing:
         self.plan = plan
         self.context = context
         self.rows = batch_rows(context.graph)
-        kind = replace(plan.cluster.type_of(0), overhead_seconds=0.0)
-        costs = price(context.graph, kind)
-        self.work = sum(cost.total_seconds for cost in costs) * plan.batch_size / self.rows
+        self._work: dict[int, float] = {}
         self._layouts: dict[object, LayoutChoice | None] = {}
         self._columns: dict[object, Column] = {}
         self._statements: dict[object, Statement] = {}
+
+    def work_seconds(self, count: int) -> float:
+        """Of the whole batch in `count` microbatches on one device, launches not counted."""
+        if count not in self._work:
+            kind = replace(self.plan.cluster.type_of(0), overhead_seconds=0.0)
+            fraction = self.plan.batch_size / count / self.rows
+            costs = price(self.context.graph, kind, batch_fraction=fraction)
+            self._work[count] = count * sum(cost.total_seconds for cost in costs)
+        return self._work[count]
 
     def candidate(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
         """The plan on `mesh` with `count` microbatches, estimated; None if it does not fit."""
@@ -139,20 +146,23 @@ class Pricing:
     def _choice(self, mesh: Mesh, count: int, *, saving: bool) -> LayoutChoice | None:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory.
 
-        What is done once a step is spread over microbatches, fill and drain of the pipeline
-        included, counted in rows of the captured graph, to the nearest power of two.
+        Microbatches of like size share layouts: rows count to the nearest power of four, and the
+        microbatches over which is spread what is done once a step, fill and drain of the pipeline
+        included, to that of two.
         """
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         stages = mesh.axis(PIPELINE).size
         portion = self.plan.batch_size / count / self.rows
-        spread = 1 << max(0, round(math.log2((stages + count - 1) * portion)))
-        key = (str(inner), spread, saving and count)
+        like = 4.0 ** round(math.log(portion, 4))
+        spread = 1 << max(0, round(math.log2((stages + count - 1) * portion / like)))
+        key = (str(inner), like, spread, saving and count)
         if key in self._layouts:
             return self._layouts[key]
         if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
             return None
         options = LayoutOptions(
             num_microbatches=spread,
+            batch_fraction=like,
             in_flight=min(stages, count) * portion,
             memory_bytes=stages * self._memory_bytes() if saving else None,
             optimizer=self.plan.optimizer,

@@ -8,8 +8,8 @@ order of a bound that assumes perfect division,
 
     step >= (p + m - 1) / (p m) W / (d t)
 
-with W the seconds of the whole batch on one device; those whose bound is no better than the best
-step found are not looked at, and the certificate covers them by it.
+with W the seconds of the whole batch on one device in such microbatches; those whose bound is no
+better than the best step found are not looked at, and the certificate covers them by it.
 
 Ranks follow the axes in the order pipeline, data, tensor or data, pipeline, tensor: tensor-parallel
 ranks lie closest together, as they talk most (Narayanan et al., Megatron-LM, 2021).
@@ -39,6 +39,7 @@ _PROVEN = 4
 _CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
+_STEPS_OF_BOUND = 20  # bounds are about equal if they are within a twentieth
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +107,10 @@ class _Search:
                     unfit[mesh] = count
         return self.finish()
 
-    def order(self, item: tuple[Mesh, int]) -> tuple[float, int, str]:
-        """Least bound first; of equal ones more microbatches, which need less memory."""
+    def order(self, item: tuple[Mesh, int]) -> tuple[int, int, str]:
+        """Least bound first; of about equal ones more microbatches, which need less memory."""
         mesh, count = item
-        return round(self.bound(mesh, count) / (self.pricing.work or 1.0), 9), -count, str(mesh)
+        return round(_STEPS_OF_BOUND * math.log(self.bound(mesh, count))), -count, str(mesh)
 
     def hopeful(self, mesh: Mesh, count: int) -> Iterator[Way]:
         """The ways on `mesh`, without the layouts that do not fit even at the last level."""
@@ -147,7 +148,7 @@ class _Search:
         """No plan on `mesh` with `count` microbatches is faster."""
         stages = mesh.axis(PIPELINE).size
         inner = mesh.axis(DATA).size * mesh.axis(TENSOR).size
-        return (stages + count - 1) / (stages * count) * self.pricing.work / inner
+        return (stages + count - 1) / (stages * count) * self.pricing.work_seconds(count) / inner
 
     def ways(self, mesh: Mesh) -> tuple[Way, ...]:
         """Ways to save memory on `mesh`, least first."""
@@ -216,6 +217,11 @@ class _Search:
         """Of a candidate, by the closest look that was taken at it."""
         fit = self.looked_at.get(place)
         return fit.solution.seconds if fit is not None else self.found[place].seconds
+
+    def preference(self, place: int) -> tuple[float, int, int]:
+        """Faster first; of equal ones, those that share no work among ranks that gains nothing."""
+        inner = self.found[place].plan.stage_mesh.size
+        return float(f"{self.seconds(place):.9e}"), inner, place
 
     def finalists(self) -> list[int]:
         """Candidates to look at closely, or that have passed that: the best of each mesh, for the

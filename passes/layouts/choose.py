@@ -101,7 +101,8 @@ def _solve_axis(
     """Decide axis `count - 1`, given the ones before; memory binds on the last one only."""
     inner = Mesh(mesh.axes[:count])
     network = mesh_network(cluster, mesh, devices)
-    pricer = Pricer(graph, inner, slowest_type(cluster, devices), network)
+    kind = slowest_type(cluster, devices)
+    pricer = Pricer(graph, inner, kind, network, options.batch_fraction)
     last = count == len(mesh.axes)
     statement = LayoutStatement(graph, inner, decided, options if last else _unlimited(options))
     stated = state_layouts(statement, pricer)

@@ -404,11 +404,10 @@ def _add_flow(
             ),
             conversions=tuple(shared.index(form) for form in shared),
             use_seconds=tuple(
-                pricer.sum_seconds(value.type, form.layout) if form.carries else 0.0
-                for form in forms
+                pricer.sum_seconds(value, form.layout) if form.carries else 0.0 for form in forms
             ),
             made_seconds=tuple(
-                -pricer.sum_seconds(value.type, state.layout) if adds else 0.0 for state in states
+                -pricer.sum_seconds(value, state.layout) if adds else 0.0 for state in states
             ),
             kept=tuple(tuple(kept.by_user(state, form) for form in forms) for state in states),
             own_kept=tuple(kept.of(state.layout) if state.saves else -1 for state in states),
@@ -467,5 +466,5 @@ def _pair_seconds(work: _Work, value: Value, state: _State, form: _Form) -> floa
     seconds = work.pricer.conversion(value, state.layout, form.layout, partial)
     if (state.layout == form.layout and not partial) or not form.carries:
         return seconds
-    added = work.pricer.sum_seconds(value.type, state.layout)
-    return seconds + added - work.pricer.sum_seconds(value.type, form.layout)
+    added = work.pricer.sum_seconds(value, state.layout)
+    return seconds + added - work.pricer.sum_seconds(value, form.layout)

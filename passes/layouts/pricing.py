@@ -22,7 +22,7 @@ from ...compiler.sharding.strategy import OpStrategy, OpView
 from ...cost_models.analysis import find_storages, weight_like_values
 from ...cost_models.collectives import Network
 from ...cost_models.memory import memory_model, node_memory
-from ...cost_models.ops import gradient_sum_seconds, price
+from ...cost_models.ops import NodeCost, gradient_sum_seconds, price
 from .classes import node_signature
 
 __all__ = ["NodeFigures", "Pricer", "stacked"]
@@ -54,12 +54,18 @@ def stacked(by_axis: Sequence[Sequence[Placement]]) -> tuple[Layout, ...]:
 
 @dataclass(slots=True)
 class Pricer:
-    """Prices for one graph on one mesh; equal questions are answered once."""
+    """Prices for one graph on one mesh; equal questions are answered once.
+
+    Seconds are those of `batch_fraction` times the rows that the graph was captured at: of what is
+    priced, all that is computed from activations counts as growing with them. Bytes are the
+    graph's own.
+    """
 
     graph: Graph
     mesh: Mesh
     device_type: DeviceType
     network: Network
+    batch_fraction: float = 1.0
     root: tuple[int, ...] = ()  # by value, whose storage it shares
     _kinds: dict[int, ValueKind] = field(default_factory=dict)
     _weights: frozenset[int] = frozenset()
@@ -84,11 +90,21 @@ class Pricer:
     def local_bytes(self, type: TensorType, layout: Layout) -> int:
         return local_type(type, layout, self.mesh, self.coordinate).num_bytes
 
-    def sum_seconds(self, type: TensorType, layout: Layout) -> float:
+    def sum_seconds(self, value: Value, layout: Layout) -> float:
         """Adding one gradient to another one of the same value."""
         if self.graph.mode is not Mode.TRAIN:
             return 0.0
-        return gradient_sum_seconds(self.device_type, self.local_bytes(type, layout))
+        scale = 1.0 if value.id in self._weights else self.batch_fraction
+        size = self.local_bytes(value.type, layout)
+        return gradient_sum_seconds(self.device_type, scale * size)
+
+    def _price(self, part: Graph) -> tuple[NodeCost, ...]:
+        return price(
+            part,
+            self.device_type,
+            batch_fraction=self.batch_fraction,
+            network=self.network,
+        )
 
     # -- nodes -------------------------------------------------------------------------------------
 
@@ -103,7 +119,7 @@ class Pricer:
     def _price_node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
         part, results = self._lower(node, strategies)
         count = len(node.inputs)
-        costs = price(part, self.device_type, network=self.network)
+        costs = self._price(part)
         trains = part.mode is Mode.TRAIN
         seconds = sum(c.total_seconds if trains else c.forward_seconds for c in costs)
         model = memory_model(part, backend=self.device_type.backend)
@@ -191,7 +207,7 @@ class Pricer:
             partial=partial if value.requires_grad else frozenset(),
             like=_CONVERSION,
         )
-        costs = price(self._finish(local, ()), self.device_type, network=self.network)
+        costs = self._price(self._finish(local, ()))
         trains = self.graph.mode is Mode.TRAIN
         return sum(cost.total_seconds if trains else cost.forward_seconds for cost in costs)
 

@@ -19,6 +19,7 @@ class LayoutOptions:
 
     Args:
         num_microbatches: of a step: the sum of gradients and the update are spread over them.
+        batch_fraction: rows of a microbatch, as a multiple of those that were captured.
         in_flight: microbatches whose saved tensors are alive at once; a fraction, if they are
             smaller than the one that was captured.
         memory_bytes: limit of one device; None: none.
@@ -31,6 +32,7 @@ class LayoutOptions:
     """
 
     num_microbatches: int = 1
+    batch_fraction: float = 1.0
     in_flight: float = 1.0
     memory_bytes: int | None = None
     seconds_per_byte: float = 0.0

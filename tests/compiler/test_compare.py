@@ -25,7 +25,8 @@ MIB = 1 << 20
 def mlp() -> tuple[nn.Module, tuple[object, ...], dict[str, object]]:
     """Wide enough for every strategy to be worth something on some cluster; on meta."""
     with torch.device("meta"):
-        layers = [nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024))] * 3
+        layers = [nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024)]
+        layers += [nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024)]
         rows = torch.randn(512, 1024)
         return nn.Sequential(*layers), (rows, rows), {}
 
@@ -61,8 +62,12 @@ CLUSTERS = {
     "cpu:4": parse_devices("cpu:4"),
     "slow links": slow_links(4),
 }
-PAIRS = [(model, cluster) for model in ("gpt2", "llama", "mlp") for cluster in CLUSTERS]
-TIGHT = [("mlp", "h100:8", 200), ("mlp", "cpu:4", 260), ("mlp", "slow links", 90)]
+PAIRS = [
+    pytest.param(model, cluster, marks=[pytest.mark.slow] * (model == "llama"))
+    for model in ("gpt2", "llama", "mlp", "residual_net")
+    for cluster in CLUSTERS
+]
+TIGHT = [("mlp", "h100:8", 200), ("mlp", "cpu:4", 200), ("mlp", "slow links", 150)]
 
 
 def compared(model: str, cluster: Cluster) -> dict[str, StrategyFigures]:
