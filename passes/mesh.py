@@ -208,11 +208,6 @@ class _Search:
         )
         return self.warned(plan)
 
-    def preference(self, place: int) -> tuple[float, int, int]:
-        """The fastest first, of equal ones that which splits least, then the first found."""
-        size = self.found[place].plan.stage_mesh.size
-        return float(f"{self.seconds(place):.9g}"), size, place
-
     def seconds(self, place: int) -> float:
         """Of a candidate, by the closest look that was taken at it."""
         fit = self.looked_at.get(place)
