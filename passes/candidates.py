@@ -27,6 +27,7 @@ from .partition.prepare import stage_counts, state
 from .partition.search import SearchLimits, Solution, Tables, estimate, search
 from .partition.statement import Statement
 from .pinned import updates_elementwise
+from .recompute import choose_recompute
 
 __all__ = ["Candidate", "Pricing", "Way"]
 
@@ -36,10 +37,12 @@ _LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candid
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How memory is saved: level of ZeRO, and whether layouts were chosen under a limit of it."""
+    """How memory is saved: level of ZeRO, whether layouts were chosen under a limit of it, and what
+    is recomputed (see `PlanOptions`)."""
 
     zero: int
     saving: bool
+    recompute: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Pricing:
         self._work: dict[int, float] = {}
         self._layouts: dict[object, LayoutChoice | None] = {}
         self._columns: dict[object, Column] = {}
+        self._recompute: dict[str, tuple[int, ...]] = {}
         self._statements: dict[object, Statement] = {}
 
     def work_seconds(self, count: int) -> float:
@@ -124,7 +128,8 @@ class Pricing:
     def plan_on(self, mesh: Mesh, count: int, way: Way) -> Plan | None:
         """The plan before its stages, layouts in the order of the mesh's own axes; None if no
         layouts fit."""
-        plan = replace(self.plan, mesh=mesh, num_microbatches=count)
+        recomputed = self._recomputed(way.recompute)
+        plan = replace(self.plan, mesh=mesh, num_microbatches=count, recomputed=recomputed)
         if not plan.stage_mesh.axes:
             return plan
         choice = self._choice(mesh, count, saving=way.saving)
@@ -142,6 +147,11 @@ class Pricing:
             layouts=choice.layouts,
             parameter_layouts=parameters,
         )
+
+    def _recomputed(self, how: str) -> tuple[int, ...]:
+        if how not in self._recompute:
+            self._recompute[how] = choose_recompute(self.context.graph, how)
+        return self._recompute[how]
 
     def _choice(self, mesh: Mesh, count: int, *, saving: bool) -> LayoutChoice | None:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory.
@@ -190,7 +200,7 @@ class Pricing:
         they hold the same parts of parameters, the same but for what gradients and states take.
         """
         held = tuple(entry.held for entry in plan.parameter_layouts)
-        key = (str(plan.mesh), plan.node_layouts, held)
+        key = (str(plan.mesh), plan.node_layouts, held, plan.recomputed)
         if key not in self._columns:
             self._columns[key] = column_of(plan, self.context)
         column = self._columns[key]

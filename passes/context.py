@@ -33,7 +33,8 @@ class PlanOptions:
         optimizer: states that training keeps.
         pins: (module path pattern, stage): the stage must hold the modules that match.
         device_pins: (module path pattern, device index), likewise.
-        recompute: what backward computes again instead of keeping it: `none`, `full` (all within
+        recompute: what backward computes again instead of keeping it: `auto` (as much as a mesh that
+            is searched needs to fit), `none`, `full` (all within
             each repeated block) or `selective` (what is cheap for the memory it frees).
         mesh: axes and sizes, in the order of ranks; None: searched if nothing else says how many
             stages there are.
@@ -50,7 +51,7 @@ class PlanOptions:
     optimizer: OptimizerModel = ADAMW
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
-    recompute: str = "none"
+    recompute: str = "auto"
     mesh: Mesh | None = None
     zero: int | None = None
     time_limit_seconds: float = 4.0

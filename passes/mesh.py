@@ -114,7 +114,8 @@ class _Search:
 
     def hopeful(self, mesh: Mesh, count: int) -> Iterator[Way]:
         """The ways on `mesh`, without the layouts that do not fit even at the last level."""
-        for _, alike in itertools.groupby(self.ways(mesh), key=lambda way: way.saving):
+        ways = self.ways(mesh)
+        for _, alike in itertools.groupby(ways, key=lambda way: (way.recompute, way.saving)):
             group = tuple(alike)
             if len(group) == 1 or self.pricing.candidate(mesh, count, group[-1]) is not None:
                 yield from group
@@ -153,18 +154,35 @@ class _Search:
     def ways(self, mesh: Mesh) -> tuple[Way, ...]:
         """Ways to save memory on `mesh`, least first."""
         options = self.context.options
+        auto = options.recompute == "auto"
+        kinds = ("none", "selective", "full") if auto else (options.recompute,)
         if all(axis.name == PIPELINE for axis in mesh.axes):
-            return (Way(0, saving=False),)
+            return tuple(Way(0, saving=False, recompute=kind) for kind in kinds)
         levels: tuple[int, ...] = (0,)
         if options.zero is not None:
             levels = (options.zero,)
         elif mesh.axis(DATA).size > 1 and updates_elementwise(self.plan.optimizer.name):
             levels = (0, 1, 2, 3)
-        return tuple(Way(level, saving) for saving in (False, True) for level in levels)
+        return tuple(
+            Way(level, saving, kind)
+            for kind in kinds
+            for saving in (False, True)
+            for level in levels
+        )
 
     def price(self, mesh: Mesh, count: int, ways: Iterable[Way]) -> None:
         """Price plans on `mesh` with `count` microbatches: the first of `ways` that fits, and if
-        that is without ZeRO the next as well, which may be faster, as ranks share the update."""
+        that is without ZeRO the next as well, which may be faster, as ranks share the update.
+
+        Where memory is so short that it takes more than that, so for each kind of recomputation.
+        """
+        for _, alike in itertools.groupby(ways, key=lambda way: way.recompute):
+            before = len(self.found)
+            self.price_alike(mesh, count, alike)
+            if any(item.way.zero < 2 and not item.way.saving for item in self.found[before:]):
+                return
+
+    def price_alike(self, mesh: Mesh, count: int, ways: Iterable[Way]) -> None:
         fits = False
         for way in ways:
             if fits and not way.zero:
@@ -173,8 +191,8 @@ class _Search:
             if candidate is not None:
                 self.found.append(candidate)
                 self.context.progress(
-                    f"mesh {mesh}, {count} microbatches, ZeRO-{way.zero}: "
-                    f"{candidate.seconds:.6g} s a step"
+                    f"mesh {mesh}, {count} microbatches, ZeRO-{way.zero}, recompute "
+                    f"{way.recompute}: {candidate.seconds:.6g} s a step"
                 )
             if fits or (candidate is not None and way.zero):
                 return
@@ -284,7 +302,7 @@ class _Search:
             return f"mesh {self.context.options.mesh}, its layouts, ZeRO, microbatches"
         return (
             f"all data x pipeline x tensor meshes of {len(self.plan.cluster.devices)} devices with "
-            "their layouts, ZeRO 0 to 3, microbatches"
+            "their layouts, ZeRO 0 to 3, recomputation, microbatches"
         )
 
     def smallest(self) -> Plan:

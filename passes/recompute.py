@@ -16,11 +16,12 @@ from .segments import full_recompute, selective_recompute
 
 __all__ = ["ChooseRecompute", "choose_recompute"]
 
-_WAYS = ("none", "full", "selective")
+_WAYS = ("auto", "none", "full", "selective")
 
 
 def choose_recompute(graph: Graph, how: str) -> tuple[int, ...]:
-    """Nodes of `graph` to recompute: `none`, `full` or `selective`.
+    """Nodes of `graph` to recompute: `none`, `full` or `selective`; for `auto` none yet, as the
+    search of meshes decides.
 
     Raises:
         UsageError: there is no such way.
@@ -31,7 +32,7 @@ def choose_recompute(graph: Graph, how: str) -> tuple[int, ...]:
             where="recompute",
             ways_out=(f"one of: {', '.join(_WAYS)}",),
         )
-    if how == "none" or graph.mode is not Mode.TRAIN:
+    if how in ("auto", "none") or graph.mode is not Mode.TRAIN:
         return ()
     groups = full_recompute(graph) if how == "full" else selective_recompute(graph)
     return tuple(sorted(node for nodes in groups for node in nodes))

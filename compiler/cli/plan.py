@@ -41,9 +41,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--recompute",
-        choices=("none", "full", "selective"),
-        default="none",
-        help="what backward computes again instead of keeping it (default: %(default)s)",
+        choices=("auto", "none", "full", "selective"),
+        default="auto",
+        help="what backward computes again instead of keeping it (default: what memory asks for)",
     )
     parser.add_argument(
         "--mesh", metavar="AXIS=N,...", help="e.g. data=2,pipeline=2,tensor=2 (default: chosen)"
