@@ -47,9 +47,8 @@ def check_elementwise(optimizer: torch.optim.Optimizer, name: str) -> None:
     """
     kind = type(optimizer)
     for group in optimizer.param_groups:
-        # capturable kernels run on accelerators only and compute the same
         options = {
-            key: False if key == "capturable" else value
+            key: _plain(key, value)
             for key, value in group.items()
             if key not in ("params", "param_names")
         }
@@ -60,6 +59,13 @@ def check_elementwise(optimizer: torch.optim.Optimizer, name: str) -> None:
         if not difference <= _ROUNDING:
             reason = "how it updates one element depends on others of the same parameter"
             raise _refusal(kind, name, reason)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A hyperparameter as it is on any device: which kernel computes does not matter here."""
+    if key in ("capturable", "fused"):
+        return False
+    return float(value) if isinstance(value, Tensor) else value
 
 
 def _refusal(kind: type, name: str, reason: str) -> UsageError:

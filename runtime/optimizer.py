@@ -25,7 +25,6 @@ __all__ = [
     "RankOptimizer",
     "current_hyperparameters",
     "describe_optimizer",
-    "updates_elementwise",
 ]
 
 Hyperparameters = dict[str, Any]
@@ -109,34 +108,6 @@ def _try_to_rebuild(kind: Any, options: Hyperparameters) -> None:
             where="optimizer",
             ways_out=("give the arguments of its constructor defaults that groups can override",),
         ) from error
-
-
-def updates_elementwise(spec: OptimizerSpec) -> bool:
-    """Whether it updates parts of a parameter as it would update all of it at once.
-
-    It is tried: Adafactor, say, whose states are sums over rows and columns, does not.
-    """
-    return all(_updates_elementwise(_import_class(spec.class_name), o) for _, o in spec.groups)
-
-
-def _updates_elementwise(kind: Any, options: Hyperparameters) -> bool:
-    plain = {name: float(v) if isinstance(v, Tensor) else v for name, v in options.items()}
-    plain |= {name: False for name in ("capturable", "fused") if name in plain}
-    generator = torch.Generator().manual_seed(0)
-    weight, *gradients = (
-        torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(4)
-    )
-
-    def stepped(dim: int, parts: int) -> Tensor:
-        pieces = [torch.nn.Parameter(part.clone()) for part in weight.chunk(parts, dim)]
-        optimizer = kind([{"params": pieces, **plain}])
-        for gradient in gradients:
-            for piece, part in zip(pieces, gradient.chunk(parts, dim), strict=True):
-                piece.grad = part.clone()
-            optimizer.step()
-        return torch.cat([piece.detach() for piece in pieces], dim)
-
-    return all(torch.allclose(stepped(dim, 2), stepped(dim, 1)) for dim in (0, 1))
 
 
 def current_hyperparameters(optimizer: torch.optim.Optimizer) -> tuple[Hyperparameters, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from ...compiler.ir.graph import Mode, Node, OutputKind, Value, ValueKind, producers, users
 from ...compiler.ir.mesh import Layout, Placement, Replicate, Shard
+from ...compiler.ir.ops import Category
 from ...compiler.sharding.conversions import conversion_steps
 from ...compiler.sharding.rules import strategies_of
 from ...compiler.sharding.sharding import computed_from_parameters
@@ -195,7 +196,9 @@ def _add_nodes(work: _Work, members: tuple[int, ...]) -> None:
 def _strategies(work: _Work, node: Node) -> tuple[OpStrategy, ...]:
     """Strategies that go with the axes before; one a pair of layouts, replication first."""
     statement = work.statement
-    key = node_signature(statement.graph, node)
+    # what indices can point to depends on what they were made from
+    origin = node.inputs if node.op.category is Category.INDEXING else ()
+    key = node_signature(statement.graph, node), origin
     if key not in work.found:
         work.found[key] = strategies_of(statement.graph, node, statement.parts)
     table: dict[object, OpStrategy] = {}

@@ -86,6 +86,12 @@ def test_others_are_refused_by_name(planned: PlannedModel, name: str) -> None:
     assert "mesh='pipeline=N'" in str(caught.value)
 
 
+def test_any_kernel_and_rates_in_tensors_are_fine() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3, 4))]
+    check_elementwise(torch.optim.AdamW(parameters, lr=torch.tensor(1e-2), fused=True), "w")
+    check_elementwise(torch.optim.AdamW(parameters, capturable=True), "w")
+
+
 def test_what_a_user_wrote_is_tried_too() -> None:
     with pytest.raises(UsageError, match="Normalized cannot train 'w'"):
         check_elementwise(Normalized([torch.nn.Parameter(torch.zeros(3, 4))]), "w")

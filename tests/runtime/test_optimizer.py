@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 from cutset.runtime.optimizer import (
     OptimizerSpec,
     RankOptimizer,
-    describe_optimizer,
-    updates_elementwise,
 )
 from cutset.runtime.parts import view_of
 
@@ -90,25 +87,6 @@ def test_what_one_pass_would_round_or_read_otherwise_takes_the_plain_kernel() ->
     assert train(torch.optim.AdamW, {"lr": 1e-2}, torch.bfloat16) == (0.0, False)
     assert train(torch.optim.AdamW, {"lr": 1e-2}, transposed=True) == (0.0, False)
     assert train(torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9}) == (0.0, False)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "expected"),
-    [
-        (lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), fused=True), True),
-        (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True), True),
-        (lambda p: torch.optim.Adagrad(p), True),
-        (lambda p: torch.optim.Adafactor(p), False),
-    ],
-    ids=["adamw", "sgd", "adagrad", "adafactor"],
-)
-def test_optimizers_that_update_parts_are_known_by_trial(
-    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], expected: bool
-) -> None:
-    found = parameters(torch.float64)
-    names = {id(parameter): name for name, parameter in found.items()}
-    spec = describe_optimizer(optimizer(list(found.values())), names)
-    assert updates_elementwise(spec) == expected
 
 
 class TestParts:
