@@ -77,9 +77,9 @@ def plan_model(
         mesh: pin the mesh, as `data=2,pipeline=2,tensor=2`; None: chosen, unless stages are fixed
             by `num_stages` or `constraints`, which leave one device a stage.
         zero: level of ZeRO over the data axis (0 to 3); None: the least that fits.
-        recompute: what backward computes again instead of keeping it: `auto` (as much as a mesh that
-            is searched needs to fit), `none`, `full` (all within
-            each repeated block) or `selective` (what is cheap for the memory it frees).
+        recompute: what backward computes again instead of keeping it: `auto` (as much as a mesh
+            that is searched needs to fit), `none`, `full` (all within each repeated block) or
+            `selective` (what is cheap for the memory it frees).
         memory_limit_bytes: memory of every device, overriding the cluster's.
         constraints: module path pattern -> stage that must hold it.
         clip_grad_norm: clip the global gradient norm before the optimizer step.

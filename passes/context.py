@@ -33,9 +33,9 @@ class PlanOptions:
         optimizer: states that training keeps.
         pins: (module path pattern, stage): the stage must hold the modules that match.
         device_pins: (module path pattern, device index), likewise.
-        recompute: what backward computes again instead of keeping it: `auto` (as much as a mesh that
-            is searched needs to fit), `none`, `full` (all within
-            each repeated block) or `selective` (what is cheap for the memory it frees).
+        recompute: what backward computes again instead of keeping it: `auto` (as much as a mesh
+            that is searched needs to fit), `none`, `full` (all within each repeated block) or
+            `selective` (what is cheap for the memory it frees).
         mesh: axes and sizes, in the order of ranks; None: searched if nothing else says how many
             stages there are.
         zero: level of ZeRO over the data axis; None: the least that fits.
