@@ -243,7 +243,7 @@ def refuse_constants_on_meta(captured: Captured) -> None:
             f"{_some(lost)}",
             where="the model's attributes",
             ways_out=(
-                "make the model `with cutset.parameters_on_meta():`, which leaves such tensors real",
+                "make it `with cutset.parameters_on_meta():`, which leaves such tensors real",
                 "register them as buffers",
             ),
         )

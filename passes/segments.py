@@ -15,7 +15,7 @@ from which everything that backward reads can be computed by such nodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -148,19 +148,32 @@ def _cheapest_cut(kept: _Kept, nodes: Iterable[int], inner: Collection[int]) -> 
         if node in inner and _is_cheap(kept.model, kept.model.graph.nodes[node])
     ]
     for node in nodes:
-        parts = [(node, steps[node].writes)] if node in cheap else []
-        for key, writes in parts or [((node, s), ((s, size),)) for s, size in steps[node].writes]:
-            network.add_edge((key, "in"), (key, "out"), capacity=sum(size for _, size in writes))
-            made.update(dict.fromkeys((storage for storage, _ in writes), (key, "out")))
-            if node not in cheap:
-                network.add_edge("kept", (key, "in"))
-            if any(storage in kept.steps.saved for storage, _ in writes):
-                network.add_edge((key, "out"), "read")
-        for storage in steps[node].reads if node in cheap else ():
-            if storage in made:
-                network.add_edge(made[storage], (node, "in"))
+        writes = steps[node].writes
+        if node in cheap:
+            _add_edge(network, node, writes, kept.steps.saved)
+            made.update((storage, (node, "out")) for storage, _ in writes)
+            read = (made[storage] for storage in steps[node].reads if storage in made)
+            network.add_edges_from((vertex, (node, "in")) for vertex in read)
+            continue
+        for storage, size in writes:
+            key = (node, storage)
+            _add_edge(network, key, [(storage, size)], kept.steps.saved)
+            network.add_edge("kept", (key, "in"))
+            made[storage] = (key, "out")
     _, (_, wanted) = nx.minimum_cut(network, "kept", "read")
     return {node for node in cheap if (node, "in") in wanted}
+
+
+def _add_edge(
+    network: nx.DiGraph,
+    key: object,
+    writes: Sequence[tuple[int, float]],
+    saved: Collection[int],
+) -> None:
+    """What is made, as wide as it is large; if backward reads it, it must come from somewhere."""
+    network.add_edge((key, "in"), (key, "out"), capacity=sum(size for _, size in writes))
+    if any(storage in saved for storage, _ in writes):
+        network.add_edge((key, "out"), "read")
 
 
 def _is_cheap(model: MemoryModel, node: Node) -> bool:
