@@ -14,7 +14,15 @@ from dataclasses import asdict, dataclass, replace
 
 from ..cost_models.simulator import Simulation
 from ..cost_models.timeline import render_timeline
-from .explain_sharding import layouts_json
+from .explain_blocks import blocks_text, summarize_blocks
+from .explain_mesh import (
+    alternatives_json,
+    alternatives_text,
+    constraint,
+    layouts_json,
+    mesh_json,
+    mesh_text,
+)
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Plan, Stage
 from .module_names import modules_of_stages
@@ -167,6 +175,7 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "optimizer": plan.optimizer.name,
         "cluster": {"name": plan.cluster.name, "num_devices": len(plan.cluster.devices)},
         "mesh": str(plan.mesh),
+        "devices": mesh_json(plan),
         "zero": plan.zero_level,
         "layouts": layouts_json(plan),
         "stages": [_stage_json(summary) for summary in summarize(plan, graph)],
@@ -175,6 +184,9 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "step_seconds": prediction.step_seconds if prediction else None,
         "bubble_fraction": prediction.bubble_fraction if prediction else None,
         "binding": list(binding(plan)),
+        "constraint": constraint(plan),
+        "blocks": [asdict(block) for block in summarize_blocks(plan, graph)] if graph else None,
+        "alternatives": alternatives_json(plan),
         "certificate": asdict(plan.certificate) if plan.certificate else None,
         "warnings": list(plan.warnings),
     }
@@ -189,7 +201,8 @@ def _stage_json(summary: StageSummary) -> dict[str, object]:
 
 def explain(plan: Plan, graph: Graph | None = None) -> str:
     """The plan in words and pictures, in plain ASCII, some 80 columns wide."""
-    parts = [_head(plan), _stages_text(plan, graph)]
+    blocks = summarize_blocks(plan, graph) if graph is not None else ()
+    parts = [_head(plan), mesh_text(plan), _stages_text(plan, graph), blocks_text(blocks)]
     if plan.schedule is not None:
         parts.append(_schedule_text(plan))
     parts.append(_figures_text(plan))
@@ -321,6 +334,10 @@ def _figures_text(plan: Plan) -> str:
         rate = plan.batch_size / seconds if seconds > 0 else 0.0
         lines.append(f"predicted step  {seconds_text(seconds)}, {rate:.3g} rows a second")
     lines.extend(f"what binds      {sentence}" for sentence in binding(plan))
+    if constraint(plan):
+        lines.append(f"constraint      {constraint(plan)}")
+    if plan.alternatives:
+        lines.append(alternatives_text(plan))
     if plan.certificate is not None:
         proof = plan.certificate
         lines.append(

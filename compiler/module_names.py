@@ -9,7 +9,7 @@ from __future__ import annotations
 from .ir.graph import Graph
 from .ir.plan import Stage
 
-__all__ = ["block_of", "modules_of_stages"]
+__all__ = ["block_of", "join_runs", "modules_of_stages"]
 
 
 def block_of(module_path: str) -> str:
@@ -45,7 +45,7 @@ def modules_of_stages(graph: Graph, stages: tuple[Stage, ...]) -> tuple[tuple[st
             for block in blocks
             if block and block not in outer
         ]
-        tables.append(tuple(_join_runs(named)))
+        tables.append(tuple(join_runs(named)))
     return tuple(tables)
 
 
@@ -53,7 +53,7 @@ def _dots(path: str) -> list[int]:
     return [position for position, letter in enumerate(path) if letter == "."]
 
 
-def _join_runs(blocks: list[str]) -> list[str]:
+def join_runs(blocks: list[str]) -> list[str]:
     """`h.0`, `h.1`, `h.2` as `h.0-2`."""
     runs: list[tuple[str, int, int] | str] = []
     for block in blocks:

@@ -72,7 +72,8 @@ def ideal_simulation(
                 f"{actions[next_action[rank]]} waits for an action that cannot run before it",
                 where=f"schedule {schedule.name}, rank {rank}",
             )
-    return _simulation(spans, max(free, default=0.0), busy)
+    acting = [seconds for seconds, actions in zip(busy, schedule.ranks, strict=True) if actions]
+    return _simulation(spans, max(free, default=0.0), acting)
 
 
 def _simulation(spans: list[Span], step_seconds: float, busy: list[float]) -> Simulation:

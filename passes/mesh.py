@@ -27,6 +27,8 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Alternative, Certificate, Plan
+from ..compiler.sharding.sharding import Sharding
+from ..compiler.sharding.unruled import unruled_warnings
 from .candidates import Candidate, Pricing, Way
 from .context import Context, PlanOptions
 from .microbatches import candidates, pinned_count
@@ -275,15 +277,16 @@ class _Search:
         return tuple(first.values())[:_ALTERNATIVES]
 
     def warned(self, plan: Plan) -> Plan:
-        """A level of ZeRO that was asked for and has nothing to split is not dropped in silence."""
+        """With what the user should know: operators that could not be split, and a level of ZeRO
+        that was asked for and has nothing to split."""
+        warnings = unruled_warnings(self.context.graph, Sharding.of(plan, self.context.graph))
         level = self.context.options.zero
-        if not level or plan.zero_level == level:
-            return plan
-        text = (
-            f"ZeRO-{level} was asked for, the plan has ZeRO-{plan.zero_level}: no parameter has a "
-            f"dim that could be split over the {DATA} axis"
-        )
-        return replace(plan, warnings=(*plan.warnings, text))
+        if level and plan.zero_level != level:
+            warnings += (
+                f"ZeRO-{level} was asked for, the plan has ZeRO-{plan.zero_level}: no parameter "
+                f"has a dim that could be split over the {DATA} axis",
+            )
+        return replace(plan, warnings=(*plan.warnings, *warnings))
 
     def proven(self, best: float) -> Iterator[float]:
         """Bounds of all that was priced; where the bound of the dynamic program is below the best

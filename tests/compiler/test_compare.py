@@ -63,9 +63,10 @@ CLUSTERS = {
     "slow links": slow_links(4),
 }
 PAIRS = [
-    pytest.param(model, cluster, marks=[pytest.mark.slow] * (model == "llama"))
+    pytest.param(model, cluster, marks=[pytest.mark.slow] * is_slow)
     for model in ("gpt2", "llama", "mlp", "residual_net")
     for cluster in CLUSTERS
+    for is_slow in (model == "llama" or (model, cluster) == ("residual_net", "h100:8"),)
 ]
 TIGHT = [("mlp", "h100:8", 200), ("mlp", "cpu:4", 200), ("mlp", "slow links", 150)]
 

@@ -1,0 +1,138 @@
+"""What a person is told about the mesh of a plan: which devices form what, what else was priced."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+
+from .ir.plan import Alternative, Plan
+from .words import plural, seconds_text
+
+__all__ = [
+    "alternatives_json",
+    "alternatives_text",
+    "constraint",
+    "layouts_json",
+    "mesh_json",
+    "mesh_text",
+]
+
+_COLUMNS = 16  # drawn of a mesh
+_STAGES = 16
+_NEARLY_FULL = 0.9
+
+
+def columns(plan: Plan) -> tuple[tuple[dict[str, int], tuple[int, ...]], ...]:
+    """For each column its place on the in-stage axes, and its device in every stage."""
+    axes = plan.stage_mesh.axes
+    table = []
+    for number in range(plan.stage_mesh.size):
+        place, rest = {}, number
+        for axis in reversed(axes):
+            place[axis.name] = rest % axis.size
+            rest //= axis.size
+        ordered = {axis.name: place[axis.name] for axis in axes}
+        table.append((ordered, tuple(stage.devices[number] for stage in plan.stages)))
+    return tuple(table)
+
+
+def mesh_json(plan: Plan) -> dict[str, object]:
+    """Devices by column and stage."""
+    return {
+        "axes": {axis.name: axis.size for axis in plan.mesh.axes},
+        "columns": [{"place": place, "devices": list(row)} for place, row in columns(plan)],
+    }
+
+
+def mesh_text(plan: Plan) -> str:
+    """A picture of the devices: a row a stage, a column a place on the in-stage axes."""
+    if plan.stage_mesh.size == 1 or not plan.stages:
+        return ""
+    head = f"mesh {plan.mesh} (a row is a stage, microbatches go down a column)"
+    table = columns(plan)
+    shown = table[:_COLUMNS]
+    lines = [
+        _row(axis.name, [str(place[axis.name]) for place, _ in shown])
+        for axis in plan.stage_mesh.axes
+    ]
+    for stage in plan.stages[:_STAGES]:
+        devices = [str(devices[stage.index]) for _, devices in shown]
+        lines.append(_row(f"stage {stage.index}", devices, mark="|"))
+    if len(plan.stages) > _STAGES:
+        lines.append(f"  ... and {len(plan.stages) - _STAGES} more stages")
+    if len(table) > _COLUMNS:
+        lines.append(f"  ... and {len(table) - _COLUMNS} more columns")
+    level = plan.zero_level
+    parts = ("", "states", "gradients and states", "parameters, gradients and states")[level]
+    ending = f" ({parts} in parts over data)" if level else ""
+    return "\n".join([head, *lines, f"  ZeRO-{level}{ending}"])
+
+
+def _row(label: str, cells: list[str], mark: str = " ") -> str:
+    return f"  {label:<10}{mark}" + "".join(f"{cell:>4}" for cell in cells)
+
+
+def layouts_json(plan: Plan) -> dict[str, object]:
+    """How many parameters, other held tensors and nodes have which layout; those that are
+    replicated in every respect are not in a plan, and not here."""
+    parameters = Counter(
+        (str(entry.held), str(entry.gradient), str(entry.state)) for entry in plan.parameter_layouts
+    )
+    held = Counter(str(entry.layout) for entry in plan.layouts)
+    return {
+        "axes": [axis.name for axis in plan.stage_mesh.axes],
+        "parameters": [
+            {"held": sides[0], "gradient": sides[1], "state": sides[2], "count": count}
+            for sides, count in sorted(parameters.items())
+        ],
+        "held": dict(sorted(held.items())),
+        "sharded_nodes": sum(len(group.nodes) for group in plan.node_layouts),
+    }
+
+
+def constraint(plan: Plan) -> str:
+    """The constraint that keeps the plan from being faster, in words."""
+    if plan.prediction is None or not plan.prediction.memory:
+        return ""
+    faster = [
+        entry
+        for entry in plan.alternatives
+        if not entry.fits and entry.step_seconds < plan.prediction.step_seconds
+    ]
+    if faster:
+        first = min(faster, key=lambda entry: entry.step_seconds)
+        return f"memory: {_named(first)} would take {seconds_text(first.step_seconds)}, too large"
+    shares = {
+        entry.device: entry.total_bytes / plan.cluster.type_of(entry.device).memory_bytes
+        for entry in plan.prediction.memory
+    }
+    device = max(shares, key=lambda index: shares[index])
+    if shares[device] > _NEARLY_FULL:
+        return f"memory of device {device}, at {shares[device]:.0%}"
+    return f"none, it is time: no device is fuller than {shares[device]:.0%}"
+
+
+def alternatives_text(plan: Plan) -> str:
+    """The runner-up among other meshes, and those after it."""
+    if plan.prediction is None or not plan.alternatives:
+        return ""
+    lines = []
+    for number, entry in enumerate(plan.alternatives):
+        lead = "runner-up " if number == 0 else ""
+        ratio = entry.step_seconds / plan.prediction.step_seconds - 1.0
+        fits = "" if entry.fits else ", does not fit"
+        lines.append(
+            f"{lead:<16}{_named(entry)}: {seconds_text(entry.step_seconds)} ({ratio:+.1%}){fits}"
+        )
+    return "\n".join(lines)
+
+
+def _named(entry: Alternative) -> str:
+    zero = f", ZeRO-{entry.zero}" if entry.zero else ""
+    count = plural(entry.num_microbatches, "microbatch", "es")
+    return f"mesh {entry.mesh or 'of one device'} with {count}{zero}"
+
+
+def alternatives_json(plan: Plan) -> list[dict[str, object]]:
+    """`plan.alternatives` as plain data."""
+    return [{**asdict(entry), "mesh": str(entry.mesh)} for entry in plan.alternatives]
