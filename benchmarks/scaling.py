@@ -4,6 +4,7 @@ Trains one transformer on local gloo workers of one thread each: on one worker, 
 the batch (`data=2`), the tensors (`tensor=2`) or the layers (`pipeline=2`), and under the plan that
 `auto_partition` chooses for two. Steps of all plans take turns, so that what else the machine does
 hits them alike; medians are compared. Every plan must train to the same losses.
+The simulator plays the programs at the planner's seconds of each stage.
 
 The machine needs a free core for each worker: on fewer, the measured speed-up says nothing.
 
@@ -26,7 +27,7 @@ from _transformer import Shape, Transformer, make_batch, token_loss
 
 from cutset.compiler.api import auto_partition, plan_model
 from cutset.compiler.parallel import Parallel
-from cutset.cost_models import simulate
+from cutset.cost_models import StageSeconds, simulate
 from cutset.runtime.launcher import launch_local
 
 WORKERS = 2
@@ -108,7 +109,19 @@ def _start(title: str, shape: Shape, stack: contextlib.ExitStack) -> Run:
     stack.callback(parallel.close)
     plan = planned.plan
     assert plan.prediction is not None
-    simulated = simulate(planned.programs, cluster=plan.cluster, optimizer=plan.optimizer)
+    stages = {  # the planner's: the simulator has no prices for collectives inside a stage
+        index: StageSeconds(forward, backward, 0.0)
+        for index, (forward, backward) in enumerate(
+            zip(
+                plan.prediction.stage_forward_seconds,
+                plan.prediction.stage_backward_seconds,
+                strict=True,
+            )
+        )
+    }
+    simulated = simulate(
+        planned.programs, cluster=plan.cluster, optimizer=plan.optimizer, measured=stages
+    )
     return Run(parallel, plan.prediction.step_seconds, simulated.step_seconds)
 
 
