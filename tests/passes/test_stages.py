@@ -78,14 +78,16 @@ def test_more_microbatches_are_proposed_where_activations_are_too_large() -> Non
     graph = mlp(6, width=16, batch=512)
     limit = 500_000
     with pytest.raises(InfeasibleError) as refusal:
-        plan(graph, 2, 4096, memory_limit_bytes=limit, num_microbatches=8)
+        plan(graph, 2, 4096, memory_limit_bytes=limit, recompute="none", num_microbatches=8)
     number = next(
         match
         for way in refusal.value.ways_out
         if (match := re.match(r"(\d+) microbatches instead of 8", way))
     )
-    assert plan(graph, 2, 4096, memory_limit_bytes=limit, num_microbatches=int(number[1])).stages
-    assert plan(graph, 2, 4096, memory_limit_bytes=limit).num_microbatches > 8
+    assert plan(
+        graph, 2, 4096, memory_limit_bytes=limit, recompute="none", num_microbatches=int(number[1])
+    ).stages
+    assert plan(graph, 2, 4096, memory_limit_bytes=limit, recompute="none").num_microbatches > 8
 
 
 def two_speeds() -> Cluster:
