@@ -31,6 +31,7 @@ def test_functional_collectives_take_parts_of_any_size(pool: WorkerPool) -> None
 
 def test_stages_that_meet_inside_are_exact(pool: WorkerPool) -> None:
     session = pool.session(4)
+    session.call("reset")  # other tests leave an optimizer there
     session.call("load", load_arguments())
     for step in range(2):
         check_step(session, step)
@@ -39,5 +40,6 @@ def test_stages_that_meet_inside_are_exact(pool: WorkerPool) -> None:
 @pytest.mark.slow
 def test_compiled_stages_hold_functional_collectives(pool: WorkerPool) -> None:
     session = pool.session(4)
+    session.call("reset")  # other tests leave an optimizer there
     session.call("load", load_arguments(compile=True))
     check_step(session)
