@@ -27,7 +27,7 @@ from _transformer import Shape, Transformer, make_batch, token_loss
 
 from cutset.compiler.api import auto_partition, plan_model
 from cutset.compiler.parallel import Parallel
-from cutset.cost_models import StageSeconds, simulate
+from cutset.cost_models import simulate
 from cutset.runtime.launcher import launch_local
 
 WORKERS = 2
@@ -109,19 +109,7 @@ def _start(title: str, shape: Shape, stack: contextlib.ExitStack) -> Run:
     stack.callback(parallel.close)
     plan = planned.plan
     assert plan.prediction is not None
-    stages = {  # the planner's: the simulator has no prices for collectives inside a stage
-        index: StageSeconds(forward, backward, 0.0)
-        for index, (forward, backward) in enumerate(
-            zip(
-                plan.prediction.stage_forward_seconds,
-                plan.prediction.stage_backward_seconds,
-                strict=True,
-            )
-        )
-    }
-    simulated = simulate(
-        planned.programs, cluster=plan.cluster, optimizer=plan.optimizer, measured=stages
-    )
+    simulated = simulate(planned.programs, cluster=plan.cluster, optimizer=plan.optimizer)
     return Run(parallel, plan.prediction.step_seconds, simulated.step_seconds)
 
 

@@ -40,6 +40,7 @@ from ..compiler.ir.program import (
     StageProgram,
 )
 from ..compiler.ir.types import TensorType
+from .collectives import Network
 from .links import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from .memory_curve import MemoryCurve
 from .stages import StageSeconds, optimizer_seconds, stage_seconds
@@ -168,7 +169,10 @@ class _Run:
                 key = program.rank, stage.index
                 self.stages[key] = stage
                 self.seconds[key] = measured.get(stage.index) or stage_seconds(
-                    stage.graph, device_type, recomputed=stage.recomputed
+                    stage.graph,
+                    device_type,
+                    recomputed=stage.recomputed,
+                    network=Network(cluster, stage.axes),
                 )
         self.ranks = [
             _Rank(program, MemoryCurve(program, optimizer, cluster.type_of(program.rank).backend))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..compiler.ir.cluster import DeviceType
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.plan import OptimizerModel
+from .collectives import Network
 from .memory import memory_model
 from .ops import NodeCost, price
 
@@ -43,14 +44,16 @@ def stage_seconds(
     *,
     batch_fraction: float = 1.0,
     recomputed: Collection[int] = (),
+    network: Network | None = None,
 ) -> StageSeconds:
     """Predicted seconds of the stage graph `graph` on `device_type`, one microbatch.
 
     Args:
+        network: who meets in the collectives of the graph, if it holds some.
         recomputed: nodes whose results backward computes again. Weight gradients that it then
             computes with the input gradients (see `recompute.py`) count there.
     """
-    costs = price(graph, device_type, batch_fraction=batch_fraction)
+    costs = price(graph, device_type, batch_fraction=batch_fraction, network=network)
     forward = sum(cost.forward_seconds for cost in costs)
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
