@@ -130,7 +130,7 @@ def alternatives_text(plan: Plan) -> str:
 def _named(entry: Alternative) -> str:
     zero = f", ZeRO-{entry.zero}" if entry.zero else ""
     count = plural(entry.num_microbatches, "microbatch", "es")
-    return f"mesh {entry.mesh or 'of one device'} with {count}{zero}"
+    return f"mesh {str(entry.mesh) or 'of one device'} with {count}{zero}"
 
 
 def alternatives_json(plan: Plan) -> list[dict[str, object]]:
