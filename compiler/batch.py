@@ -19,7 +19,6 @@ __all__ = [
     "Call",
     "batch_size",
     "contiguous",
-    "divisors",
     "microbatches_of",
     "signature_of",
     "take_rows",
@@ -69,11 +68,6 @@ def microbatches_of(call: Call, rows: int) -> Iterator[Call]:
     assert total % rows == 0
     for begin in range(0, total, rows):
         yield take_rows(call, rows, begin)
-
-
-def divisors(number: int) -> tuple[int, ...]:
-    """Divisors of `number`, ascending."""
-    return tuple(d for d in range(1, number + 1) if number % d == 0)
 
 
 def signature_of(call: Call) -> str:

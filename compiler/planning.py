@@ -16,10 +16,11 @@ from ..passes.context import PlanOptions
 from ..passes.mesh import mesh_is_open
 from ..passes.pinned import check_pinned
 from ..passes.pipeline import plan_graph
-from .batch import Call, batch_size, divisors, take_rows
+from .batch import Call, batch_size, take_rows
 from .capture import Captured, capture
 from .capture.signature import LossFunction
 from .ir.cluster import Cluster
+from .ir.counts import divisors
 from .ir.errors import CaptureError, UsageError
 from .ir.graph import Mode
 from .ir.plan import Plan

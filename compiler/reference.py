@@ -24,8 +24,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..runtime.rng import ReplayRandomness, make_key
-from .batch import Call, batch_size, divisors, microbatches_of
+from .batch import Call, batch_size, microbatches_of
 from .capture.signature import find_loss, num_targets
+from .ir.counts import divisors
 from .ir.errors import UsageError
 
 __all__ = [

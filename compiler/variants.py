@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..passes.schedule import build_schedule
 from ..passes.transfer import transfer, transfer_layouts
-from .batch import Call, batch_size, divisors, signature_of, take_rows
+from .batch import Call, batch_size, signature_of, take_rows
 from .capture import Captured, capture
+from .ir.counts import divisors
 from .ir.errors import CaptureError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode

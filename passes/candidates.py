@@ -65,6 +65,7 @@ class Pricing:
         self.rows = batch_rows(context.graph)
         self._work: dict[int, float] = {}
         self._layouts: dict[object, LayoutChoice | None] = {}
+        self._candidates: dict[tuple[Mesh, int, Way], Candidate | None] = {}
         self._columns: dict[object, Column] = {}
         self._recompute: dict[str, tuple[int, ...]] = {}
         self._statements: dict[object, Statement] = {}
@@ -80,6 +81,12 @@ class Pricing:
 
     def candidate(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
         """The plan on `mesh` with `count` microbatches, estimated; None if it does not fit."""
+        key = (mesh, count, way)
+        if key not in self._candidates:
+            self._candidates[key] = self._estimated(mesh, count, way)
+        return self._candidates[key]
+
+    def _estimated(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
         plan = self.plan_on(mesh, count, way)
         if plan is None:
             return None

@@ -22,7 +22,7 @@ from ..cost_models.collectives import Network, mesh_network
 from ..cost_models.links import all_reduce_seconds
 from ..cost_models.parameters import ParameterFigures, parameter_figures
 from .context import Context
-from .replicate import needed_replicas, replicated_nodes
+from .replicate import complete_stages, replicated_nodes
 
 __all__ = ["Column", "column_of", "parameters_of", "stage_devices"]
 
@@ -54,10 +54,7 @@ class Column:
         for node, stage in home.items():
             if node not in replicated:
                 groups[stage].add(node)
-        for group in groups:
-            group.update(needed_replicas(graph, replicated, group))
-        placed = set().union(*groups)
-        groups[-1].update(node.id for node in graph.nodes if node.id not in placed)
+        complete_stages(graph, groups)
         return tuple(
             Stage(stage.index, self.groups[stage.device], tuple(sorted(nodes)))
             for stage, nodes in zip(stages, groups, strict=True)

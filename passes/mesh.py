@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.cluster import Cluster
+from ..compiler.ir.counts import divisors
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
@@ -70,8 +71,8 @@ def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
 def meshes(num_devices: int, rows: int) -> Iterator[Mesh]:
     """Every data x pipeline x tensor of `num_devices`, in both orders where they differ; the data
     axis divides `rows`."""
-    for data in _divisors(math.gcd(num_devices, rows)):
-        for tensor in _divisors(num_devices // data):
+    for data in divisors(math.gcd(num_devices, rows)):
+        for tensor in divisors(num_devices // data):
             stages = num_devices // data // tensor
             axes = {DATA: data, PIPELINE: stages, TENSOR: tensor}
             orders = [(PIPELINE, DATA, TENSOR)]
@@ -79,10 +80,6 @@ def meshes(num_devices: int, rows: int) -> Iterator[Mesh]:
                 orders.append((DATA, PIPELINE, TENSOR))
             for order in orders:
                 yield Mesh(tuple(MeshAxis(name, axes[name]) for name in order if axes[name] > 1))
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 class _Search:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..compiler.ir.counts import divisors
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.plan import Plan
@@ -52,7 +53,7 @@ def pinned_count(plan: Plan, context: Context) -> int | None:
     if pinned is not None and (pinned < 1 or plan.batch_size % pinned):
         raise UsageError(
             f"{pinned} microbatches do not divide a batch of {plan.batch_size}",
-            ways_out=(f"legal: {', '.join(map(str, _divisors(plan.batch_size)))}",),
+            ways_out=(f"legal: {', '.join(map(str, divisors(plan.batch_size)))}",),
         )
     return pinned
 
@@ -101,12 +102,11 @@ def _first_that_fits(
     return numbers[-1]
 
 
-def _divisors(number: int) -> Iterator[int]:
-    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
-
-
 def candidates(batch_size: int, num_stages: int) -> Iterator[int]:
     """Divisors of the batch size worth pricing: spread around four microbatches a stage."""
-    divisors = list(_divisors(batch_size))
-    near = sorted(divisors, key=lambda number: (abs(math.log(number / (4 * num_stages))), number))
+
+    def distance(number: int) -> tuple[float, int]:
+        return abs(math.log(number / (4 * num_stages))), number
+
+    near = sorted(divisors(batch_size), key=distance)
     return iter(sorted(near[:_MOST_CANDIDATES]))

@@ -13,7 +13,7 @@ __all__ = ["check_pinned", "updates_elementwise"]
 
 _AXES = (DATA, PIPELINE, TENSOR)
 _ELEMENTWISE = frozenset(
-    "adamw adam sgd rmsprop adagrad nadam radam adamax adadelta asgd rprop test".split()
+    "adamw adam sgd rmsprop adagrad nadam radam adamax adadelta asgd rprop".split()
 )
 
 

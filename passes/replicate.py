@@ -7,13 +7,13 @@ stage. Without any other node in the graph nothing is replicated, as stages need
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..compiler.ir.graph import Graph, OutputKind, producers
 from ..compiler.ir.ops import Category
 from ..compiler.ir.replicable import replicable_nodes
 
-__all__ = ["needed_replicas", "replicated_nodes"]
+__all__ = ["complete_stages", "needed_replicas", "replicated_nodes"]
 
 _HEAVY = (Category.ATTENTION, Category.CONVOLUTION, Category.RECURRENT)
 
@@ -48,3 +48,13 @@ def needed_replicas(
                 found.add(source)
                 pending.append(source)
     return tuple(sorted(found))
+
+
+def complete_stages(graph: Graph, stages: Sequence[set[int]]) -> None:
+    """Add to the nodes of each stage the replicated ones that it needs, and what no stage needs to
+    the last one."""
+    replicated = replicated_nodes(graph)
+    for nodes in stages:
+        nodes.update(needed_replicas(graph, replicated, nodes))
+    placed = set().union(*stages)
+    stages[-1].update(node.id for node in graph.nodes if node.id not in placed)

@@ -17,7 +17,7 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Graph, Node, ValueKind, producers, users
 from ..compiler.ir.plan import NodeLayout, ParameterLayout, Plan, Stage, ValueLayout
 from ..compiler.sharding.sharding import legal_node_layouts, legal_value_layouts
-from .replicate import needed_replicas, replicated_nodes
+from .replicate import complete_stages, replicated_nodes
 
 __all__ = ["Layouts", "held_stages", "transfer", "transfer_layouts"]
 
@@ -219,16 +219,12 @@ def _place_late(
 
 
 def _stages(plan: Plan, graph: Graph, stage_of: dict[int, int]) -> tuple[Stage, ...]:
-    replicated = replicated_nodes(graph)
     groups: list[set[int]] = [set() for _ in plan.stages]
     for node, stage in stage_of.items():
         groups[stage].add(node)
     pairs = zip(plan.stages, groups, strict=True)
     kept = [(stage.devices, group) for stage, group in pairs if group]
-    for _, group in kept:
-        group.update(needed_replicas(graph, replicated, group))
-    placed = set().union(*(group for _, group in kept))
-    kept[-1][1].update(node.id for node in graph.nodes if node.id not in placed)
+    complete_stages(graph, [group for _, group in kept])
     return tuple(
         Stage(index, devices, tuple(sorted(group))) for index, (devices, group) in enumerate(kept)
     )

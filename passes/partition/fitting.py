@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ...compiler.ir.plan import MemoryPrediction, Stage
 from ...cost_models.analysis import batch_rows
 from ...cost_models.memory import MemoryModel, consuming_stages, memory_model, stage_memory
-from ..replicate import needed_replicas, replicated_nodes
+from ..replicate import complete_stages
 from .closest import closest_partition
 from .devices import used_types
 from .objective import stage_figures, step_seconds
@@ -147,14 +147,10 @@ def stages_of(
 ) -> tuple[Stage, ...]:
     """Stages of the nodes of `assignment`, with the replicated nodes that each needs."""
     graph = statement.graph
-    replicated = replicated_nodes(graph)
     groups: list[set[int]] = [set() for _ in assignment.classes]
     for unit, stage in enumerate(assignment.stages):
         groups[stage].update(statement.units[unit])
-    for group in groups:
-        group.update(needed_replicas(graph, replicated, group))
-    placed = set().union(*groups)
-    groups[-1].update(node.id for node in graph.nodes if node.id not in placed)
+    complete_stages(graph, groups)
     devices = assignment.devices(problem)
     return tuple(
         Stage(index, (device,), tuple(sorted(group)))
