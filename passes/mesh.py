@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.cluster import Cluster
@@ -97,8 +97,16 @@ class _Search:
         self.bounds: list[float] = []  # of what was not priced
 
     def run(self) -> Plan:
+        """Numbers of microbatches are few and typical, larger ones if nothing fits."""
+        self.search(self.space(_microbatch_counts))
+        if not self.confirmed():
+            self.search(self.space(_more_microbatches))
+        return self.finish()
+
+    def search(self, space: list[tuple[Mesh, int]]) -> None:
+        """Price what may be better than the best so far."""
         unfit: dict[Mesh, int] = {}  # most microbatches with which a mesh does not fit
-        for mesh, count in sorted(self.space(), key=self.order):
+        for mesh, count in sorted(space, key=self.order):
             best = min((item.seconds for item in self.found), default=math.inf)
             if self.bound(mesh, count) >= best:
                 self.bounds.append(self.bound(mesh, count))
@@ -107,7 +115,6 @@ class _Search:
                 self.price(mesh, count, self.hopeful(mesh, count))
                 if len(self.found) == before:
                     unfit[mesh] = count
-        return self.finish()
 
     def order(self, item: tuple[Mesh, int]) -> tuple[int, int, str]:
         """Least bound first; of about equal ones more microbatches, which need less memory."""
@@ -122,7 +129,7 @@ class _Search:
             if len(group) == 1 or self.pricing.candidate(mesh, count, group[-1]) is not None:
                 yield from group
 
-    def space(self) -> list[tuple[Mesh, int]]:
+    def space(self, counts_of: Callable[[Plan, Context, int], list[int]]) -> list[tuple[Mesh, int]]:
         """Meshes with numbers of microbatches."""
         plan, options = self.plan, self.context.options
         pinned = options.mesh
@@ -135,11 +142,11 @@ class _Search:
                 continue
             counts = [
                 count
-                for count in _microbatch_counts(plan, self.context, stages)
+                for count in counts_of(plan, self.context, stages)
                 if plan.batch_size // count % data == 0
             ]
             table += [(mesh, count) for count in counts]
-        if not table:
+        if not table and counts_of is _microbatch_counts:
             raise UsageError(
                 f"no number of microbatches of a batch of {plan.batch_size} rows suits the mesh",
                 where="mesh",
@@ -200,8 +207,8 @@ class _Search:
                 return
             fits = candidate is not None
 
-    def finish(self) -> Plan:
-        """The fastest of the finalists, all of which fit by liveness."""
+    def confirmed(self) -> list[int]:
+        """The finalists, all of which fit by liveness."""
         while pending := [place for place in self.finalists() if place not in self.looked_at]:
             for place in pending:
                 candidate = self.found[place]
@@ -210,9 +217,14 @@ class _Search:
                     mesh, count = candidate.plan.mesh, candidate.plan.num_microbatches
                     ways = self.ways(mesh)
                     self.price(mesh, count, ways[ways.index(candidate.way) + 1 :])
-        if not self.finalists():
+        return self.finalists()
+
+    def finish(self) -> Plan:
+        """The fastest of the finalists."""
+        finalists = self.confirmed()
+        if not finalists:
             return self.smallest()
-        best = min(self.finalists(), key=self.preference)
+        best = min(finalists, key=self.preference)
         seconds = self.seconds(best)
         floor = min([seconds, *self.bounds, *self.proven(seconds)])
         certificate = Certificate(
@@ -330,3 +342,11 @@ def _microbatch_counts(plan: Plan, context: Context, stages: int) -> list[int]:
     if not any(value.batch_dim is not None for value in inputs):
         return [1]
     return list(candidates(plan.batch_size, stages))
+
+
+def _more_microbatches(plan: Plan, context: Context, stages: int) -> list[int]:
+    """More than the typical numbers, if the number is open."""
+    typical = _microbatch_counts(plan, context, stages)
+    if context.options.num_microbatches is not None or typical == [1]:
+        return []
+    return [number for number in _divisors(plan.batch_size) if number > typical[-1]]
