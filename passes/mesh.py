@@ -22,20 +22,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import UsageError
-from ..compiler.ir.graph import Mode, ValueKind
+from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Alternative, Certificate, Plan
 from ..compiler.sharding.sharding import Sharding
 from ..compiler.sharding.unruled import unruled_warnings
 from .candidates import Candidate, Pricing, Way
-from .context import Context, PlanOptions
+from .context import Context
+from .layout_pins import can_hold, held_placements
 from .microbatches import candidates, pinned_count
 from .partition.fitting import Fit
-from .pinned import check_pinned, updates_elementwise
+from .pinned import check_pinned, mesh_is_open, updates_elementwise
 
-__all__ = ["ChooseMesh", "mesh_is_open", "meshes"]
+__all__ = ["ChooseMesh", "meshes"]
 
 _PROVEN = 4
 _CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
@@ -55,16 +55,6 @@ class ChooseMesh:
         if not mesh_is_open(plan.cluster, plan.mode, context.options):
             return plan
         return _Search(plan, context).run()
-
-
-def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
-    """Whether there is a mesh to choose: devices of one kind, and nothing that fixes stages."""
-    if options.mesh is not None:
-        return True
-    kinds = {device.type for device in cluster.devices}
-    fixed = options.num_stages is not None or options.pins or options.device_pins
-    trains = mode is Mode.TRAIN
-    return trains and len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
 
 
 def meshes(num_devices: int, rows: int) -> Iterator[Mesh]:
@@ -138,7 +128,7 @@ class _Search:
         table = []
         for mesh in every:
             data, stages = mesh.axis(DATA).size, mesh.axis(PIPELINE).size
-            if options.zero and data == 1:
+            if (options.zero and data == 1) or not self.suits_pins(mesh):
                 continue
             counts = [
                 count
@@ -147,12 +137,23 @@ class _Search:
             ]
             table += [(mesh, count) for count in counts]
         if not table and counts_of is _microbatch_counts:
+            if options.layout_pins:  # says which pin is impossible, and what would be legal
+                whole = Mesh((MeshAxis(TENSOR, len(plan.cluster.devices)),))
+                held_placements(self.context.graph, options.layout_pins, whole)
             raise UsageError(
                 f"no number of microbatches of a batch of {plan.batch_size} rows suits the mesh",
                 where="mesh",
                 ways_out=("let the data axis divide the rows of a microbatch",),
             )
         return table
+
+    def suits_pins(self, mesh: Mesh) -> bool:
+        """Whether pinned layouts are possible on `mesh`; of a pinned mesh they must be."""
+        pins = self.context.options.layout_pins
+        if self.context.options.mesh is not None:
+            held_placements(self.context.graph, pins, mesh)
+            return True
+        return can_hold(self.context.graph, pins, mesh)
 
     def bound(self, mesh: Mesh, count: int) -> float:
         """No plan on `mesh` with `count` microbatches is faster."""
