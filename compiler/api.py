@@ -22,6 +22,7 @@ from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
 from .batch import batch_size, contiguous, signature_of, take_rows
 from .compare import STRATEGIES, StrategyFigures, compare
+from .constraints import layout_pins, stage_pins, together_groups
 from .ir.cluster import Cluster
 from .ir.errors import PlanFormatError, UsageError
 from .ir.fingerprint import fingerprint
@@ -57,7 +58,8 @@ def plan_model(
     zero: int | None = None,
     recompute: str = "auto",
     memory_limit_bytes: int | None = None,
-    constraints: Mapping[str, int] | None = None,
+    constraints: Mapping[str, int | str] | None = None,
+    together: Sequence[Sequence[str]] | None = None,
     clip_grad_norm: float | None = None,
     plan: Plan | str | PathLike[str] | None = None,
     check: bool = True,
@@ -81,7 +83,10 @@ def plan_model(
             that is searched needs to fit), `none`, `full` (all within each repeated block) or
             `selective` (what is cheap for the memory it frees).
         memory_limit_bytes: memory of every device, overriding the cluster's.
-        constraints: module path pattern -> stage that must hold it.
+        constraints: module path pattern -> stage that must hold it; or pattern of parameters ->
+            their layout over the tensor axis, as `tensor=S(1)` or `tensor=R`.
+        together: groups of module path patterns; the modules that a group matches, and what lies
+            between them, are in one stage.
         clip_grad_norm: clip the global gradient norm before the optimizer step.
         plan: use this plan (or plan file) instead of searching one.
         check: compare the captured gradients with the model's own.
@@ -119,7 +124,9 @@ def plan_model(
         schedule=schedule,
         recompute=recompute,
         optimizer=optimizer_model or OptimizerModel("adamw", 2.0),
-        pins=tuple(sorted((constraints or {}).items())),
+        pins=stage_pins(constraints),
+        layout_pins=layout_pins(constraints),
+        together=together_groups(together),
         mesh=_mesh(mesh),
         zero=_zero(zero),
     )

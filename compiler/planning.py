@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from ..passes.context import PlanOptions
-from ..passes.mesh import mesh_is_open
-from ..passes.pinned import check_pinned
+from ..passes.pinned import check_pinned, mesh_is_open
 from ..passes.pipeline import plan_graph
 from .batch import Call, batch_size, take_rows
 from .capture import Captured, capture

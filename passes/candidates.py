@@ -19,6 +19,7 @@ from ..cost_models.analysis import batch_rows
 from ..cost_models.ops import price
 from .columns import Column, column_of, parameters_of, stage_devices
 from .context import Context
+from .layout_pins import held_placements
 from .layouts.choose import LayoutChoice, plan_layouts
 from .layouts.statement import LayoutOptions
 from .partition.fitting import Fit, find_fitting, with_memory
@@ -183,6 +184,7 @@ class Pricing:
             in_flight=min(stages, count) * portion,
             memory_bytes=stages * self._memory_bytes() if saving else None,
             optimizer=self.plan.optimizer,
+            held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
         )
         devices = stage_devices(mesh)[0]
         try:

@@ -44,19 +44,23 @@ class Coarsening:
         num_stages: the most stages that are wanted, which sets how fine units must be.
         max_units: no more units than this, unless the labels need more.
         labels: node id -> label; nodes of different labels (pins) are never in one unit.
+        together: groups of nodes that must be in one unit, with all nodes on paths between them.
     """
 
     seconds: Sequence[float]
     num_stages: int
     max_units: int
     labels: Mapping[int, Hashable]
+    together: Sequence[Sequence[int]] = ()
 
 
 def coarsen(graph: Graph, nodes: Iterable[int], how: Coarsening) -> tuple[tuple[int, ...], ...]:
     """Units of `nodes`: node ids ascending, units in topological order."""
     chosen = sorted(nodes)
     groups = _Groups(graph, chosen, how)
-    groups.join_cycles(_buffer_groups(graph, set(chosen)))
+    kept = set(chosen)
+    together = [sorted(kept.intersection(group)) for group in how.together]
+    groups.join_cycles([*_buffer_groups(graph, kept), *together])
     groups.join_isolated()
     groups.fuse_cheap()
     units = groups.units()

@@ -7,18 +7,31 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..compiler.ir.graph import Graph
-from ..compiler.ir.mesh import Mesh
+from ..compiler.ir.mesh import Mesh, Placement
 from ..compiler.ir.plan import OptimizerModel, Plan
 from ..cost_models.collectives import Network
 from ..cost_models.parameters import ParameterFigures
 
-__all__ = ["Context", "Pass", "PlanOptions", "silent"]
+__all__ = ["Context", "LayoutPin", "Pass", "PlanOptions", "silent"]
 
 ADAMW = OptimizerModel("adamw", 2.0)
 
 
 def silent(message: str) -> None:
     """Show no progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutPin:
+    """Parameters whose path, or that of a module around them, matches `pattern` are held in
+    `placement` over `axis`."""
+
+    pattern: str
+    axis: str
+    placement: Placement
+
+    def __str__(self) -> str:
+        return f"{self.pattern!r}: '{self.axis}={self.placement}'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,8 @@ class PlanOptions:
         optimizer: states that training keeps.
         pins: (module path pattern, stage): the stage must hold the modules that match.
         device_pins: (module path pattern, device index), likewise.
+        together: groups of module path patterns; what a group matches is in one stage.
+        layout_pins: how parameters are held over the tensor axis.
         recompute: what backward computes again instead of keeping it: `auto` (as much as a mesh
             that is searched needs to fit), `none`, `full` (all within each repeated block) or
             `selective` (what is cheap for the memory it frees).
@@ -51,6 +66,8 @@ class PlanOptions:
     optimizer: OptimizerModel = ADAMW
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
+    together: tuple[tuple[str, ...], ...] = ()
+    layout_pins: tuple[LayoutPin, ...] = ()
     recompute: str = "auto"
     mesh: Mesh | None = None
     zero: int | None = None

@@ -19,24 +19,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.counts import divisors
 from ..compiler.ir.errors import UsageError
-from ..compiler.ir.graph import Mode, ValueKind
+from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Alternative, Certificate, Plan
 from ..compiler.sharding.sharding import Sharding
 from ..compiler.sharding.unruled import unruled_warnings
 from .candidates import Candidate, Pricing, Way
-from .context import Context, PlanOptions
+from .context import Context
+from .layout_pins import can_hold, held_placements
 from .microbatches import candidates, pinned_count
 from .partition.fitting import Fit
-from .pinned import check_pinned, updates_elementwise
+from .pinned import check_pinned, mesh_is_open, updates_elementwise
 
-__all__ = ["ChooseMesh", "mesh_is_open", "meshes"]
+__all__ = ["ChooseMesh", "meshes"]
 
 _PROVEN = 4
 _CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
@@ -56,16 +56,6 @@ class ChooseMesh:
         if not mesh_is_open(plan.cluster, plan.mode, context.options):
             return plan
         return _Search(plan, context).run()
-
-
-def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
-    """Whether there is a mesh to choose: devices of one kind, and nothing that fixes stages."""
-    if options.mesh is not None:
-        return True
-    kinds = {device.type for device in cluster.devices}
-    fixed = options.num_stages is not None or options.pins or options.device_pins
-    trains = mode is Mode.TRAIN
-    return trains and len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
 
 
 def meshes(num_devices: int, rows: int) -> Iterator[Mesh]:
@@ -94,8 +84,16 @@ class _Search:
         self.bounds: list[float] = []  # of what was not priced
 
     def run(self) -> Plan:
+        """Numbers of microbatches are few and typical, larger ones if nothing fits."""
+        self.search(self.space(_microbatch_counts))
+        if not self.confirmed():
+            self.search(self.space(_more_microbatches))
+        return self.finish()
+
+    def search(self, space: list[tuple[Mesh, int]]) -> None:
+        """Price what may be better than the best so far."""
         unfit: dict[Mesh, int] = {}  # most microbatches with which a mesh does not fit
-        for mesh, count in sorted(self.space(), key=self.order):
+        for mesh, count in sorted(space, key=self.order):
             best = min((item.seconds for item in self.found), default=math.inf)
             if self.bound(mesh, count) >= best:
                 self.bounds.append(self.bound(mesh, count))
@@ -104,7 +102,6 @@ class _Search:
                 self.price(mesh, count, self.hopeful(mesh, count))
                 if len(self.found) == before:
                     unfit[mesh] = count
-        return self.finish()
 
     def order(self, item: tuple[Mesh, int]) -> tuple[int, int, str]:
         """Least bound first; of about equal ones more microbatches, which need less memory."""
@@ -119,7 +116,7 @@ class _Search:
             if len(group) == 1 or self.pricing.candidate(mesh, count, group[-1]) is not None:
                 yield from group
 
-    def space(self) -> list[tuple[Mesh, int]]:
+    def space(self, counts_of: Callable[[Plan, Context, int], list[int]]) -> list[tuple[Mesh, int]]:
         """Meshes with numbers of microbatches."""
         plan, options = self.plan, self.context.options
         pinned = options.mesh
@@ -128,21 +125,32 @@ class _Search:
         table = []
         for mesh in every:
             data, stages = mesh.axis(DATA).size, mesh.axis(PIPELINE).size
-            if options.zero and data == 1:
+            if (options.zero and data == 1) or not self.suits_pins(mesh):
                 continue
             counts = [
                 count
-                for count in _microbatch_counts(plan, self.context, stages)
+                for count in counts_of(plan, self.context, stages)
                 if plan.batch_size // count % data == 0
             ]
             table += [(mesh, count) for count in counts]
-        if not table:
+        if not table and counts_of is _microbatch_counts:
+            if options.layout_pins:  # says which pin is impossible, and what would be legal
+                whole = Mesh((MeshAxis(TENSOR, len(plan.cluster.devices)),))
+                held_placements(self.context.graph, options.layout_pins, whole)
             raise UsageError(
                 f"no number of microbatches of a batch of {plan.batch_size} rows suits the mesh",
                 where="mesh",
                 ways_out=("let the data axis divide the rows of a microbatch",),
             )
         return table
+
+    def suits_pins(self, mesh: Mesh) -> bool:
+        """Whether pinned layouts are possible on `mesh`; of a pinned mesh they must be."""
+        pins = self.context.options.layout_pins
+        if self.context.options.mesh is not None:
+            held_placements(self.context.graph, pins, mesh)
+            return True
+        return can_hold(self.context.graph, pins, mesh)
 
     def bound(self, mesh: Mesh, count: int) -> float:
         """No plan on `mesh` with `count` microbatches is faster."""
@@ -197,8 +205,8 @@ class _Search:
                 return
             fits = candidate is not None
 
-    def finish(self) -> Plan:
-        """The fastest of the finalists, all of which fit by liveness."""
+    def confirmed(self) -> list[int]:
+        """The finalists, all of which fit by liveness."""
         while pending := [place for place in self.finalists() if place not in self.looked_at]:
             for place in pending:
                 candidate = self.found[place]
@@ -207,9 +215,14 @@ class _Search:
                     mesh, count = candidate.plan.mesh, candidate.plan.num_microbatches
                     ways = self.ways(mesh)
                     self.price(mesh, count, ways[ways.index(candidate.way) + 1 :])
-        if not self.finalists():
+        return self.finalists()
+
+    def finish(self) -> Plan:
+        """The fastest of the finalists."""
+        finalists = self.confirmed()
+        if not finalists:
             return self.smallest()
-        best = min(self.finalists(), key=self.preference)
+        best = min(finalists, key=self.preference)
         seconds = self.seconds(best)
         floor = min([seconds, *self.bounds, *self.proven(seconds)])
         certificate = Certificate(
@@ -327,3 +340,11 @@ def _microbatch_counts(plan: Plan, context: Context, stages: int) -> list[int]:
     if not any(value.batch_dim is not None for value in inputs):
         return [1]
     return list(candidates(plan.batch_size, stages))
+
+
+def _more_microbatches(plan: Plan, context: Context, stages: int) -> list[int]:
+    """More than the typical numbers, if the number is open."""
+    typical = _microbatch_counts(plan, context, stages)
+    if context.options.num_microbatches is not None or typical == [1]:
+        return []
+    return [number for number in divisors(plan.batch_size) if number > typical[-1]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Mode
-from ..compiler.ir.mesh import Mesh
+from ..compiler.ir.mesh import Mesh, Replicate
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR
 from .context import PlanOptions
 
-__all__ = ["check_pinned", "updates_elementwise"]
+__all__ = ["check_pinned", "mesh_is_open", "updates_elementwise"]
 
 _AXES = (DATA, PIPELINE, TENSOR)
 _ELEMENTWISE = frozenset(
@@ -22,10 +22,21 @@ def updates_elementwise(optimizer: str) -> bool:
     return optimizer in _ELEMENTWISE
 
 
+def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
+    """Whether there is a mesh to choose: devices of one kind, and nothing that fixes stages."""
+    if options.mesh is not None:
+        return True
+    kinds = {device.type for device in cluster.devices}
+    fixed = options.num_stages is not None or options.pins or options.device_pins
+    trains = mode is Mode.TRAIN
+    return trains and len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
+
+
 def check_pinned(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
     """Raises UsageError where `options` contradict each other, the cluster or the optimizer."""
     if options.mesh is not None:
         _check_mesh(cluster, mode, options, options.mesh)
+    _check_layout_pins(cluster, mode, options)
     if options.zero:
         _check_zero(cluster, mode, options, options.zero)
 
@@ -62,6 +73,34 @@ def _check_mesh(cluster: Cluster, mode: Mode, options: PlanOptions, mesh: Mesh) 
     trains = mode is Mode.TRAIN
     if trains and mesh.axis(TENSOR).size > 1 and not updates_elementwise(options.optimizer.name):
         raise _whole_updates("mesh", f"the {TENSOR} axis of mesh {mesh}", options.optimizer.name)
+
+
+def _check_layout_pins(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
+    for pin in options.layout_pins:
+        where = f"constraints: {pin}"
+        if pin.axis != TENSOR:
+            raise _refused(
+                where,
+                f"parameters are pinned over the {TENSOR} axis, not over {pin.axis!r}",
+                f"write '{TENSOR}={pin.placement}'",
+                f"use zero= for parts over the {DATA} axis",
+            )
+        if isinstance(pin.placement, Replicate):
+            continue
+        if options.mesh is not None and options.mesh.axis(TENSOR).size == 1:
+            raise _refused(
+                where,
+                f"the pin splits parameters over a {TENSOR} axis, mesh {options.mesh} has none",
+                f"add {TENSOR}=2 or more to the mesh",
+                "drop the pin",
+            )
+        if not mesh_is_open(cluster, mode, options):
+            raise _refused(
+                where,
+                f"the pin splits parameters over a {TENSOR} axis, but no mesh is searched: stages "
+                "are fixed, devices differ in type, there is one, or it is for inference",
+                f"pin the mesh too, e.g. mesh='{PIPELINE}=2,{TENSOR}=2'",
+            )
 
 
 def _check_zero(cluster: Cluster, mode: Mode, options: PlanOptions, level: int) -> None:

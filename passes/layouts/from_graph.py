@@ -286,6 +286,9 @@ def _pinned(work: _Work, value: Value) -> Placement | None:
     statement = work.statement
     if value.kind is ValueKind.BOUNDARY:
         return statement.options.boundary.get(value.name, Replicate())
+    wanted = statement.options.held.get(value.name, {}).get(statement.mesh.axes[-1].name)
+    if wanted is not None:
+        return wanted
     if value.kind is ValueKind.BUFFER:
         names = (value.origin, *value.aliases)
         if any(output.target in names for output in statement.graph.outputs_of(OutputKind.BUFFER)):

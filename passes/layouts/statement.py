@@ -27,6 +27,7 @@ class LayoutOptions:
         optimizer: states a parameter.
         batch_axes: mesh axes over which batched inputs are split by rows and parameters are
             replicated (data parallelism).
+        held: by value name, placements over an axis, by its name, that are not left to choose.
         boundary: by value name, placement over the *last* axis of boundary values (of block graphs)
             and of values returned; others are replicated.
     """
@@ -38,6 +39,7 @@ class LayoutOptions:
     seconds_per_byte: float = 0.0
     optimizer: OptimizerModel = OptimizerModel("adamw", 2.0)
     batch_axes: tuple[str, ...] = ("data",)
+    held: Mapping[str, Mapping[str, Placement]] = field(default_factory=dict)
     boundary: Mapping[str, Placement] = field(default_factory=dict)
 
 

@@ -10,7 +10,7 @@ from ...compiler.ir.graph import Graph
 from .problem import DeviceClass
 from .statement import Statement, unit_name
 
-__all__ = ["class_pins", "matches", "node_labels", "stage_pins"]
+__all__ = ["class_pins", "matches", "node_labels", "stage_pins", "together_nodes"]
 
 
 def stage_pins(statement: Statement) -> tuple[tuple[int, int], ...]:
@@ -47,7 +47,7 @@ def _contradiction(
     name = unit_name(statement.graph, statement.units[unit])
     return UsageError(
         f"pins put {name} on two {kind}, {first} and {second}",
-        ways_out=("make the patterns disjoint",),
+        ways_out=("make the patterns disjoint", "do not keep together what is pinned apart"),
     )
 
 
@@ -59,11 +59,35 @@ def _matching_units(statement: Statement, pattern: str) -> list[int]:
         if any(matches(pattern, graph.nodes[node].module_path) for node in nodes)
     ]
     if not found:
-        raise UsageError(
-            f"pin {pattern!r} matches no module",
-            ways_out=("give a module path such as 'model.layers.3', or a pattern with *",),
-        )
+        raise _no_match(pattern)
     return found
+
+
+def _no_match(pattern: str) -> UsageError:
+    return UsageError(
+        f"pin {pattern!r} matches no module",
+        ways_out=("give a module path such as 'model.layers.3', or a pattern with *",),
+    )
+
+
+def together_nodes(
+    graph: Graph, groups: tuple[tuple[str, ...], ...]
+) -> tuple[tuple[int, ...], ...]:
+    """For each group of patterns the nodes that they match, which must be in one stage.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    table = []
+    for patterns in groups:
+        nodes: set[int] = set()
+        for pattern in patterns:
+            found = {node.id for node in graph.nodes if matches(pattern, node.module_path)}
+            if not found:
+                raise _no_match(pattern)
+            nodes |= found
+        table.append(tuple(sorted(nodes)))
+    return tuple(table)
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -10,7 +10,7 @@ from ...cost_models.ops import price
 from ..coarsen import Coarsening, coarsen
 from ..context import Context
 from ..replicate import needed_replicas, replicated_nodes
-from .pins import node_labels
+from .pins import node_labels, together_nodes
 from .statement import Statement
 
 __all__ = ["schedule_name", "stage_counts", "state"]
@@ -67,6 +67,7 @@ def state(plan: Plan, context: Context) -> Statement:
         num_stages=most,
         max_units=max(_UNITS_PER_STAGE * most, fine),
         labels=node_labels(graph, options.pins, options.device_pins),
+        together=together_nodes(graph, options.together),
     )
     units = coarsen(graph, [node.id for node in graph.nodes if node.id not in replicated], how)
     return Statement(
