@@ -118,8 +118,10 @@ def _session(num_ranks: int, options: argparse.Namespace, sessions: dict[int, Se
     if not options.workers:
         return InProcessSession(num_ranks, torch.device(options.device))
     if num_ranks not in sessions:
-        places = [torch.device(options.device)] * num_ranks
-        sessions[num_ranks] = launch_local(num_ranks, devices=places)
+        on_cuda = options.device == "cuda"
+        places = [torch.device("cuda", rank) for rank in range(num_ranks)] if on_cuda else None
+        backend = "nccl" if on_cuda else "gloo"
+        sessions[num_ranks] = launch_local(num_ranks, backend=backend, devices=places)
     return sessions[num_ranks]
 
 
@@ -132,7 +134,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--layouts", type=_seed, default=None, help="flowing or random:SEED")
     parser.add_argument("--clip", type=float, help="clip the global norm of gradients to this")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", action="store_true", help="real processes over gloo")
+    parser.add_argument("--workers", action="store_true", help="real processes, on CUDA one a GPU")
     parser.add_argument("-o", "--output", help="write JSON here")
     options = parser.parse_args()
     options.sharded = options.mesh is not None
