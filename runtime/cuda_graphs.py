@@ -3,7 +3,8 @@
 A CUDA graph reads and writes fixed addresses, while a pipeline keeps several microbatches in
 flight. So each stage owns *slots*: a slot holds static tensors and F, B and W graphs for one
 microbatch in flight, and is reused when that microbatch's W is done. A slot runs eagerly on its
-first use (which warms libraries up), is captured on its second, and replayed from then on.
+first use (which warms libraries up), is captured on its second, and replayed from then on. Ranks in
+processes of their own do the first two before the first step (`Executor.rehearse`).
 
 Graphs of one slot share a memory pool; slots do not share one, because a replay of one slot would
 overwrite temporaries that another slot still keeps.
@@ -107,16 +108,6 @@ class GraphSlots:
         self._num_gradients = len(kernels.signature.differentiable) - len(kernels.zero_inputs)
         self._free: list[_Slot] = []
         self._broken = False
-        self._ran_eagerly = False
-
-    def trim(self) -> None:
-        """Give back what eager runs left in the allocator's cache, which graphs cannot use.
-
-        To be called between steps, as it waits for the device.
-        """
-        if self._ran_eagerly and not self._broken:
-            torch.cuda.empty_cache()
-        self._ran_eagerly = False
 
     def forward(
         self, arguments: list[Tensor | None], keep: Callable[[list[Tensor | None]], None]
@@ -128,7 +119,6 @@ class GraphSlots:
         slot = self._free.pop() if self._free else _Slot(self._kernels)
         slot.uses += 1
         if slot.uses == 1:
-            self._ran_eagerly = True
             keep(arguments)
             return list(self._kernels.forward(arguments)), slot
         static = slot.forward.stage(arguments)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..compiler.ir.graph import OutputKind, Value, ValueKind
+from ..compiler.ir.graph import Graph, Mode, OutputKind, Value, ValueKind
 from ..compiler.ir.program import (
     GRADIENT_NORM,
     AllGather,
@@ -150,6 +150,7 @@ class Executor:
         self.touched: set[str] = set()
         self._step: Step | None = None
         self._optimize: Optimizer | None = None
+        self._rehearsed = False
 
     def begin(
         self,
@@ -184,11 +185,61 @@ class Executor:
             for stage in self._program.stages
             for value in stage.graph.values_of(ValueKind.INPUT)
         }
+        self._zero_gradients()
+        self._began = time.perf_counter()
+
+    def rehearse(self) -> None:
+        """Run every stage on zeros, as often as microbatches are in flight, and forget the results;
+        the first time it is called, between `begin` and `run`.
+
+        On CUDA the first run of a kernel loads code, and recording a graph allocates; both may wait
+        for all that the device was given. Within a step that would be a deadlock: a receive under
+        way waits for a rank that waits for this one. Here nothing is under way but what the ranks
+        of a stage do together.
+        """
+        if self._rehearsed:
+            return
+        self._rehearsed = True
+        buffers = {
+            output.target: self._tensors[output.target]
+            for stage in self._program.stages
+            for output in stage.graph.outputs
+            if output.kind is OutputKind.BUFFER
+        }
+        for index, stage in self._stages.items():
+            count = most_in_flight(self._program, index) if index in self._slots else 1
+            for _ in range(2 if index in self._slots else 1):  # to record, graphs need a run before
+                self._rehearse_stage(stage.graph, index, count)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+                    torch.cuda.empty_cache()  # recorded graphs cannot use what is cached
+        self._tensors.update(buffers)
+        self.touched = set()
+        self.result = StepResult()
+        self._zero_gradients()
+        self._began = time.perf_counter()
+
+    def _zero_gradients(self) -> None:
         for gradient in self._gradients.values():
             gradient.zero_()
-        for slots in self._slots.values():
-            slots.trim()
-        self._began = time.perf_counter()
+
+    def _rehearse_stage(self, graph: Graph, stage: int, count: int) -> None:
+        """Forward of `count` microbatches, then the backward of each."""
+        for microbatch in range(count):
+            for value in graph.values_of(ValueKind.BOUNDARY):
+                self._registers[Register(value.name, microbatch)] = self._zeros(value)
+            self._forward(stage, microbatch)
+        for microbatch in range(count if self._program.mode is Mode.TRAIN else 0):
+            positions = self._kernels[stage].signature.tangents
+            for position, reads in zip(positions, self._tangents(stage, microbatch), strict=True):
+                value = graph.values[graph.outputs[position].value]
+                self._registers.update((register, self._zeros(value)) for register in reads)
+            self._backward_input(stage, microbatch)
+            self._backward_weight(stage, microbatch)
+        self._registers.clear()
+
+    def _zeros(self, value: Value) -> Tensor:
+        return torch.zeros(value.type.shape, dtype=value.type.dtype, device=self._device)
 
     def run(self) -> StepResult:
         """Execute all instructions, waiting as needed."""
@@ -517,6 +568,21 @@ class Executor:
     def _label(self, register: Register) -> str:
         kind = "gradient of" if register.is_gradient else "value"
         return f"{kind} %{register.value} of microbatch {register.microbatch}"
+
+
+def most_in_flight(program: Program, stage: int) -> int:
+    """The most microbatches between forward and the end of backward in `stage` of `program`."""
+    if program.mode is Mode.INFER:
+        return 1
+    most = now = 0
+    for instruction in program.instructions:
+        match instruction:
+            case Forward(other, _) if other == stage:
+                now += 1
+                most = max(most, now)
+            case BackwardWeight(other, _) | Backward(other, _) if other == stage:
+                now -= 1
+    return most
 
 
 def _updated_views(program: Program, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

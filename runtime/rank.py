@@ -310,6 +310,8 @@ class Rank:
     def _run(self, executor: Executor, key: str, measure_memory: bool) -> dict[str, Any]:
         began = time.perf_counter()
         peak = None
+        if self.device.type == "cuda":
+            executor.rehearse()
         if measure_memory:
             _, peak = measure_peak(executor.run, self.device, self._held_tensors())
         else:

@@ -10,6 +10,7 @@ from cutset.compiler.codegen.python import emit_python
 from cutset.compiler.ir.graph import Graph
 from cutset.compiler.ir.program import Program
 from cutset.compiler.ir.text import print_program
+from cutset.runtime.executor import most_in_flight
 from cutset.runtime.inprocess import InProcessSession
 from cutset.runtime.optimizer import OptimizerSpec
 from tests.codegen.test_programs import ROWS, plan_of, schedule, skip_model, three_stages
@@ -83,3 +84,29 @@ def test_three_steps_give_the_weights_of_the_whole_model(
     assert torch.equal(
         session.ranks[0].tensors(names=["w"])["w"], session.ranks[2].tensors(names=["w"])["w"]
     )
+
+
+def test_a_rehearsal_leaves_nothing_behind() -> None:
+    batch, losses = torch.randn(4, 8), []
+    for rehearsed in (False, True):
+        session = started(skip_model(), ROWS, None)
+        arguments = {
+            "key": "k",
+            "inputs": {"args[0]": batch},
+            "weights": (0.5, 0.5),
+            "seed": 0,
+            "step": 0,
+            "hyperparameters": tuple(options for _, options in SPEC.groups),
+        }
+        if rehearsed:
+            for rank in session.ranks:
+                rank.begin_train_step(**arguments).rehearse()
+        session.call("train_step", arguments)
+        losses.append(session.ranks[0].tensors(names=["w"])["w"])
+    assert torch.equal(*losses)
+
+
+def test_microbatches_in_flight_follow_from_the_schedule() -> None:
+    plan = plan_of(skip_model(), three_stages(), schedule(ROWS, 3, 2))
+    programs = generate_programs(skip_model(), plan, plan_hash="hash")
+    assert [most_in_flight(program, index) for index, program in enumerate(programs)] == [2, 2, 1]
