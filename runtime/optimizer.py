@@ -7,9 +7,10 @@ hyperparameters travel to the ranks, which hold the real optimizers of their own
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +162,27 @@ def _leaves_kernel_open(options: Hyperparameters) -> bool:
     )
 
 
+@contextlib.contextmanager
+def _in_one_piece(groups: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+    """Parameters that fused kernels update, and their gradients, without strides meanwhile: these
+    kernels refuse a part of a matrix, or take its elements for neighbours (on the CPU)."""
+    views: list[tuple[torch.nn.Parameter, Tensor]] = []
+    for group in groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            if parameter.grad is None:
+                continue
+            if not parameter.is_contiguous():
+                views.append((parameter, parameter.data))
+                parameter.data = parameter.data.contiguous()
+            parameter.grad = parameter.grad.contiguous()
+    try:
+        yield
+    finally:
+        for parameter, view in views:
+            view.copy_(parameter.data)
+            parameter.data = view
+
+
 class RankOptimizer:
     """The real optimizer of the parameters that one rank updates.
 
@@ -223,7 +245,8 @@ class RankOptimizer:
             parameter.grad = gradient
         for copy in self._host_copies.values():
             copy.await_fetched()
-        self._optimizer.step()
+        with _in_one_piece(self._optimizer.param_groups):
+            self._optimizer.step()
         for name, parameter in self._parameters.items():
             if parameter.grad is not None and name in self._host_copies:
                 self._host_copies[name].write_back()

@@ -50,8 +50,9 @@ def zero_layouts(
 ) -> tuple[ParameterLayout, ...]:
     """Layouts of the parameters of `graph` under ZeRO of `level` over `axis`.
 
-    A parameter is divided along its largest dim that no other axis shards and of which every rank
-    gets some. One that has none, or is held sharded over the axis, keeps its layout.
+    A parameter is divided along a dim that no other axis shards and of which every rank gets some:
+    the first that comes out even, whose shares lie in one piece if it is the first of all, or else
+    the largest. One that has none, or is held sharded over the axis, keeps its layout.
 
     Args:
         sharding: layouts without ZeRO.
@@ -90,7 +91,12 @@ def _divided(
     ]
     if size == 1 or not dims or not isinstance(held[axis], Replicate):
         return entry
-    share = Shard(max(dims, key=lambda dim: value.type.shape[dim]))
+    shape = value.type.shape
+    share = Shard(
+        max(
+            dims, key=lambda dim: (-dim, 0) if shape[dim] % size == 0 else (-len(shape), shape[dim])
+        )
+    )
     gradient = sharding.gradient_layout(value)
     return replace(
         entry,

@@ -105,6 +105,23 @@ class TestParts:
         view.copy_(view_of(before, *part))
         assert torch.equal(whole, before)
 
+    @pytest.mark.parametrize("part", [((0, 2), (33, 3)), ((16, 0), (17, 7))])
+    def test_a_fused_kernel_that_the_user_chose_updates_the_part_as_the_whole(
+        self, part: tuple[tuple[int, ...], ...]
+    ) -> None:
+        options = {"lr": 0.1, "fused": True}
+        spec = OptimizerSpec("torch.optim:AdamW", ((("matrix",), options),))
+        held, whole = (parameters(torch.float64)["matrix"] for _ in range(2))
+        updated = {"matrix": torch.nn.Parameter(view_of(held.detach(), *part))}
+        ours, theirs = RankOptimizer(spec, updated), RankOptimizer(spec, {"matrix": whole})
+        for step in range(4):
+            gradient = gradients(step, {"matrix": whole})["matrix"]
+            ours.step({"matrix": view_of(gradient, *part)}, (options,))
+            theirs.step({"matrix": gradient}, (options,))
+        assert not torch.equal(held, whole)
+        assert torch.equal(view_of(held, *part), view_of(whole, *part))
+        assert updated["matrix"].data_ptr() == view_of(held, *part).data_ptr()
+
 
 class TestOffloading:
     """States and update on another device; here that is the CPU, too."""
