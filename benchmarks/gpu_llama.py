@@ -64,7 +64,7 @@ SIZES = {
 HAND = {
     "pipeline=2": "pp_1f1b",
     "tensor=2": "tp",
-    "data=2": "ddp",
+    "data=2:zero=0": "ddp",
     "data=2:zero=3": "fsdp",
     "single": "single",
 }
@@ -244,7 +244,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("-o", "--output", help="write JSON here")
     options = parser.parse_args()
     if options.plans is None:
-        several = "pipeline=2,tensor=2,data=2,data=2:zero=3,auto"
+        several = "pipeline=2,tensor=2,data=2:zero=0,data=2:zero=3,auto"
         options.plans = "single" if options.devices == 1 else several
     if not torch.cuda.is_available():
         parser.exit(0, "this benchmark needs a CUDA device; none is here\n")
