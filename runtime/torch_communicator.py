@@ -41,6 +41,7 @@ _OPERATIONS = {
     "min": dist.ReduceOp.MIN,
 }
 _MAX_OUTSTANDING = 8  # gloo sends to one rank
+_CHANNELS_OF_LINK = 4
 _UNUSED_TAG = (1 << 31) - 1  # nobody sends with it
 _Group = Any  # dist.ProcessGroup; its stub lacks what new_group returns for non-members
 
@@ -129,6 +130,7 @@ class TorchCommunicator:
                 sorted(pair),
                 backend="nccl",
                 timeout=timedelta(seconds=self._timeout),
+                pg_options=_narrow(),
                 group_desc=f"cutset {pair[0]} to {pair[1]}",
             )
             self._links[pair] = group
@@ -355,6 +357,18 @@ class TorchCommunicator:
             raise PeerLost(f"the connection broke before {label} (on rank {self._rank})") from error
         assert work is not None, "this rank is not a member of the group"
         return work
+
+
+def _narrow() -> Any:
+    """Options of a group whose transfers wait on the device beside kernels.
+
+    A receive is posted early, and until its message comes it holds as many multiprocessors as it
+    has channels; NCCL's own choice made the kernels beside it 15 % slower, and no transfer faster
+    (`benchmarks/gpu_llama.py --plans pipeline=2`).
+    """
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = _CHANNELS_OF_LINK
+    return options
 
 
 def _over(label: str, ranks: Sequence[int]) -> str:
