@@ -104,7 +104,7 @@ class Planning:
         if wanted is None:
             devices = len(self.cluster.devices)
             target = devices * (8 if self.mode is Mode.TRAIN else 1)
-            if mesh_is_open(self.cluster, self.mode, options):
+            if mesh_is_open(self.cluster, options):
                 target = max(1, self.rows // devices)
             return max(count for count in legal if count <= max(1, target))
         if wanted not in legal:

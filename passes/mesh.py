@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from ..compiler.ir.counts import divisors
 from ..compiler.ir.errors import UsageError
-from ..compiler.ir.graph import ValueKind
+from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Alternative, Certificate, Plan
 from ..compiler.sharding.sharding import Sharding
@@ -42,6 +42,7 @@ _PROVEN = 4
 _CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
+_NO_TIME = 1e-30  # seconds, of a graph that computes nothing
 _STEPS_OF_BOUND = 20  # bounds are about equal if they are within a twentieth
 
 
@@ -53,7 +54,7 @@ class ChooseMesh:
 
     def run(self, plan: Plan, context: Context) -> Plan:
         check_pinned(plan.cluster, plan.mode, context.options)
-        if not mesh_is_open(plan.cluster, plan.mode, context.options):
+        if not mesh_is_open(plan.cluster, context.options):
             return plan
         return _Search(plan, context).run()
 
@@ -106,7 +107,8 @@ class _Search:
     def order(self, item: tuple[Mesh, int]) -> tuple[int, int, str]:
         """Least bound first; of about equal ones more microbatches, which need less memory."""
         mesh, count = item
-        return round(_STEPS_OF_BOUND * math.log(self.bound(mesh, count))), -count, str(mesh)
+        bound = self.bound(mesh, count) or _NO_TIME
+        return round(_STEPS_OF_BOUND * math.log(bound)), -count, str(mesh)
 
     def hopeful(self, mesh: Mesh, count: int) -> Iterator[Way]:
         """The ways on `mesh`, without the layouts that do not fit even at the last level."""
@@ -163,11 +165,15 @@ class _Search:
         options = self.context.options
         auto = options.recompute == "auto"
         kinds = ("none", "selective", "full") if auto else (options.recompute,)
+        if self.plan.mode is Mode.INFER:
+            kinds = ("none",)
         if all(axis.name == PIPELINE for axis in mesh.axes):
             return tuple(Way(0, saving=False, recompute=kind) for kind in kinds)
         levels: tuple[int, ...] = (0,)
         if options.zero is not None:
             levels = (options.zero,)
+        elif self.plan.mode is Mode.INFER:
+            levels = (0,)
         elif mesh.axis(DATA).size > 1 and updates_elementwise(self.plan.optimizer.name):
             levels = (0, 1, 2, 3)
         return tuple(

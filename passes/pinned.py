@@ -22,21 +22,20 @@ def updates_elementwise(optimizer: str) -> bool:
     return optimizer in _ELEMENTWISE
 
 
-def mesh_is_open(cluster: Cluster, mode: Mode, options: PlanOptions) -> bool:
+def mesh_is_open(cluster: Cluster, options: PlanOptions) -> bool:
     """Whether there is a mesh to choose: devices of one kind, and nothing that fixes stages."""
     if options.mesh is not None:
         return True
     kinds = {device.type for device in cluster.devices}
     fixed = options.num_stages is not None or options.pins or options.device_pins
-    trains = mode is Mode.TRAIN
-    return trains and len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
+    return len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
 
 
 def check_pinned(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
     """Raises UsageError where `options` contradict each other, the cluster or the optimizer."""
     if options.mesh is not None:
         _check_mesh(cluster, mode, options, options.mesh)
-    _check_layout_pins(cluster, mode, options)
+    _check_layout_pins(cluster, options)
     if options.zero:
         _check_zero(cluster, mode, options, options.zero)
 
@@ -75,7 +74,7 @@ def _check_mesh(cluster: Cluster, mode: Mode, options: PlanOptions, mesh: Mesh) 
         raise _whole_updates("mesh", f"the {TENSOR} axis of mesh {mesh}", options.optimizer.name)
 
 
-def _check_layout_pins(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
+def _check_layout_pins(cluster: Cluster, options: PlanOptions) -> None:
     for pin in options.layout_pins:
         where = f"constraints: {pin}"
         if pin.axis != TENSOR:
@@ -94,11 +93,11 @@ def _check_layout_pins(cluster: Cluster, mode: Mode, options: PlanOptions) -> No
                 f"add {TENSOR}=2 or more to the mesh",
                 "drop the pin",
             )
-        if not mesh_is_open(cluster, mode, options):
+        if not mesh_is_open(cluster, options):
             raise _refused(
                 where,
                 f"the pin splits parameters over a {TENSOR} axis, but no mesh is searched: stages "
-                "are fixed, devices differ in type, there is one, or it is for inference",
+                "are fixed, devices differ in type, or there is one",
                 f"pin the mesh too, e.g. mesh='{PIPELINE}=2,{TENSOR}=2'",
             )
 
