@@ -176,7 +176,7 @@ def compare_strategies(
     """
     planned = plan_model(model, devices, **planning)
     plan = planned.plan
-    pinned = ("num_microbatches", "schedule", "recompute", "offload")
+    pinned = ("num_microbatches", "schedule", "recompute")
     search = Planning(
         model=model,
         call=planned.call,

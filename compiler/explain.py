@@ -205,7 +205,9 @@ def _stage_json(summary: StageSummary) -> dict[str, object]:
 def explain(plan: Plan, graph: Graph | None = None) -> str:
     """The plan in words and pictures, in plain ASCII, some 80 columns wide."""
     blocks = summarize_blocks(plan, graph) if graph is not None else ()
-    parts = [_head(plan), mesh_text(plan), _stages_text(plan, graph), blocks_text(blocks)]
+    seconds = plan.prediction.step_seconds if plan.prediction else 0.0
+    told = blocks_text(blocks, seconds)
+    parts = [_head(plan), mesh_text(plan), _stages_text(plan, graph), told]
     if plan.schedule is not None:
         parts.append(_schedule_text(plan))
     parts.append(_figures_text(plan))
