@@ -57,6 +57,7 @@ def plan_model(
     mesh: str | Mesh | None = None,
     zero: int | None = None,
     recompute: str = "auto",
+    offload: str = "auto",
     memory_limit_bytes: int | None = None,
     constraints: Mapping[str, int | str] | None = None,
     together: Sequence[Sequence[str]] | None = None,
@@ -79,9 +80,11 @@ def plan_model(
         mesh: pin the mesh, as `data=2,pipeline=2,tensor=2`; None: chosen, unless stages are fixed
             by `num_stages` or `constraints`, which leave one device a stage.
         zero: level of ZeRO over the data axis (0 to 3); None: the least that fits.
-        recompute: what backward computes again instead of keeping it: `auto` (as much as a mesh
-            that is searched needs to fit), `none`, `full` (all within each repeated block) or
-            `selective` (what is cheap for the memory it frees).
+        recompute: what backward computes again instead of keeping it: `auto` (as much as must be
+            for a plan to fit), `none`, `full` (all within each repeated block) or `selective` (what
+            is cheap for the memory it frees).
+        offload: what lies in the memory of the host: `none`, `optimizer` (its states, which are
+            updated there; ZeRO-Offload) or `auto` (its states if nothing fits otherwise).
         memory_limit_bytes: memory of every device, overriding the cluster's.
         constraints: module path pattern -> stage that must hold it; or pattern of parameters ->
             their layout over the tensor axis, as `tensor=S(1)` or `tensor=R`.
@@ -129,6 +132,7 @@ def plan_model(
         together=together_groups(together),
         mesh=_mesh(mesh),
         zero=_zero(zero),
+        offload=offload,
     )
     planning = Planning(model, call, cluster, modes, loss_fn, check, say)
     if given is not None:

@@ -77,7 +77,15 @@ def compare(
             )
         axis, level = _PINNED[name]
         mesh = Mesh((MeshAxis(axis, len(planning.cluster.devices)),))
-        pinned = replace(options, mesh=mesh, zero=level, num_stages=None, pins=(), device_pins=())
+        pinned = replace(
+            options,
+            mesh=mesh,
+            zero=level,
+            offload="none",
+            num_stages=None,
+            pins=(),
+            device_pins=(),
+        )
         rows.append(_strategy(planning, name, pinned))
     return tuple(rows)
 

@@ -22,6 +22,8 @@ from .explain_mesh import (
     layouts_json,
     mesh_json,
     mesh_text,
+    offload_json,
+    offload_text,
 )
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Plan, Stage
@@ -178,6 +180,7 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "devices": mesh_json(plan),
         "zero": plan.zero_level,
         "layouts": layouts_json(plan),
+        "offload": offload_json(plan),
         "stages": [_stage_json(summary) for summary in summarize(plan, graph)],
         "boundaries": [asdict(item) for item in boundaries(plan, graph)] if graph else None,
         "schedule": str(plan.schedule) if plan.schedule else None,
@@ -202,7 +205,9 @@ def _stage_json(summary: StageSummary) -> dict[str, object]:
 def explain(plan: Plan, graph: Graph | None = None) -> str:
     """The plan in words and pictures, in plain ASCII, some 80 columns wide."""
     blocks = summarize_blocks(plan, graph) if graph is not None else ()
-    parts = [_head(plan), mesh_text(plan), _stages_text(plan, graph), blocks_text(blocks)]
+    seconds = plan.prediction.step_seconds if plan.prediction else 0.0
+    told = blocks_text(blocks, seconds)
+    parts = [_head(plan), mesh_text(plan), _stages_text(plan, graph), told]
     if plan.schedule is not None:
         parts.append(_schedule_text(plan))
     parts.append(_figures_text(plan))
@@ -336,6 +341,8 @@ def _figures_text(plan: Plan) -> str:
     lines.extend(f"what binds      {sentence}" for sentence in binding(plan))
     if constraint(plan):
         lines.append(f"constraint      {constraint(plan)}")
+    if plan.is_offloaded:
+        lines.append(offload_text(plan))
     if plan.alternatives:
         lines.append(alternatives_text(plan))
     if plan.certificate is not None:

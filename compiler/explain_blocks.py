@@ -16,6 +16,7 @@ from ..passes.columns import Column, column_of
 from ..passes.context import Context, PlanOptions
 from ..passes.layouts.choose import slowest_type
 from ..passes.partition.problem import in_flight_microbatches
+from .explain_runner_up import BlockRunnerUp, RunnerUps, runner_up_text
 from .ir.blocks import find_blocks
 from .ir.graph import Graph, Node, Value, ValueKind, users
 from .ir.mesh import Layout, Partial, Replicate, Shard
@@ -64,6 +65,7 @@ class BlockSummary:
         kept_bytes: for backward, of one microbatch.
         memory_share: of the device's memory, with the microbatches in flight.
         replicated_seconds: as `seconds`, if nothing were split over the tensor axis.
+        runner_up: the next best layouts over the tensor axis, if there are others.
     """
 
     label: str
@@ -79,6 +81,7 @@ class BlockSummary:
     kept_bytes: int
     memory_share: float
     replicated_seconds: float | None
+    runner_up: BlockRunnerUp | None
 
 
 def summarize_blocks(plan: Plan, graph: Graph) -> tuple[BlockSummary, ...]:
@@ -125,6 +128,7 @@ class _View:
     whole: tuple[Column, tuple[NodeCost, ...]] | None  # without the tensor axis
     readers: dict[int, tuple[int, ...]]
     kept: tuple[int, ...]
+    runner_ups: RunnerUps
 
     @staticmethod
     def of(plan: Plan, graph: Graph) -> _View:
@@ -143,6 +147,7 @@ class _View:
             whole=_priced(_without_tensor(plan), graph) if splits else None,
             readers=dict(users(graph)),
             kept=tuple(entry.saved_bytes for entry in profile),
+            runner_ups=RunnerUps(plan, graph),
         )
 
     def look(self, nodes: tuple[int, ...]) -> tuple[object, ...]:
@@ -201,6 +206,7 @@ class _View:
             kept_bytes=kept,
             memory_share=(held + kept * in_flight) / limit,
             replicated_seconds=self._replicated_seconds(inside),
+            runner_up=self.runner_ups.of(nodes),
         )
 
     def _held(self, local: list[int]) -> tuple[int, Traffic]:
@@ -354,12 +360,12 @@ def _meets(node: Node) -> tuple[bool, bool]:
     return _MEETS.get(node.op.packet, (False, False))
 
 
-def blocks_text(blocks: Iterable[BlockSummary]) -> str:
-    """A few lines for each block."""
-    return "\n".join(line for block in blocks for line in _lines(block))
+def blocks_text(blocks: Iterable[BlockSummary], step_seconds: float) -> str:
+    """A few lines for each block of a plan whose step takes `step_seconds`."""
+    return "\n".join(line for block in blocks for line in _lines(block, step_seconds))
 
 
-def _lines(block: BlockSummary) -> Iterable[str]:
+def _lines(block: BlockSummary, step_seconds: float) -> Iterable[str]:
     times = f" ({block.count} times)" if block.count > 1 else ""
     yield f"{block.label}{times}: {seconds_text(block.seconds)} a microbatch"
     parameters = "; ".join(f"{words}: {', '.join(names)}" for words, names in block.parameters)
@@ -379,6 +385,8 @@ def _lines(block: BlockSummary) -> Iterable[str]:
         yield from _wrapped(
             "instead", f"replicated over {TENSOR}: {seconds_text(block.replicated_seconds)}"
         )
+    if block.runner_up is not None:
+        yield from _wrapped("runner-up", runner_up_text(block.runner_up, step_seconds))
 
 
 def _traffic_text(traffic: Traffic) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
+from typing import Any
 
+from ..cost_models.stages import optimizer_seconds
 from .ir.plan import Alternative, Plan
-from .words import plural, seconds_text
+from .words import bytes_text, plural, seconds_text
 
 __all__ = [
     "alternatives_json",
@@ -15,6 +17,8 @@ __all__ = [
     "layouts_json",
     "mesh_json",
     "mesh_text",
+    "offload_json",
+    "offload_text",
 ]
 
 _COLUMNS = 16  # drawn of a mesh
@@ -66,6 +70,39 @@ def mesh_text(plan: Plan) -> str:
     parts = ("", "states", "gradients and states", "parameters, gradients and states")[level]
     ending = f" ({parts} in parts over data)" if level else ""
     return "\n".join([head, *lines, f"  ZeRO-{level}{ending}"])
+
+
+def offload_json(plan: Plan) -> dict[str, Any] | None:
+    """What lies in the memory of hosts, and the seconds of its update; None if nothing does."""
+    if not plan.is_offloaded or plan.prediction is None:
+        return None
+    fullest = max(plan.prediction.memory, key=lambda entry: entry.host_bytes)
+    kind = plan.cluster.type_of(fullest.device)
+    updated = fullest.host_bytes / (2 + plan.optimizer.state_bytes_per_parameter_byte)
+    return {
+        "num_parameters": sum(entry.offloaded for entry in plan.parameter_layouts),
+        "device": fullest.device,
+        "host_bytes": fullest.host_bytes,
+        "host_limit_bytes": kind.host.memory_bytes if kind.host else None,
+        "update_seconds": optimizer_seconds(
+            kind, plan.optimizer, parameter_bytes=0, offloaded_bytes=updated
+        ),
+    }
+
+
+def offload_text(plan: Plan) -> str:
+    """The same in words; empty if nothing is offloaded."""
+    table = offload_json(plan)
+    if table is None:
+        return ""
+    limit = table["host_limit_bytes"]
+    room = f" of {bytes_text(limit)}" if limit is not None else ""
+    return (
+        f"offloaded       optimizer states of {plural(table['num_parameters'], 'parameter')}: "
+        f"{bytes_text(table['host_bytes'])}{room} of host memory\n"
+        f"                for device {table['device']}; its update takes "
+        f"{seconds_text(table['update_seconds'])} a step"
+    )
 
 
 def _row(label: str, cells: list[str], mark: str = " ") -> str:

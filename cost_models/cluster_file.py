@@ -15,6 +15,8 @@ Quantities are strings with a unit, because a bare number is where cluster descr
     memory_bandwidth = "2.8 TB/s"
     overhead = "5 us"
     rates = { bf16 = "650 TFLOP/s", f32 = "50 TFLOP/s" }
+    host = { latency = "10 us", bandwidth = "45 GB/s", memory = "200 GiB",
+             memory_bandwidth = "50 GB/s" }    # one line; optional: a device's share of its host
 
     [[devices]]
     type = "h100"
@@ -40,7 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
+from ..compiler.ir.cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
 from ..compiler.ir.errors import ClusterError
 from ..compiler.ir.types import DTYPES_BY_NAME
 from .cluster_text import render_cluster
@@ -118,7 +120,16 @@ def parse_cluster(text: str, *, name: str = "cluster", format: str = "toml") -> 
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "cluster": ("name", "local", "types", "devices", "links"),
-    "type": ("backend", "memory", "memory_bandwidth", "overhead", "rates", "unsupported_ops"),
+    "type": (
+        "backend",
+        "memory",
+        "memory_bandwidth",
+        "overhead",
+        "rates",
+        "unsupported_ops",
+        "host",
+    ),
+    "host": ("latency", "bandwidth", "memory", "memory_bandwidth"),
     "device": ("type", "node", "count"),
     "link": ("a", "b", "same_node", "latency", "bandwidth"),
 }
@@ -179,6 +190,33 @@ def _device_type(name: str, body: object, source: _Source) -> DeviceType:
             else 0.0
         ),
         unsupported_ops=tuple(unsupported),
+        host=_host(table, name, source),
+    )
+
+
+def _host(table: dict[str, object], name: str, source: _Source) -> Host | None:
+    if "host" not in table:
+        return None
+    body = _as_table(table["host"], f"host of {name}", source)
+    place = (name, "host")
+    _check_keys(body, "host", source, place)
+    if table["backend"] == "cpu":
+        raise ClusterError(
+            f"device type {name!r} has a host, but a CPU is its own",
+            where=source.where(*place),
+            ways_out=("leave the key out",),
+        )
+    return Host(
+        link=_link_of(body, source, place),
+        memory_bytes=int(_quantity(body, "memory", _BYTES, source, place)),
+        memory_bytes_per_second=_quantity(body, "memory_bandwidth", _BANDWIDTHS, source, place),
+    )
+
+
+def _link_of(table: dict[str, object], source: _Source, place: tuple[str, ...]) -> Link:
+    return Link(
+        _quantity(table, "latency", _TIMES, source, place, allow_zero=True),
+        _quantity(table, "bandwidth", _BANDWIDTHS, source, place),
     )
 
 
@@ -246,11 +284,7 @@ def _link(body: object, nodes: tuple[str, ...], source: _Source) -> LinkRule:
             where=source.where("links", "same_node"),
             ways_out=("leave the key out for links of both kinds",),
         )
-    link = Link(
-        _quantity(table, "latency", _TIMES, source, ("links",), allow_zero=True),
-        _quantity(table, "bandwidth", _BANDWIDTHS, source, ("links",)),
-    )
-    return LinkRule(link, ends[0], ends[1], same_node)
+    return LinkRule(_link_of(table, source, ("links",)), ends[0], ends[1], same_node)
 
 
 def _quantity(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..compiler.ir.cluster import Cluster, DeviceType, LinkRule
+from ..compiler.ir.cluster import Cluster, DeviceType, Link, LinkRule
 from ..compiler.ir.errors import ClusterError
 
 __all__ = ["render_cluster"]
@@ -38,7 +38,7 @@ def render_cluster(cluster: Cluster, *, format: str = "toml") -> str:
 
 
 def _render_type(entry: DeviceType) -> dict[str, object]:
-    return {
+    body: dict[str, object] = {
         "backend": entry.backend,
         "memory": f"{entry.memory_bytes} B",
         "memory_bandwidth": f"{entry.memory_bytes_per_second!r} B/s",
@@ -46,6 +46,13 @@ def _render_type(entry: DeviceType) -> dict[str, object]:
         "rates": {dtype: f"{rate!r} FLOP/s" for dtype, rate in entry.flops_per_second},
         "unsupported_ops": list(entry.unsupported_ops),
     }
+    if entry.host is not None:
+        body["host"] = {
+            **_render_path(entry.host.link),
+            "memory": f"{entry.host.memory_bytes} B",
+            "memory_bandwidth": f"{entry.host.memory_bytes_per_second!r} B/s",
+        }
+    return body
 
 
 def _device_groups(cluster: Cluster) -> list[dict[str, object]]:
@@ -63,9 +70,14 @@ def _render_link(rule: LinkRule) -> dict[str, object]:
     body: dict[str, object] = {"a": rule.a, "b": rule.b}
     if rule.same_node is not None:
         body["same_node"] = rule.same_node
-    body["latency"] = f"{rule.link.latency_seconds!r} s"
-    body["bandwidth"] = f"{rule.link.bytes_per_second!r} B/s"
-    return body
+    return body | _render_path(rule.link)
+
+
+def _render_path(link: Link) -> dict[str, object]:
+    return {
+        "latency": f"{link.latency_seconds!r} s",
+        "bandwidth": f"{link.bytes_per_second!r} B/s",
+    }
 
 
 def _toml_lines(body: dict[str, object]) -> list[str]:

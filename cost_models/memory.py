@@ -306,8 +306,14 @@ def stage_memory(
     messages = _messages(
         model, steps, chosen, in_flight=in_flight, num_microbatches=num_microbatches
     )
-    updated = [float(entry.updated_bytes) for entry in figures]
-    closing = optimizer_temporaries(optimizer, updated, model.backend) if train else 0.0
+    closing = 0.0
+    if train:
+        updated = [float(entry.updated_bytes) for entry in figures]
+        here = [float(entry.updated_bytes) for entry in figures if not entry.is_offloaded]
+        closing = max(
+            optimizer_temporaries(optimizer, here, model.backend),
+            2 * max(updated, default=0.0),  # a gradient's norm is taken on the device
+        )
     # scalars, rows of statistics and rounding by allocators are not modelled one by one
     margin = _MARGIN * (activations + actions.peak_bytes - saved + messages) + _MARGIN_BYTES
     transient = max(actions.peak_bytes - saved, closing - activations) + margin
@@ -319,6 +325,7 @@ def stage_memory(
         activations_bytes=math.ceil(activations),
         transients_bytes=math.ceil(transient),
         communication_bytes=math.ceil(messages),
+        host_bytes=sum(entry.host_bytes for entry in figures),
     )
 
 

@@ -32,6 +32,7 @@ class ParameterFigures:
         gradient_bytes: of its accumulated gradient.
         state_bytes: of the optimizer's states.
         updated_bytes: of the part that the rank updates.
+        host_bytes: of what lies on the host, if states do: they, weights and gradients.
         step_seconds: of summing gradients and gathering parameters, once a step.
         microbatch_seconds: of summing gradients, once a microbatch.
     """
@@ -41,6 +42,11 @@ class ParameterFigures:
     updated_bytes: int
     step_seconds: float = 0.0
     microbatch_seconds: float = 0.0
+    host_bytes: int = 0
+
+    @property
+    def is_offloaded(self) -> bool:
+        return self.host_bytes > 0
 
 
 def parameter_figures(
@@ -69,11 +75,13 @@ def parameter_figures(
         elif isinstance(gradient, Partial):
             step += 2 * half
         assert isinstance(state, Shard) or not isinstance(gradient, Shard)
-    ratio = optimizer.state_bytes_per_parameter_byte
+    states = math.ceil(updated * optimizer.state_bytes_per_parameter_byte)
+    away = layout.offloaded
     return ParameterFigures(
         gradient_bytes=size(layout.gradient),
-        state_bytes=math.ceil(updated * ratio),
+        state_bytes=0 if away else states,
         updated_bytes=updated,
         step_seconds=step,
         microbatch_seconds=microbatch,
+        host_bytes=states + 2 * updated if away else 0,
     )

@@ -9,13 +9,15 @@ running torch with one thread; links inside a CPU host are gloo over loopback.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
+from ..compiler.ir.cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
 from ..compiler.ir.errors import ClusterError
 from .cluster_file import read_cluster
 
@@ -36,6 +38,10 @@ MICROSECOND = 1e-6
 GIGA = 1e9
 TERA = 1e12
 
+# one of eight accelerators' share of two sockets, over PCIe of the fourth and fifth generation
+_HOST_A100 = Host(Link(10 * MICROSECOND, 20 * GIGA), 100 * GIB, 40 * GIGA)
+_HOST_H100 = Host(Link(10 * MICROSECOND, 45 * GIGA), 200 * GIB, 60 * GIGA)
+
 _TYPES: tuple[DeviceType, ...] = (
     DeviceType(
         "a100",
@@ -44,6 +50,7 @@ _TYPES: tuple[DeviceType, ...] = (
         1.6 * TERA,
         (("bf16", 240 * TERA), ("f16", 240 * TERA), ("f32", 17 * TERA), ("f64", 15 * TERA)),
         6 * MICROSECOND,
+        host=_HOST_A100,
     ),
     DeviceType(
         "h100",
@@ -52,6 +59,7 @@ _TYPES: tuple[DeviceType, ...] = (
         2.8 * TERA,
         (("bf16", 650 * TERA), ("f16", 650 * TERA), ("f32", 50 * TERA), ("f64", 50 * TERA)),
         5 * MICROSECOND,
+        host=_HOST_H100,
     ),
     DeviceType(
         "h200",
@@ -60,6 +68,7 @@ _TYPES: tuple[DeviceType, ...] = (
         4.0 * TERA,
         (("bf16", 700 * TERA), ("f16", 700 * TERA), ("f32", 50 * TERA), ("f64", 50 * TERA)),
         5 * MICROSECOND,
+        host=_HOST_H100,
     ),
     DeviceType(
         "tpu-like",
@@ -96,6 +105,8 @@ _TYPES: tuple[DeviceType, ...] = (
         10 * MICROSECOND,
     ),
 )
+
+_OF_HOST = 0.7  # of the memory of this machine, for what is offloaded
 
 _NVLINK_A100 = Link(8 * MICROSECOND, 230 * GIGA)
 _NVLINK_H100 = Link(8 * MICROSECOND, 350 * GIGA)
@@ -238,6 +249,9 @@ def local_cuda_cluster(count: int, memory_limit_bytes: int | None = None) -> Clu
     lowered = properties.name.lower()
     base = next((entry for entry in known if entry.name in lowered), device_type("a100"))
     limit = int(properties.total_memory * 0.95)
+    if base.host is not None:
+        share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _OF_HOST // available
+        base = replace(base, host=replace(base.host, memory_bytes=int(share)))
     return _local("cuda", count, _with_memory(base, memory_limit_bytes or limit))
 
 
@@ -249,15 +263,7 @@ def local_cluster(count: int, memory_limit_bytes: int | None = None) -> Cluster:
 
 
 def _with_memory(entry: DeviceType, limit: int | None) -> DeviceType:
-    return DeviceType(
-        name=entry.name,
-        backend=entry.backend,
-        memory_bytes=entry.memory_bytes if limit is None else limit,
-        memory_bytes_per_second=entry.memory_bytes_per_second,
-        flops_per_second=entry.flops_per_second,
-        overhead_seconds=entry.overhead_seconds,
-        unsupported_ops=entry.unsupported_ops,
-    )
+    return entry if limit is None else replace(entry, memory_bytes=limit)
 
 
 def _local(backend: str, count: int, entry: DeviceType) -> Cluster:

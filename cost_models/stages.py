@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ..compiler.ir.cluster import DeviceType
+from ..compiler.ir.cluster import DeviceType, Host, Link
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.plan import OptimizerModel
 from .collectives import Network
@@ -20,9 +20,8 @@ from .ops import NodeCost, price
 __all__ = ["StageSeconds", "optimizer_seconds", "stage_seconds"]
 
 _OPTIMIZER_KERNELS = 12  # launches of one update of AdamW
-# of a host, whose rates a cluster does not list: PCIe 4.0 x16, and memory of one socket
-_HOST_LINK_RATE = 20e9
-_HOST_MEMORY_RATE = 50e9
+# where a cluster does not say: PCIe 4.0 x16, and memory of one socket
+_TYPICAL_HOST = Host(Link(1e-5, 20e9), 1 << 37, 50e9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +100,22 @@ def optimizer_seconds(
     """Seconds of one update of parameters of `parameter_bytes` in `num_parameters` tensors, and of
     others of `offloaded_bytes` in the memory of the host.
 
+    The latter's gradients go to the host, are used there, and the new weights come back, one after
+    the other; weights are on the host from the step before.
+
     Memory-bound: gradient, parameter and states are read, parameter and states written, the
     gradient is zeroed. CUDA updates all tensors in a few launches, a CPU one after the other.
     """
     passes = 4 + 2 * optimizer.state_bytes_per_parameter_byte
-    away = offloaded_bytes * (2 / _HOST_LINK_RATE + passes / _HOST_MEMORY_RATE)
+    away = 0.0
+    if offloaded_bytes:
+        host = device_type.host or _TYPICAL_HOST
+        away = 2 * host.link.seconds(offloaded_bytes)
+        away += offloaded_bytes * passes / host.memory_bytes_per_second
     if not parameter_bytes:
         return away
     moved = parameter_bytes * passes
-    launches = num_parameters if device_type.backend == "cpu" else 1
+    launches = num_parameters if device_type.backend == "cpu" else min(num_parameters, 1)
     return (
         away
         + moved / device_type.memory_bytes_per_second

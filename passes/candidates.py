@@ -22,6 +22,7 @@ from .context import Context
 from .layout_pins import held_placements
 from .layouts.choose import LayoutChoice, plan_layouts
 from .layouts.statement import LayoutOptions
+from .offload import offloaded
 from .partition.fitting import Fit, find_fitting, with_memory
 from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
@@ -39,11 +40,12 @@ _LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candid
 @dataclass(frozen=True, slots=True)
 class Way:
     """How memory is saved: level of ZeRO, whether layouts were chosen under a limit of it, and what
-    is recomputed (see `PlanOptions`)."""
+    is recomputed and offloaded (see `PlanOptions`)."""
 
     zero: int
     saving: bool
     recompute: str
+    offload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Pricing:
             return None
         share = 1.0
         if plan.stage_mesh.axes:
-            choice = self._choice(mesh, count, saving=way.saving)
+            choice = self._choice(mesh, count, saving=way.saving, offload=way.offload)
             assert choice is not None
             share = choice.lower_bound / choice.objective if choice.objective else 1.0
         statement, counts = self._pipeline(plan)
@@ -139,8 +141,8 @@ class Pricing:
         recomputed = self._recomputed(way.recompute)
         plan = replace(self.plan, mesh=mesh, num_microbatches=count, recomputed=recomputed)
         if not plan.stage_mesh.axes:
-            return plan
-        choice = self._choice(mesh, count, saving=way.saving)
+            return offloaded(plan, self.context.graph) if way.offload else plan
+        choice = self._choice(mesh, count, saving=way.saving, offload=way.offload)
         if choice is None:
             return None
         parameters = choice.parameter_layouts
@@ -149,20 +151,24 @@ class Pricing:
                 self.context.graph, choice.mesh, choice.node_layouts, choice.layouts, parameters
             )
             parameters = zero_layouts(self.context.graph, sharding, DATA, way.zero)
-        return replace(
+        plan = replace(
             plan,
             node_layouts=choice.node_layouts,
             layouts=choice.layouts,
             parameter_layouts=parameters,
         )
+        return offloaded(plan, self.context.graph) if way.offload else plan
 
     def _recomputed(self, how: str) -> tuple[int, ...]:
         if how not in self._recompute:
             self._recompute[how] = choose_recompute(self.context.graph, how)
         return self._recompute[how]
 
-    def _choice(self, mesh: Mesh, count: int, *, saving: bool) -> LayoutChoice | None:
-        """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory.
+    def _choice(
+        self, mesh: Mesh, count: int, *, saving: bool, offload: bool
+    ) -> LayoutChoice | None:
+        """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory,
+        which holds no states if they are to `offload`.
 
         Microbatches of like size share layouts: rows count to the nearest power of four, and the
         microbatches over which is spread what is done once a step, fill and drain of the pipeline
@@ -173,17 +179,20 @@ class Pricing:
         portion = self.plan.batch_size / count / self.rows
         like = 4.0 ** round(math.log(portion, 4))
         spread = 1 << max(0, round(math.log2((stages + count - 1) * portion / like)))
-        key = (str(inner), like, spread, saving and count)
+        key = (str(inner), like, spread, saving and count, saving and offload)
         if key in self._layouts:
             return self._layouts[key]
         if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
             return None
+        optimizer = self.plan.optimizer
+        if saving and offload:
+            optimizer = replace(optimizer, state_bytes_per_parameter_byte=0.0)
         options = LayoutOptions(
             num_microbatches=spread,
             batch_fraction=like,
             in_flight=min(stages, count) * portion,
             memory_bytes=stages * self._memory_bytes() if saving else None,
-            optimizer=self.plan.optimizer,
+            optimizer=optimizer,
             held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
         )
         devices = stage_devices(mesh)[0]
@@ -228,4 +237,9 @@ class Pricing:
         """Whether parameters, gradients and states alone exceed the memory of all stages."""
         held = sum(value.type.num_bytes for value in statement.graph.values_of(ValueKind.PARAMETER))
         held += sum(e.gradient_bytes + e.state_bytes for e in statement.parameters.values())
-        return held > plan.mesh.axis(PIPELINE).size * self._memory_bytes()
+        stages = plan.mesh.axis(PIPELINE).size
+        host = self.plan.cluster.type_of(0).host
+        away = sum(e.host_bytes for e in statement.parameters.values())
+        if host is not None and away > stages * host.memory_bytes:
+            return True
+        return held > stages * self._memory_bytes()

@@ -115,7 +115,9 @@ def column_of(plan: Plan, context: Context) -> Column:
         if pinned is not None:
             options = replace(context.options, num_stages=pinned.axis(PIPELINE).size)
             context = replace(context, options=options)
-        return Column(plan, context, ())
+        column = Column(plan, context, ())
+        parameters = parameters_of(plan, context.graph, column)
+        return replace(column, context=replace(context, parameters=parameters))
     groups = stage_devices(plan.mesh)
     sharding = Sharding.of(plan, context.graph)
     part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
@@ -192,10 +194,17 @@ def parameters_of(plan: Plan, graph: Graph, column: Column) -> Mapping[int, Para
     """Figures of the trained parameters of `column`, by value of its local graph, if gradients and
     states lie as `plan` says."""
     network, sharding = column.context.network, column.sharding
-    if graph.mode is not Mode.TRAIN or network is None or sharding is None:
+    if graph.mode is not Mode.TRAIN:
         return {}
     whole = graph.by_name()
     layouts = {entry.value: entry for entry in plan.parameter_layouts}
+    if network is None or sharding is None:  # a rank holds all or nothing of a parameter
+        alone, mesh = Network(plan.cluster, ()), plan.stage_mesh
+        return {
+            whole[name].id: parameter_figures(whole[name].type, entry, mesh, alone, plan.optimizer)
+            for name, entry in layouts.items()
+            if whole[name].requires_grad
+        }
     table = {}
     for value in column.context.graph.values_of(ValueKind.PARAMETER):
         if value.requires_grad:

@@ -48,12 +48,14 @@ class PlanOptions:
         device_pins: (module path pattern, device index), likewise.
         together: groups of module path patterns; what a group matches is in one stage.
         layout_pins: how parameters are held over the tensor axis.
-        recompute: what backward computes again instead of keeping it: `auto` (as much as a mesh
-            that is searched needs to fit), `none`, `full` (all within each repeated block) or
-            `selective` (what is cheap for the memory it frees).
+        recompute: what backward computes again instead of keeping it: `auto` (as much as must be
+            for a plan to fit), `none`, `full` (all within each repeated block) or `selective` (what
+            is cheap for the memory it frees).
         mesh: axes and sizes, in the order of ranks; None: searched if nothing else says how many
             stages there are.
         zero: level of ZeRO over the data axis; None: the least that fits.
+        offload: what lies in the memory of the host: `none`, `optimizer` (its states, which are
+            updated there) or `auto` (its states if nothing fits otherwise).
         time_limit_seconds: deterministic time for the integer programs.
         seed: of the solver.
         tolerance: gap at which a plan counts as optimal.
@@ -71,6 +73,7 @@ class PlanOptions:
     recompute: str = "auto"
     mesh: Mesh | None = None
     zero: int | None = None
+    offload: str = "auto"
     time_limit_seconds: float = 4.0
     seed: int = 0
     tolerance: float = 1e-3

@@ -33,6 +33,7 @@ from .candidates import Candidate, Pricing, Way
 from .context import Context
 from .layout_pins import can_hold, held_placements
 from .microbatches import candidates, pinned_count
+from .offload import may_offload, offloaded
 from .partition.fitting import Fit
 from .pinned import check_pinned, mesh_is_open, updates_elementwise
 
@@ -83,19 +84,26 @@ class _Search:
         self.found: list[Candidate] = []
         self.looked_at: dict[int, Fit | None] = {}  # by place in `found`
         self.bounds: list[float] = []  # of what was not priced
+        self.offload = context.options.offload == "optimizer"
 
     def run(self) -> Plan:
-        """Numbers of microbatches are few and typical, larger ones if nothing fits."""
-        self.search(self.space(_microbatch_counts))
-        if not self.confirmed():
-            self.search(self.space(_more_microbatches))
-        return self.finish()
+        """Numbers of microbatches are few and typical, larger ones if nothing fits; states are
+        offloaded if that does not help."""
+        while True:
+            for counts_of in (_microbatch_counts, _more_microbatches):
+                self.search(self.space(counts_of))
+                if self.confirmed():
+                    return self.finish()
+            if self.offload or not may_offload(self.plan, self.context.options):
+                return self.smallest()
+            self.context.progress("nothing fits: offload optimizer states to the hosts")
+            self.offload, self.bounds = True, []
 
     def search(self, space: list[tuple[Mesh, int]]) -> None:
         """Price what may be better than the best so far."""
         unfit: dict[Mesh, int] = {}  # most microbatches with which a mesh does not fit
         for mesh, count in sorted(space, key=self.order):
-            best = min((item.seconds for item in self.found), default=math.inf)
+            best = min((self.found[place].seconds for place in self.possible()), default=math.inf)
             if self.bound(mesh, count) >= best:
                 self.bounds.append(self.bound(mesh, count))
             elif count > unfit.get(mesh, 0):  # fewer microbatches never need less memory
@@ -162,13 +170,13 @@ class _Search:
 
     def ways(self, mesh: Mesh) -> tuple[Way, ...]:
         """Ways to save memory on `mesh`, least first."""
-        options = self.context.options
+        options, away = self.context.options, self.offload
         auto = options.recompute == "auto"
         kinds = ("none", "selective", "full") if auto else (options.recompute,)
         if self.plan.mode is Mode.INFER:
             kinds = ("none",)
         if all(axis.name == PIPELINE for axis in mesh.axes):
-            return tuple(Way(0, saving=False, recompute=kind) for kind in kinds)
+            return tuple(Way(0, saving=False, recompute=kind, offload=away) for kind in kinds)
         levels: tuple[int, ...] = (0,)
         if options.zero is not None:
             levels = (options.zero,)
@@ -177,7 +185,7 @@ class _Search:
         elif mesh.axis(DATA).size > 1 and updates_elementwise(self.plan.optimizer.name):
             levels = (0, 1, 2, 3)
         return tuple(
-            Way(level, saving, kind)
+            Way(level, saving, kind, away)
             for kind in kinds
             for saving in (False, True)
             for level in levels
@@ -224,11 +232,8 @@ class _Search:
         return self.finalists()
 
     def finish(self) -> Plan:
-        """The fastest of the finalists."""
-        finalists = self.confirmed()
-        if not finalists:
-            return self.smallest()
-        best = min(finalists, key=self.preference)
+        """The fastest of the finalists, of which there is one."""
+        best = min(self.finalists(), key=self.preference)
         seconds = self.seconds(best)
         floor = min([seconds, *self.bounds, *self.proven(seconds)])
         certificate = Certificate(
@@ -254,10 +259,14 @@ class _Search:
         inner = self.found[place].plan.stage_mesh.size
         return float(f"{self.seconds(place):.9e}"), inner, place
 
+    def possible(self) -> list[int]:
+        """Candidates that no closer look has ruled out."""
+        return [i for i in range(len(self.found)) if self.looked_at.get(i, True) is not None]
+
     def finalists(self) -> list[int]:
         """Candidates to look at closely, or that have passed that: the best of each mesh, for the
         best meshes, and for those of one axis, which are what people write by hand."""
-        rest = [i for i in range(len(self.found)) if self.looked_at.get(i, True) is not None]
+        rest = self.possible()
         rest.sort(key=lambda place: (self.found[place].seconds, place))
         first: dict[str, int] = {}
         for place in rest:
@@ -307,7 +316,8 @@ class _Search:
     def proven(self, best: float) -> Iterator[float]:
         """Bounds of all that was priced; where the bound of the dynamic program is below the best
         step, the integer program is asked as well, for the few where it is lowest."""
-        order = sorted(range(len(self.found)), key=lambda place: self.found[place].lower_bound)
+        like = [i for i, item in enumerate(self.found) if item.way.offload == self.offload]
+        order = sorted(like, key=lambda place: self.found[place].lower_bound)
         for number, place in enumerate(order):
             candidate = self.found[place]
             bound = candidate.lower_bound
@@ -322,6 +332,7 @@ class _Search:
         return (
             f"all data x pipeline x tensor meshes of {len(self.plan.cluster.devices)} devices with "
             "their layouts, ZeRO 0 to 3, recomputation, microbatches"
+            + (", all optimizer states offloaded" if self.offload else "")
         )
 
     def smallest(self) -> Plan:
@@ -330,7 +341,8 @@ class _Search:
         mesh = self.context.options.mesh or Mesh((MeshAxis(PIPELINE, count),))
         counts = _microbatch_counts(self.plan, self.context, mesh.axis(PIPELINE).size)
         if all(axis.name == PIPELINE for axis in mesh.axes):
-            return replace(self.plan, num_microbatches=counts[-1])
+            whole = replace(self.plan, num_microbatches=counts[-1])
+            return offloaded(whole, self.context.graph) if self.offload else whole
         least = self.ways(mesh)[-1]
         plan = self.pricing.plan_on(mesh, counts[-1], least)
         plan = plan or self.pricing.plan_on(mesh, counts[-1], replace(least, saving=False))

@@ -8,6 +8,7 @@ from ..compiler.ir.graph import Mode
 from ..compiler.ir.mesh import Mesh, Replicate
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR
 from .context import PlanOptions
+from .offload import OFFLOADS, have_hosts
 
 __all__ = ["check_pinned", "mesh_is_open", "updates_elementwise"]
 
@@ -38,6 +39,7 @@ def check_pinned(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
     _check_layout_pins(cluster, options)
     if options.zero:
         _check_zero(cluster, mode, options, options.zero)
+    _check_offload(cluster, mode, options)
 
 
 def _check_mesh(cluster: Cluster, mode: Mode, options: PlanOptions, mesh: Mesh) -> None:
@@ -134,6 +136,25 @@ def _check_zero(cluster: Cluster, mode: Mode, options: PlanOptions, level: int) 
             "zero",
             f"ZeRO-{level} works over a {DATA} axis, and devices of several types get one a stage",
             f"pin the mesh too, e.g. mesh='{DATA}=2'",
+        )
+
+
+def _check_offload(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
+    if options.offload not in OFFLOADS:
+        known = ", ".join(OFFLOADS)
+        raise _refused("offload", f"offload = {options.offload!r} is unknown", f"one of: {known}")
+    if options.offload != "optimizer":
+        return
+    if mode is not Mode.TRAIN:
+        raise _refused("offload", "inference keeps no optimizer states", "leave offload out")
+    if not have_hosts(cluster):
+        used = {device.type for device in cluster.devices}
+        alone = [e.name for e in cluster.types if e.name in used and e.host is None]
+        raise _refused(
+            "offload",
+            f"devices of type {', '.join(alone)} have no host to keep optimizer states for them",
+            "leave offload out",
+            "describe the host of accelerators in the cluster file: host = { ... }",
         )
 
 

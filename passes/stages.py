@@ -7,15 +7,19 @@ memory figures are additive bounds; the stages found are checked by liveness onc
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.errors import InfeasibleError
+from ..compiler.ir.graph import Mode
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import PIPELINE, Certificate, Plan, Stage
 from .columns import column_of
 from .context import Context
+from .offload import may_offload, offloaded
 from .partition.closest import closest_partition
 from .partition.diagnosis import explain, unsupported
 from .partition.fitting import Needs, find_fitting
@@ -24,6 +28,8 @@ from .partition.prepare import stage_counts, state
 from .partition.problem import StageProblem
 from .partition.search import SearchLimits, Solution, Tables, search
 from .partition.statement import Statement
+from .pinned import mesh_is_open
+from .recompute import choose_recompute
 
 __all__ = ["PartitionStages"]
 
@@ -35,6 +41,17 @@ class PartitionStages:
     name: str = "stages"
 
     def run(self, plan: Plan, context: Context) -> Plan:
+        if context.options.offload == "optimizer" and plan.mode is Mode.TRAIN:
+            plan = offloaded(plan, context.graph)
+        try:
+            return self._solved(plan, context)
+        except InfeasibleError as error:
+            for leaner in _leaner(plan, context):
+                with contextlib.suppress(InfeasibleError):
+                    return self._solved(leaner, context)
+            raise error
+
+    def _solved(self, plan: Plan, context: Context) -> Plan:
         start = time.perf_counter()
         column = column_of(plan, context)
         statement = state(column.plan, column.context)
@@ -68,6 +85,18 @@ class PartitionStages:
             certificate = _joined(plan.certificate, certificate)
         stages = column.spread(fit.stages, context.graph)
         return replace(plan, stages=stages, mesh=_mesh(plan, stages), certificate=certificate)
+
+
+def _leaner(plan: Plan, context: Context) -> Iterator[Plan]:
+    """Plans that save more memory than `plan`, where no search of meshes has tried such."""
+    graph, options = context.graph, context.options
+    if mesh_is_open(plan.cluster, plan.mode, options) or plan.mode is not Mode.TRAIN:
+        return
+    kinds = ("selective", "full") if options.recompute == "auto" else ()
+    again = [replace(plan, recomputed=choose_recompute(graph, kind)) for kind in kinds]
+    yield from again
+    if may_offload(plan, options) and not plan.is_offloaded:
+        yield from (offloaded(entry, graph) for entry in (plan, *again))
 
 
 def _mesh(plan: Plan, stages: tuple[Stage, ...]) -> Mesh:

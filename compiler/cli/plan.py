@@ -55,6 +55,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="level of ZeRO over the data axis (default: the least that fits)",
     )
     parser.add_argument(
+        "--offload",
+        choices=("auto", "none", "optimizer"),
+        default="auto",
+        help="keep optimizer states in the memory of the host (default: if nothing fits otherwise)",
+    )
+    parser.add_argument(
         "--memory-limit", type=positive_float, metavar="GIB", help="memory of every device"
     )
     parser.add_argument(
@@ -78,6 +84,7 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "mesh": options.mesh,
         "zero": options.zero,
         "recompute": options.recompute,
+        "offload": options.offload,
         "memory_limit_bytes": None if limit is None else int(limit * _GIB),
     }
 

@@ -13,7 +13,33 @@ import torch
 from .errors import ClusterError
 from .types import dtype_name
 
-__all__ = ["Cluster", "Device", "DeviceType", "Link", "LinkRule"]
+__all__ = ["Cluster", "Device", "DeviceType", "Host", "Link", "LinkRule"]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Latency-bandwidth (alpha-beta) model of a point-to-point path."""
+
+    latency_seconds: float
+    bytes_per_second: float
+
+    def seconds(self, num_bytes: float) -> float:
+        return self.latency_seconds + num_bytes / self.bytes_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What one accelerator has of the host that it is plugged into, when its neighbours use theirs.
+
+    Args:
+        link: between the device and the host's memory, in one direction.
+        memory_bytes: memory of the host that a plan may use for this device.
+        memory_bytes_per_second: sustained memory bandwidth.
+    """
+
+    link: Link
+    memory_bytes: int
+    memory_bytes_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +55,7 @@ class DeviceType:
             is missing runs at the rate of `f32`.
         overhead_seconds: fixed cost of issuing one operator.
         unsupported_ops: names of ops that the device cannot run.
+        host: where optimizer states can lie; None: nowhere but on the device.
     """
 
     name: str
@@ -38,22 +65,12 @@ class DeviceType:
     flops_per_second: tuple[tuple[str, float], ...]
     overhead_seconds: float = 0.0
     unsupported_ops: tuple[str, ...] = ()
+    host: Host | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
         """Matrix rate for `dtype` in flops per second."""
         rates = dict(self.flops_per_second)
         return rates.get(dtype_name(dtype), rates.get("f32", min(rates.values())))
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Latency-bandwidth (alpha-beta) model of a point-to-point path."""
-
-    latency_seconds: float
-    bytes_per_second: float
-
-    def seconds(self, num_bytes: float) -> float:
-        return self.latency_seconds + num_bytes / self.bytes_per_second
 
 
 @dataclass(frozen=True, slots=True)

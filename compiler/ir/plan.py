@@ -139,7 +139,8 @@ class NodeLayout:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPrediction:
-    """Upper bound of a device's memory, by part, in bytes."""
+    """Upper bound of a device's memory, by part, in bytes; `host_bytes` of what is offloaded lie in
+    the memory of its host and are not in the total."""
 
     device: int
     parameters_bytes: int
@@ -148,6 +149,7 @@ class MemoryPrediction:
     activations_bytes: int
     transients_bytes: int
     communication_bytes: int
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -242,6 +244,11 @@ class Plan:
     def stage_mesh(self) -> Mesh:
         """The axes inside a stage: over them tensors are laid out."""
         return Mesh(tuple(axis for axis in self.mesh.axes if axis.name != PIPELINE))
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether optimizer states of some parameter lie in the memory of a host."""
+        return any(entry.offloaded for entry in self.parameter_layouts)
 
     @property
     def zero_level(self) -> int:

@@ -37,7 +37,7 @@ class LayoutChoice:
         seconds: forward and backward of one microbatch, collectives included: the price of the
             local graph.
         step_seconds: once a step: summing gradients over the mesh, and the update's bytes.
-        objective: seconds + step_seconds / microbatches, and the price of bytes if they have one.
+        objective: seconds + step_seconds / microbatches.
         lower_bound: no choice over the last axis is better, given the axes before, as long as equal
             blocks are treated alike (see `classes.py`).
         static_bytes: parameters, gradients, states, buffers, inputs.
@@ -117,7 +117,7 @@ def _solve_axis(
 
 
 def _unlimited(options: LayoutOptions) -> LayoutOptions:
-    return replace(options, memory_bytes=None, seconds_per_byte=0.0)
+    return replace(options, memory_bytes=None)
 
 
 def _whole(graph: Graph, decided: Decided) -> Decided:

@@ -163,7 +163,6 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
         num_microbatches=options.num_microbatches,
         memory_bytes=options.memory_bytes,
         in_flight=options.in_flight,
-        seconds_per_byte=options.seconds_per_byte,
     )
     return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
 
@@ -245,17 +244,12 @@ def _form(work: _Work, node: Node, position: int, way: _Way) -> _Form:
 
 def _returned(work: _Work) -> dict[int, _Form]:
     """Values that the graph returns, in the layout in which they are returned."""
-    statement = work.statement
-    whole: Placement = Replicate()
-    table = {}
-    for output in statement.graph.outputs:
-        placements = [whole] * len(statement.mesh.axes)
-        if output.kind is OutputKind.BOUNDARY:
-            name = work.value(output.value).name
-            placements[-1] = statement.options.boundary.get(name, whole)
-        carries = work.value(output.value).requires_grad
-        table[output.value] = _Form(Layout(tuple(placements)), carries=carries)
-    return table
+    graph, mesh = work.statement.graph, work.statement.mesh
+    whole = Layout((Replicate(),) * len(mesh.axes))
+    return {
+        output.value: _Form(whole, carries=work.value(output.value).requires_grad)
+        for output in graph.outputs
+    }
 
 
 def _users_key(work: _Work, value: int, returned: dict[int, _Form]) -> tuple[object, ...]:
@@ -285,7 +279,7 @@ def _pinned(work: _Work, value: Value) -> Placement | None:
     """The placement that is not left to choose."""
     statement = work.statement
     if value.kind is ValueKind.BOUNDARY:
-        return statement.options.boundary.get(value.name, Replicate())
+        return Replicate()
     wanted = statement.options.held.get(value.name, {}).get(statement.mesh.axes[-1].name)
     if wanted is not None:
         return wanted

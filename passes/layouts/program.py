@@ -10,6 +10,7 @@ For choices c with options o, flows f with states m, forms w and uses u:
     s[f,k] >= t[u,m,w]  if then tensor k is read in backward: it is kept            `_keep`
     b[g] >= sum_k bytes s[f,k]   for flows f of family g                            `_keep`
     static + in_flight (saved + sum_g b[g]) + transient <= memory                   `_remember`
+    sum over c of x[c,forbidden] <= choices - 1   not all of a forbidden combination `_cut`
     minimise seconds of the options + conversions + price of the bytes held
 
 The marginals `t` make the relaxation that of the local polytope: exact on trees of flows
@@ -303,13 +304,20 @@ def _any(program: LayoutProgram, indicators: Sequence[_Indicator]) -> int:
 # -- solving ---------------------------------------------------------------------------------------
 
 
-def solve(problem: LayoutProblem) -> SolvedLayouts | None:
+def solve(
+    problem: LayoutProblem, forbidden: Mapping[int, int] | None = None
+) -> SolvedLayouts | None:
     """The best options: by the linear relaxation, by branching if that is fractional.
+
+    Args:
+        forbidden: options by choice, of which at least one must not be taken.
 
     Returns:
         None if no options are legal, or in a large program if none were found within the memory.
     """
     program = build(problem)
+    if forbidden is not None:
+        _cut(program, forbidden)
     relaxed = _run(program, "glop")
     if relaxed is None:
         return None
@@ -345,6 +353,16 @@ def _by_price(problem: LayoutProblem, relaxed: _Run, row: int) -> tuple[int, ...
             if figures(problem, picks).is_legal(problem):
                 return picks
     return None
+
+
+def _cut(program: LayoutProgram, forbidden: Mapping[int, int]) -> None:
+    """A no-good cut; choices that have one option cannot help."""
+    terms: Expression = {}
+    for choice, option in forbidden.items():
+        variable = program.options[choice][option]
+        if variable is not None:
+            terms[variable] = 1.0
+    program.row(terms, -math.inf, len(terms) - 1.0)
 
 
 def _is_integral(program: LayoutProgram, values: Sequence[float]) -> bool:

@@ -23,24 +23,19 @@ class LayoutOptions:
         in_flight: microbatches whose saved tensors are alive at once; a fraction, if they are
             smaller than the one that was captured.
         memory_bytes: limit of one device; None: none.
-        seconds_per_byte: price of bytes held throughout or from forward to backward.
         optimizer: states a parameter.
         batch_axes: mesh axes over which batched inputs are split by rows and parameters are
             replicated (data parallelism).
         held: by value name, placements over an axis, by its name, that are not left to choose.
-        boundary: by value name, placement over the *last* axis of boundary values (of block graphs)
-            and of values returned; others are replicated.
     """
 
     num_microbatches: int = 1
     batch_fraction: float = 1.0
     in_flight: float = 1.0
     memory_bytes: int | None = None
-    seconds_per_byte: float = 0.0
     optimizer: OptimizerModel = OptimizerModel("adamw", 2.0)
     batch_axes: tuple[str, ...] = ("data",)
     held: Mapping[str, Mapping[str, Placement]] = field(default_factory=dict)
-    boundary: Mapping[str, Placement] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from ...compiler.ir.cluster import Cluster
 from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.graph import Mode
 from ...compiler.ir.plan import MemoryPrediction, OptimizerModel
+from ..offload import have_hosts, offloaded_figures
 from .closest import program_order
 from .fitting import find_fitting
 from .from_graph import state_problem
@@ -115,6 +116,11 @@ def _ways_out(
     leaner = replace(problem, schedule="1f1b")
     if problem.schedule == "gpipe" and _fits(statement, leaner, stage_counts):
         yield "schedule 1f1b, which keeps fewer microbatches in flight"
+    away = _offloading(statement)
+    if away is not None:
+        other = state_problem(away, problem.num_microbatches)
+        if _fits(away, other, stage_counts):
+            yield "optimizer states in the memory of the hosts: offload='optimizer' or 'auto'"
     number = _more_microbatches(statement, problem, stage_counts)
     if number is not None:
         yield f"{number} microbatches instead of {problem.num_microbatches}"
@@ -125,6 +131,17 @@ def _ways_out(
             yield "an optimizer without state, such as SGD without momentum"
     yield f"devices, or a memory limit, of {_size(need)} or more"
     yield "a smaller batch or shorter sequences"
+
+
+def _offloading(statement: Statement) -> Statement | None:
+    """`statement` with all optimizer states on the hosts, if they are not there yet and can be."""
+    graph, optimizer = statement.graph, statement.optimizer
+    away = any(entry.is_offloaded for entry in statement.parameters.values())
+    keeps = graph.mode is Mode.TRAIN and optimizer.state_bytes_per_parameter_byte > 0
+    if away or not keeps or not have_hosts(statement.cluster):
+        return None
+    figures = offloaded_figures(graph, statement.parameters, optimizer)
+    return replace(statement, parameters=figures)
 
 
 def _fits(statement: Statement, problem: StageProblem, stage_counts: tuple[int, ...]) -> bool:

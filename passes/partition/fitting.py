@@ -126,20 +126,29 @@ class Needs:
 
     def fitting_share(self, assignment: Assignment) -> float | None:
         """None if all stages fit; else the least additive bound of a stage that does not, as a
-        share of its need by liveness. Stages far below their limit are not looked at."""
+        share of its need by liveness, less by as much as its host has not enough memory. Stages far
+        below their limit are not looked at unless they offload."""
         bounds = stage_figures(self.problem, assignment)
+        offloads = any(entry.is_offloaded for entry in self.statement.parameters.values())
         doubtful = [
             index
             for index, bound in enumerate(bounds)
-            if bound.memory_bytes > _DOUBTFUL * bound.limit_bytes
+            if offloads or bound.memory_bytes > _DOUBTFUL * bound.limit_bytes
         ]
-        needs = self._by_liveness(assignment, doubtful)
-        shares = [
-            bounds[index].memory_bytes / need.total_bytes
-            for index, need in needs.items()
-            if need.total_bytes > bounds[index].limit_bytes
-        ]
+        shares = []
+        for index, need in self._by_liveness(assignment, doubtful).items():
+            limit = bounds[index].limit_bytes
+            room = self._host_room(need)
+            if need.total_bytes > limit or room < 1.0:
+                shares.append(bounds[index].memory_bytes / max(need.total_bytes, limit) * room)
         return min(shares, default=None)
+
+    def _host_room(self, need: MemoryPrediction) -> float:
+        """Of what a device offloads, the share that its host has memory for; at most 1."""
+        host = self.statement.cluster.type_of(need.device).host
+        if host is None or not need.host_bytes:
+            return 1.0
+        return min(1.0, host.memory_bytes / need.host_bytes)
 
 
 def stages_of(

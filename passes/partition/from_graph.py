@@ -197,7 +197,7 @@ def _tensor(
     trained = trained and statement.graph.mode is Mode.TRAIN
     own = value.type.num_bytes
     optimizer = statement.optimizer
-    static, updated, summed = own, own if trained else 0, 0.0
+    static, updated, away, summed = own, own if trained else 0, 0, 0.0
     if value.kind is ValueKind.INPUT:
         copies = num_microbatches if value.batch_dim is not None else 1
         static = figures.value_bytes[value.id] * copies
@@ -205,6 +205,7 @@ def _tensor(
         part = statement.parameters[value.id]
         static = own + part.gradient_bytes + part.state_bytes
         updated = part.updated_bytes
+        away = updated if part.is_offloaded else 0
         summed = part.step_seconds + num_microbatches * part.microbatch_seconds
     elif trained:
         static = 2 * own + math.ceil(own * optimizer.state_bytes_per_parameter_byte)
@@ -215,10 +216,17 @@ def _tensor(
         users=units,
         forward_seconds=(0.0,) * len(figures.types),
         static_bytes=static,
-        update_bytes=updated if foreach else 0,
+        update_bytes=updated - away if foreach else 0,
         update_peak_bytes=4 * updated,
         optimizer_seconds=tuple(
-            summed + optimizer_seconds(entry, optimizer, parameter_bytes=updated)
+            summed
+            + optimizer_seconds(
+                entry,
+                optimizer,
+                parameter_bytes=updated - away,
+                num_parameters=1 if entry.backend == "cpu" else 0,  # others launch all as one
+                offloaded_bytes=away,
+            )
             for entry in figures.types
         ),
         reduced_bytes=own if trained and len(units) > 1 else 0,

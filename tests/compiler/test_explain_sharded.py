@@ -12,10 +12,12 @@ from cutset.compiler.capture import capture
 from cutset.compiler.explain import explain, explain_json
 from cutset.compiler.explain_blocks import BlockSummary, summarize_blocks
 from cutset.compiler.explain_mesh import alternatives_text, constraint, mesh_text
+from cutset.compiler.explain_runner_up import runner_up_text
+from cutset.compiler.ir.cluster import Link, LinkRule
 from cutset.compiler.ir.graph import Graph, Mode
 from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.ir.plan import Alternative, Plan
-from cutset.cost_models.presets import parse_devices
+from cutset.cost_models.presets import limit_memory, parse_devices
 from cutset.passes.context import PlanOptions
 from cutset.passes.pipeline import plan_graph
 from tests.conftest import Golden
@@ -84,6 +86,38 @@ def test_traffic_and_memory_are_counted(blocks: dict[str, BlockSummary]) -> None
     assert layer.replicated_seconds is not None and layer.replicated_seconds > layer.seconds
 
 
+def test_the_next_best_layouts_of_a_block_are_priced(
+    plan: Plan, blocks: dict[str, BlockSummary]
+) -> None:
+    assert plan.prediction is not None
+    entry = next(block for label, block in blocks.items() if "layers" in label).runner_up
+    assert entry is not None
+    assert entry.step_seconds > 0 and entry.constraint == "time"
+    first = entry.changes[0]
+    assert first.is_parameter and first.name.startswith("model.layers.")
+    assert first.chosen != first.instead
+    text = runner_up_text(entry, plan.prediction.step_seconds)
+    assert f"{first.name} {first.instead} instead of {first.chosen}" in text
+    assert text.endswith("binds: time")
+
+
+def test_memory_keeps_faster_layouts_of_a_block_away(graph: Graph) -> None:
+    """With room for it, blocks are laid out otherwise."""
+    mesh = Mesh.parse("tensor=8")
+    options = PlanOptions(mesh=mesh, num_microbatches=4, recompute="none")
+    slow = replace(parse_devices("h100:8"), links=(LinkRule(Link(1e-4, 1e9)),))
+    free = plan_graph(graph, slow, batch_size=16, options=options)
+    assert free.prediction is not None
+    limit = max(entry.total_bytes for entry in free.prediction.memory) // 2
+    tight = plan_graph(graph, limit_memory(slow, limit), batch_size=16, options=options)
+    assert tight.prediction is not None
+    entries = [block.runner_up for block in summarize_blocks(tight, graph)]
+    faster = [entry for entry in entries if entry is not None and entry.step_seconds < 0]
+    assert any(entry.constraint == "memory of stage 0" for entry in faster)
+    assert all(entry.device_bytes > 0 for entry in faster)
+    assert "binds: memory of stage 0" in " ".join(explain(tight, graph).split())
+
+
 def test_text_and_json_say_the_same(graph: Graph, plan: Plan) -> None:
     found = json.loads(json.dumps(explain_json(plan, graph)))
     assert found["zero"] == 1
@@ -92,6 +126,10 @@ def test_text_and_json_say_the_same(graph: Graph, plan: Plan) -> None:
     text = explain(plan, graph)
     assert "ZeRO-1 (states in parts over data)" in text
     assert "instead    replicated over tensor" in text
+    head = next(block for block in found["blocks"] if block["label"] == "lm_head")
+    assert head["runner_up"]["constraint"] == "time"
+    assert head["runner_up"]["changes"][0]["name"] == "lm_head.weight"
+    assert text.count("runner-up  ") == sum(bool(block["runner_up"]) for block in found["blocks"])
     assert "lm_head" in explain(plan, graph) and "instead" not in explain(plan)
 
 

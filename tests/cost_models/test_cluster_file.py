@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
+from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
 from cutset.compiler.ir.errors import ClusterError
 from cutset.cost_models.cluster_file import parse_cluster, read_cluster, write_cluster
 from cutset.cost_models.cluster_text import render_cluster
@@ -71,15 +71,18 @@ _positive = st.floats(min_value=1e-12, max_value=1e18)
 @st.composite
 def _clusters(draw: st.DrawFn) -> Cluster:
     names = draw(st.lists(_names, min_size=1, max_size=3, unique=True))
+    link = Link(draw(_positive), draw(_positive))
+    host = draw(st.none() | st.just(Host(link, draw(st.integers(1, 1 << 50)), draw(_positive))))
     types = tuple(
         DeviceType(
             name,
-            draw(st.sampled_from(["cpu", "cuda", "tpu", "npu"])),
+            draw(st.sampled_from(["cuda", "tpu", "npu"] if host else ["cpu", "cuda"])),
             draw(st.integers(1, 1 << 50)),
             draw(_positive),
             tuple((dtype, draw(_positive)) for dtype in draw(st.sets(_dtypes, min_size=1))),
             draw(st.just(0.0) | _positive),
             tuple(draw(st.lists(_names, max_size=2))),
+            host,
         )
         for name in names
     )
@@ -114,6 +117,9 @@ def test_parsing_undoes_printing(cluster: Cluster, suffix: str) -> None:
         ('overhead = "5 us"', 'overhed = "5 us"', "unknown key 'overhed'", 7, "keys of a type"),
         ('backend = "cuda"', 'backend = "cude"', "unknown backend 'cude'", 4, "cuda"),
         ('f32 = "50 TFLOP/s"', 'fp32 = "50 TFLOP/s"', "unknown dtype 'fp32'", 8, "f32"),
+        ('overhead = "5 us"', 'host = { bandwidth = "4 GB/s" }', "gpu.host.latency is missing",
+         None, "add it"),
+        ('overhead = "5 us"', 'host = { pages = 4 }', "unknown key 'pages'", 7, "keys of a host"),
         ("count = 2", "count = 0", "count = 0", 13, "at least 1"),
         ('a = "box0"', 'a = "box9"', "link end a = 'box9' is not a node", 25, "box0, box1"),
         ('latency = "1.5 ms"', 'latency = "1.5 mW"', "is not a quantity", 27, "ms"),

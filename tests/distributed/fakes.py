@@ -19,9 +19,21 @@ from cutset.compiler.ir.types import TensorType
 from cutset.runtime.collective_ops import StageCollectives
 from cutset.runtime.communicator import Communicator, Split
 from cutset.runtime.kernels import trace_inference
+from cutset.runtime.rank import Rank
 from tests.ir.builders import GraphBuilder
 
 TOKEN = TensorType((2,), torch.float32)
+
+
+class RankBesideHost(Rank):
+    """A rank on the CPU that keeps what is offloaded apart, as if the host were another device."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options, host=torch.device("cpu"))
+
+    def num_states_on_device(self) -> int:
+        assert self._optimizer is not None
+        return len(self._optimizer.state_tensors())
 
 
 class FakeRank:

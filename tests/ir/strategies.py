@@ -7,7 +7,7 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
+from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
 from cutset.compiler.ir.graph import (
     Graph,
     Mode,
@@ -222,7 +222,15 @@ programs = st.builds(
 
 rates = st.lists(st.tuples(st.sampled_from(["f32", "bf16"]), finite), max_size=2).map(tuple)
 device_types = st.builds(
-    DeviceType, texts, texts, counts, finite, rates, finite, st.lists(texts, max_size=2).map(tuple)
+    DeviceType,
+    texts,
+    texts,
+    counts,
+    finite,
+    rates,
+    finite,
+    st.lists(texts, max_size=2).map(tuple),
+    st.none() | st.builds(Host, st.builds(Link, finite, finite), counts, finite),
 )
 clusters = st.builds(
     Cluster,

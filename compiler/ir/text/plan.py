@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from ..cluster import Cluster, Device, DeviceType, Link, LinkRule
+from ..cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
 from ..graph import Mode
 from ..mesh import Layout, Mesh
 from ..plan import (
@@ -142,7 +142,11 @@ def print_cluster(cluster: Cluster) -> str:
     """The text of `cluster`, as it stands inside the text of a plan."""
     local = print_literal(cluster.local)
     lines = [f"cluster {print_text(cluster.name)} local={local} {{"]
-    lines += [f"  {_record('type', entry)}" for entry in cluster.types]
+    for entry in cluster.types:
+        lines.append(f"  {_record('type', entry, skip=('host',))}")
+        if entry.host is not None:
+            link = _record("host", entry.host.link)
+            lines.append(f"  {_record(link, entry.host, skip=('link',))}")
     runs: list[list[Device]] = []
     for device in cluster.devices:
         if runs and replace(runs[-1][-1], index=device.index) == device:
@@ -240,11 +244,22 @@ def _read_cluster(scanner: Scanner) -> Cluster:
     head.expect("local", "=")
     local = head.literal() is True
     head.expect("{")
-    types = tuple(_read_all(scanner, "type", lambda line: _read_record(line, DeviceType)))
+    types = tuple(_read_types(scanner))
     devices = [item for run in _read_all(scanner, "devices", _read_devices) for item in run]
     links = tuple(_read_all(scanner, "link", _read_link))
     scanner.line().expect("}")
     return Cluster(name, types, tuple(devices), links, local)
+
+
+def _read_types(scanner: Scanner) -> Iterator[DeviceType]:
+    while scanner.peek() == "type":
+        entry = _read_line(scanner, "type", DeviceType, host=None)
+        hosts = tuple(_read_all(scanner, "host", _read_host))
+        yield replace(entry, host=hosts[0]) if hosts else entry
+
+
+def _read_host(line: Line) -> Host:
+    return _read_record(line, Host, link=_read_record(line, Link))
 
 
 def _read_devices(line: Line) -> list[Device]:

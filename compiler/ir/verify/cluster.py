@@ -60,6 +60,12 @@ def _verify_device_type(entry: DeviceType, here: str) -> None:
     for dtype, rate in entry.flops_per_second:
         check(dtype in DTYPES_BY_NAME, f"{dtype!r} is not a dtype", here)
         _positive(f"flops_per_second of {dtype}", rate, here)
+    if entry.host is not None:
+        place = f"host of {here}"
+        _positive("memory_bytes", entry.host.memory_bytes, place)
+        _positive("memory_bytes_per_second", entry.host.memory_bytes_per_second, place)
+        _positive("bytes_per_second", entry.host.link.bytes_per_second, place)
+        _not_negative("latency_seconds", entry.host.link.latency_seconds, place)
 
 
 def _verify_links(cluster: Cluster) -> None:

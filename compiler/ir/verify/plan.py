@@ -246,12 +246,20 @@ def _verify_prediction(plan: Plan, prediction: Prediction) -> None:
             f"memory of device {entry.device}, which the cluster does not have",
             here,
         )
-        limit = plan.cluster.type_of(entry.device).memory_bytes
+        kind = plan.cluster.type_of(entry.device)
+        limit = kind.memory_bytes
         check(entry.total_bytes >= 0, f"device {entry.device} needs less than no memory", here)
         check(
             entry.total_bytes <= limit,
             f"device {entry.device} needs {entry.total_bytes} bytes, "
             f"{entry.total_bytes - limit} more than its {limit}",
+            here,
+        )
+        room = kind.host.memory_bytes if kind.host is not None else math.inf
+        check(
+            0 <= entry.host_bytes <= room,
+            f"device {entry.device} offloads {entry.host_bytes} bytes, its host has room for "
+            f"{room}",
             here,
         )
     known = {entry.device for entry in prediction.memory}

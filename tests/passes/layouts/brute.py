@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
@@ -14,10 +15,15 @@ from tests.ir.builders import GraphBuilder
 _SMALL = st.integers(0, 9)
 
 
+def picks_of(problem: LayoutProblem) -> Iterator[tuple[int, ...]]:
+    """Every pick of an option for each choice."""
+    return itertools.product(*(range(len(choice.options)) for choice in problem.choices))
+
+
 def brute_force(problem: LayoutProblem) -> float:
     """The least objective of all legal picks; infinite if there are none."""
     best = math.inf
-    for picks in itertools.product(*(range(len(choice.options)) for choice in problem.choices)):
+    for picks in picks_of(problem):
         found = figures(problem, picks)
         if found.is_legal(problem):
             best = min(best, found.objective(problem))
