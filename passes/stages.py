@@ -90,7 +90,7 @@ class PartitionStages:
 def _leaner(plan: Plan, context: Context) -> Iterator[Plan]:
     """Plans that save more memory than `plan`, where no search of meshes has tried such."""
     graph, options = context.graph, context.options
-    if mesh_is_open(plan.cluster, plan.mode, options) or plan.mode is not Mode.TRAIN:
+    if mesh_is_open(plan.cluster, options) or plan.mode is not Mode.TRAIN:
         return
     kinds = ("selective", "full") if options.recompute == "auto" else ()
     again = [replace(plan, recomputed=choose_recompute(graph, kind)) for kind in kinds]
