@@ -36,6 +36,7 @@ from .recompute import choose_recompute
 __all__ = ["Candidate", "Pricing", "Way"]
 
 _TYPICAL = 1.1  # the additive bound of memory, as a share of the need
+_FAR = 1.25  # share of the memory that additive bounds exceed it by, if nothing is to fit
 _LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candidate
 
 
@@ -72,6 +73,7 @@ class Pricing:
         self._layouts: dict[object, LayoutChoice | None] = {}
         self._candidates: dict[tuple[Mesh, int, Way], Candidate | None] = {}
         self._columns: dict[object, Column] = {}
+        self._sharded: dict[object, Column] = {}  # one with each set of layouts
         self._recompute: dict[str, tuple[int, ...]] = {}
         self._statements: dict[object, Statement] = {}
 
@@ -103,6 +105,8 @@ class Pricing:
         if plan.stage_mesh.axes:
             choice = self._choice(mesh, count, saving=way.saving, offload=way.offload)
             assert choice is not None
+            if self._is_far_too_large(plan, way, choice):
+                return None
             share = choice.lower_bound / choice.objective if choice.objective else 1.0
         statement, counts = self._pipeline(plan)
         if statement is None or self._is_too_large(plan, statement):
@@ -171,19 +175,22 @@ class Pricing:
         return self._recompute[how]
 
     def _choice(
-        self, mesh: Mesh, count: int, *, saving: bool, offload: bool
+        self, mesh: Mesh, count: int, *, saving: bool, offload: bool, bounding: bool = False
     ) -> LayoutChoice | None:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory,
         which holds no states if they are to `offload`.
 
         Microbatches of like size share layouts: rows count up to the next power of four. What is
-        done once a step is spread over the microbatches, fill and drain of the pipeline included.
+        done once a step is spread over the microbatches, fill and drain of the pipeline included:
+        to the nearest power of two, unless it is for `bounding`.
         """
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         stages = mesh.axis(PIPELINE).size
         portion = self.plan.batch_size / count / self.rows
         like = self._like(count)
         spread = self._spread(mesh, count)
+        if not bounding:
+            spread = float(1 << max(0, round(math.log2(spread))))
         key = (str(inner), like, spread, saving and count, saving and offload)
         if key in self._layouts:
             return self._layouts[key]
@@ -236,7 +243,7 @@ class Pricing:
         """
         if all(axis.name == PIPELINE for axis in mesh.axes):
             return 0.0
-        choice = self._choice(mesh, count, saving=False, offload=False)
+        choice = self._choice(mesh, count, saving=False, offload=False, bounding=True)
         if choice is None:
             return math.inf
         return self._spread(mesh, count) / mesh.axis(PIPELINE).size * choice.lower_bound
@@ -256,9 +263,12 @@ class Pricing:
         they hold the same parts of parameters, the same but for what gradients and states take.
         """
         held = tuple(entry.held for entry in plan.parameter_layouts)
-        key = (str(plan.mesh), plan.node_layouts, held, plan.recomputed)
+        layouts = (str(plan.stage_mesh), plan.node_layouts, plan.layouts, held)
+        key = (str(plan.mesh), layouts, plan.recomputed)
         if key not in self._columns:
-            self._columns[key] = column_of(plan, self.context)
+            like = self._sharded.get(layouts)
+            self._columns[key] = column_of(plan, self.context, like)
+            self._sharded.setdefault(layouts, self._columns[key])
         column = self._columns[key]
         count = plan.num_microbatches if closely else 0
         if (key, count) not in self._statements:
@@ -270,6 +280,15 @@ class Pricing:
         parameters = parameters_of(plan, self.context.graph, column)
         counts = stage_counts(column.plan, column.context, len(statement.units))
         return replace(statement, parameters=parameters), counts
+
+    def _is_far_too_large(self, plan: Plan, way: Way, choice: LayoutChoice) -> bool:
+        """Whether one stage that keeps all that backward reads exceeds its memory by far, by the
+        bytes that its layouts were chosen with: no need to make its column."""
+        is_pipeline = len(plan.mesh.axes) > len(plan.stage_mesh.axes)
+        if is_pipeline or way.recompute != "none" or way.zero or way.offload:
+            return False
+        rows = self.plan.batch_size / plan.num_microbatches / self.rows
+        return choice.static_bytes + rows * choice.saved_bytes > _FAR * self._memory_bytes()
 
     def _is_too_large(self, plan: Plan, statement: Statement) -> bool:
         """Whether parameters, gradients and states alone exceed the memory of all stages."""
