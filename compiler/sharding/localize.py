@@ -24,7 +24,7 @@ from .strategy import OpView
 
 __all__ = ["LocalPart", "localize", "localize_each"]
 
-_MOST_STEPS = 32  # if more are another on another rank, its graph is made as a whole
+_FEW = 0.25  # of the steps; if more are another on another rank, its graph is made as a whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def localize_each(
         differ = [work.local.steps_that_differ(coordinate) for work, _ in made]
         nearest = min(range(len(made)), key=lambda index: len(differ[index]), default=None)
         found = None
-        if nearest is not None and len(differ[nearest]) <= _MOST_STEPS:
+        if nearest is not None and len(differ[nearest]) <= _FEW * len(graph.nodes):
             work, part = made[nearest]
             found = work.moved(part, coordinate, differ[nearest])
         if found is None:
@@ -150,41 +150,41 @@ class _Localizer:
         """`part`, which `run` made, at another coordinate: with the nodes of `steps`, which differ
         there, made anew; None if more than arguments of such nodes would change."""
         nodes = list(part.graph.nodes)
+        work = _Localizer(self.graph, self.sharding, coordinate)
+        work.refs, work._made = dict(self.refs), dict(self._made)
+        work.local.names = {value.name for value in part.graph.values}
         for number in sorted(steps):
             if not 0 < number <= len(self.steps):
                 return None
             step = self.steps[number - 1]
-            again = self._again(part, step, coordinate)
-            if again is None:
+            if not self._repeated(work, part, step):
                 return None
-            nodes[step.nodes] = again
+            nodes[step.nodes] = work.local.nodes[step.nodes]
         if not steps:
             return part
         return replace(part, graph=replace(part.graph, nodes=tuple(nodes)))
 
-    def _again(
-        self, part: LocalPart, step: _Step, coordinate: tuple[int, ...]
-    ) -> list[Node] | None:
-        """The local nodes of `step` at another coordinate; None if values change too."""
-        work = _Localizer(self.graph, self.sharding, coordinate)
-        work.local.values = list(part.graph.values[: step.values.start])
-        work.local.nodes = list(part.graph.nodes[: step.nodes.start])
-        work.local.names = {value.name for value in work.local.values}
+    def _repeated(self, work: _Localizer, part: LocalPart, step: _Step) -> bool:
+        """Take `step` in `work`, which is elsewhere; whether nothing but arguments of its nodes is
+        another there."""
+        values, nodes = part.graph.values, part.graph.nodes
+        work.local.values = list(values[: step.values.start])
+        work.local.nodes = list(nodes[: step.nodes.start])
+        work.local.names -= {value.name for value in values[step.values]}
         work.origins = list(part.origins[: step.nodes.start])
-        work.refs = dict(self.refs)
-        work._made = dict(self._made)
+        work.conversions = set()
         for key in step.reads:
             del work._made[key]
         work.add_node(step.node)
-        old = set(range(*step.nodes.indices(len(part.graph.nodes)))) & part.conversions
-        same = (
-            tuple(work.local.values[step.values]) == part.graph.values[step.values]
-            and len(work.local.values) == step.values.stop
+        return (
+            len(work.local.values) == step.values.stop
+            and tuple(work.local.values[step.values]) == values[step.values]
             and len(work.local.nodes) == step.nodes.stop
-            and work.refs == self.refs
-            and work.conversions == old
+            and all(work.refs[value] == self.refs[value] for value in step.node.outputs)
+            and all(work._made.get(key) == self._made[key] for key in step.reads)
+            and len(work._made) == len(self._made)
+            and work.conversions == part.conversions.intersection(range(step.nodes.start, step.nodes.stop))
         )
-        return work.local.nodes[step.nodes] if same else None
 
     def add_given(self) -> None:
         for value in self.graph.values:
