@@ -21,6 +21,7 @@ from ..passes.context import PlanOptions
 from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
 from .batch import batch_size, contiguous, signature_of, take_rows
+from .collector import collector_paused
 from .compare import STRATEGIES, StrategyFigures, compare
 from .constraints import layout_pins, stage_pins, together_groups
 from .ir.cluster import Cluster
@@ -135,14 +136,15 @@ def plan_model(
         offload=offload,
     )
     planning = Planning(model, call, cluster, modes, loss_fn, check, say)
-    if given is not None:
-        captured = planning.captured(planning.first_count(options))
-        check_plan_matches(given, fingerprint(captured.graph, type(model).__name__), cluster)
-        chosen = replace(given, cluster=cluster)
-    else:
-        captured, chosen = planning.search(options)
-    say("generate and verify programs")
-    programs = build_programs(captured, chosen, clip_grad_norm)
+    with collector_paused():
+        if given is not None:
+            captured = planning.captured(planning.first_count(options))
+            check_plan_matches(given, fingerprint(captured.graph, type(model).__name__), cluster)
+            chosen = replace(given, cluster=cluster)
+        else:
+            captured, chosen = planning.search(options)
+        say("generate and verify programs")
+        programs = build_programs(captured, chosen, clip_grad_norm)
     return PlannedModel(
         model=model,
         captured=captured,

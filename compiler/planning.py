@@ -22,9 +22,11 @@ from .ir.cluster import Cluster
 from .ir.counts import divisors
 from .ir.errors import CaptureError, UsageError
 from .ir.graph import Mode
-from .ir.plan import Plan
+from .ir.plan import DATA, PIPELINE, Plan
 
 __all__ = ["Planning"]
+
+_A_STAGE = 4  # microbatches
 
 
 @dataclass(slots=True)
@@ -97,14 +99,19 @@ class Planning:
     def first_count(self, options: PlanOptions) -> int:
         """The number of microbatches asked for, or a first guess: up to eight a device.
 
-        Where a data axis may split the rows of a microbatch, it has one for each device.
+        Where a data axis may split the rows of a microbatch, it has one for each device. On a mesh
+        that is asked for, it is four a stage: the middle of the numbers that are priced.
         """
         legal = divisors(self.rows)
         wanted = options.num_microbatches
         if wanted is None:
             devices = len(self.cluster.devices)
             target = devices * (8 if self.mode is Mode.TRAIN else 1)
-            if mesh_is_open(self.cluster, options):
+            if options.mesh is not None:
+                data = options.mesh.axis(DATA).size
+                legal = tuple(n for n in legal if self.rows // n % data == 0) or legal
+                target = _A_STAGE * options.mesh.axis(PIPELINE).size
+            elif mesh_is_open(self.cluster, options):
                 target = max(1, self.rows // devices)
             return max(count for count in legal if count <= max(1, target))
         if wanted not in legal:

@@ -6,6 +6,7 @@ may win are looked at as closely as the pass that decides the stages will.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from .columns import Column, column_of, parameters_of, stage_devices
 from .context import Context
 from .layout_pins import held_placements
 from .layouts.choose import LayoutChoice, plan_layouts
+from .layouts.facts import GraphFacts
 from .layouts.statement import LayoutOptions
 from .offload import offloaded
 from .partition.fitting import Fit, find_fitting, with_memory
@@ -34,6 +36,7 @@ from .recompute import choose_recompute
 __all__ = ["Candidate", "Pricing", "Way"]
 
 _TYPICAL = 1.1  # the additive bound of memory, as a share of the need
+_FAR = 1.25  # share of the memory that additive bounds exceed it by, if nothing is to fit
 _LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candidate
 
 
@@ -70,8 +73,13 @@ class Pricing:
         self._layouts: dict[object, LayoutChoice | None] = {}
         self._candidates: dict[tuple[Mesh, int, Way], Candidate | None] = {}
         self._columns: dict[object, Column] = {}
+        self._sharded: dict[object, Column] = {}  # one with each set of layouts
         self._recompute: dict[str, tuple[int, ...]] = {}
         self._statements: dict[object, Statement] = {}
+
+    @functools.cached_property
+    def facts(self) -> GraphFacts:
+        return GraphFacts.of(self.context.graph)
 
     def work_seconds(self, count: int) -> float:
         """Of the whole batch in `count` microbatches on one device, launches not counted."""
@@ -97,6 +105,8 @@ class Pricing:
         if plan.stage_mesh.axes:
             choice = self._choice(mesh, count, saving=way.saving, offload=way.offload)
             assert choice is not None
+            if self._is_far_too_large(plan, way, choice):
+                return None
             share = choice.lower_bound / choice.objective if choice.objective else 1.0
         statement, counts = self._pipeline(plan)
         if statement is None or self._is_too_large(plan, statement):
@@ -165,20 +175,22 @@ class Pricing:
         return self._recompute[how]
 
     def _choice(
-        self, mesh: Mesh, count: int, *, saving: bool, offload: bool
+        self, mesh: Mesh, count: int, *, saving: bool, offload: bool, bounding: bool = False
     ) -> LayoutChoice | None:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory,
         which holds no states if they are to `offload`.
 
-        Microbatches of like size share layouts: rows count to the nearest power of four, and the
-        microbatches over which is spread what is done once a step, fill and drain of the pipeline
-        included, to that of two.
+        Microbatches of like size share layouts: rows count up to the next power of four. What is
+        done once a step is spread over the microbatches, fill and drain of the pipeline included:
+        to the nearest power of two, unless it is for `bounding`.
         """
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         stages = mesh.axis(PIPELINE).size
         portion = self.plan.batch_size / count / self.rows
-        like = 4.0 ** round(math.log(portion, 4))
-        spread = 1 << max(0, round(math.log2((stages + count - 1) * portion / like)))
+        like = self._like(count)
+        spread = self._spread(mesh, count)
+        if not bounding:
+            spread = float(1 << max(0, round(math.log2(spread))))
         key = (str(inner), like, spread, saving and count, saving and offload)
         if key in self._layouts:
             return self._layouts[key]
@@ -193,15 +205,48 @@ class Pricing:
             in_flight=min(stages, count) * portion,
             memory_bytes=stages * self._memory_bytes() if saving else None,
             optimizer=optimizer,
+            update_share=self._update_share(mesh),
             held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
         )
         devices = stage_devices(mesh)[0]
         try:
-            choice = plan_layouts(self.context.graph, inner, self.plan.cluster, devices, options)
+            choice = plan_layouts(
+                self.context.graph, inner, self.plan.cluster, devices, options, self.facts
+            )
         except InfeasibleError:
             choice = None
         self._layouts[key] = choice
         return choice
+
+    def _like(self, count: int) -> float:
+        portion = self.plan.batch_size / count / self.rows
+        return 4.0 ** math.ceil(math.log(portion, 4) - 1e-9)
+
+    def _spread(self, mesh: Mesh, count: int) -> float:
+        """Microbatches that a step takes, in such of like size."""
+        portion = self.plan.batch_size / count / self.rows
+        return (mesh.axis(PIPELINE).size + count - 1) * portion / self._like(count)
+
+    def _update_share(self, mesh: Mesh) -> float:
+        """What a rank updates of what it holds, if the ranks of the data axis may share it."""
+        shares = self.context.options.zero != 0 and updates_elementwise(self.plan.optimizer.name)
+        return 1.0 / mesh.axis(DATA).size if shares else 1.0
+
+    def layout_bound(self, mesh: Mesh, count: int) -> float:
+        """No plan on `mesh` with `count` microbatches is faster, whatever its layouts.
+
+        With t the seconds of a microbatch through all stages and u those of sums of gradients and
+        update, the step takes (p + m - 1) / p t + u / p at least, as the slowest stage takes no
+        less than the mean. Layouts are chosen for t of as many rows or more, which take no more
+        time a row, and for the share of the update that is left with ZeRO. Recomputation, and ZeRO
+        beyond that, only add.
+        """
+        if all(axis.name == PIPELINE for axis in mesh.axes):
+            return 0.0
+        choice = self._choice(mesh, count, saving=False, offload=False, bounding=True)
+        if choice is None:
+            return math.inf
+        return self._spread(mesh, count) / mesh.axis(PIPELINE).size * choice.lower_bound
 
     def _memory_bytes(self) -> int:
         limit = self.plan.cluster.type_of(0).memory_bytes
@@ -218,9 +263,12 @@ class Pricing:
         they hold the same parts of parameters, the same but for what gradients and states take.
         """
         held = tuple(entry.held for entry in plan.parameter_layouts)
-        key = (str(plan.mesh), plan.node_layouts, held, plan.recomputed)
+        layouts = (str(plan.stage_mesh), plan.node_layouts, plan.layouts, held)
+        key = (str(plan.mesh), layouts, plan.recomputed)
         if key not in self._columns:
-            self._columns[key] = column_of(plan, self.context)
+            like = self._sharded.get(layouts)
+            self._columns[key] = column_of(plan, self.context, like)
+            self._sharded.setdefault(layouts, self._columns[key])
         column = self._columns[key]
         count = plan.num_microbatches if closely else 0
         if (key, count) not in self._statements:
@@ -232,6 +280,15 @@ class Pricing:
         parameters = parameters_of(plan, self.context.graph, column)
         counts = stage_counts(column.plan, column.context, len(statement.units))
         return replace(statement, parameters=parameters), counts
+
+    def _is_far_too_large(self, plan: Plan, way: Way, choice: LayoutChoice) -> bool:
+        """Whether one stage that keeps all that backward reads exceeds its memory by far, by the
+        bytes that its layouts were chosen with: no need to make its column."""
+        is_pipeline = len(plan.mesh.axes) > len(plan.stage_mesh.axes)
+        if is_pipeline or way.recompute != "none" or way.zero or way.offload:
+            return False
+        rows = self.plan.batch_size / plan.num_microbatches / self.rows
+        return choice.static_bytes + rows * choice.saved_bytes > _FAR * self._memory_bytes()
 
     def _is_too_large(self, plan: Plan, statement: Statement) -> bool:
         """Whether parameters, gradients and states alone exceed the memory of all stages."""

@@ -108,8 +108,12 @@ def _local_nodes(part: LocalPart, nodes: set[int]) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def column_of(plan: Plan, context: Context) -> Column:
-    """The first column of `plan`, whose mesh and layouts are decided."""
+def column_of(plan: Plan, context: Context, like: Column | None = None) -> Column:
+    """The first column of `plan`, whose mesh and layouts are decided.
+
+    Args:
+        like: a column of a plan with the same layouts, whose local graph is taken.
+    """
     if plan.stage_mesh.size == 1:
         pinned = context.options.mesh
         if pinned is not None:
@@ -119,8 +123,11 @@ def column_of(plan: Plan, context: Context) -> Column:
         parameters = parameters_of(plan, context.graph, column)
         return replace(column, context=replace(context, parameters=parameters))
     groups = stage_devices(plan.mesh)
-    sharding = Sharding.of(plan, context.graph)
-    part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
+    if like is not None and like.part is not None and like.sharding is not None:
+        sharding, part = like.sharding, like.part
+    else:
+        sharding = Sharding.of(plan, context.graph)
+        part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
     network = slowest_network(plan.cluster, plan.stage_mesh, groups)
     local_plan = replace(
         plan,

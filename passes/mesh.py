@@ -3,13 +3,20 @@
 
 For every way to write the number of devices as data x pipeline x tensor, layouts are chosen by
 integer programming (`layouts/`), and the pipeline of one column is priced by dynamic programming
-(`partition/`) for each number of microbatches, with the least ZeRO that fits. Meshes come in the
-order of a bound that assumes perfect division,
+(`partition/`) for each number of microbatches, with the least ZeRO that fits. Two bounds say which
+to look at first. One assumes perfect division,
 
     step >= (p + m - 1) / (p m) W / (d t)
 
-with W the seconds of the whole batch on one device in such microbatches; those whose bound is no
-better than the best step found are not looked at, and the certificate covers them by it.
+with W the seconds of the whole batch on one device in such microbatches. The other has the
+collectives too: with t and u the seconds of a microbatch through all stages and of the end of the
+step under the layouts that are best for this very sum,
+
+    step >= (p + m - 1) / p t + u / p
+
+A row takes no less time in a smaller microbatch, so that this bounds larger numbers of microbatches
+on the same mesh as well. What has a bound that is no better than the best step found is not looked
+at, and the certificate covers it by that bound.
 
 Ranks follow the axes in the order pipeline, data, tensor or data, pipeline, tensor: tensor-parallel
 ranks lie closest together, as they talk most (Narayanan et al., Megatron-LM, 2021).
@@ -17,10 +24,11 @@ ranks lie closest together, as they talk most (Narayanan et al., Megatron-LM, 20
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..compiler.ir.counts import divisors
 from ..compiler.ir.errors import UsageError
@@ -74,6 +82,23 @@ def meshes(num_devices: int, rows: int) -> Iterator[Mesh]:
                 yield Mesh(tuple(MeshAxis(name, axes[name]) for name in order if axes[name] > 1))
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class _Entry:
+    """Something to price, by what comes first."""
+
+    order: tuple[float, int, str]
+    bound: float = field(compare=False)
+    item: tuple[Mesh, int] = field(compare=False)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.item[0]
+
+    @property
+    def count(self) -> int:
+        return self.item[1]
+
+
 class _Search:
     """Working state of the search."""
 
@@ -85,6 +110,8 @@ class _Search:
         self.looked_at: dict[int, Fit | None] = {}  # by place in `found`
         self.bounds: list[float] = []  # of what was not priced
         self.offload = context.options.offload == "optimizer"
+        self.close: dict[Mesh, dict[int, float]] = {}  # bounds by layouts, by microbatches
+        self.raised = math.inf  # least share of a bound by layouts to that by division
 
     def run(self) -> Plan:
         """Numbers of microbatches are few and typical, larger ones if nothing fits; states are
@@ -100,31 +127,80 @@ class _Search:
             self.offload, self.bounds = True, []
 
     def search(self, space: list[tuple[Mesh, int]]) -> None:
-        """Price what may be better than the best so far."""
-        unfit: dict[Mesh, int] = {}  # most microbatches with which a mesh does not fit
-        for mesh, count in sorted(space, key=self.order):
-            best = min((self.found[place].seconds for place in self.possible()), default=math.inf)
-            if self.bound(mesh, count) >= best:
-                self.bounds.append(self.bound(mesh, count))
-            elif count > unfit.get(mesh, 0):  # fewer microbatches never need less memory
-                before = len(self.found)
-                self.price(mesh, count, self.hopeful(mesh, count))
-                if len(self.found) == before:
-                    unfit[mesh] = count
+        """Price what may be better than the best so far.
 
-    def order(self, item: tuple[Mesh, int]) -> tuple[int, int, str]:
-        """Least bound first; of about equal ones more microbatches, which need less memory."""
+        Bounds come in two kinds, by division and by layouts, which take longer: a bound by layouts
+        is asked for where the one by division, raised as the others were, is the least.
+        """
+        unfit: dict[Mesh, int] = {}  # most microbatches with which a mesh does not fit
+        far = [self.entry(self.bound(*item), item) for item in space]
+        near: list[_Entry] = []
+        heapq.heapify(far)
+        while far or near:
+            best = min((self.found[place].seconds for place in self.possible()), default=math.inf)
+            if not near or (far and far[0].bound * self.raised < near[0].bound):
+                entry = heapq.heappop(far)
+                if entry.bound < best and entry.mesh not in self.close:
+                    counts = (n for mesh, n in space if mesh == entry.mesh)
+                    may_win = (n for n in counts if self.bound(entry.mesh, n) < best)
+                    self.layout_bound(entry.mesh, min(may_win, default=entry.count))
+                bound = max(entry.bound, self.inferred(entry.mesh, entry.count))
+                if bound < best:
+                    bound = self.layout_bound(entry.mesh, entry.count)
+                    heapq.heappush(near, self.entry(bound, entry.item, is_close=True))
+                else:
+                    self.bounds.append(bound)
+                continue
+            entry = heapq.heappop(near)
+            if entry.bound >= best:
+                self.bounds.append(entry.bound)
+            elif entry.count > unfit.get(entry.mesh, 0):  # fewer never need less memory
+                before = len(self.found)
+                self.price(entry.mesh, entry.count, self.hopeful(entry.mesh, entry.count))
+                if len(self.found) == before:
+                    unfit[entry.mesh] = entry.count
+
+    def entry(self, bound: float, item: tuple[Mesh, int], *, is_close: bool = False) -> _Entry:
+        """Least bound first; of about equal ones by division fewer microbatches, whose bounds say
+        something about more, and of about equal ones by layouts more, which need less memory."""
         mesh, count = item
-        bound = self.bound(mesh, count) or _NO_TIME
-        return round(_STEPS_OF_BOUND * math.log(bound)), -count, str(mesh)
+        about = _STEPS_OF_BOUND * math.log(bound or _NO_TIME)
+        about = round(about) if about < math.inf else about
+        return _Entry((about, -count if is_close else count, str(mesh)), bound, item)
+
+    def layout_bound(self, mesh: Mesh, count: int) -> float:
+        found = self.close.setdefault(mesh, {})
+        if count in found:
+            return found[count]
+        by_division = self.bound(mesh, count)
+        bound = found[count] = max(by_division, self.pricing.layout_bound(mesh, count))
+        if by_division and bound < math.inf:
+            self.raised = min(self.raised, bound / by_division)
+        return bound
+
+    def inferred(self, mesh: Mesh, count: int) -> float:
+        """A bound from those by layouts of the same mesh with fewer microbatches: a row takes no
+        less time in a smaller microbatch, and only fill and drain weigh less."""
+        stages = mesh.axis(PIPELINE).size
+        return max(
+            (
+                bound * (stages + count - 1) * fewer / ((stages + fewer - 1) * count)
+                for fewer, bound in self.close.get(mesh, {}).items()
+                if fewer <= count
+            ),
+            default=0.0,
+        )
 
     def hopeful(self, mesh: Mesh, count: int) -> Iterator[Way]:
-        """The ways on `mesh`, without the layouts that do not fit even at the last level."""
+        """The ways on `mesh`; where the first of those with the same layouts does not fit, and the
+        last level does not either, without the others."""
         ways = self.ways(mesh)
         for _, alike in itertools.groupby(ways, key=lambda way: (way.recompute, way.saving)):
-            group = tuple(alike)
-            if len(group) == 1 or self.pricing.candidate(mesh, count, group[-1]) is not None:
-                yield from group
+            first, *others = alike
+            yield first
+            fit = (self.pricing.candidate(mesh, count, way) for way in (first, *others[-1:]))
+            if others and any(candidate is not None for candidate in fit):
+                yield from others
 
     def space(self, counts_of: Callable[[Plan, Context, int], list[int]]) -> list[tuple[Mesh, int]]:
         """Meshes with numbers of microbatches."""

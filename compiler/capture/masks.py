@@ -9,20 +9,23 @@ or sent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..ir.graph import Attribute, Graph, Node, Operand, producers
+from ..ir.ops import Category
 from .interpret import execute_node
 from .prune import without_dead_code
 
 __all__ = ["simplify_masks"]
 
 _ATTENTION = "aten.scaled_dot_product_attention.default"
-_LARGEST_MASK = 1 << 28  # elements; a larger one is left as it is
+_LARGEST_MASK = 1 << 28  # elements computed; a mask of more is left as it is
+_SMALL = 1 << 22  # elements that are compared to find what stays the same, as rows of a batch do
 
 
 def simplify_masks(graph: Graph) -> Graph:
@@ -70,9 +73,9 @@ def _mask_of(node: Node) -> Operand | None:
 def _meaning(graph: Graph, value: int, made_by: Mapping[int, int]) -> bool | None:
     """True: the mask is causal; False: it hides nothing; None: neither."""
     shape = graph.values[value].type.shape
-    if len(shape) < 2 or graph.values[value].type.numel > _LARGEST_MASK:
+    mask = _evaluate(graph, value, made_by) if len(shape) >= 2 else None
+    if mask is None:
         return None
-    mask = _evaluate(graph, value, made_by)
     if mask.dtype is not torch.bool:
         lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else None
         if lowest is None or not bool(((mask == 0) | (mask <= lowest)).all()):
@@ -86,8 +89,9 @@ def _meaning(graph: Graph, value: int, made_by: Mapping[int, int]) -> bool | Non
     return True if bool((mask == triangle).all()) else None
 
 
-def _evaluate(graph: Graph, value: int, made_by: Mapping[int, int]) -> Tensor:
-    """The tensor that a constant value stands for."""
+def _evaluate(graph: Graph, value: int, made_by: Mapping[int, int]) -> Tensor | None:
+    """The tensor that a constant value stands for, of size 1 in dims along which it is known to
+    stay the same; None if it is too large to be computed."""
     needed: set[int] = set()
     stack = [made_by[value]]
     while stack:
@@ -98,10 +102,33 @@ def _evaluate(graph: Graph, value: int, made_by: Mapping[int, int]) -> Tensor:
     tensors: dict[int, Tensor] = {}
     for number in sorted(needed):
         call = graph.nodes[number]
+        shapes = [graph.values[index].type.shape for index in call.inputs]
         inputs = [tensors[source] for source in call.inputs]
-        results = execute_node(call, inputs, None, torch.device("cpu"))
-        tensors.update(zip(call.outputs, results, strict=True))
+        results = [graph.values[index].type.shape for index in call.outputs]
+        if call.op.category is Category.ELEMENTWISE and results == [_broadcast(shapes)]:
+            made = _broadcast([tensor.shape for tensor in inputs])
+        else:
+            inputs = [tensor.expand(shape) for tensor, shape in zip(inputs, shapes, strict=True)]
+            made = max(results, key=math.prod)
+        if math.prod(made) > _LARGEST_MASK and call.op.category is not Category.VIEW:
+            return None
+        found = map(_narrowed, execute_node(call, inputs, None, torch.device("cpu")))
+        tensors.update(zip(call.outputs, found, strict=True))
     return tensors[value]
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*map(tuple, shapes)))
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """`tensor` of size 1 in the dims along which it stays the same, if it is small or expanded."""
+    for dim, size in enumerate(tensor.shape):
+        first = tensor.narrow(dim, 0, 1) if size > 1 else tensor
+        is_small = tensor.numel() <= _SMALL
+        if tensor.stride(dim) == 0 or (is_small and size > 1 and bool((tensor == first).all())):
+            tensor = first
+    return tensor
 
 
 def _without_mask(node: Node, causal: bool) -> Node:

@@ -14,7 +14,7 @@ from ..ir.graph import Graph, Mode, ValueKind
 from ..ir.mesh import Mesh
 from ..ir.plan import Plan
 from ..ir.program import GradientPart, StageProgram, TensorShard
-from ..sharding.localize import localize
+from ..sharding.localize import localize_each
 from ..sharding.recompute import recomputed_locally
 from ..sharding.sharding import Sharding
 from ..sharding.zero import division
@@ -61,9 +61,16 @@ def make_columns(graph: Graph, plan: Plan) -> tuple[Column, ...]:
         ranks = tuple(stage.device for stage in plan.stages)
         return (Column((), ranks, stages, ((),) * len(stages)),)
     sharding = Sharding.of(plan, graph)
+    places = tuple(_places(plan.stage_mesh))
+    table = [_local_stages(plan, sharding, stage, places) for stage in stages]
     return tuple(
-        _column(plan, sharding, stages, number, place)
-        for number, place in enumerate(_places(plan.stage_mesh))
+        Column(
+            place=place,
+            ranks=tuple(stage.devices[number] for stage in plan.stages),
+            stages=tuple(row[number][0] for row in table),
+            shards=tuple(row[number][1] for row in table),
+        )
+        for number, place in enumerate(places)
     )
 
 
@@ -71,29 +78,25 @@ def _places(mesh: Mesh) -> Iterable[Place]:
     return itertools.product(*(range(axis.size) for axis in mesh.axes))
 
 
-def _column(
-    plan: Plan,
-    sharding: Sharding,
-    stages: tuple[StageProgram, ...],
-    number: int,
-    place: Place,
-) -> Column:
-    parts = [localize(stage.graph, sharding, place) for stage in stages]
-    return Column(
-        place=place,
-        ranks=tuple(stage.devices[number] for stage in plan.stages),
-        stages=tuple(
-            replace(
-                stage,
-                graph=part.graph,
-                recomputed=recomputed_locally(part, frozenset(stage.recomputed)),
-                axes=_axes(sharding.mesh, place, plan.stages[stage.index].devices),
-                kept=tuple(_kept(sharding, stage.graph)),
-            )
-            for stage, part in zip(stages, parts, strict=True)
-        ),
-        shards=tuple(part.shards for part in parts),
-    )
+def _local_stages(
+    plan: Plan, sharding: Sharding, stage: StageProgram, places: tuple[Place, ...]
+) -> list[tuple[StageProgram, tuple[TensorShard, ...]]]:
+    """`stage` at each of `places`, with the parts of tensors that are held there."""
+    kept = tuple(_kept(sharding, stage.graph))
+    again: dict[int, tuple[int, ...]] = {}  # by identity of the local graph, which places share
+    table = []
+    for place, part in zip(places, localize_each(stage.graph, sharding, places), strict=True):
+        if id(part.graph) not in again:
+            again[id(part.graph)] = recomputed_locally(part, frozenset(stage.recomputed))
+        local = replace(
+            stage,
+            graph=part.graph,
+            recomputed=again[id(part.graph)],
+            axes=_axes(sharding.mesh, place, plan.stages[stage.index].devices),
+            kept=kept,
+        )
+        table.append((local, part.shards))
+    return table
 
 
 def _kept(sharding: Sharding, graph: Graph) -> Iterator[GradientPart]:

@@ -8,18 +8,23 @@ several nodes want is made once. A replicated value that is used on parts passes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from ..ir.graph import Graph, Node, Output, OutputKind, Value, ValueKind
 from ..ir.mesh import Layout, Mesh, Placement, local_offset, local_type
 from ..ir.program import TensorShard
+from ..ir.types import TensorType
 from .conversions import convert
 from .lowering import LocalGraph, Lowering, Ref
 from .rules import rule_of
 from .sharding import Sharding
 from .strategy import OpView
 
-__all__ = ["LocalPart", "localize"]
+__all__ = ["LocalPart", "localize", "localize_each"]
+
+_FEW = 0.25  # of the steps; if more are another on another rank, its graph is made as a whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +51,60 @@ class LocalPart:
 
 def localize(graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]) -> LocalPart:
     """The part of `graph` (of a whole model or of one stage) at `coordinate` of the mesh."""
-    work = _Localizer(graph, sharding, coordinate)
-    work.add_given()
-    for node in graph.nodes:
-        work.add_node(node)
-    outputs = tuple(work.add_output(output) for output in graph.outputs)
-    values = tuple(work.local.values)
-    local = Graph(
-        name=graph.name,
-        mode=graph.mode,
-        values=values,
-        nodes=tuple(work.local.nodes),
-        inputs=tuple(work.refs[value].id for value in graph.inputs),
-        outputs=outputs,
-    )
-    return LocalPart(
-        local,
-        tuple(work.shards),
-        tuple(work.origins),
-        tuple(work.lasts),
-        frozenset(work.conversions),
-    )
+    return next(localize_each(graph, sharding, (coordinate,)))
+
+
+def localize_each(
+    graph: Graph, sharding: Sharding, coordinates: Iterable[tuple[int, ...]]
+) -> Iterator[LocalPart]:
+    """The parts of `graph` at `coordinates`; where they are equal, one graph serves them all."""
+    made: list[tuple[_Localizer, LocalPart]] = []
+    for coordinate in coordinates:
+        differ = [work.local.steps_that_differ(coordinate) for work, _ in made]
+        nearest = min(range(len(made)), key=lambda index: len(differ[index]), default=None)
+        found = None
+        if nearest is not None and len(differ[nearest]) <= _FEW * len(graph.nodes):
+            work, part = made[nearest]
+            found = work.moved(part, coordinate, differ[nearest])
+        if found is None:
+            work = _Localizer(graph, sharding, coordinate)
+            found = work.run()
+            made.append((work, found))
+        yield replace(found, shards=_shards(graph, sharding, coordinate))
+
+
+def _shards(
+    graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]
+) -> tuple[TensorShard, ...]:
+    """Parts of tensors that are not computed, of those that are not held whole."""
+    mesh = sharding.mesh
+    places: dict[object, tuple[TensorType, tuple[int, ...]]] = {}
+    shards = []
+    for value in graph.values:
+        if value.kind in (ValueKind.RESULT, ValueKind.BOUNDARY):
+            continue
+        key = type, layout = value.type, sharding.layout(value)
+        if key not in places:
+            offset = local_offset(type, layout, mesh, coordinate)
+            places[key] = local_type(type, layout, mesh, coordinate), offset
+        part, offset = places[key]
+        if part != type:
+            shards.append(TensorShard(value.origin, type, offset, part))
+    return tuple(shards)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What one node of the whole graph has led to: ranges of local nodes and values, reads that it
+    was the first to ask for."""
+
+    node: Node
+    nodes: slice
+    values: slice
+    reads: tuple[_Read, ...]
+
+
+_Read = tuple[int, Layout, frozenset[int]]  # value, layout wanted, axes of terms of its gradient
 
 
 class _Localizer:
@@ -76,17 +114,77 @@ class _Localizer:
         self.graph = graph
         self.sharding = sharding
         self.mesh: Mesh = sharding.mesh
-        self.coordinate = coordinate
         self.local = LocalGraph(
             self.mesh, coordinate, reserved=frozenset(value.name for value in graph.values)
         )
         self.refs: dict[int, Ref] = {}  # global value -> local one, in the layout it is made in
-        self.shards: list[TensorShard] = []
         self.held: dict[str, Layout] = {}  # by every name of a buffer
         self.origins: list[int] = []
         self.lasts: list[int | None] = []
         self.conversions: set[int] = set()
-        self._made: dict[tuple[int, Layout, frozenset[int]], Ref] = {}
+        self.steps: list[_Step] = []
+        self._made: dict[_Read, Ref] = {}
+
+    def run(self) -> LocalPart:
+        """The part of the whole graph, without shards."""
+        self.add_given()
+        for node in self.graph.nodes:
+            self.add_node(node)
+        self.local.step = len(self.steps) + 1
+        outputs = tuple(self.add_output(output) for output in self.graph.outputs)
+        graph = Graph(
+            name=self.graph.name,
+            mode=self.graph.mode,
+            values=tuple(self.local.values),
+            nodes=tuple(self.local.nodes),
+            inputs=tuple(self.refs[value].id for value in self.graph.inputs),
+            outputs=outputs,
+        )
+        return LocalPart(
+            graph, (), tuple(self.origins), tuple(self.lasts), frozenset(self.conversions)
+        )
+
+    def moved(
+        self, part: LocalPart, coordinate: tuple[int, ...], steps: Collection[int]
+    ) -> LocalPart | None:
+        """`part`, which `run` made, at another coordinate: with the nodes of `steps`, which differ
+        there, made anew; None if more than arguments of such nodes would change."""
+        nodes = list(part.graph.nodes)
+        work = _Localizer(self.graph, self.sharding, coordinate)
+        work.refs, work._made = dict(self.refs), dict(self._made)
+        work.local.names = {value.name for value in part.graph.values}
+        for number in sorted(steps):
+            if not 0 < number <= len(self.steps):
+                return None
+            step = self.steps[number - 1]
+            if not self._repeated(work, part, step):
+                return None
+            nodes[step.nodes] = work.local.nodes[step.nodes]
+        if not steps:
+            return part
+        return replace(part, graph=replace(part.graph, nodes=tuple(nodes)))
+
+    def _repeated(self, work: _Localizer, part: LocalPart, step: _Step) -> bool:
+        """Take `step` in `work`, which is elsewhere; whether nothing but arguments of its nodes is
+        another there."""
+        values, nodes = part.graph.values, part.graph.nodes
+        work.local.values = list(values[: step.values.start])
+        work.local.nodes = list(nodes[: step.nodes.start])
+        work.local.names -= {value.name for value in values[step.values]}
+        work.origins = list(part.origins[: step.nodes.start])
+        work.conversions = set()
+        for key in step.reads:
+            del work._made[key]
+        work.add_node(step.node)
+        return (
+            len(work.local.values) == step.values.stop
+            and tuple(work.local.values[step.values]) == values[step.values]
+            and len(work.local.nodes) == step.nodes.stop
+            and all(work.refs[value] == self.refs[value] for value in step.node.outputs)
+            and all(work._made.get(key) == self._made[key] for key in step.reads)
+            and len(work._made) == len(self._made)
+            and work.conversions == part.conversions.intersection(range(step.nodes.start, step.nodes.stop))
+        )
 
     def add_given(self) -> None:
         for value in self.graph.values:
@@ -97,21 +195,30 @@ class _Localizer:
         layout = self.sharding.layout(value)
         if value.kind is ValueKind.BUFFER:
             self.held.update(dict.fromkeys((value.origin, *value.aliases), layout))
-        type = local_type(value.type, layout, self.mesh, self.coordinate)
         self.refs[value.id] = self.local.add_value(
             value.name,
-            type,
+            self.local.part_type(value.type, layout),
             value.kind,
             origin=value.origin,
             requires_grad=value.requires_grad,
             batch_dim=value.batch_dim,
             aliases=value.aliases,
         )
-        if type != value.type and value.kind is not ValueKind.BOUNDARY:
-            offset = local_offset(value.type, layout, self.mesh, self.coordinate)
-            self.shards.append(TensorShard(value.origin, value.type, offset, type))
 
     def add_node(self, node: Node) -> None:
+        self.local.step = len(self.steps) + 1
+        first, values, reads = len(self.local.nodes), len(self.local.values), len(self._made)
+        self._add_node(node)
+        self.steps.append(
+            _Step(
+                node,
+                slice(first, len(self.local.nodes)),
+                slice(values, len(self.local.values)),
+                tuple(itertools.islice(self._made, reads, None)),
+            )
+        )
+
+    def _add_node(self, node: Node) -> None:
         strategies = self.sharding.node_strategies(node)
         whole = self.sharding.replicated
         layouts = (whole,) * len(node.inputs), (whole,) * len(node.outputs)

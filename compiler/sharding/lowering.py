@@ -26,6 +26,25 @@ __all__ = ["LocalGraph", "Lowering", "Ref"]
 _Kind = type[Shard] | type[Partial] | type[Replicate]
 
 
+_Question = tuple[Any, ...]  # a function, and its arguments before mesh and coordinate
+
+
+def _answer(question: _Question, mesh: Mesh, coordinate: tuple[int, ...]) -> Any:
+    ask, *arguments = question
+    return ask(*arguments, mesh, coordinate)
+
+
+def _start(
+    type: TensorType, layout: Layout, dim: int, mesh: Mesh, coordinate: tuple[int, ...]
+) -> int:
+    return local_offset(type, layout, mesh, coordinate)[dim]
+
+
+def _index(axis: int, mesh: Mesh, coordinate: tuple[int, ...]) -> int:
+    """The own index along axis number `axis`."""
+    return coordinate[axis]
+
+
 @dataclass(frozen=True, slots=True)
 class Ref:
     """A local value inside the arguments of an emitted node."""
@@ -43,6 +62,37 @@ class LocalGraph:
     nodes: list[Node] = field(default_factory=list)
     reserved: frozenset[str] = frozenset()  # names that helpers must not take
     names: set[str] = field(default_factory=set)
+    step: int = 0  # of who builds it
+    answers: dict[_Question, object] = field(default_factory=dict)  # of what the coordinate says
+    askers: dict[_Question, set[int]] = field(default_factory=dict)  # the steps that asked
+
+    def part_type(self, type: TensorType, layout: Layout) -> TensorType:
+        """Type of the own part of a tensor of `type` in `layout`."""
+        return self._ask((local_type, type, layout))  # type: ignore[no-any-return]
+
+    def part_offset(self, type: TensorType, layout: Layout) -> tuple[int, ...]:
+        """Where that part begins in the whole, per dim."""
+        return self._ask((local_offset, type, layout))  # type: ignore[no-any-return]
+
+    def part_start(self, type: TensorType, layout: Layout, dim: int) -> int:
+        """The same in one dim, which fewer ranks differ in."""
+        return self._ask((_start, type, layout, dim))  # type: ignore[no-any-return]
+
+    def _ask(self, question: _Question) -> Any:
+        if question not in self.answers:
+            self.answers[question] = _answer(question, self.mesh, self.coordinate)
+            self.askers[question] = set()
+        self.askers[question].add(self.step)
+        return self.answers[question]
+
+    def steps_that_differ(self, coordinate: tuple[int, ...]) -> set[int]:
+        """The steps that would be told something else there; others would do the same."""
+        changed = (
+            question
+            for question, answer in self.answers.items()
+            if _answer(question, self.mesh, coordinate) != answer
+        )
+        return {step for question in changed for step in self.askers[question]}
 
     def type(self, ref: Ref) -> TensorType:
         return self.values[ref.id].type
@@ -142,7 +192,7 @@ class LocalGraph:
     def _axis(self, axis: str) -> tuple[int, int]:
         """(number of parts, own index) along `axis`."""
         position = [entry.name for entry in self.mesh.axes].index(axis)
-        return self.mesh.axes[position].size, self.coordinate[position]
+        return self.mesh.axes[position].size, self._ask((_index, position))
 
     def all_reduce(self, ref: Ref, axis: str, like: Node, reduction: str = "sum") -> Ref:
         """Partial -> Replicate. Its gradient passes unchanged; max and min have none."""
@@ -298,16 +348,16 @@ class Lowering:
     def output_type(self, position: int = 0) -> TensorType:
         """Type of the local part of result `position`."""
         layout = self.output_layouts[position]
-        return local_type(self.view.output(position), layout, self.mesh, self.local.coordinate)
+        return self.local.part_type(self.view.output(position), layout)
 
     def output_offset(self, position: int = 0) -> tuple[int, ...]:
         """Where the local part of result `position` begins in the whole, per dim."""
         layout = self.output_layouts[position]
-        return local_offset(self.view.output(position), layout, self.mesh, self.local.coordinate)
+        return self.local.part_offset(self.view.output(position), layout)
 
-    def input_offset(self, position: int) -> tuple[int, ...]:
-        layout = self.input_layouts[position]
-        return local_offset(self.view.input(position), layout, self.mesh, self.local.coordinate)
+    def input_start(self, position: int, dim: int) -> int:
+        """Where the local part of operand `position` begins in `dim` of the whole."""
+        return self.local.part_start(self.view.input(position), self.input_layouts[position], dim)
 
     def type(self, ref: Ref) -> TensorType:
         return self.local.type(ref)

@@ -19,6 +19,7 @@ from ...compiler.ir.mesh import Layout, Mesh, Partial, Replicate
 from ...compiler.ir.plan import NodeLayout, ParameterLayout, ValueLayout
 from ...compiler.sharding.strategy import replicated
 from ...cost_models.collectives import mesh_network
+from .facts import GraphFacts
 from .from_graph import StatedProblem, state_layouts
 from .pricing import Pricer, stacked
 from .problem import Figures, figures
@@ -66,13 +67,18 @@ def plan_layouts(
     cluster: Cluster,
     devices: Sequence[int],
     options: LayoutOptions | None = None,
+    facts: GraphFacts | None = None,
 ) -> LayoutChoice:
     """The fastest layouts of `graph` over `mesh`, laid on `devices` (last axis fastest).
+
+    Args:
+        facts: of `graph`, where layouts of it are chosen more than once.
 
     Raises:
         InfeasibleError: no layouts were found that fit `options.memory_bytes`.
     """
     chosen = options or LayoutOptions()
+    known = facts or GraphFacts.of(graph)
     decided = Decided.nothing(graph)
     statistics: list[Statistics] = []
     stated, solved = None, None
@@ -82,7 +88,7 @@ def plan_layouts(
         if inner.axes[-1].size == 1 and not last:
             decided = _whole(graph, decided)
             continue
-        stated, solved = _solve_axis(graph, mesh, count, decided, cluster, devices, chosen)
+        stated, solved = _solve_axis(known, mesh, count, decided, cluster, devices, chosen)
         decided = stated.decode(solved.picks)
         statistics.append(solved.statistics)
     assert stated is not None and solved is not None, "a mesh has an axis"
@@ -90,7 +96,7 @@ def plan_layouts(
 
 
 def _solve_axis(
-    graph: Graph,
+    facts: GraphFacts,
     mesh: Mesh,
     count: int,
     decided: Decided,
@@ -102,15 +108,17 @@ def _solve_axis(
     inner = Mesh(mesh.axes[:count])
     network = mesh_network(cluster, mesh, devices)
     kind = slowest_type(cluster, devices)
-    pricer = Pricer(graph, inner, kind, network, options.batch_fraction)
+    pricer = Pricer(facts, inner, kind, network, options.batch_fraction)
     last = count == len(mesh.axes)
-    statement = LayoutStatement(graph, inner, decided, options if last else _unlimited(options))
+    statement = LayoutStatement(
+        facts.graph, inner, decided, options if last else _unlimited(options)
+    )
     stated = state_layouts(statement, pricer)
     solved = solve(stated.problem)
     if solved is None:
         raise InfeasibleError(
             f"no layouts over {mesh} were found that fit in {options.memory_bytes} bytes a device",
-            where=graph.name,
+            where=facts.graph.name,
             ways_out=("more devices", "smaller microbatches", "recomputation"),
         )
     return stated, solved

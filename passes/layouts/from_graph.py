@@ -12,16 +12,12 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
-from ...compiler.ir.graph import Mode, Node, OutputKind, Value, ValueKind, producers, users
+from ...compiler.ir.graph import Node, OutputKind, Value, ValueKind
 from ...compiler.ir.mesh import Layout, Placement, Replicate, Shard
-from ...compiler.ir.ops import Category
 from ...compiler.sharding.conversions import conversion_steps
-from ...compiler.sharding.rules import strategies_of
-from ...compiler.sharding.sharding import computed_from_parameters
 from ...compiler.sharding.strategy import OpStrategy
-from ...cost_models.analysis import batch_rows, batch_values
 from ...cost_models.stages import optimizer_seconds
-from .classes import node_classes, node_signature
+from .facts import GraphFacts
 from .pricing import Pricer
 from .problem import Choice, Flow, LayoutProblem, Option, Use
 from .statement import Decided, LayoutStatement
@@ -106,18 +102,13 @@ class _Work:
 
     statement: LayoutStatement
     pricer: Pricer
-    weights: set[int]
-    made_by: dict[int, int]
-    read_by: dict[int, tuple[int, ...]]
+    facts: GraphFacts
     choices: list[Choice] = field(default_factory=list)
     flows: list[Flow] = field(default_factory=list)
     nodes: dict[int, int] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
     ways: dict[int, tuple[_Way, ...]] = field(default_factory=dict)
     states: dict[int, tuple[_State, ...]] = field(default_factory=dict)
-    found: dict[object, tuple[OpStrategy, ...]] = field(default_factory=dict)
-    rows: int = 1
-    batched: frozenset[int] = frozenset()
 
     def value(self, index: int) -> Value:
         return self.statement.graph.values[index]
@@ -129,29 +120,25 @@ class _Work:
 
 def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
     """The problem of `statement`; `pricer` is for its graph and mesh."""
-    graph = statement.graph
-    work = _Work(
-        statement,
-        pricer,
-        weights=computed_from_parameters(graph) if graph.mode is Mode.TRAIN else set(),
-        made_by=producers(graph),
-        read_by=users(graph),
-        rows=batch_rows(graph),
-        batched=batch_values(graph),
-    )
-    for members in node_classes(graph):
+    graph, facts = statement.graph, pricer.facts
+    work = _Work(statement, pricer, facts)
+    for members in facts.classes:
         _add_nodes(work, members)
     returned = _returned(work)
     groups: dict[object, list[int]] = defaultdict(list)
     for value in graph.values:
-        if value.kind is not ValueKind.RESULT and (work.read_by[value.id] or value.id in returned):
+        if value.kind is not ValueKind.RESULT and (
+            work.facts.read_by[value.id] or value.id in returned
+        ):
             groups[_given_key(work, value, returned)].append(value.id)
     for held_members in groups.values():
         _add_held(work, tuple(held_members), returned)
     groups = defaultdict(list)
     for value in graph.values:
-        if value.kind is ValueKind.RESULT and (work.read_by[value.id] or value.id in returned):
-            node = graph.nodes[work.made_by[value.id]]
+        if value.kind is ValueKind.RESULT and (
+            work.facts.read_by[value.id] or value.id in returned
+        ):
+            node = graph.nodes[work.facts.made_by[value.id]]
             place = (work.nodes[node.id], node.outputs.index(value.id))
             groups[place, _users_key(work, value.id, returned)].append(value.id)
     for made_members in groups.values():
@@ -175,7 +162,7 @@ def _add_nodes(work: _Work, members: tuple[int, ...]) -> None:
     before = work.statement.decided.strategies[node.id]
     ways = [_Way(strategy) for strategy in _strategies(work, node)]
     carried = [value for value in node.outputs if work.value(value).requires_grad]
-    if carried and work.weights.issuperset(carried):
+    if carried and work.facts.weights.issuperset(carried):
         ways.insert(1, _Way(ways[0].strategy, deferred=True))
     options = []
     for way in ways:
@@ -195,13 +182,8 @@ def _add_nodes(work: _Work, members: tuple[int, ...]) -> None:
 def _strategies(work: _Work, node: Node) -> tuple[OpStrategy, ...]:
     """Strategies that go with the axes before; one a pair of layouts, replication first."""
     statement = work.statement
-    # what indices can point to depends on what they were made from
-    origin = node.inputs if node.op.category is Category.INDEXING else ()
-    key = node_signature(statement.graph, node), origin
-    if key not in work.found:
-        work.found[key] = strategies_of(statement.graph, node, statement.parts)
     table: dict[object, OpStrategy] = {}
-    for strategy in work.found[key]:
+    for strategy in work.facts.strategies_of(node, statement.parts):
         if statement.decided.allows(node.id, strategy) and not _splits_rows(work, node, strategy):
             table.setdefault((strategy.inputs, strategy.outputs), strategy)
     return tuple(table.values())
@@ -211,13 +193,13 @@ def _splits_rows(work: _Work, node: Node, strategy: OpStrategy) -> bool:
     """Whether an axis that is not for it would split the rows of the batch: microbatches may come
     to have fewer rows than what was captured."""
     statement = work.statement
-    if statement.splits_batch or work.rows == 1:
+    if statement.splits_batch or work.facts.rows == 1:
         return False
     pairs = zip((*node.inputs, *node.outputs), (*strategy.inputs, *strategy.outputs), strict=True)
     return any(
         placement == Shard(0)
-        and value in work.batched
-        and work.value(value).type.shape[0] % work.rows == 0
+        and value in work.facts.batched
+        and work.value(value).type.shape[0] % work.facts.rows == 0
         for value, placement in pairs
     )
 
@@ -236,7 +218,9 @@ def _form(work: _Work, node: Node, position: int, way: _Way) -> _Form:
     )
     carries = any(work.value(index).requires_grad for index in node.outputs)
     deferred = work.statement.decided.deferred.get(value, frozenset())
-    return _Form(wanted, partial - deferred, way.deferred and value in work.weights, carries, saves)
+    return _Form(
+        wanted, partial - deferred, way.deferred and value in work.facts.weights, carries, saves
+    )
 
 
 # -- tensors that are given ------------------------------------------------------------------------
@@ -256,7 +240,8 @@ def _users_key(work: _Work, value: int, returned: dict[int, _Form]) -> tuple[obj
     """Equal for values that are used alike, by choices and how often."""
     graph = work.statement.graph
     places = Counter(
-        (work.nodes[node], graph.nodes[node].inputs.index(value)) for node in work.read_by[value]
+        (work.nodes[node], graph.nodes[node].inputs.index(value))
+        for node in work.facts.read_by[value]
     )
     return (tuple(sorted(places.items())), returned.get(value))
 
@@ -310,7 +295,7 @@ def _add_held(work: _Work, members: tuple[int, ...], returned: dict[int, _Form])
             if isinstance(placement, Shard) and placement not in before
         )
     states = [_State(Layout((*before, placement))) for placement in dict.fromkeys(found)]
-    if value.id in work.weights and Replicate() in found:
+    if value.id in work.facts.weights and Replicate() in found:
         states.append(_State(Layout((*before, Replicate())), deferred=True))
     options = tuple(_held_option(work, value, state) for state in states)
     choice = work.add(Choice(value.name, options, len(members)))
@@ -323,7 +308,7 @@ def _wanted_placements(work: _Work, value: Value) -> list[Placement]:
     graph = work.statement.graph
     return [
         way.strategy.inputs[graph.nodes[node].inputs.index(value.id)]
-        for node in work.read_by[value.id]
+        for node in work.facts.read_by[value.id]
         for way in work.ways[work.nodes[node]]
     ]
 
@@ -335,9 +320,9 @@ def _held_option(work: _Work, value: Value, state: _State) -> Option:
     if value.kind is ValueKind.BOUNDARY:
         return Option()
     if value.kind is ValueKind.INPUT:
-        copies = options.num_microbatches if value.batch_dim is not None else 1
-        return Option(static_bytes=size * copies)
-    if value.kind is not ValueKind.PARAMETER or value.id not in work.weights:
+        copies = options.num_microbatches if value.batch_dim is not None else 1.0
+        return Option(static_bytes=math.ceil(size * copies))
+    if value.kind is not ValueKind.PARAMETER or value.id not in work.facts.weights:
         return Option(static_bytes=size)
     axes = set(statement.decided.deferred.get(value.id, ()))
     axes |= {statement.axis} if state.deferred else set()
@@ -350,7 +335,8 @@ def _held_option(work: _Work, value: Value, state: _State) -> Option:
     )
     states = math.ceil(size * options.optimizer.state_bytes_per_parameter_byte)
     # of the update what grows with bytes: launches are the same however tensors lie
-    return Option(step_seconds=summed + twice - once, static_bytes=2 * size + states)
+    update = options.update_share * (twice - once)
+    return Option(step_seconds=summed + update, static_bytes=2 * size + states)
 
 
 # -- flows -----------------------------------------------------------------------------------------
@@ -358,7 +344,7 @@ def _held_option(work: _Work, value: Value, state: _State) -> Option:
 
 def _add_made(work: _Work, members: tuple[int, ...], returned: dict[int, _Form]) -> None:
     value = members[0]
-    node = work.statement.graph.nodes[work.made_by[value]]
+    node = work.statement.graph.nodes[work.facts.made_by[value]]
     position = node.outputs.index(value)
     before = work.statement.decided.strategies[node.id]
     choice = work.nodes[node.id]
@@ -412,7 +398,7 @@ def _add_flow(
             kept=tuple(tuple(kept.by_user(state, form) for form in forms) for state in states),
             own_kept=tuple(kept.of(state.layout) if state.saves else -1 for state in states),
             tensor_bytes=tuple(pricer.local_bytes(value.type, item) for item in kept.layouts),
-            family=pricer.root[value.id],
+            family=work.facts.roots[value.id],
             count=len(members),
         )
     )
@@ -440,7 +426,7 @@ def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
     """Uses of `value` by class; new forms are added to `forms`."""
     graph = work.statement.graph
     equal: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for reader in work.read_by[value.id]:
+    for reader in work.facts.read_by[value.id]:
         place = graph.nodes[reader].inputs.index(value.id)
         equal[work.nodes[reader], place].append(reader)
     uses = []

@@ -19,11 +19,10 @@ from ...compiler.sharding.conversions import can_convert, convert
 from ...compiler.sharding.lowering import LocalGraph, Lowering, Ref
 from ...compiler.sharding.rules import rule_of
 from ...compiler.sharding.strategy import OpStrategy, OpView
-from ...cost_models.analysis import find_storages, weight_like_values
 from ...cost_models.collectives import Network
 from ...cost_models.memory import memory_model, node_memory
 from ...cost_models.ops import NodeCost, gradient_sum_seconds, price
-from .classes import node_signature
+from .facts import GraphFacts
 
 __all__ = ["NodeFigures", "Pricer", "stacked"]
 
@@ -61,23 +60,23 @@ class Pricer:
     graph's own.
     """
 
-    graph: Graph
+    facts: GraphFacts
     mesh: Mesh
     device_type: DeviceType
     network: Network
     batch_fraction: float = 1.0
-    root: tuple[int, ...] = ()  # by value, whose storage it shares
-    _kinds: dict[int, ValueKind] = field(default_factory=dict)
-    _weights: frozenset[int] = frozenset()
+    _kinds: tuple[ValueKind, ...] = ()
     _nodes: dict[object, NodeFigures] = field(default_factory=dict)
     _conversions: dict[object, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """A view of a held tensor counts as that: it is not kept for the backward."""
         values = self.graph.values
-        self.root = find_storages(self.graph).root
-        self._weights = weight_like_values(self.graph)
-        self._kinds = {value.id: values[self.root[value.id]].kind for value in values}
+        self._kinds = tuple(values[root].kind for root in self.facts.roots)
+
+    @property
+    def graph(self) -> Graph:
+        return self.facts.graph
 
     def is_held(self, value: int) -> bool:
         """Whether its storage is there throughout, so that no backward has to keep it."""
@@ -94,7 +93,7 @@ class Pricer:
         """Adding one gradient to another one of the same value."""
         if self.graph.mode is not Mode.TRAIN:
             return 0.0
-        scale = 1.0 if value.id in self._weights else self.batch_fraction
+        scale = 1.0 if value.id in self.facts.weight_like else self.batch_fraction
         size = self.local_bytes(value.type, layout)
         return gradient_sum_seconds(self.device_type, scale * size)
 
@@ -111,7 +110,7 @@ class Pricer:
     def node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
         """Figures of `node` under `strategies`, one an axis."""
         kinds = tuple(map(self._operand_kind, node.inputs))
-        key = (node_signature(self.graph, node), kinds, strategies)
+        key = (self.facts.signatures[node.id], kinds, strategies)
         if key not in self._nodes:
             self._nodes[key] = self._price_node(node, strategies)
         return self._nodes[key]
@@ -171,7 +170,7 @@ class Pricer:
 
     def _operand_kind(self, value: int) -> ValueKind:
         """What a value is to the one node that is priced."""
-        if value in self._weights:
+        if value in self.facts.weight_like:
             return ValueKind.PARAMETER
         return self._kinds[value] if self.is_held(value) else ValueKind.BOUNDARY
 

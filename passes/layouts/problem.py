@@ -111,7 +111,7 @@ class LayoutProblem:
 
     choices: tuple[Choice, ...]
     flows: tuple[Flow, ...]
-    num_microbatches: int = 1
+    num_microbatches: float = 1
     memory_bytes: int | None = None
     in_flight: float = 1.0
     seconds_per_byte: float = 0.0

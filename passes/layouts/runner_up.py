@@ -20,6 +20,7 @@ from ...cost_models.analysis import batch_rows
 from ...cost_models.collectives import mesh_network
 from ...cost_models.flops import is_product
 from .choose import slowest_type
+from .facts import GraphFacts
 from .from_graph import StatedProblem, state_layouts
 from .pricing import Pricer
 from .problem import Figures, Flow, LayoutProblem, figures
@@ -153,7 +154,7 @@ def planned_layouts(plan: Plan, graph: Graph, devices: Sequence[int]) -> Planned
     )
     network = mesh_network(plan.cluster, mesh, devices)
     kind = slowest_type(plan.cluster, devices)
-    pricer = Pricer(graph, mesh, kind, network, options.batch_fraction)
+    pricer = Pricer(GraphFacts.of(graph), mesh, kind, network, options.batch_fraction)
     stated = state_layouts(LayoutStatement(graph, mesh, decided, options), pricer)
     picks = _picks(graph, sharding, stated)
     if picks is None or not figures(stated.problem, picks).is_legal(stated.problem):

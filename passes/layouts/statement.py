@@ -18,22 +18,25 @@ class LayoutOptions:
     """What the caller fixes.
 
     Args:
-        num_microbatches: of a step: the sum of gradients and the update are spread over them.
+        num_microbatches: of a step: the sum of gradients and the update are spread over them; a
+            fraction, where a microbatch is smaller than `batch_fraction` says.
         batch_fraction: rows of a microbatch, as a multiple of those that were captured.
         in_flight: microbatches whose saved tensors are alive at once; a fraction, if they are
             smaller than the one that was captured.
         memory_bytes: limit of one device; None: none.
         optimizer: states a parameter.
+        update_share: of the update of what a rank holds, what it does itself.
         batch_axes: mesh axes over which batched inputs are split by rows and parameters are
             replicated (data parallelism).
         held: by value name, placements over an axis, by its name, that are not left to choose.
     """
 
-    num_microbatches: int = 1
+    num_microbatches: float = 1
     batch_fraction: float = 1.0
     in_flight: float = 1.0
     memory_bytes: int | None = None
     optimizer: OptimizerModel = OptimizerModel("adamw", 2.0)
+    update_share: float = 1.0
     batch_axes: tuple[str, ...] = ("data",)
     held: Mapping[str, Mapping[str, Placement]] = field(default_factory=dict)
 

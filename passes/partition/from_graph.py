@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Mode, OutputKind, Value, ValueKind, users
 from ...cost_models.analysis import batch_rows, batch_values
-from ...cost_models.memory import memory_profile, rerun_nodes
+from ...cost_models.memory import memory_profile
 from ...cost_models.ops import NodeCost, price
 from ...cost_models.recompute import with_reruns
 from ...cost_models.stages import optimizer_seconds
@@ -80,7 +80,7 @@ def _figures(statement: Statement, num_microbatches: int) -> _Figures:
         for backend in sorted({entry.backend for entry in types})
     ]
     batched = batch_values(graph)
-    rerun = rerun_nodes(graph, statement.recomputed)
+    rerun = statement.rerun
     return _Figures(
         types=types,
         costs=tuple(

@@ -6,6 +6,7 @@ from ...compiler.ir.errors import UsageError
 from ...compiler.ir.graph import Mode
 from ...compiler.ir.plan import Plan
 from ...cost_models.analysis import batch_rows
+from ...cost_models.memory import rerun_nodes
 from ...cost_models.ops import price
 from ..coarsen import Coarsening, coarsen
 from ..context import Context
@@ -82,6 +83,7 @@ def state(plan: Plan, context: Context) -> Statement:
         pins=options.pins,
         device_pins=options.device_pins,
         recomputed=plan.recomputed,
+        rerun=rerun_nodes(graph, plan.recomputed),
         network=context.network,
         parameters=context.parameters,
     )

@@ -24,6 +24,7 @@ class Statement:
         batch_size: rows of a step.
         pins, device_pins: see `PlanOptions`.
         recomputed: nodes whose results backward computes again.
+        rerun: those of them whose results it really needs.
         network: who meets in the collectives of a local graph.
         parameters: figures of trained parameters by value id, where they are not those of a
             parameter that one rank trains alone.
@@ -40,6 +41,7 @@ class Statement:
     pins: tuple[tuple[str, int], ...] = ()
     device_pins: tuple[tuple[str, int], ...] = ()
     recomputed: tuple[int, ...] = ()
+    rerun: frozenset[int] = frozenset()
     network: Network | None = None
     parameters: Mapping[int, ParameterFigures] = field(default_factory=dict)
 

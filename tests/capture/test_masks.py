@@ -58,6 +58,21 @@ def test_other_masks_stay() -> None:
         assert attention_call(simplify_masks(graph)) == attention_call(graph)
 
 
+def test_rows_that_are_alike_are_computed_once() -> None:
+    """The mask would have four times the elements that are ever computed."""
+    build = GraphBuilder("rows", Mode.INFER)
+    rows, tokens = 1 << 10, 1 << 10
+    q = build.input("q", (rows, 1, tokens, 4))
+    place = build.op("aten.arange.default", tokens)
+    row = build.op("aten.reshape.default", build.op("aten.arange.default", rows), [rows, 1, 1, 1])
+    keys = build.op("aten.add.Tensor", build.op("aten.mul.Tensor", row, 0), place)
+    queries = build.op("aten.reshape.default", keys, [rows, 1, tokens, 1])
+    mask = build.op("aten.le.Tensor", keys, queries)
+    build.output(build.op("aten.scaled_dot_product_attention.default", q, q, q, mask))
+    after = simplify_masks(build.build())
+    assert attention_call(after) == ((None,), (("is_causal", True),))
+
+
 class TwoTables(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -135,7 +135,7 @@ def test_text_and_json_say_the_same(graph: Graph, plan: Plan) -> None:
 
 def test_the_constraint_is_named(plan: Plan) -> None:
     assert constraint(plan).startswith("none, it is time")
-    small = replace(plan.cluster.types[0], memory_bytes=1 << 30)
+    small = replace(plan.cluster.types[0], memory_bytes=1000 << 20)
     tight = replace(plan, cluster=replace(plan.cluster, types=(small,)))
     assert constraint(tight).startswith("memory of device")
     faster = Alternative(Mesh.parse("data=8"), 1, 0, 1e-9, fits=False)

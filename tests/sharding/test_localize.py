@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from cutset.compiler.ir.mesh import Mesh
+from cutset.compiler.sharding.localize import localize, localize_each
+from cutset.compiler.sharding.sharding import make_sharding
 from tests.models.exact import SHARDED_MODELS, sharded_tolerance
 
 from .choices import flowing_layouts, random_layouts
@@ -48,3 +52,15 @@ def test_many_random_layouts_are_exact(name: str) -> None:
     meshes = (MESH, *MORE_MESHES)
     for seed in range(50):
         check(name, meshes[seed % len(meshes)], seed)
+
+
+@pytest.mark.parametrize("name", sorted(SHARDED_MODELS))
+def test_parts_taken_from_other_ranks_are_those_of_the_rank(name: str) -> None:
+    """`localize_each` makes anew what differs from rank to rank; `localize` everything."""
+    graph = whole(name).graph
+    mesh = Mesh.parse("data=2,tensor=3")
+    layouts = random_layouts(graph, mesh, 0)
+    sharding = make_sharding(graph, mesh, layouts.nodes, layouts.values, layouts.parameters)
+    places = list(itertools.product(*(range(axis.size) for axis in mesh.axes)))
+    parts = list(localize_each(graph, sharding, places))
+    assert parts == [localize(graph, sharding, place) for place in places]

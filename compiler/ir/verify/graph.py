@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 
@@ -14,7 +15,7 @@ from ..ops import Op, resolve
 from ..types import DTYPE_NAMES
 from .report import check, fail_node, first_repeated
 
-__all__ = ["verify_graph"]
+__all__ = ["verify_graph", "verify_graphs"]
 
 _SCALARS = (
     int,
@@ -52,6 +53,33 @@ def verify_graph(graph: Graph, *, is_stage: bool = False) -> None:
     for output in graph.outputs:
         _verify_output(graph, output, is_stage)
     _verify_results(graph, is_stage)
+
+
+def verify_graphs(graphs: Iterable[Graph], *, is_stage: bool = False) -> None:
+    """`verify_graph` of each. Of graphs that share their values and differ in arguments of a few
+    nodes (equal parts on different ranks), what is shared is checked once."""
+    known: dict[int, Graph] = {}  # by identity of the values
+    for graph in graphs:
+        twin = known.setdefault(id(graph.values), graph)
+        if twin is graph or not _differ_in_arguments(graph, twin):
+            verify_graph(graph, is_stage=is_stage)
+            continue
+        every = set(range(len(graph.values)))  # the order was checked: operands are those of twin
+        for node, other in zip(graph.nodes, twin.nodes, strict=True):
+            if node is not other:
+                _verify_inputs(graph, node, every)
+                _verify_operator(graph, node)
+
+
+def _differ_in_arguments(one: Graph, two: Graph) -> bool:
+    """Whether graphs of the same values differ in nothing else."""
+    sides = [(g.name, g.mode, g.inputs, g.outputs, len(g.nodes)) for g in (one, two)]
+    return sides[0] == sides[1] and all(
+        a is b
+        or (a.id, a.name, a.op, a.inputs, a.outputs, a.random_draw)
+        == (b.id, b.name, b.op, b.inputs, b.outputs, b.random_draw)
+        for a, b in zip(one.nodes, two.nodes, strict=True)
+    )
 
 
 def _verify_values(graph: Graph, is_stage: bool) -> None:

@@ -20,7 +20,7 @@ from .exchange import (
     verify_stage_collectives,
     verify_transfers,
 )
-from .graph import verify_graph
+from .graph import verify_graphs
 from .recompute import verify_recomputed
 from .registers import Registers, boundary_inputs, boundary_outputs
 from .report import check, fail_at
@@ -88,6 +88,8 @@ def _verify_stages(programs: tuple[Program, ...]) -> None:
         if program.stages:
             columns.setdefault(program.stage_ranks, []).append(program)
     check(bool(columns), "no rank has a stage", "programs")
+    graphs = {id(stage.graph): stage.graph for p in programs for stage in p.stages}
+    verify_graphs(graphs.values(), is_stage=True)
     seen: dict[int, tuple[int, ...]] = {}
     for stage_ranks in columns:
         for rank in stage_ranks:
@@ -126,7 +128,6 @@ def _verify_column(stage_ranks: tuple[int, ...], programs: list[Program]) -> Non
             check(home == program.rank, f"the stage belongs to rank {home}", here)
             check(stage.index not in stages, "the rank holds the stage twice", here)
             check(stage.graph.mode is program.mode, "its graph is of another mode", here)
-            verify_graph(stage.graph, is_stage=True)
             verify_axes(program, stage)
             verify_recomputed(stage.recomputed, program.mode, stage.graph, here)
             stages[stage.index] = stage

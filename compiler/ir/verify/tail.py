@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..graph import Mode
+from ..graph import Mode, ValueKind
 from ..program import (
     GRADIENT_NORM,
     AllGather,
@@ -75,41 +75,42 @@ def _verify_terms(programs: tuple[Program, ...]) -> None:
     parts = {program.rank: _held_parts(program) for program in programs}
     terms = {program.rank: dict(program.gradient_terms) for program in programs}
     for program in programs:
-        for name, ranks in terms[program.rank].items():
-            here = f"terms of the gradient of {name!r} on rank {program.rank}"
-            check(name in parts[program.rank], "the rank does not train it", here)
-            check(program.rank in ranks, f"the rank is not among its own terms {ranks}", here)
+        rank = program.rank
+        for name, ranks in terms[rank].items():
+            here = f"terms of the gradient of {name!r} on rank {rank}"
+            check(name in parts[rank], "the rank does not train it", here)
+            check(rank in ranks, f"the rank is not among its own terms {ranks}", here)
+            mine = parts[rank][name]
             for other in ranks:
-                theirs = terms.get(other, {}).get(name)
-                check(theirs == ranks, f"they are {ranks} here and {theirs} on rank {other}", here)
-                mine, part = parts[program.rank][name], parts[other].get(name)
-                check(part == mine, f"rank {other} holds the part at {part}, not {mine}", here)
-        for name in parts[program.rank]:
-            copies = {rank for rank in program.stage_ranks if name in parts[rank]}
-            known = set(terms[program.rank].get(name, (program.rank,)))
-            check(
-                copies <= known,
-                f"ranks {tuple(sorted(copies))} of a column hold copies, but only {sorted(known)} "
-                "sum their gradients",
-                f"parameter {name!r} on rank {program.rank}",
-            )
+                theirs, part = terms.get(other, {}).get(name), parts.get(other, {}).get(name)
+                if theirs != ranks:
+                    check(False, f"they are {ranks} here and {theirs} on rank {other}", here)
+                if part != mine:
+                    check(False, f"rank {other} holds the part at {part}, not {mine}", here)
+        for name in parts[rank]:
+            copies = {other for other in program.stage_ranks if name in parts[other]}
+            known = set(terms[rank].get(name, (rank,)))
+            if not copies <= known:
+                check(
+                    False,
+                    f"ranks {tuple(sorted(copies))} of a column hold copies, but only "
+                    f"{sorted(known)} sum their gradients",
+                    f"parameter {name!r} on rank {rank}",
+                )
 
 
-def _gradients_end(program: Program, name: str | None = None) -> int:
-    """Position of the last instruction that adds to the gradient of `name` (None: to any)."""
-    stages = {
-        stage.index
-        for stage in program.stages
-        if name is None or any(value.origin == name for value in stage.graph.values)
-    }
-    return max(
-        (
-            position
-            for position, item in enumerate(program.instructions)
-            if isinstance(item, (Backward, BackwardWeight)) and item.stage in stages
-        ),
-        default=-1,
-    )
+def _gradient_ends(program: Program) -> dict[str, int]:
+    """By trained parameter, position of the last instruction that adds to its gradient."""
+    last: dict[int, int] = {}
+    for position, item in enumerate(program.instructions):
+        if isinstance(item, (Backward, BackwardWeight)):
+            last[item.stage] = position
+    ends: dict[str, int] = {}
+    for stage in program.stages:
+        for value in stage.graph.values_of(ValueKind.PARAMETER):
+            end = last.get(stage.index, -1)
+            ends[value.origin] = max(ends.get(value.origin, -1), end)
+    return ends
 
 
 def _reductions(program: Program) -> Iterator[tuple[int, AllReduce | ReduceScatter, str]]:
@@ -124,6 +125,7 @@ def _reductions(program: Program) -> Iterator[tuple[int, AllReduce | ReduceScatt
 def _verify_order(program: Program) -> None:
     """Each gradient is complete on the rank before it is reduced, scattered before the rest."""
     trained = program.trained()
+    ends = _gradient_ends(program)
     kinds: dict[str, list[type]] = {}
     for position, item, target in _reductions(program):
         if target not in trained:
@@ -134,7 +136,7 @@ def _verify_order(program: Program) -> None:
         if type(item) in before or AllReduce in before:
             fail_at(program, position, f"{target!r} was reduced before")
         before.append(type(item))
-        last = _gradients_end(program, target)
+        last = ends[target]
         if position < last:
             fail_at(program, position, f"instruction {last} still adds to the gradient")
 
@@ -142,9 +144,9 @@ def _verify_order(program: Program) -> None:
 def _verify_sums(programs: tuple[Program, ...]) -> None:
     """Every gradient ends as the sum of all its terms, each counted once."""
     summed = {
-        (program.rank, name): _summed_in_backward(program, name)
+        (program.rank, name): ranks
         for program in programs
-        for name in program.trained()
+        for name, ranks in _summed_in_backward(program).items()
     }
     for kind in (ReduceScatter, AllReduce):
         before = dict(summed)
@@ -173,13 +175,15 @@ def _verify_sums(programs: tuple[Program, ...]) -> None:
             )
 
 
-def _summed_in_backward(program: Program, name: str) -> frozenset[int]:
-    """Ranks whose terms are in the gradient that the rank accumulates."""
-    for stage in program.stages:
-        for part in stage.kept:
-            if part.name == name and part.summed:
-                return frozenset(dict(stage.axes).get(part.axis, ()))
-    return frozenset([program.rank])
+def _summed_in_backward(program: Program) -> dict[str, frozenset[int]]:
+    """By trained parameter, ranks whose terms are in the gradient that the rank accumulates."""
+    table = dict.fromkeys(program.trained(), frozenset([program.rank]))
+    for stage in reversed(program.stages):
+        axes = dict(stage.axes)
+        for part in reversed(stage.kept):
+            if part.summed and part.name in table:
+                table[part.name] = frozenset(axes.get(part.axis, ()))
+    return table
 
 
 def _verify_optimizer(program: Program) -> None:
@@ -248,7 +252,7 @@ def _verify_norm(program: Program, active: list[Program]) -> tuple[str, ...]:
     kinds = [type(item) for _, item in found]
     names = ", ".join(kind.__name__ for kind in expected)
     check(kinds == expected, f"clipping takes {names}, in this order and once each", here)
-    last = _gradients_end(program)
+    last = max(_gradient_ends(program).values(), default=-1)
     if found[0][0] < last:
         fail_at(program, found[0][0], f"instruction {last} still adds to gradients")
     ranks = tuple(other.rank for other in active)

@@ -78,7 +78,7 @@ def _lower_embedding(lowering: Lowering) -> Sequence[Ref]:
     assert position is not None and ids is not None
     if not lowering.axes_sharding(lowering.input_layouts[position], 0):
         return lowering.same()
-    start = lowering.input_offset(position)[0]
+    start = lowering.input_start(position, 0)
     size = lowering.type(lowering.inputs[position]).shape[0]
     shifted = elementwise(lowering, "sub.Tensor", lowering.inputs[ids], start)
     below = elementwise(lowering, "lt.Scalar", shifted, 0, dtype=torch.bool)

@@ -206,7 +206,7 @@ def _picked(lowering: Lowering, x: Ref) -> Ref:
     """The entry of each row at its target: one rank has it, the others add zero."""
     view, dim = lowering.view, _class_dim(lowering.view)
     position = _position(view, "self")
-    start, size = lowering.input_offset(position)[dim], lowering.type(x).shape[dim]
+    start, size = lowering.input_start(position, dim), lowering.type(x).shape[dim]
     target = lowering.inputs[_position(view, "target")]
     shifted = elementwise(lowering, "sub.Tensor", target, start)
     below = elementwise(lowering, "lt.Scalar", shifted, 0, dtype=torch.bool)

@@ -208,11 +208,11 @@ def _lower_index(lowering: Lowering) -> Sequence[Ref]:
     """Where a rank has some rows of a dim that indices point into, they count from its first."""
     indices = lowering.view.argument("indices")
     assert isinstance(indices, tuple)
-    layout, offset = lowering.input_layouts[0], lowering.input_offset(0)
+    layout = lowering.input_layouts[0]
     local = [lowering.filled(item) for item in indices]
     for dim, ref in enumerate(local):
         if ref is not None and lowering.axes_sharding(layout, dim):
-            args = (ref, offset[dim])
+            args = (ref, lowering.input_start(0, dim))
             local[dim] = lowering.emit("aten.sub.Tensor", args, lowering.type(ref))
     return call_with(lowering, {"indices": tuple(local)})
 

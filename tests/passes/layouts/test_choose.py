@@ -14,6 +14,7 @@ from cutset.compiler.sharding.sharding import make_sharding
 from cutset.cost_models.collectives import mesh_network
 from cutset.cost_models.ops import price
 from cutset.passes.layouts.choose import LayoutChoice, plan_layouts
+from cutset.passes.layouts.facts import GraphFacts
 from cutset.passes.layouts.from_graph import StatedProblem, state_layouts
 from cutset.passes.layouts.pricing import Pricer
 from cutset.passes.layouts.program import solve
@@ -32,7 +33,7 @@ def cluster(count: int, bytes_per_second: float, latency: float = 1e-7) -> Clust
 def stated(graph: Graph, mesh: Mesh, machine: Cluster, options: LayoutOptions) -> StatedProblem:
     """The problem of the only axis of `mesh`."""
     network = mesh_network(machine, mesh, tuple(range(mesh.size)))
-    pricer = Pricer(graph, mesh, machine.types[0], network)
+    pricer = Pricer(GraphFacts.of(graph), mesh, machine.types[0], network)
     return state_layouts(LayoutStatement(graph, mesh, Decided.nothing(graph), options), pricer)
 
 
