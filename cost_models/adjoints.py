@@ -14,6 +14,7 @@ from ..compiler.ir.graph import Operand
 from ..compiler.ir.ops import Category
 from .adjoint_kernels import KERNEL_RULES, KERNEL_RULES_BY_CATEGORY
 from .adjoint_types import Adjoint, Gradient, NodeContext, Rule, unknown
+from .buffers import exchange_bytes, gather_bytes, scatter_bytes
 from .flops import keyword, positional
 
 __all__ = ["adjoint"]
@@ -34,11 +35,25 @@ def adjoint(context: NodeContext) -> Adjoint:
 
 
 def _collective(c: NodeContext) -> Adjoint:
-    """Operand and result are copied where parts do not lie in memory as they travel."""
-    return Adjoint(
-        gradients=c.each(temporary=c.all_bytes),
-        forward_temporary_bytes=c.all_bytes,
-    )
+    """Buffers of the collective, forward, and of the one that is its adjoint."""
+    operand, result = c.sizes[c.node.inputs[0]], c.out_bytes
+    packet, backend = c.node.op.packet, c.backend
+    forward = backward = 0.0
+    if packet in ("all_gather", "reduce_scatter", "shard"):
+        dim, listed = c.node.args[2], c.node.args[3]
+        assert isinstance(dim, int) and isinstance(listed, tuple)
+        sizes = [size for size in listed if isinstance(size, int)]
+        count, (part, whole) = len(sizes), sorted((operand, result))
+        part = max(part, whole * max(sizes) / sum(sizes))
+        gather = gather_bytes(part, whole, count, dim, backend)
+        scatter = scatter_bytes(whole, part, count, backend)
+        is_gather = packet == "all_gather"
+        forward = {"all_gather": gather, "reduce_scatter": scatter, "shard": 0.0}[packet]
+        backward = (scatter if c.node.args[5] else 0.0) if is_gather else gather
+    elif packet == "all_to_all":
+        forward = exchange_bytes(operand, result, backend)
+        backward = exchange_bytes(result, operand, backend)
+    return Adjoint(gradients=c.each(temporary=backward), forward_temporary_bytes=forward)
 
 
 def _linear_map(c: NodeContext) -> Adjoint:

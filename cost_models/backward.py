@@ -74,6 +74,7 @@ class _Build:
     root: Mapping[int, int]
     sizes: Sequence[float]
     next_storage: int
+    kept: Mapping[int, float]
     backward: list[Step] = field(default_factory=list)
     gradient: dict[int, int] = field(default_factory=dict)
     contributions: Counter[int] = field(default_factory=Counter)
@@ -100,6 +101,7 @@ def stage_steps(
     sizes: Sequence[float],
     consumers: Mapping[int, int] | None = None,
     recomputed: Collection[int] = (),
+    kept: Mapping[int, float] | None = None,
 ) -> StageSteps:
     """Steps of the stage that consists of `nodes` of `graph` (a whole graph or a stage's own).
 
@@ -109,6 +111,8 @@ def stage_steps(
         consumers: sent value id -> stages that read it, where more than one: each returns a
             gradient, and they are summed.
         recomputed: nodes whose results backward computes again.
+        kept: parameters of whose gradients backward keeps parts, summed over ranks as soon as they
+            are complete (ZeRO 2), and bytes of the buffers for that.
     """
     ordered = tuple(graph.nodes[index] for index in sorted(nodes))
     made = {value for node in ordered for value in node.outputs}
@@ -125,6 +129,7 @@ def stage_steps(
         root={value: _root(value, storages.base, received) for value in (*read, *made)},
         sizes=sizes,
         next_storage=len(graph.values) + len(graph.nodes),
+        kept=kept or {},
     )
     sent = _sent_values(graph, ordered, made)
     ends = {output.value for output in graph.outputs if output.value in made}
@@ -272,6 +277,7 @@ def _in_place(build: _Build, node: Node, index: int) -> bool:
         and node.op.packet in _ACCUMULATED_IN_PLACE
         and len(build.graph.values[index].type.shape) == 2
         and build.contributions[index] == 1
+        and index not in build.kept
     )
 
 
@@ -286,14 +292,20 @@ def _contribute(build: _Build, node: Node, index: int, storage: int) -> None:
     build.gradient[index] = storage
     build.contributions[index] -= 1
     if build.graph.values[index].kind is ValueKind.PARAMETER and not build.contributions[index]:
-        build.backward.append(Step(node.id, (build.gradient.pop(index),), ()))
+        _accumulate(build, node.id, index)
+
+
+def _accumulate(build: _Build, node: int, index: int) -> None:
+    """Add the gradient of parameter `index`, which is complete, to its buffer."""
+    summing = build.kept.get(index, 0.0)
+    build.backward.append(Step(node, (build.gradient.pop(index),), (), summing))
 
 
 def _finish_parameters(build: _Build) -> None:
     """Parameters some of whose readers had no gradient to contribute."""
     for value in build.graph.values_of(ValueKind.PARAMETER):
         if value.id in build.gradient:
-            build.backward.append(Step(build.nodes[0].id, (build.gradient.pop(value.id),), ()))
+            _accumulate(build, build.nodes[0].id, value.id)
 
 
 def _split(

@@ -33,6 +33,10 @@ class Network:
     def group(self, axis: str) -> tuple[int, ...]:
         return next(devices for name, devices in self.groups if name == axis)
 
+    def backend(self, axis: str) -> str:
+        """torch device type of the devices that meet along `axis`."""
+        return self.cluster.type_of(self.group(axis)[0]).backend
+
     def sum_bytes_seconds(self, axis: str, num_bytes: float) -> float:
         """All-reduce of `num_bytes` that travel in a bucket with others: no latency of its own."""
         whole = all_reduce_seconds(self.cluster, self.group(axis), num_bytes)

@@ -7,7 +7,8 @@ What a rank holds while a step runs:
 * while F, B or W of one microbatch runs, its transients: activations and gradients that live a
   while, results, and gradients that B leaves for W;
 * messages: receives posted one action ahead, sends under way; the whole batch of user inputs;
-* at the optimizer step, when no activation is left, the optimizer's own temporaries.
+* when no activation is left: buckets in which gradients are summed, as many as may be under way;
+  at the optimizer step, its own temporaries; then buckets that gather updated parameters.
 
 `stage_memory` counts these by liveness of the stage's steps. `memory_profile` gives additive
 figures per node for a planner that does not know the stages yet:
@@ -24,12 +25,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..compiler.ir.buckets import in_flight_bytes
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
 from .adjoint_types import Adjoint, NodeContext
 from .adjoints import adjoint
 from .analysis import Storages, batch_values, find_storages, weight_like_values
 from .backward import StageSteps, stage_steps
+from .buffers import most_under_way
 from .liveness import live_bytes
 from .parameters import ParameterFigures
 from .recompute import nodes_with_inputs
@@ -119,6 +122,7 @@ class MemoryModel:
         nodes: Iterable[int],
         consumers: Mapping[int, int] | None = None,
         recomputed: Collection[int] = (),
+        kept: Mapping[int, float] | None = None,
     ) -> StageSteps:
         """Kernels of the stage made of `nodes`; other arguments as in `stage_steps`.
 
@@ -139,6 +143,7 @@ class MemoryModel:
             sizes=self.sizes,
             consumers=consumers,
             recomputed=recomputed,
+            kept=kept,
         )
 
     def _arrives_otherwise(self, nodes: tuple[int, ...]) -> bool:
@@ -293,12 +298,13 @@ def stage_memory(
         else memory_model(graph, batch_fraction=batch_fraction, backend=backend)
     )
     chosen = tuple(sorted(nodes))
-    steps = model.steps(chosen, consumers, recomputed)
+    given = parameters or {}
+    kept = {index: entry.early_bytes for index, entry in given.items() if entry.early_bytes}
+    steps = model.steps(chosen, consumers, recomputed, kept)
     train = (mode or model.graph.mode) is Mode.TRAIN
     trained, held = _parameters(model, chosen, train)
     figures = [
-        (parameters or {}).get(index) or _plain_figures(size, optimizer)
-        for index, size in trained.items()
+        given.get(index) or _plain_figures(size, optimizer) for index, size in trained.items()
     ]
     actions = _action_memory(steps, train)
     saved = actions.saved_bytes
@@ -313,6 +319,7 @@ def stage_memory(
         closing = max(
             optimizer_temporaries(optimizer, here, model.backend),
             2 * max(updated, default=0.0),  # a gradient's norm is taken on the device
+            *_bucket_bytes(list(trained.values()), figures),
         )
     # scalars, rows of statistics and rounding by allocators are not modelled one by one
     margin = _MARGIN * (activations + actions.peak_bytes - saved + messages) + _MARGIN_BYTES
@@ -339,6 +346,18 @@ def consuming_stages(graph: Graph, stages: Iterable[Stage]) -> dict[int, int]:
     return dict(counts)
 
 
+def _bucket_bytes(
+    held: Sequence[float], figures: Sequence[ParameterFigures]
+) -> tuple[float, float]:
+    """Most bytes of buckets under way at once: of sums of gradients, of gathers of parameters."""
+    limit = in_flight_bytes(sum(held))
+    pairs = list(zip(held, figures, strict=True))
+    sums = [(size, entry.scatter_bytes) for size, entry in pairs if entry.scatter_bytes]
+    sums += [(entry.reduce_bytes, entry.reduce_bytes) for entry in figures]
+    gathers = [(size, entry.gather_bytes) for size, entry in pairs if entry.gather_bytes]
+    return most_under_way(sums, limit), most_under_way(gathers, limit)
+
+
 def _plain_figures(size: float, optimizer: OptimizerModel) -> ParameterFigures:
     whole = math.ceil(size)
     states = math.ceil(size * optimizer.state_bytes_per_parameter_byte)
@@ -363,14 +382,19 @@ def _parameters(
 
 
 def action_memory(
-    model: MemoryModel, nodes: Iterable[int] | None, recomputed: Collection[int] = ()
+    model: MemoryModel,
+    nodes: Iterable[int] | None,
+    recomputed: Collection[int] = (),
+    kept: Mapping[int, float] | None = None,
 ) -> ActionMemory:
     """Memory of each action of the stage made of `nodes` (None: all nodes of the graph).
 
-    Backward computes the results of `recomputed` nodes again.
+    Args:
+        recomputed: nodes whose results backward computes again.
+        kept: parameters of which backward sums the gradient, and bytes of the buffers for that.
     """
     chosen = range(len(model.graph.nodes)) if nodes is None else nodes
-    steps = model.steps(chosen, recomputed=recomputed)
+    steps = model.steps(chosen, recomputed=recomputed, kept=kept)
     return _action_memory(steps, model.graph.mode is Mode.TRAIN)
 
 

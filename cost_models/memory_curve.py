@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from ..compiler.ir.graph import ValueKind
+from ..compiler.ir.mesh import chunk_sizes
 from ..compiler.ir.plan import OptimizerModel
 from ..compiler.ir.program import (
     GRADIENT_NORM,
@@ -14,16 +16,16 @@ from ..compiler.ir.program import (
     Program,
     ReduceScatter,
     Register,
+    StageProgram,
 )
 from ..compiler.ir.types import TensorType
+from .buffers import bucket_gather_bytes, bucket_scatter_bytes, scatter_bytes
 from .held import held_memory
 from .memory import ActionMemory, action_memory, memory_model, optimizer_temporaries
 
 __all__ = ["MemoryCurve"]
 
 _NORM_BYTES = 8.0
-# of a bucket, at most: laid down flat, cut for the wire, and as it arrives
-_COPIES: dict[type, float] = {AllReduce: 1.0, ReduceScatter: 3.0, AllGather: 3.0}
 
 
 class MemoryCurve:
@@ -37,13 +39,17 @@ class MemoryCurve:
 
     def __init__(self, program: Program, optimizer: OptimizerModel, backend: str) -> None:
         self.held = held_memory(program, optimizer, backend)
-        self._held = {name: value.type.num_bytes for name, value in program.trained().items()}
+        self._types = {name: value.type for name, value in program.trained().items()}
         self._updated = {n: type.num_bytes for n, type in program.update_types().items()}
         self._closing = optimizer_temporaries(optimizer, self.held.updated_bytes, backend)
         self._level = float(self.held.total_bytes)
+        self._backend = backend
         self._actions: dict[int, ActionMemory] = {
             stage.index: action_memory(
-                memory_model(stage.graph, backend=backend), None, stage.recomputed
+                memory_model(stage.graph, backend=backend),
+                None,
+                stage.recomputed,
+                _summed_early(stage, backend),
             )
             for stage in program.stages
         }
@@ -58,8 +64,9 @@ class MemoryCurve:
         """Bytes of the tensors that a collective joins or sums, whole."""
         if item.targets == (GRADIENT_NORM,):
             return _NORM_BYTES
-        table = self._updated if isinstance(item, AllReduce) else self._held
-        return float(sum(table[name] for name in item.targets))
+        if isinstance(item, AllReduce):
+            return float(sum(self._updated[name] for name in item.targets))
+        return float(sum(self._types[name].num_bytes for name in item.targets))
 
     def points(self) -> tuple[tuple[float, int], ...]:
         return tuple((seconds, math.ceil(level)) for seconds, level in self._points)
@@ -82,9 +89,21 @@ class MemoryCurve:
         self._change(seconds, -self._buffer_bytes(item))
 
     def _buffer_bytes(self, item: Collective) -> float:
-        if isinstance(item, AllReduce) and len(item.targets) == 1:
-            return 0.0  # in place
-        return _COPIES[type(item)] * self.message_bytes(item)
+        if item.targets == (GRADIENT_NORM,):
+            return 0.0
+        if isinstance(item, AllReduce):  # of one tensor: in place
+            return self.message_bytes(item) if len(item.targets) > 1 else 0.0
+        part, count = self._largest_share(item), len(item.ranks)
+        if isinstance(item, AllGather):
+            return bucket_gather_bytes(part, count)
+        return bucket_scatter_bytes(self.message_bytes(item), part, count, self._backend)
+
+    def _largest_share(self, item: ReduceScatter | AllGather) -> float:
+        """Bytes of the largest part of a bucket, which is the first rank's."""
+        return sum(
+            _first_part(self._types[name], dim, len(item.ranks))
+            for name, dim in zip(item.targets, item.dims, strict=True)
+        )
 
     def action(self, kind: str, stage: int, microbatch: int, begin: float, end: float) -> None:
         """A computation: its transients while it runs, what it saves or frees afterwards.
@@ -108,3 +127,22 @@ class MemoryCurve:
     def _change(self, seconds: float, size: float) -> None:
         self._level += size
         self._points.append((seconds, self._level))
+
+
+def _summed_early(stage: StageProgram, backend: str) -> dict[int, float]:
+    """Parameters of whose gradients backward keeps parts, and bytes of the buffers for that."""
+    axes = {name: len(ranks) for name, ranks in stage.axes}
+    parts = {part.name: part for part in stage.kept}
+    table = {}
+    for value in stage.graph.values_of(ValueKind.PARAMETER):
+        part = parts.get(value.origin)
+        if part is not None:
+            count = axes[part.axis]
+            own = _first_part(value.type, part.dim, count)
+            table[value.id] = own + scatter_bytes(value.type.num_bytes, own, count, backend)
+    return table
+
+
+def _first_part(type: TensorType, dim: int, count: int) -> float:
+    """Bytes of the first of `count` parts along `dim`."""
+    return type.num_bytes * chunk_sizes(type.shape[dim], count)[0] / type.shape[dim]

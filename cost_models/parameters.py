@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ..compiler.ir.mesh import Layout, Mesh, Partial, Shard, local_type
 from ..compiler.ir.plan import OptimizerModel, ParameterLayout
 from ..compiler.ir.types import TensorType
+from .buffers import bucket_gather_bytes, bucket_scatter_bytes, scatter_bytes
 from .collectives import Network
 
 __all__ = ["ParameterFigures", "parameter_figures"]
@@ -35,6 +36,9 @@ class ParameterFigures:
         host_bytes: of what lies on the host, if states do: they, weights and gradients.
         step_seconds: of summing gradients and gathering parameters, once a step.
         microbatch_seconds: of summing gradients, once a microbatch.
+        early_bytes: of buffers in which backward sums the gradient, once a microbatch.
+        scatter_bytes, reduce_bytes, gather_bytes: of its share of the buckets that sum gradients
+            and gather parameters once a step, by kind.
     """
 
     gradient_bytes: int
@@ -43,6 +47,10 @@ class ParameterFigures:
     step_seconds: float = 0.0
     microbatch_seconds: float = 0.0
     host_bytes: int = 0
+    early_bytes: float = 0.0
+    scatter_bytes: float = 0.0
+    reduce_bytes: float = 0.0
+    gather_bytes: float = 0.0
 
     @property
     def is_offloaded(self) -> bool:
@@ -63,17 +71,25 @@ def parameter_figures(
         return local_type(type, wanted, mesh, first).num_bytes  # a term is as large as the sum
 
     held, updated = size(layout.held), size(layout.state)
-    step = microbatch = 0.0
+    step = microbatch = early = scatter = reduce = gather = 0.0
     for number, axis in enumerate(mesh.axes):
         if isinstance(layout.held.placements[number], Shard) or axis.size == 1:
             continue
         gradient, state = layout.gradient.placements[number], layout.state.placements[number]
         half = network.sum_bytes_seconds(axis.name, held) / 2  # scatter or gather
+        backend = network.backend(axis.name)
         if isinstance(gradient, Shard):
             microbatch += half
             step += half
+            early = updated + scatter_bytes(held, updated, axis.size, backend)
         elif isinstance(gradient, Partial):
             step += 2 * half
+        if isinstance(state, Shard):
+            gather = bucket_gather_bytes(updated, axis.size)
+        if isinstance(gradient, Partial) and isinstance(state, Shard):
+            scatter = bucket_scatter_bytes(held, updated, axis.size, backend)
+        elif isinstance(gradient, Partial):
+            reduce = updated
         assert isinstance(state, Shard) or not isinstance(gradient, Shard)
     states = math.ceil(updated * optimizer.state_bytes_per_parameter_byte)
     away = layout.offloaded
@@ -84,4 +100,8 @@ def parameter_figures(
         step_seconds=step,
         microbatch_seconds=microbatch,
         host_bytes=states + 2 * updated if away else 0,
+        early_bytes=early,
+        scatter_bytes=scatter,
+        reduce_bytes=reduce,
+        gather_bytes=gather,
     )

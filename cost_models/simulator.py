@@ -22,6 +22,7 @@ from ..compiler.ir.plan import OptimizerModel
 from ..compiler.ir.program import (
     AllGather,
     AllReduce,
+    Await,
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -346,7 +347,7 @@ class _Run:
 
 def _needed(meetings: list[_Meeting], instruction: Instruction | None) -> list[_Meeting]:
     match instruction:
-        case AllReduce() | ReduceScatter() | AllGather():
+        case AllReduce() | ReduceScatter() | AllGather() | Await():
             targets = set(instruction.targets)
             return [meeting for meeting in meetings if targets & set(meeting.item.targets)]
         case GradientNorm() | ClipGradients() | OptimizerStep() | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.graph import Graph, Mode, ValueKind, producers, users
-from ..compiler.ir.mesh import Mesh
+from ..compiler.ir.mesh import Layout, Mesh, Shard
 from ..compiler.ir.plan import PIPELINE, ParameterLayout, Plan, Stage
 from ..compiler.sharding.localize import LocalPart, localize
 from ..compiler.sharding.recompute import recomputed_locally
@@ -209,11 +209,16 @@ def parameters_of(plan: Plan, graph: Graph, column: Column) -> Mapping[int, Para
     for value in column.context.graph.values_of(ValueKind.PARAMETER):
         if value.requires_grad:
             source = whole[value.name]
-            held = sharding.layout(source)
-            layout = layouts.get(value.name) or ParameterLayout(
-                value.name, held, sharding.gradient_layout(source), held
-            )
+            held, gradient = sharding.layout(source), sharding.gradient_layout(source)
+            layout = layouts.get(value.name) or ParameterLayout(value.name, held, gradient, held)
+            layout = replace(layout, gradient=_with_terms(layout.gradient, gradient))
             table[value.id] = parameter_figures(
                 source.type, layout, sharding.mesh, network, plan.optimizer
             )
     return table
+
+
+def _with_terms(wanted: Layout, derived: Layout) -> Layout:
+    """The gradient layout that a plan asks for, whose terms follow from the layouts of nodes."""
+    pairs = zip(wanted.placements, derived.placements, strict=True)
+    return Layout(tuple(a if isinstance(a, Shard) else b for a, b in pairs))

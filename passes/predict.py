@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.graph import Mode
-from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction, Stage
+from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction
 from ..cost_models.analysis import batch_rows
 from ..cost_models.memory import consuming_stages, memory_model, rerun_nodes, stage_memory
 from ..cost_models.ops import price
@@ -14,7 +14,7 @@ from .columns import Column, column_of
 from .context import Context
 from .partition.problem import in_flight_microbatches
 
-__all__ = ["Predict", "predict"]
+__all__ = ["Predict", "predict", "predict_memory"]
 
 
 def predict(plan: Plan, context: Context) -> Prediction:
@@ -45,16 +45,21 @@ def predict(plan: Plan, context: Context) -> Prediction:
         bubble_fraction=min(max(bubble, 0.0), 1.0),
         stage_forward_seconds=tuple(forward),
         stage_backward_seconds=tuple(backward),
-        memory=_memory(plan, column, stages, fraction),
+        memory=_memory(plan, column),
     )
 
 
-def _memory(
-    plan: Plan, column: Column, stages: tuple[Stage, ...], fraction: float
-) -> tuple[MemoryPrediction, ...]:
+def predict_memory(plan: Plan, context: Context) -> tuple[MemoryPrediction, ...]:
+    """Upper bound of the memory of every device under `plan`, whose stages are decided."""
+    return _memory(plan, column_of(plan, context))
+
+
+def _memory(plan: Plan, column: Column) -> tuple[MemoryPrediction, ...]:
     """Memory of every device; those of one stage need the same."""
     assert plan.schedule is not None
     graph, cluster = column.context.graph, column.plan.cluster
+    stages = column.narrow(plan.stages)
+    fraction = column.plan.batch_size / plan.num_microbatches / batch_rows(graph)
     backends = sorted({cluster.type_of(stage.device).backend for stage in stages})
     models = {
         backend: memory_model(graph, batch_fraction=fraction, backend=backend)

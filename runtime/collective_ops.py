@@ -109,7 +109,8 @@ class StageCollectives:
             ) from None
 
     def all_reduce(self, x: Tensor, axis: str, reduction: str) -> Tensor:
-        return self.all_reduce_in_place(x.contiguous().clone(), axis, reduction)
+        own = x.clone(memory_format=torch.contiguous_format)
+        return self.all_reduce_in_place(own, axis, reduction)
 
     def all_reduce_in_place(self, x: Tensor, axis: str, reduction: str) -> Tensor:
         label = f"all_reduce {self._place}"

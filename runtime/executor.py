@@ -21,6 +21,7 @@ from ..compiler.ir.program import (
     GRADIENT_NORM,
     AllGather,
     AllReduce,
+    Await,
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -327,7 +328,7 @@ class Executor:
     def _needed(self, instruction: Instruction | None) -> list[tuple[Collective, Pending]]:
         """Collectives under way whose results `instruction` (None: the end of the step) needs."""
         match instruction:
-            case AllReduce() | ReduceScatter() | AllGather():
+            case AllReduce() | ReduceScatter() | AllGather() | Await():
                 targets = set(instruction.targets)
                 return [entry for entry in self._collectives if targets & set(entry[0].targets)]
             case GradientNorm() | ClipGradients() | OptimizerStep() | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
+    "give_back",
     "measure_peak",
     "peak_resident_bytes",
     "reset_peak_resident",
@@ -30,6 +31,15 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
     }
     return sum(sizes.values())
+
+
+def give_back(tensor: Tensor) -> None:
+    """Free the storage of `tensor`, which nothing reads any more.
+
+    On the CPU that is at once: threads of gloo keep references a while after they are done.
+    """
+    if tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor.untyped_storage().resize_(0)
 
 
 def measure_peak(

@@ -2,7 +2,8 @@
 
 A bucket is one flat buffer: tensors are copied in, one collective runs, results are copied out.
 What ranks share out is laid down rank by rank, each rank's parts of all tensors together, so that
-the buffer is split in one place a rank.
+the buffer is split in one place a rank. Buffers are what buckets cost in memory, so there are no
+others on the way, and they are given back as soon as results are copied out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..compiler.ir.mesh import chunk_sizes
 from ..compiler.ir.program import Program
 from .communicator import Communicator, Pending, Split
+from .memory import give_back
 
 __all__ = [
     "Part",
@@ -46,20 +48,24 @@ def updated_parts(program: Program) -> dict[str, Part]:
 class _Bucket:
     """A collective under way, whose results are copied out when it is first waited for."""
 
-    def __init__(self, pending: Pending, unpack: Callable[[Tensor], None]) -> None:
-        self._pending = pending
-        self._unpack: Callable[[Tensor], None] | None = unpack
+    def __init__(self, pending: Pending, flat: Tensor, unpack: Callable[[Tensor], None]) -> None:
+        self._pending: Pending | None = pending
+        self._flat: Tensor | None = flat
+        self._unpack = unpack
 
     def done(self) -> bool:
-        return self._pending.done()
+        return self._pending is None or self._pending.done()
 
     def wait(self, timeout_seconds: float | None = None) -> None:
+        if self._pending is None:
+            return
         result = self._pending.wait(timeout_seconds)
-        if self._unpack is not None:
-            assert result is not None
-            with torch.no_grad():
-                self._unpack(result)
-            self._unpack = None
+        assert result is not None and self._flat is not None
+        with torch.no_grad():
+            self._unpack(result)
+        give_back(self._flat)
+        give_back(result)
+        self._pending = self._flat = None
 
 
 def start_all_reduce(
@@ -75,7 +81,7 @@ def start_all_reduce(
         return communicator.start_all_reduce(tensors[0], ranks, reduction, label=label)
     flat = _flat(tensors)
     pending = communicator.start_all_reduce(flat, ranks, reduction, label=label)
-    return _Bucket(pending, lambda result: _copy_out(result, tensors))
+    return _Bucket(pending, flat, lambda result: _copy_out(result, tensors))
 
 
 def start_reduce_scatter(
@@ -91,7 +97,7 @@ def start_reduce_scatter(
     flat = _flat([part for parts in shares for part in parts])
     pending = communicator.start_reduce_scatter(flat, ranks, _split(shares), label=label)
     own = shares[list(ranks).index(communicator.rank)]
-    return _Bucket(pending, lambda result: _copy_out(result, own))
+    return _Bucket(pending, flat, lambda result: _copy_out(result, own))
 
 
 def start_all_gather(
@@ -105,15 +111,17 @@ def start_all_gather(
     """Start filling `tensors`, of which each of `ranks` has its part, with the others' parts."""
     shares = _shares(tensors, dims, len(ranks))
     own = list(ranks).index(communicator.rank)
-    split = _split(shares)
-    pending = communicator.start_all_gather(_flat(shares[own]), ranks, split, label=label)
+    largest = max(_split(shares).sizes)
+    split = Split(0, (largest,) * len(ranks))  # of equal parts, which arrive in their places
+    flat = _flat(shares[own], largest)
+    pending = communicator.start_all_gather(flat, ranks, split, label=label)
 
     def unpack(result: Tensor) -> None:
         for index, (segment, parts) in enumerate(zip(split.parts(result), shares, strict=True)):
             if index != own:
                 _copy_out(segment, parts)
 
-    return _Bucket(pending, unpack)
+    return _Bucket(pending, flat, unpack)
 
 
 def _shares(tensors: Sequence[Tensor], dims: Sequence[int], count: int) -> list[list[Tensor]]:
@@ -129,11 +137,24 @@ def _split(shares: Sequence[Sequence[Tensor]]) -> Split:
     return Split(0, tuple(sum(part.numel() for part in parts) for parts in shares))
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+def _flat(tensors: Sequence[Tensor], count: int | None = None) -> Tensor:
+    """`tensors` one after the other, without further copies on the way; `count`: elements of the
+    buffer, if it has more."""
+    total = sum(tensor.numel() for tensor in tensors)
+    flat = tensors[0].new_empty(count or total)
+    with torch.no_grad():
+        for place, tensor in zip(_places(flat, tensors), tensors, strict=True):
+            place.copy_(tensor)
+    return flat
 
 
 def _copy_out(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    for place, tensor in zip(_places(flat, tensors), tensors, strict=True):
+        tensor.copy_(place)
+
+
+def _places(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Where each of `tensors` lies in `flat`, in its shape."""
     sizes = [tensor.numel() for tensor in tensors]
-    for part, tensor in zip(flat.split(sizes), tensors, strict=True):
-        tensor.copy_(part.view(tensor.shape))
+    parts = flat[: sum(sizes)].split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,7 +1,7 @@
-"""How collectives over parts of any size become the calls that gloo and NCCL both have.
+"""How collectives over parts of any size become calls of NCCL.
 
-Transfers move bytes (gloo does not know every dtype) between flat buffers. An `Exchange` is one
-such call: what to start, the buffer that it fills, and how the result is read out of that.
+Transfers move bytes between flat buffers. An `Exchange` is one such call: what to start, the buffer
+that it fills, and how the result is read out of that. Over gloo see `torch_messages.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .communicator import Split
+from .memory import give_back
 
 __all__ = [
     "Exchange",
     "Place",
     "all_gather",
     "all_to_all",
+    "is_copy",
     "reduce_scatter",
-    "summed_all_to_all",
     "wire_dtype",
 ]
 
@@ -46,14 +47,27 @@ class Exchange:
 
     Args:
         sent, received: flat buffers on the device that the call works on.
-        start: starts it.
+        start: starts it in a group; messages of it have the tag.
         finish: the result, from `received` once that is complete.
+        owns_sent: whether `sent` was made for the call, and is not the operand itself.
+        is_result: whether the result is `received`, and not a copy.
     """
 
     sent: Tensor
     received: Tensor
-    start: Callable[[Any], Any]
+    start: Callable[[Any, int], Any]
     finish: Callable[[Tensor], Tensor]
+    owns_sent: bool
+    is_result: bool = False
+
+    def result(self, received: Tensor) -> Tensor:
+        """The result, once `received` is complete; the buffers are given back."""
+        if self.owns_sent:
+            give_back(self.sent)
+        made = self.finish(received)
+        if not self.is_result:
+            give_back(received)
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +100,11 @@ class Place:
         return torch.empty(count, dtype=dtype, device=self.device)
 
     def packed(self, pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-        """`pieces` one after the other in a flat buffer, the i-th in `counts[i]` elements."""
+        """`pieces` one after the other in a flat buffer, the i-th in `counts[i]` elements: their
+        own memory if they lie there so, else a copy."""
         first = pieces[0]
-        is_packed = len(pieces) == 1 and first.is_contiguous() and first.numel() == counts[0]
-        if is_packed and not self.on_host:
-            return first.reshape(-1)
+        if _lie_flat(pieces, counts) and not (self.on_host and first.is_cuda):
+            return first.as_strided((sum(counts),), (1,))
         buffer = self.empty(sum(counts), first.dtype)
         for piece, begin in zip(pieces, itertools.accumulate(counts, initial=0), strict=False):
             buffer[begin : begin + piece.numel()].view(piece.shape).copy_(piece)
@@ -100,27 +114,44 @@ class Place:
         return tensor.to(self.device)
 
 
+def _lie_flat(pieces: Sequence[Tensor], counts: Sequence[int]) -> bool:
+    address = pieces[0].data_ptr()
+    for piece, count in zip(pieces, counts, strict=True):
+        if piece.data_ptr() != address or piece.numel() != count or not piece.is_contiguous():
+            return False
+        address += count * piece.element_size()
+    return True
+
+
+def is_copy(sent: Tensor, operand: Tensor) -> bool:
+    """Whether `sent` has memory of its own."""
+    return sent.untyped_storage().data_ptr() != operand.untyped_storage().data_ptr()
+
+
 def all_gather(tensor: Tensor, place: Place, split: Split) -> Exchange:
     """Parts are padded to the size of the largest, as groups gather equal sizes only."""
     rest = tensor.numel() // tensor.shape[split.dim]
     count = max(split.sizes) * rest
     sent = place.packed([tensor], [count])
     received = place.empty(count * len(split.sizes), tensor.dtype)
+    in_place = place.members == list(range(len(split.sizes)))
+    in_place = in_place and split.dim == 0 and split.is_even
+    shape = tuple(tensor.shape)  # `finish` must not keep the operand alive
 
     def finish(buffer: Tensor) -> Tensor:
         rows = buffer.view(len(split.sizes), count)
-        if split.dim == 0 and split.is_even and place.members == list(range(len(split.sizes))):
-            return place.back(rows.view(split.shape(tensor.shape, sum(split.sizes))))
+        if in_place:
+            return place.back(rows.view(split.shape(shape, sum(split.sizes))))
         parts: list[Tensor] = [rows[0]] * len(split.sizes)
         for row, position in zip(rows, place.members, strict=True):
             size = split.sizes[position]
-            parts[position] = row[: size * rest].view(split.shape(tensor.shape, size))
+            parts[position] = row[: size * rest].view(split.shape(shape, size))
         return place.back(torch.cat(parts, split.dim))
 
-    def start(group: Any) -> Any:
+    def start(group: Any, tag: int) -> Any:
         return _gather_single(_bytes(received), _bytes(sent), group=group, async_op=True)
 
-    return Exchange(sent, received, start, finish)
+    return Exchange(sent, received, start, finish, is_copy(sent, tensor), in_place)
 
 
 def reduce_scatter(tensor: Tensor, place: Place, split: Split) -> Exchange:
@@ -133,32 +164,13 @@ def reduce_scatter(tensor: Tensor, place: Place, split: Split) -> Exchange:
     received = place.empty(count, tensor.dtype)
     shape = split.shape(tensor.shape, split.sizes[place.index])
 
-    def start(group: Any) -> Any:
+    def start(group: Any, tag: int) -> Any:
         return _scatter_single(received, sent, dist.ReduceOp.SUM, group=group, async_op=True)
 
     def finish(buffer: Tensor) -> Tensor:
         return place.back(buffer[: split.sizes[place.index] * rest].view(shape))
 
-    return Exchange(sent, received, start, finish)
-
-
-def summed_all_to_all(tensor: Tensor, place: Place, split: Split) -> Exchange:
-    """A reduce-scatter for groups without one: every rank adds what the others have of its part,
-    in the order of ranks."""
-    parts = split.parts(tensor)
-    own = parts[place.index]
-    pieces = [parts[position] for position in place.members]
-    count = own.numel()
-
-    def finish(buffer: Tensor) -> Tensor:
-        rows = buffer.view(len(pieces), *own.shape)
-        total = rows[0].clone()
-        for row in rows[1:]:
-            total += row
-        return place.back(total)
-
-    counts = [piece.numel() for piece in pieces]
-    return _swap(place, pieces, counts, [count] * len(pieces), finish)
+    return Exchange(sent, received, start, finish, is_copy(sent, tensor), is_result=True)
 
 
 def all_to_all(tensor: Tensor, place: Place, gathered: Split, split: Split) -> Exchange:
@@ -174,31 +186,22 @@ def all_to_all(tensor: Tensor, place: Place, gathered: Split, split: Split) -> E
         ordered = [found[position] for position in range(len(shapes))]
         return place.back(torch.cat([row.view(shape) for row, shape in ordered], gathered.dim))
 
-    return _swap(place, pieces, [piece.numel() for piece in pieces], counts, finish)
-
-
-def _swap(
-    place: Place,
-    pieces: Sequence[Tensor],
-    sent_counts: list[int],
-    received_counts: list[int],
-    finish: Callable[[Tensor], Tensor],
-) -> Exchange:
+    sent_counts = [piece.numel() for piece in pieces]
     sent = place.packed(pieces, sent_counts)
-    received = place.empty(sum(received_counts), sent.dtype)
+    received = place.empty(sum(counts), sent.dtype)
     width = sent.dtype.itemsize
 
-    def start(group: Any) -> Any:
+    def start(group: Any, tag: int) -> Any:
         return dist.all_to_all_single(
             _bytes(received),
             _bytes(sent),
-            [count * width for count in received_counts],
+            [count * width for count in counts],
             [count * width for count in sent_counts],
             group=group,
             async_op=True,
         )
 
-    return Exchange(sent, received, start, finish)
+    return Exchange(sent, received, start, finish, is_copy(sent, tensor))
 
 
 def _bytes(buffer: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,6 +27,7 @@ from ..compiler.ir.errors import RuntimeFailure, WaitTimeout
 from ..compiler.ir.program import Program
 from ..compiler.ir.types import TensorType
 from . import torch_collectives as collectives
+from . import torch_messages as messages
 from .communicator import PeerLost, Split
 from .contract import Contract, agree, contract_from
 from .stores import Store
@@ -43,6 +44,7 @@ _OPERATIONS = {
 _MAX_OUTSTANDING = 8  # gloo sends to one rank
 _CHANNELS_OF_LINK = 4
 _UNUSED_TAG = (1 << 31) - 1  # nobody sends with it
+_FIRST_TAG, _NUM_TAGS = 1 << 30, 1 << 29  # of messages that make up collectives
 _Group = Any  # dist.ProcessGroup; its stub lacks what new_group returns for non-members
 
 
@@ -81,6 +83,7 @@ class TorchCommunicator:
         self._groups: dict[tuple[int, ...], tuple[str, _Group]] = {}  # backend and group
         self._groups[tuple(range(num_ranks))] = ("gloo", gloo)
         self._outstanding: dict[int, deque[TorchPending]] = {}  # gloo sends by receiver
+        self._turns: Counter[tuple[int, ...]] = Counter()  # collectives made of messages
 
     @property
     def rank(self) -> int:
@@ -237,14 +240,15 @@ class TorchCommunicator:
     ) -> TorchPending:
         place = self._place(tensor, ranks, label)
         split.check(tensor, split.sizes[place.index], label)
-        return self._exchange(collectives.all_gather(tensor, place, split), ranks, label)
+        gather = messages.all_gather if place.on_host else collectives.all_gather
+        return self._exchange(gather(tensor, place, split), ranks, label)
 
     def start_reduce_scatter(
         self, tensor: torch.Tensor, ranks: Sequence[int], split: Split, *, label: str
     ) -> TorchPending:
         place = self._place(tensor, ranks, label)
         split.check(tensor, sum(split.sizes), label)
-        reduce = collectives.summed_all_to_all if place.on_host else collectives.reduce_scatter
+        reduce = messages.reduce_scatter if place.on_host else collectives.reduce_scatter
         return self._exchange(reduce(tensor, place, split), ranks, label)
 
     def start_all_to_all(
@@ -259,7 +263,8 @@ class TorchCommunicator:
         place = self._place(tensor, ranks, label)
         gathered.check(tensor, gathered.sizes[place.index], label)
         split.check(tensor, sum(split.sizes), label)
-        return self._exchange(collectives.all_to_all(tensor, place, gathered, split), ranks, label)
+        swap = messages.all_to_all if place.on_host else collectives.all_to_all
+        return self._exchange(swap(tensor, place, gathered, split), ranks, label)
 
     def _place(self, tensor: torch.Tensor, ranks: Sequence[int], label: str) -> collectives.Place:
         self._check_device(tensor, label)
@@ -270,11 +275,11 @@ class TorchCommunicator:
         self, exchange: collectives.Exchange, ranks: Sequence[int], label: str
     ) -> TorchPending:
         backend, group = self._group(ranks, label)
-        work = self._post(lambda: exchange.start(group), label)
+        turn = self._turns[tuple(sorted(ranks))]  # the same on all ranks
+        self._turns[tuple(sorted(ranks))] += 1
+        work = self._post(lambda: exchange.start(group, _FIRST_TAG + turn % _NUM_TAGS), label)
         wait = self._wait(_over(label, ranks), group, backend)
-        return TorchPending(
-            work, wait, exchange.received, exchange.finish, keep_alive=exchange.sent
-        )
+        return TorchPending(work, wait, exchange.received, exchange.result)
 
     def broadcast(
         self, tensor: torch.Tensor, source: int, ranks: Sequence[int], *, label: str

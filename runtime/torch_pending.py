@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..compiler.ir.errors import WaitTimeout
 from .communicator import PeerLost
 
 __all__ = ["TorchPending", "Wait"]
+
+Work = Any  # dist.Work, or several that are waited for alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +28,20 @@ class Wait:
 
 
 class TorchPending:
-    """One `dist.Work`. `finish` makes the result from `buffer`, which is kept alive, as is what
-    the work reads (`keep_alive`)."""
+    """One `dist.Work`. `finish`, which keeps alive what the work reads, makes the result from
+    `buffer`."""
 
     def __init__(
         self,
-        work: dist.Work,
+        work: Work,
         wait: Wait,
         buffer: torch.Tensor,
         finish: Callable[[torch.Tensor], torch.Tensor | None],
-        keep_alive: torch.Tensor | None = None,
     ) -> None:
-        self._work: dist.Work | None = work
-        self._sent = keep_alive
+        self._work: Work | None = work
         self._wait = wait
         self._buffer: torch.Tensor | None = buffer
-        self._finish = finish
+        self._finish: Callable[[torch.Tensor], torch.Tensor | None] | None = finish
         self._result: torch.Tensor | None = None
 
     def done(self) -> bool:
@@ -50,13 +50,14 @@ class TorchPending:
 
     def wait(self, timeout_seconds: float | None = None) -> torch.Tensor | None:
         if self._work is not None:
-            assert self._buffer is not None
+            assert self._buffer is not None and self._finish is not None
             self._complete(self._work, timeout_seconds)
+            self._work = None  # first: it holds the buffers, too
             self._result = self._finish(self._buffer)
-            self._work = self._buffer = self._sent = None
+            self._buffer = self._finish = None
         return self._result
 
-    def _complete(self, work: dist.Work, timeout_seconds: float | None) -> None:
+    def _complete(self, work: Work, timeout_seconds: float | None) -> None:
         limit = self._wait.limit_seconds if timeout_seconds is None else timeout_seconds
         began = time.monotonic()
         try:

@@ -3,19 +3,26 @@
 Small messages cost latency, and one message with all gradients could only start when backward is
 over. Tensors share a bucket that travel between the same ranks in the same dtype and are ready at
 the same time, in the order in which backward completes gradients: the reverse of first use.
+
+A bucket takes memory while it travels, so few are under way at once: `bound_in_flight` lets a rank
+await the oldest before it starts another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
+from ..ir.program import (
+    Await,
+    ClipGradients,
+    Collective,
+    GradientNorm,
+    Instruction,
+    OptimizerStep,
+)
 from .copies import Copy
 
-__all__ = ["BUCKET_BYTES", "make_buckets"]
-
-BUCKET_BYTES = 25 << 20
-"""Most bytes of a bucket of several tensors. Li et al. (PyTorch Distributed, 2020) measured that
-larger ones gain nothing: at 25 MiB, latency is well below a tenth of the time on the wire."""
+__all__ = ["bound_in_flight", "make_buckets"]
 
 Entry = tuple[str, Copy]
 
@@ -24,7 +31,7 @@ def make_buckets(
     entries: Iterable[Entry],
     key: Callable[[Copy], Hashable],
     size: Callable[[Copy], int],
-    limit: int = BUCKET_BYTES,
+    limit: float,
 ) -> Iterator[tuple[Entry, ...]]:
     """Buckets of `entries` with equal keys, none of several tensors above `limit` bytes."""
     open_buckets: dict[Hashable, list[Entry]] = {}
@@ -36,3 +43,29 @@ def make_buckets(
             done.append(bucket)
         bucket.append((name, copy))
     return (tuple(bucket) for bucket in done)
+
+
+def bound_in_flight(
+    instructions: Iterable[Instruction], size: Callable[[Collective], int], limit: float
+) -> Iterator[Instruction]:
+    """`instructions` with an `Await` wherever collectives under way would exceed `limit` bytes.
+
+    What is awaited was started before, and all ranks of a group start its collectives in one order,
+    so no two ranks can come to wait for each other.
+    """
+    pending: list[Collective] = []
+    for item in instructions:
+        if isinstance(item, Collective):
+            pending = _apart_from(pending, item.targets)
+            while pending and sum(map(size, pending)) + size(item) > limit:
+                yield Await(pending[0].targets)
+                pending = _apart_from(pending, pending[0].targets)
+            pending.append(item)
+        elif isinstance(item, GradientNorm | ClipGradients | OptimizerStep):
+            pending = []
+        yield item
+
+
+def _apart_from(pending: list[Collective], targets: tuple[str, ...]) -> list[Collective]:
+    """Those of `pending` that nobody awaits who awaits `targets`."""
+    return [item for item in pending if set(targets).isdisjoint(item.targets)]

@@ -105,9 +105,10 @@ def _with_column(
         position: tuple(tail.after_stage(rank, names))
         for position, names in _completed(program, actions).items()
     }
+    instructions = (*_instructions(rank, actions, edges, sums), *tail.instructions(rank))
     return replace(
         program,
-        instructions=(*_instructions(rank, actions, edges, sums), *tail.instructions(rank)),
+        instructions=tuple(tail.bounded(rank, instructions)),
         updates=tail.updates(rank),
         gradient_terms=tail.terms(rank),
         offloaded=tail.offloaded(rank),

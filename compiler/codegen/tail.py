@@ -12,18 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ..ir.buckets import BUCKET_BYTES, bucket_bytes, in_flight_bytes
 from ..ir.program import (
     GRADIENT_NORM,
     AllGather,
     AllReduce,
     ClipGradients,
+    Collective,
     GradientNorm,
     Instruction,
     OptimizerStep,
     ReduceScatter,
     TensorShard,
 )
-from .buckets import Entry, make_buckets
+from .buckets import Entry, bound_in_flight, make_buckets
 from .copies import Copy
 
 __all__ = ["Tail"]
@@ -62,13 +64,20 @@ class Tail:
     def after_stage(self, rank: int, names: Iterable[str]) -> Iterator[Instruction]:
         """Once the gradients of `names` are complete on `rank`."""
         entries = [(name, self.copies[name][rank]) for name in names]
-        yield from _reduce_scatters(entries)
-        yield from _all_reduces((n, c) for n, c in entries if not (c.is_tied or c.is_scattered))
+        limit = bucket_bytes(self._total_bytes(rank))
+        yield from _reduce_scatters(entries, limit)
+        own = ((n, c) for n, c in entries if not (c.is_tied or c.is_scattered))
+        yield from _all_reduces(own, limit)
 
     def instructions(self, rank: int) -> Iterator[Instruction]:
         """After all actions of a rank that has a stage."""
         held = self.held(rank)
-        yield from _all_reduces((n, c) for n, c in held if c.is_tied or c.is_scattered)
+        limit = bucket_bytes(self._total_bytes(rank))
+        # those over stages must not depend on what a rank holds besides
+        yield from _all_reduces(((n, c) for n, c in held if c.is_tied), BUCKET_BYTES)
+        yield from _all_reduces(
+            ((n, c) for n, c in held if c.is_scattered and not c.is_tied), limit
+        )
         if self.clip is not None:
             yield GradientNorm(tuple(name for name, copy in held if copy.is_owner))
             if len(self.ranks) > 1:
@@ -79,15 +88,38 @@ class Tail:
             ((name, copy) for name, copy in held if copy.update is not None),
             key=lambda copy: (copy.peers, copy.held.dtype),
             size=lambda copy: copy.held.num_bytes,
+            limit=limit,
         ):
             yield AllGather(*_shares(bucket))
 
+    def bounded(self, rank: int, instructions: Iterable[Instruction]) -> Iterator[Instruction]:
+        """`instructions` of `rank` with as many collectives under way as memory is planned for."""
+        held = dict(self.held(rank))
 
-def _reduce_scatters(entries: Iterable[Entry]) -> Iterator[Instruction]:
+        def size(item: Collective) -> int:
+            copies = (held[name] for name in item.targets if name != GRADIENT_NORM)
+            if isinstance(item, AllReduce):
+                return sum(copy.updated.num_bytes for copy in copies)
+            return sum(copy.held.num_bytes for copy in copies)
+
+        return bound_in_flight(instructions, size, in_flight_bytes(self._total_bytes(rank)))
+
+    def _total_bytes(self, rank: int) -> int:
+        """Bytes of the trained parameters of `rank`, of each the largest part that a rank holds:
+        so it is the same on all ranks that run the same stages."""
+        return sum(
+            max(copy.held.num_bytes for copy in copies.values())
+            for copies in self.copies.values()
+            if rank in copies
+        )
+
+
+def _reduce_scatters(entries: Iterable[Entry], limit: float) -> Iterator[Instruction]:
     for bucket in make_buckets(
         ((name, copy) for name, copy in entries if copy.is_scattered),
         key=lambda copy: (copy.peers, copy.held.dtype),
         size=lambda copy: copy.held.num_bytes,
+        limit=limit,
     ):
         yield ReduceScatter(*_shares(bucket))
 
@@ -98,10 +130,11 @@ def _shares(bucket: tuple[Entry, ...]) -> tuple[tuple[str, ...], tuple[int, ...]
     return names, tuple(copy.dim for _, copy in bucket), bucket[0][1].peers
 
 
-def _all_reduces(entries: Iterable[Entry]) -> Iterator[Instruction]:
+def _all_reduces(entries: Iterable[Entry], limit: float) -> Iterator[Instruction]:
     for bucket in make_buckets(
         ((name, copy) for name, copy in entries if len(copy.summed) > 1),
         key=lambda copy: (copy.summed, copy.held.dtype),
         size=lambda copy: copy.updated.num_bytes,
+        limit=limit,
     ):
         yield AllReduce(tuple(name for name, _ in bucket), bucket[0][1].summed)

@@ -22,8 +22,10 @@ Meaning of the instructions:
   `Program.updates` says less) or, with the target `GRADIENT_NORM`, the squared norm; `AllGather`
   brings the updated parts of parameters to all `ranks`. The i-th rank has the i-th part along the
   target's entry in `dims`, cut by the rule of `torch.chunk`. The next instruction that needs a
-  result waits for it: another collective on one of its targets, the norm, clipping, the optimizer
-  step, or the end of the step.
+  result waits for it: another collective on one of its targets, an `Await`, the norm, clipping, the
+  optimizer step, or the end of the step.
+* `Await` waits for the collectives under way on its targets, so that their buffers are free before
+  others take memory.
 * `GradientNorm` takes the squared norm of the updated parts of gradients, `ClipGradients` scales
   them by the global norm. `OptimizerStep` updates the rank's parts of its parameters.
 """
@@ -40,6 +42,7 @@ __all__ = [
     "GRADIENT_NORM",
     "AllGather",
     "AllReduce",
+    "Await",
     "Backward",
     "BackwardInput",
     "BackwardWeight",
@@ -162,6 +165,13 @@ class AllGather:
 
 
 @dataclass(frozen=True, slots=True)
+class Await:
+    """Wait for the collectives under way on `targets`."""
+
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ClipGradients:
     """Scale gradients by min(1, max_norm / (norm + 1e-6)), as `clip_grad_norm_` does."""
 
@@ -187,6 +197,7 @@ Instruction = (
     | AllReduce
     | ReduceScatter
     | AllGather
+    | Await
     | ClipGradients
     | OptimizerStep
 )

@@ -36,6 +36,7 @@ from cutset.compiler.ir.plan import (
 from cutset.compiler.ir.program import (
     AllGather,
     AllReduce,
+    Await,
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -182,6 +183,7 @@ instructions = st.one_of(
     st.builds(AllReduce, several, numbers, st.sampled_from(["sum"])),
     st.builds(ReduceScatter, several, numbers, numbers),
     st.builds(AllGather, several, numbers, numbers),
+    st.builds(Await, several),
     st.builds(ClipGradients, finite),
     st.just(OptimizerStep()),
 )

@@ -84,14 +84,17 @@ def held(graph: Graph, plan: Plan) -> dict[str, str]:
 
 def meetings(graph: Graph, plan: Plan, module: str) -> Counter[str]:
     """Collectives of the first rank's local graph within `module`; an all-gather whose gradient is
-    reduce-scattered, as it is one of terms, has a name of its own."""
+    reduce-scattered, as it is one of terms, has a name of its own, as have those of parameters."""
     sharding = Sharding.of(plan, graph)
     part = localize(graph, sharding, (0,) * len(sharding.mesh.axes)).graph
     found: Counter[str] = Counter()
     for node in part.nodes:
         if node.op.name.startswith("cutset.") and node.module_path.startswith(module):
             of_terms = node.op.packet == "all_gather" and node.args[5] is True
-            found[f"{node.op.packet}{' of terms' if of_terms else ''}"] += 1
+            kind = f"{node.op.packet}{' of terms' if of_terms else ''}"
+            if part.values[node.inputs[0]].kind is ValueKind.PARAMETER:
+                kind += ", parameter"
+            found[kind] += 1
     return found
 
 

@@ -34,6 +34,7 @@ from ..graph import Mode
 from ..program import (
     AllGather,
     AllReduce,
+    Await,
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -115,6 +116,8 @@ def print_instruction(item: Instruction) -> str:
         case ReduceScatter() | AllGather():
             targets = " ".join(map(print_text, item.targets))
             return f"{kind} {targets} {print_literal(item.dims)} {print_literal(item.ranks)}"
+        case Await():
+            return " ".join([kind, *map(print_text, item.targets)])
         case ClipGradients():
             return f"{kind} {print_literal(item.max_norm)}"
         case OptimizerStep():
@@ -285,6 +288,11 @@ def _read_instruction(line: Line) -> Instruction:
         case "ReduceScatter" | "AllGather":
             collective = ReduceScatter if kind == "ReduceScatter" else AllGather
             return collective(_targets(line), _integers(line), _integers(line))
+        case "Await":
+            names = []
+            while line.peek():
+                names.append(line.string())
+            return Await(tuple(names))
         case "ClipGradients":
             norm = line.literal()
             if not isinstance(norm, (int, float)):

@@ -18,6 +18,7 @@ from ..program import (
     GRADIENT_NORM,
     AllGather,
     AllReduce,
+    Await,
     Backward,
     BackwardWeight,
     ClipGradients,
@@ -191,7 +192,7 @@ def _verify_optimizer(program: Program) -> None:
         return  # an idle rank has nothing to update
     check(len(steps) == 1, f"it has {len(steps)} optimizer steps, not 1", f"program {program.rank}")
     for position, item in enumerate(program.instructions):
-        if position > steps[0] and not isinstance(item, Free | AllGather):
+        if position > steps[0] and not isinstance(item, Free | AllGather | Await):
             fail_at(program, position, "it comes after the optimizer step")
         if position < steps[0] and isinstance(item, AllGather):
             fail_at(program, position, "it comes before the optimizer step")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..program import (
+    Await,
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -202,7 +203,7 @@ def _awaited(program: Program) -> dict[int, list[int]]:
         needed: list[tuple[int, Collective]] = []
         if isinstance(item, GradientNorm | ClipGradients | OptimizerStep):
             needed = pending
-        elif isinstance(item, Collective):
+        elif isinstance(item, Collective | Await):
             needed = [entry for entry in pending if set(entry[1].targets) & set(item.targets)]
         if needed:
             table[position] = [at for at, _ in needed]

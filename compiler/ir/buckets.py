@@ -1,0 +1,29 @@
+"""How large the buckets of a step's sums and gathers are, and how many are under way at once.
+
+Gradients and updated parameters travel in buckets, several tensors in one message. A bucket takes
+memory beside the tensors while it travels, and nothing hides the last one behind computation, so a
+rank's parameters are cut into about eight, of at most 25 MiB. (Li et al., PyTorch Distributed,
+2020, measured that larger ones gain nothing: at 25 MiB, latency is well below a tenth of the time
+on the wire.) Two may be under way: one travels while the next is laid down.
+
+The code generator makes buckets by these figures, and the memory model counts their bytes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BUCKET_BYTES", "bucket_bytes", "in_flight_bytes"]
+
+BUCKET_BYTES = 25 << 20
+_LEAST_BYTES = 64 << 10
+_PARTS = 8
+
+
+def bucket_bytes(total_bytes: float) -> float:
+    """Most bytes of a bucket of several tensors, where a rank trains parameters of
+    `total_bytes`."""
+    return min(BUCKET_BYTES, max(_LEAST_BYTES, total_bytes / _PARTS))
+
+
+def in_flight_bytes(total_bytes: float) -> float:
+    """Most bytes of the buckets under way at once; a single one may be larger."""
+    return 2 * bucket_bytes(total_bytes)
