@@ -20,9 +20,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..compiler.ir.graph import Graph, Mode, Node, OutputKind, ValueKind
+from ..compiler.ir.ops import Category
 from .adjoint_types import Adjoint
 from .analysis import Storages
 from .liveness import Step
+from .prefetch import start_early
 from .recompute import insert_copies, weights_with_inputs
 
 __all__ = ["StageSteps", "stage_steps"]
@@ -140,6 +142,8 @@ def stage_steps(
     returned = _backward_steps(build, received) if arriving else {}
     backward, copies = insert_copies(build.backward, forward, recomputed, build.new)
     first, second = _split(backward, returned, copies)
+    parts = forward, first, second
+    forward, first, second = (_with_gathers_ahead(build, steps) for steps in parts)
     made_in_b = {storage: size for step in first for storage, size in step.writes}
     return StageSteps(
         forward=forward,
@@ -160,6 +164,20 @@ def stage_steps(
         copies=copies,
         rerun=frozenset(s.node for s in backward if any(made in copies for made, _ in s.writes)),
     )
+
+
+def _with_gathers_ahead(build: _Build, steps: Sequence[Step]) -> tuple[Step, ...]:
+    """`steps` with the buffers of gathers of parameters from when they start, ahead of use."""
+    graph = build.graph
+    sizes: list[float] = []
+    for step in steps:
+        node = graph.nodes[step.node]
+        gathers = node.op.packet == "all_gather" and node.op.category is Category.COLLECTIVE
+        gathers = gathers and graph.values[node.inputs[0]].kind is ValueKind.PARAMETER
+        made = sum(size for _, size in step.writes)
+        whole = build.sizes[node.outputs[0]] if gathers else 0.0
+        sizes.append(whole if gathers and made == whole else 0.0)  # its adjoint makes a part
+    return start_early(steps, sizes, build.new) if any(sizes) else tuple(steps)
 
 
 def _root(value: int, base: Sequence[int], received: Mapping[int, float]) -> int:

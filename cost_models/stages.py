@@ -8,14 +8,16 @@ node's input gradient therefore counts in W when no differentiable boundary inpu
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..compiler.ir.cluster import DeviceType, Host, Link
 from ..compiler.ir.graph import Graph, Mode, ValueKind
+from ..compiler.ir.ops import Category
 from ..compiler.ir.plan import OptimizerModel
 from .collectives import Network
 from .memory import memory_model
 from .ops import NodeCost, price
+from .prefetch import overlapped_seconds
 
 __all__ = ["StageSeconds", "optimizer_seconds", "stage_seconds"]
 
@@ -53,7 +55,8 @@ def stage_seconds(
             computes with the input gradients (see `recompute.py`) count there.
     """
     costs = price(graph, device_type, batch_fraction=batch_fraction, network=network)
-    forward = sum(cost.forward_seconds for cost in costs)
+    whole = sum(cost.forward_seconds for cost in costs)
+    forward = overlapped_seconds([cost.forward_seconds for cost in costs], _gathered(graph))
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
     reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
@@ -66,7 +69,24 @@ def stage_seconds(
         else:
             second += cost.backward_input_seconds
     plain = StageSeconds(forward, first, second)
-    return _recomputing(graph, costs, plain, recomputed) if recomputed else plain
+    if not recomputed:
+        return plain
+    again = _recomputing(graph, costs, plain, recomputed)
+    # backward gathers again, and has more to hide it behind
+    hidden = min(whole - forward, again.backward_weight)
+    return replace(again, backward_weight=again.backward_weight - hidden)
+
+
+def _gathered(graph: Graph) -> list[float]:
+    """By node, bytes of the parameter that it gathers."""
+    return [
+        float(graph.values[node.outputs[0]].type.num_bytes)
+        if node.op.category is Category.COLLECTIVE
+        and node.op.packet == "all_gather"
+        and graph.values[node.inputs[0]].kind is ValueKind.PARAMETER
+        else 0.0
+        for node in graph.nodes
+    ]
 
 
 def _recomputing(

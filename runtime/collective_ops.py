@@ -9,21 +9,24 @@ the same on every rank (see `docs/decisions/0008-collectives-inside-stages.md`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ..compiler.ir.buckets import early_starts
 from ..compiler.ir.collectives import NAMESPACE
 from ..compiler.ir.errors import RuntimeFailure
 from ..compiler.ir.graph import Graph
 from ..compiler.ir.ops import Category
 from . import functional_collectives as functional
-from .communicator import Communicator, Split
+from .communicator import Communicator, Pending, Split
 from .recompute import mark_like
 
-__all__ = ["StageCollectives", "expand_local", "has_collectives"]
+__all__ = ["StageCollectives", "expand_local", "has_collectives", "mark_parameter_gathers"]
+
+_OF_PARAMETER = "cutset_gathers_parameter"
 
 aten = torch.ops.aten
 operators = torch.ops.cutset
@@ -32,6 +35,21 @@ operators = torch.ops.cutset
 def has_collectives(graph: Graph) -> bool:
     """Whether a stage meets other ranks while it computes, in forward or in backward."""
     return any(node.op.category is Category.COLLECTIVE for node in graph.nodes)
+
+
+def mark_parameter_gathers(graph: fx.Graph, parameters: Collection[int]) -> None:
+    """Mark the gathers of parameters held in parts, which depend on nothing that is computed.
+
+    Args:
+        parameters: positions of the parameters among the placeholders.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    found = {placeholders[position] for position in parameters}
+    for node in graph.nodes:
+        if node.target in (aten.detach.default, aten.alias.default) and node.args[0] in found:
+            found.add(node)
+        elif node.target is operators.all_gather.default and node.args[0] in found:
+            node.meta[_OF_PARAMETER] = True
 
 
 def expand_local(graph: fx.Graph) -> None:
@@ -86,7 +104,13 @@ class StageCollectives:
         return all(self._communicator.is_capturable(ranks) for ranks in self._axes.values())
 
     def bind(self, graph: fx.Graph) -> None:
-        """Make the collectives of a kernel call the communicator."""
+        """Make the collectives of a kernel call the communicator.
+
+        Gathers of parameters start ahead of their use (`early_starts`), and travel while what is
+        before that computes. All ranks of a group start them in the same place, as what they gather
+        is the same there.
+        """
+        self._gather_early(graph)
         bound: dict[Any, Callable[..., Tensor]] = {
             operators.all_reduce.default: self.all_reduce,
             operators.all_gather.default: self.all_gather,
@@ -98,6 +122,26 @@ class StageCollectives:
                 node.target = self.all_reduce_in_place
             else:
                 node.target = bound.get(node.target, node.target)
+
+    def _gather_early(self, graph: fx.Graph) -> None:
+        gathers = [
+            node
+            for node in graph.nodes
+            if node.meta.get(_OF_PARAMETER) and node.args[0].op == "placeholder"
+        ]
+        begin = next(node for node in graph.nodes if node.op != "placeholder")
+        waits: list[fx.Node] = []
+        last: dict[int, fx.Node] = {}  # by how many are waited for before, what started last
+        starts = early_starts([node.meta["val"].nbytes for node in gathers])
+        for gather, waited in zip(gathers, starts, strict=True):
+            before = last.get(waited, waits[waited - 1] if waited else None)
+            with graph.inserting_after(before) if before else graph.inserting_before(begin):
+                started = graph.call_function(self.start_all_gather, gather.args)
+            with graph.inserting_before(gather):
+                waits.append(graph.call_function(_wait_for, (started,)))
+            last[waited] = started
+            gather.replace_all_uses_with(waits[-1])
+            graph.erase_node(gather)
 
     def _ranks(self, axis: str) -> tuple[int, ...]:
         try:
@@ -119,10 +163,14 @@ class StageCollectives:
     def all_gather(
         self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int, partial: bool
     ) -> Tensor:
+        return _wait_for(self.start_all_gather(x, axis, dim, sizes, index, partial))
+
+    def start_all_gather(
+        self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int, partial: bool
+    ) -> Pending:
         split = Split(dim, tuple(sizes))
         label = f"all_gather {self._place}"
-        pending = self._communicator.start_all_gather(x, self._ranks(axis), split, label=label)
-        return _result(pending.wait())
+        return self._communicator.start_all_gather(x, self._ranks(axis), split, label=label)
 
     def reduce_scatter(
         self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int
@@ -177,6 +225,10 @@ class StageCollectives:
 
 def _is_collective(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+
+
+def _wait_for(pending: Pending) -> Tensor:
+    return _result(pending.wait())
 
 
 def _result(tensor: Tensor | None) -> Tensor:

@@ -33,7 +33,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..compiler.ir.graph import Graph, OutputKind, Value, ValueKind
 from ..compiler.ir.ops import Category
-from .collective_ops import StageCollectives, expand_local, has_collectives
+from .collective_ops import (
+    StageCollectives,
+    expand_local,
+    has_collectives,
+    mark_parameter_gathers,
+)
 from .fx_cut import boxed_module, cut_backward, mutates, simplify, use_addmm
 from .gradient_parts import PartOf, keep_early
 from .recompute import MarkedReplay, read_together
@@ -206,6 +211,7 @@ def _traced_inference(
         key = torch.zeros((), dtype=torch.int64, device=device)
         examples = [_example(value, device) for value in signature.arguments]
         traced = _functional(forward, key, *examples)
+    mark_parameter_gathers(traced.graph, _held(signature))
     simplify(traced.graph)
     expand_local(traced.graph)
     traced.graph.eliminate_dead_code()
@@ -320,8 +326,18 @@ def _trace_joint(
             for position in signature.tangents
         ]
         traced = _functional(joint, key, arguments, tangents)
+    mark_parameter_gathers(traced.graph, _held(signature))
     keep_early(traced.graph, (len(names) - i for i, name in enumerate(names) if name in kept))
     return traced
+
+
+def _held(signature: StageSignature) -> list[int]:
+    """Positions of the parameters among the placeholders of a trace, whose first is the key."""
+    return [
+        position
+        for position, value in enumerate(signature.arguments, 1)
+        if value.kind is ValueKind.PARAMETER
+    ]
 
 
 def _functional(function: Callable[..., object], *examples: object) -> fx.GraphModule:

@@ -6,12 +6,16 @@ rank's parameters are cut into about eight, of at most 25 MiB. (Li et al., PyTor
 2020, measured that larger ones gain nothing: at 25 MiB, latency is well below a tenth of the time
 on the wire.) Two may be under way: one travels while the next is laid down.
 
-The code generator makes buckets by these figures, and the memory model counts their bytes.
+The code generator makes buckets by these figures, and the memory model counts their bytes. Inside
+stages, parameters that are held in parts (ZeRO 3) are gathered ahead of their use under the same
+limit.
 """
 
 from __future__ import annotations
 
-__all__ = ["BUCKET_BYTES", "bucket_bytes", "in_flight_bytes"]
+from collections.abc import Sequence
+
+__all__ = ["BUCKET_BYTES", "bucket_bytes", "early_starts", "in_flight_bytes"]
 
 BUCKET_BYTES = 25 << 20
 _LEAST_BYTES = 64 << 10
@@ -27,3 +31,27 @@ def bucket_bytes(total_bytes: float) -> float:
 def in_flight_bytes(total_bytes: float) -> float:
     """Most bytes of the buckets under way at once; a single one may be larger."""
     return 2 * bucket_bytes(total_bytes)
+
+
+def early_starts(sizes: Sequence[float]) -> tuple[int, ...]:
+    """When to start each of the gathers of a kernel, which are waited for one after the other.
+
+    At the beginning, and whenever one was waited for, the next are started, as many as may be under
+    way, at least one.
+
+    Args:
+        sizes: bytes of what each gather makes.
+
+    Returns:
+        for each, how many are waited for before it starts.
+    """
+    limit = in_flight_bytes(sum(sizes))
+    starts: list[int] = []
+    for waited in range(len(sizes)):
+        under_way = sum(sizes[waited : len(starts)])
+        while len(starts) < len(sizes) and (
+            len(starts) == waited or under_way + sizes[len(starts)] <= limit
+        ):
+            under_way += sizes[len(starts)]
+            starts.append(waited)
+    return tuple(starts)

@@ -1,0 +1,45 @@
+"""Gathers of parameters ahead of their use."""
+
+from __future__ import annotations
+
+from cutset.compiler.ir.buckets import early_starts
+from cutset.cost_models.liveness import Step, live_bytes
+from cutset.cost_models.prefetch import overlapped_seconds, start_early
+
+MIB = 1 << 20
+
+
+def test_as_many_are_under_way_as_the_limit_says() -> None:
+    """Of 16 MiB, two buckets of an eighth: 4 MiB."""
+    assert early_starts([1 * MIB] * 16) == (0, 0, 0, 0, *range(1, 13))
+    assert early_starts([4 * MIB] * 4) == (0, 1, 2, 3)
+
+
+def test_one_starts_however_large_it_is() -> None:
+    assert early_starts([1 * MIB, 14 * MIB, 1 * MIB]) == (0, 1, 2)
+    assert early_starts([]) == ()
+
+
+def test_what_arrives_takes_memory_from_the_start() -> None:
+    """Two gathers of 8 MiB with a product of 1 MiB before each and after: while the first product
+    runs, one gather is under way, while the second does, the other."""
+    steps = [
+        Step(0, (), ((10, 1.0 * MIB),)),
+        Step(1, (), ((11, 8.0 * MIB),), 8.0 * MIB),
+        Step(2, (10, 11), ((12, 1.0 * MIB),)),
+        Step(3, (), ((13, 8.0 * MIB),), 8.0 * MIB),
+        Step(4, (12, 13), ((14, 1.0 * MIB),)),
+    ]
+    numbers = iter(range(100, 200))
+    ahead = start_early(steps, [0, 8 * MIB, 0, 8 * MIB, 0], lambda: next(numbers))
+    assert [step.node for step in ahead] == [1, 0, 1, 3, 2, 3, 4]
+    live = [size / MIB for size in live_bytes(ahead, {}, {14}).at_step]
+    assert live == [8, 9, 17, 17, 18, 17, 10]
+
+
+def test_gathers_hide_behind_what_computes() -> None:
+    """One is under way at a time: the first is exposed, the second takes 2 s beside 3."""
+    sizes = [8 * MIB, 0, 8 * MIB, 0]
+    assert overlapped_seconds([2.0, 3.0, 2.0, 3.0], sizes) == 8.0
+    assert overlapped_seconds([2.0, 1.0, 2.0, 3.0], sizes) == 7.0
+    assert overlapped_seconds([2.0, 1.0, 2.0, 3.0], [0, 0, 0, 0]) == 8.0
