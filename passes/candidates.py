@@ -39,11 +39,11 @@ _LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candid
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How memory is saved: level of ZeRO, whether layouts were chosen under a limit of it, and what
-    is recomputed and offloaded (see `PlanOptions`)."""
+    """How memory is saved: level of ZeRO, in what share of it layouts have to fit by their additive
+    bound (0: no limit), and what is recomputed and offloaded (see `PlanOptions`)."""
 
     zero: int
-    saving: bool
+    saving: float
     recompute: str
     offload: bool = False
 
@@ -133,6 +133,26 @@ class Pricing:
         limit = min(_LOOK_SECONDS, options.time_limit_seconds)
         return SearchLimits(tolerance=options.tolerance, time_limit=limit, seed=options.seed)
 
+    def floor(self, mesh: Mesh, count: int) -> float:
+        """No plan on `mesh` with `count` microbatches is faster, whatever its layouts, its ZeRO and
+        its memory: 0 unless layouts were solved for and one axis decides them.
+
+        With w the seconds of a microbatch and s those once a step, w + s / n >= its least, which is
+        known for n a power of two. A step of p stages takes at least (p + m - 1) / p w + s / (p d),
+        as work is divided at best and ZeRO shares at most all of s.
+        """
+        inner = [axis for axis in mesh.axes if axis.name != PIPELINE]
+        if len(inner) != 1:
+            return 0.0
+        choice = self._choice(mesh, count, saving=0.0, offload=False)
+        if choice is None:
+            return 0.0
+        stages, data = mesh.axis(PIPELINE).size, mesh.axis(DATA).size
+        portion, like, spread = self._likeness(mesh, count)
+        rounds = stages + count - 1
+        share = min(rounds * min(1.0, portion / like), spread / data)
+        return share / stages * choice.lower_bound
+
     # -- layouts -----------------------------------------------------------------------------------
 
     def plan_on(self, mesh: Mesh, count: int, way: Way) -> Plan | None:
@@ -165,7 +185,7 @@ class Pricing:
         return self._recompute[how]
 
     def _choice(
-        self, mesh: Mesh, count: int, *, saving: bool, offload: bool
+        self, mesh: Mesh, count: int, *, saving: float, offload: bool
     ) -> LayoutChoice | None:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory,
         which holds no states if they are to `offload`.
@@ -176,10 +196,8 @@ class Pricing:
         """
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         stages = mesh.axis(PIPELINE).size
-        portion = self.plan.batch_size / count / self.rows
-        like = 4.0 ** round(math.log(portion, 4))
-        spread = 1 << max(0, round(math.log2((stages + count - 1) * portion / like)))
-        key = (str(inner), like, spread, saving and count, saving and offload)
+        portion, like, spread = self._likeness(mesh, count)
+        key = (str(inner), like, spread, saving and (saving, count, offload))
         if key in self._layouts:
             return self._layouts[key]
         if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
@@ -191,7 +209,7 @@ class Pricing:
             num_microbatches=spread,
             batch_fraction=like,
             in_flight=min(stages, count) * portion,
-            memory_bytes=stages * self._memory_bytes() if saving else None,
+            memory_bytes=math.floor(saving * stages * self._memory_bytes()) if saving else None,
             optimizer=optimizer,
             held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
         )
@@ -202,6 +220,15 @@ class Pricing:
             choice = None
         self._layouts[key] = choice
         return choice
+
+    def _likeness(self, mesh: Mesh, count: int) -> tuple[float, float, int]:
+        """Rows of a microbatch as a share of those captured, the share and the number of
+        microbatches that layouts are chosen for."""
+        stages = mesh.axis(PIPELINE).size
+        portion = self.plan.batch_size / count / self.rows
+        like = 4.0 ** round(math.log(portion, 4))
+        spread = 1 << max(0, round(math.log2((stages + count - 1) * portion / like)))
+        return portion, like, spread
 
     def _memory_bytes(self) -> int:
         limit = self.plan.cluster.type_of(0).memory_bytes

@@ -19,7 +19,7 @@ from ...compiler.sharding.conversions import can_convert, convert
 from ...compiler.sharding.lowering import LocalGraph, Lowering, Ref
 from ...compiler.sharding.rules import rule_of
 from ...compiler.sharding.strategy import OpStrategy, OpView
-from ...cost_models.analysis import find_storages, weight_like_values
+from ...cost_models.analysis import batch_values, find_storages, weight_like_values
 from ...cost_models.collectives import Network
 from ...cost_models.memory import memory_model, node_memory
 from ...cost_models.ops import NodeCost, gradient_sum_seconds, price
@@ -69,6 +69,7 @@ class Pricer:
     root: tuple[int, ...] = ()  # by value, whose storage it shares
     _kinds: dict[int, ValueKind] = field(default_factory=dict)
     _weights: frozenset[int] = frozenset()
+    _batched: frozenset[int] = frozenset()
     _nodes: dict[object, NodeFigures] = field(default_factory=dict)
     _conversions: dict[object, float] = field(default_factory=dict)
 
@@ -77,6 +78,7 @@ class Pricer:
         values = self.graph.values
         self.root = find_storages(self.graph).root
         self._weights = weight_like_values(self.graph)
+        self._batched = batch_values(self.graph)
         self._kinds = {value.id: values[self.root[value.id]].kind for value in values}
 
     def is_held(self, value: int) -> bool:
@@ -111,7 +113,8 @@ class Pricer:
     def node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
         """Figures of `node` under `strategies`, one an axis."""
         kinds = tuple(map(self._operand_kind, node.inputs))
-        key = (node_signature(self.graph, node), kinds, strategies)
+        grows = tuple(value in self._batched for value in node.inputs)
+        key = (node_signature(self.graph, node), kinds, grows, strategies)
         if key not in self._nodes:
             self._nodes[key] = self._price_node(node, strategies)
         return self._nodes[key]
@@ -167,7 +170,14 @@ class Pricer:
     def _operand(self, local: LocalGraph, value: Value, layout: Layout) -> Ref:
         type = local_type(value.type, layout, self.mesh, self.coordinate)
         kind = self._operand_kind(value.id)
-        return local.add_value(value.name, type, kind, requires_grad=value.requires_grad)
+        grows = kind is ValueKind.INPUT and value.id in self._batched
+        return local.add_value(
+            value.name,
+            type,
+            kind,
+            requires_grad=value.requires_grad,
+            batch_dim=0 if grows else None,
+        )
 
     def _operand_kind(self, value: int) -> ValueKind:
         """What a value is to the one node that is priced."""
@@ -185,7 +195,8 @@ class Pricer:
     ) -> float:
         """Seconds of bringing `value` from one layout to another, gradient included; infinite if
         there is no way. `partial`: axes on which each rank has a term of the gradient."""
-        key = (value.type, value.requires_grad, made, wanted, partial)
+        kind = self._operand_kind(value.id), value.id in self._batched
+        key = (value.type, value.requires_grad, kind, made, wanted, partial)
         if key not in self._conversions:
             self._conversions[key] = self._price_conversion(value, made, wanted, partial)
         return self._conversions[key]
