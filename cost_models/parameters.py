@@ -51,10 +51,6 @@ class ParameterFigures:
     reduce_bytes: float = 0.0
     gather_bytes: float = 0.0
     host_bytes: int = 0
-    early_bytes: float = 0.0
-    scatter_bytes: float = 0.0
-    reduce_bytes: float = 0.0
-    gather_bytes: float = 0.0
 
     @property
     def is_offloaded(self) -> bool:

@@ -42,11 +42,11 @@ _LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candid
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How memory is saved: level of ZeRO, whether layouts were chosen under a limit of it, and what
-    is recomputed and offloaded (see `PlanOptions`)."""
+    """How memory is saved: level of ZeRO, in what share of it layouts have to fit by their additive
+    bound (0: no limit), and what is recomputed and offloaded (see `PlanOptions`)."""
 
     zero: int
-    saving: bool
+    saving: float
     recompute: str
     offload: bool = False
 
@@ -143,6 +143,13 @@ class Pricing:
         limit = min(_LOOK_SECONDS, options.time_limit_seconds)
         return SearchLimits(tolerance=options.tolerance, time_limit=limit, seed=options.seed)
 
+    def floor(self, mesh: Mesh, count: int) -> float:
+        """No plan on `mesh` with `count` microbatches is faster, whatever its layouts, its ZeRO and
+        its memory: 0 unless one axis decides layouts, as those of a second are chosen given the
+        first."""
+        inner = [axis for axis in mesh.axes if axis.name != PIPELINE]
+        return self.layout_bound(mesh, count) if len(inner) == 1 else 0.0
+
     # -- layouts -----------------------------------------------------------------------------------
 
     def plan_on(self, mesh: Mesh, count: int, way: Way) -> Plan | None:
@@ -175,7 +182,7 @@ class Pricing:
         return self._recompute[how]
 
     def _choice(
-        self, mesh: Mesh, count: int, *, saving: bool, offload: bool, bounding: bool = False
+        self, mesh: Mesh, count: int, *, saving: float, offload: bool, bounding: bool = False
     ) -> LayoutChoice | None:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory,
         which holds no states if they are to `offload`.
@@ -191,7 +198,7 @@ class Pricing:
         spread = self._spread(mesh, count)
         if not bounding:
             spread = float(1 << max(0, round(math.log2(spread))))
-        key = (str(inner), like, spread, saving and count, saving and offload)
+        key = (str(inner), like, spread, saving and (saving, count, offload))
         if key in self._layouts:
             return self._layouts[key]
         if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
@@ -203,7 +210,7 @@ class Pricing:
             num_microbatches=spread,
             batch_fraction=like,
             in_flight=min(stages, count) * portion,
-            memory_bytes=stages * self._memory_bytes() if saving else None,
+            memory_bytes=math.floor(saving * stages * self._memory_bytes()) if saving else None,
             optimizer=optimizer,
             update_share=self._update_share(mesh),
             held=held_placements(self.context.graph, self.context.options.layout_pins, inner),

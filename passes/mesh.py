@@ -49,6 +49,7 @@ __all__ = ["ChooseMesh", "meshes"]
 
 _PROVEN = 4
 _CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
+_SHARES = (1.0, 1.1)  # of the memory: additive bounds exceed the need by about a tenth
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
 _NO_TIME = 1e-30  # seconds, of a graph that computes nothing
@@ -109,6 +110,7 @@ class _Search:
         self.found: list[Candidate] = []
         self.looked_at: dict[int, Fit | None] = {}  # by place in `found`
         self.bounds: list[float] = []  # of what was not priced
+        self.tried: set[tuple[Mesh, int]] = set()  # with layouts to choose
         self.offload = context.options.offload == "optimizer"
         self.close: dict[Mesh, dict[int, float]] = {}  # bounds by layouts, by microbatches
         self.raised = math.inf  # least share of a bound by layouts to that by division
@@ -154,7 +156,10 @@ class _Search:
             entry = heapq.heappop(near)
             if entry.bound >= best:
                 self.bounds.append(entry.bound)
-            elif entry.count > unfit.get(entry.mesh, 0):  # fewer never need less memory
+                continue
+            if entry.mesh.axes and entry.mesh.axis(PIPELINE).size < entry.mesh.size:
+                self.tried.add(entry.item)
+            if entry.count > unfit.get(entry.mesh, 0):  # fewer never need less memory
                 before = len(self.found)
                 self.price(entry.mesh, entry.count, self.hopeful(entry.mesh, entry.count))
                 if len(self.found) == before:
@@ -252,7 +257,7 @@ class _Search:
         if self.plan.mode is Mode.INFER:
             kinds = ("none",)
         if all(axis.name == PIPELINE for axis in mesh.axes):
-            return tuple(Way(0, saving=False, recompute=kind, offload=away) for kind in kinds)
+            return tuple(Way(0, saving=0.0, recompute=kind, offload=away) for kind in kinds)
         levels: tuple[int, ...] = (0,)
         if options.zero is not None:
             levels = (options.zero,)
@@ -263,7 +268,7 @@ class _Search:
         return tuple(
             Way(level, saving, kind, away)
             for kind in kinds
-            for saving in (False, True)
+            for saving in (0.0, *_SHARES)
             for level in levels
         )
 
@@ -311,7 +316,7 @@ class _Search:
         """The fastest of the finalists, of which there is one."""
         best = min(self.finalists(), key=self.preference)
         seconds = self.seconds(best)
-        floor = min([seconds, *self.bounds, *self.proven(seconds)])
+        floor = min([seconds, *self.bounds, *self.short_of_memory(), *self.proven(seconds)])
         certificate = Certificate(
             objective=seconds,
             lower_bound=floor,
@@ -389,6 +394,16 @@ class _Search:
             )
         return replace(plan, warnings=(*plan.warnings, *warnings))
 
+    def short_of_memory(self) -> Iterator[float]:
+        """Bounds of what did not fit in the fastest layouts: others may fit that were not found."""
+        easy = {
+            (item.plan.mesh, item.plan.num_microbatches)
+            for item in (self.found[place] for place in self.possible())
+            if not item.way.saving
+        }
+        for mesh, count in sorted(self.tried - easy, key=str):
+            yield max(self.bound(mesh, count), self.pricing.floor(mesh, count))
+
     def proven(self, best: float) -> Iterator[float]:
         """Bounds of all that was priced; where the bound of the dynamic program is below the best
         step, the integer program is asked as well, for the few where it is lowest."""
@@ -421,7 +436,7 @@ class _Search:
             return offloaded(whole, self.context.graph) if self.offload else whole
         least = self.ways(mesh)[-1]
         plan = self.pricing.plan_on(mesh, counts[-1], least)
-        plan = plan or self.pricing.plan_on(mesh, counts[-1], replace(least, saving=False))
+        plan = plan or self.pricing.plan_on(mesh, counts[-1], replace(least, saving=0.0))
         assert plan is not None, "without a limit of memory there are layouts"
         return plan
 

@@ -183,7 +183,8 @@ class _Localizer:
             and all(work.refs[value] == self.refs[value] for value in step.node.outputs)
             and all(work._made.get(key) == self._made[key] for key in step.reads)
             and len(work._made) == len(self._made)
-            and work.conversions == part.conversions.intersection(range(step.nodes.start, step.nodes.stop))
+            and work.conversions
+            == part.conversions.intersection(range(step.nodes.start, step.nodes.stop))
         )
 
     def add_given(self) -> None:

@@ -110,7 +110,8 @@ class Pricer:
     def node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
         """Figures of `node` under `strategies`, one an axis."""
         kinds = tuple(map(self._operand_kind, node.inputs))
-        key = (self.facts.signatures[node.id], kinds, strategies)
+        grows = tuple(value in self.facts.batched for value in node.inputs)
+        key = (self.facts.signatures[node.id], kinds, grows, strategies)
         if key not in self._nodes:
             self._nodes[key] = self._price_node(node, strategies)
         return self._nodes[key]
@@ -166,7 +167,14 @@ class Pricer:
     def _operand(self, local: LocalGraph, value: Value, layout: Layout) -> Ref:
         type = local_type(value.type, layout, self.mesh, self.coordinate)
         kind = self._operand_kind(value.id)
-        return local.add_value(value.name, type, kind, requires_grad=value.requires_grad)
+        grows = kind is ValueKind.INPUT and value.id in self.facts.batched
+        return local.add_value(
+            value.name,
+            type,
+            kind,
+            requires_grad=value.requires_grad,
+            batch_dim=0 if grows else None,
+        )
 
     def _operand_kind(self, value: int) -> ValueKind:
         """What a value is to the one node that is priced."""
@@ -184,7 +192,8 @@ class Pricer:
     ) -> float:
         """Seconds of bringing `value` from one layout to another, gradient included; infinite if
         there is no way. `partial`: axes on which each rank has a term of the gradient."""
-        key = (value.type, value.requires_grad, made, wanted, partial)
+        kind = self._operand_kind(value.id), value.id in self.facts.batched
+        key = (value.type, value.requires_grad, kind, made, wanted, partial)
         if key not in self._conversions:
             self._conversions[key] = self._price_conversion(value, made, wanted, partial)
         return self._conversions[key]

@@ -37,14 +37,17 @@ def stated(graph: Graph, mesh: Mesh, machine: Cluster, options: LayoutOptions) -
     return state_layouts(LayoutStatement(graph, mesh, Decided.nothing(graph), options), pricer)
 
 
-def local_seconds(graph: Graph, choice: LayoutChoice, machine: Cluster) -> float:
+def local_seconds(
+    graph: Graph, choice: LayoutChoice, machine: Cluster, batch_fraction: float = 1.0
+) -> float:
     """Price of the first rank's local graph."""
     sharding = make_sharding(
         graph, choice.mesh, choice.node_layouts, choice.layouts, choice.parameter_layouts
     )
     part = localize(graph, sharding, (0,) * len(choice.mesh.axes)).graph
     network = mesh_network(machine, choice.mesh, tuple(range(choice.mesh.size)))
-    return sum(cost.total_seconds for cost in price(part, machine.types[0], network=network))
+    costs = price(part, machine.types[0], batch_fraction=batch_fraction, network=network)
+    return sum(cost.total_seconds for cost in costs)
 
 
 _SPEEDS = st.sampled_from((1e7, 1e9, 1e11))
@@ -67,9 +70,18 @@ def test_choice_is_the_best_of_all(
 
 
 @settings(max_examples=60)
-@given(graphs(most_nodes=6), st.sampled_from(("tensor=2", "tensor=4", "data=2,tensor=2")), _SPEEDS)
-def test_objective_is_the_price_of_the_local_graph(graph: Graph, mesh: str, speed: float) -> None:
+@given(
+    graphs(most_nodes=6),
+    st.sampled_from(("tensor=2", "tensor=4", "data=2,tensor=2")),
+    _SPEEDS,
+    st.sampled_from((1.0, 0.5)),
+)
+def test_objective_is_the_price_of_the_local_graph(
+    graph: Graph, mesh: str, speed: float, fraction: float
+) -> None:
     parsed = Mesh.parse(mesh)
     machine = cluster(parsed.size, speed)
-    choice = plan_layouts(graph, parsed, machine, tuple(range(parsed.size)))
-    assert choice.seconds == pytest.approx(local_seconds(graph, choice, machine), rel=1e-9)
+    options = LayoutOptions(batch_fraction=fraction)
+    choice = plan_layouts(graph, parsed, machine, tuple(range(parsed.size)), options)
+    wanted = local_seconds(graph, choice, machine, fraction)
+    assert choice.seconds == pytest.approx(wanted, rel=1e-9)
