@@ -25,6 +25,7 @@ from .strategy import OpView
 __all__ = ["LocalPart", "localize", "localize_each"]
 
 _FEW = 0.25  # of the steps; if more are another on another rank, its graph is made as a whole
+_MANY = 16  # steps; if more are, it is one that graphs of further ranks are made from
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,16 @@ def localize_each(
     for coordinate in coordinates:
         differ = [work.local.steps_that_differ(coordinate) for work, _ in made]
         nearest = min(range(len(made)), key=lambda index: len(differ[index]), default=None)
-        found = None
+        moved = None
         if nearest is not None and len(differ[nearest]) <= _FEW * len(graph.nodes):
             work, part = made[nearest]
-            found = work.moved(part, coordinate, differ[nearest])
-        if found is None:
+            moved = work.moved(part, coordinate, differ[nearest])
+        if moved is None:
             work = _Localizer(graph, sharding, coordinate)
-            found = work.run()
-            made.append((work, found))
+            moved = work, work.run()
+        found = moved[1]
+        if nearest is None or len(differ[nearest]) > _MANY:
+            made.append(moved)
         yield replace(found, shards=_shards(graph, sharding, coordinate))
 
 
@@ -146,9 +149,9 @@ class _Localizer:
 
     def moved(
         self, part: LocalPart, coordinate: tuple[int, ...], steps: Collection[int]
-    ) -> LocalPart | None:
-        """`part`, which `run` made, at another coordinate: with the nodes of `steps`, which differ
-        there, made anew; None if more than arguments of such nodes would change."""
+    ) -> tuple[_Localizer, LocalPart] | None:
+        """`part`, which this made, at another coordinate, with what would have made it there: nodes
+        of `steps`, which differ, are made anew. None if more than their arguments would change."""
         nodes = list(part.graph.nodes)
         work = _Localizer(self.graph, self.sharding, coordinate)
         work.refs, work._made = dict(self.refs), dict(self._made)
@@ -156,13 +159,16 @@ class _Localizer:
         for number in sorted(steps):
             if not 0 < number <= len(self.steps):
                 return None
+            work.steps = self.steps[: number - 1]
             step = self.steps[number - 1]
             if not self._repeated(work, part, step):
                 return None
             nodes[step.nodes] = work.local.nodes[step.nodes]
+        work.steps = self.steps
+        work.local.ask_as(self.local)
         if not steps:
-            return part
-        return replace(part, graph=replace(part.graph, nodes=tuple(nodes)))
+            return work, part
+        return work, replace(part, graph=replace(part.graph, nodes=tuple(nodes)))
 
     def _repeated(self, work: _Localizer, part: LocalPart, step: _Step) -> bool:
         """Take `step` in `work`, which is elsewhere; whether nothing but arguments of its nodes is
@@ -176,6 +182,7 @@ class _Localizer:
         for key in step.reads:
             del work._made[key]
         work.add_node(step.node)
+        own = set(range(step.nodes.start, step.nodes.stop))
         return (
             len(work.local.values) == step.values.stop
             and tuple(work.local.values[step.values]) == values[step.values]
@@ -183,8 +190,7 @@ class _Localizer:
             and all(work.refs[value] == self.refs[value] for value in step.node.outputs)
             and all(work._made.get(key) == self._made[key] for key in step.reads)
             and len(work._made) == len(self._made)
-            and work.conversions
-            == part.conversions.intersection(range(step.nodes.start, step.nodes.stop))
+            and work.conversions == part.conversions & own
         )
 
     def add_given(self) -> None:

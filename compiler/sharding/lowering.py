@@ -85,6 +85,13 @@ class LocalGraph:
         self.askers[question].add(self.step)
         return self.answers[question]
 
+    def ask_as(self, other: LocalGraph) -> None:
+        """Ask what `other` was built with, for the steps that are taken over from it."""
+        for question, steps in other.askers.items():
+            if question not in self.answers:
+                self.answers[question] = _answer(question, self.mesh, self.coordinate)
+            self.askers.setdefault(question, set()).update(steps)
+
     def steps_that_differ(self, coordinate: tuple[int, ...]) -> set[int]:
         """The steps that would be told something else there; others would do the same."""
         changed = (
