@@ -56,8 +56,9 @@ class Optimum:
     num_priced: int
 
 
-def random_graph(seed: int, num_layers: int) -> Graph:
-    """Linear layers of random widths with activations, skips and branches, and a sum for a loss."""
+def random_graph(seed: int, num_layers: int, *, plain: bool = False) -> Graph:
+    """Linear layers of random widths with activations, skips and branches, unless it is to be
+    `plain`, and a sum for a loss."""
     draw = random.Random(seed)
     build = GraphBuilder(f"random{seed}", Mode.TRAIN)
     width = draw.choice((64, 128, 256))
@@ -68,10 +69,10 @@ def random_graph(seed: int, num_layers: int) -> Graph:
         wide = draw.choice((width, 64, 256, 512))
         weight = build.parameter(f"w{number}", (wide, source.type.shape[1]))
         made = build.op("aten.linear.default", source, weight)
-        if draw.random() < 0.4:
+        if draw.random() < 0.4 and not plain:
             made = build.op("aten.relu.default", made)
         alike = [value for value in live if value.type == made.type]
-        if alike and draw.random() < 0.6:
+        if alike and draw.random() < 0.6 and not plain:
             made = build.op("aten.add.Tensor", made, draw.choice(alike))
         live.append(made)
     build.loss(build.op("aten.sum.default", live[-1]))
@@ -86,6 +87,7 @@ def best_plan(graph: Graph, cluster: Cluster, batch: int, options: PlanOptions) 
 class _Enumeration:
     def __init__(self, graph: Graph, cluster: Cluster, batch: int, options: PlanOptions) -> None:
         self.context = Context(graph, options)
+        self.facts = GraphFacts.of(graph)
         self.graph = graph
         self.start = Plan(
             fingerprint=fingerprint(graph, graph.name),
@@ -145,7 +147,7 @@ class _Enumeration:
         network = mesh_network(plan.cluster, plan.stage_mesh, devices)
         fraction = plan.batch_size / plan.num_microbatches / batch_rows(self.graph)
         kind = plan.cluster.types[0]
-        pricer = Pricer(GraphFacts.of(self.graph), mesh, kind, network, fraction)
+        pricer = Pricer(self.facts, mesh, kind, network, fraction)
         options = LayoutOptions(num_microbatches=plan.num_microbatches, batch_fraction=fraction)
         stated = state_layouts(LayoutStatement(self.graph, mesh, decided, options), pricer)
         for picks in picks_of(stated.problem):

@@ -1,6 +1,6 @@
 """The search over meshes finds what enumeration finds, and its certificate holds.
 
-Over 120 small graphs on 2 to 4 devices; a few of them always, all under `slow`.
+Over 100 small graphs on 2 to 4 devices; a few of them always, all under `slow`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .layouts.test_choose import cluster
 OPTIONS = PlanOptions(recompute="none", offload="none")
 EXACT = 1e-9
 AMPLE = 1 << 40
-FEW = 8
-MANY = 120
+FEW = (60, 61, 63, 64, 65, 67, 68, 73)  # seeds that take seconds
+MANY = 100
 BATCH = 32
 LAYERS = {2: 2, 3: 1, 4: 1}  # by devices
 SPEEDS = (1e7, 1e8, 1e9, 1e11)
@@ -52,7 +52,7 @@ def outcome(seed: int) -> Outcome:
     draw = random.Random(seed)
     devices = draw.choice((2, 3, 4))
     machine = cluster(devices, draw.choice(SPEEDS), draw.choice(LATENCIES))
-    graph = random_graph(seed, LAYERS[devices])
+    graph = random_graph(seed, LAYERS[devices], plain=devices == 4)
     found = searched(graph, machine)
     assert found is not None
     if draw.random() < 0.6:
@@ -106,7 +106,7 @@ def check(outcomes: list[Outcome]) -> None:
 
 
 def test_some_graphs() -> None:
-    check([outcome(seed) for seed in range(FEW)])
+    check([outcome(seed) for seed in FEW])
 
 
 @pytest.mark.slow
