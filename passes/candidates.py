@@ -143,13 +143,6 @@ class Pricing:
         limit = min(_LOOK_SECONDS, options.time_limit_seconds)
         return SearchLimits(tolerance=options.tolerance, time_limit=limit, seed=options.seed)
 
-    def floor(self, mesh: Mesh, count: int) -> float:
-        """No plan on `mesh` with `count` microbatches is faster, whatever its layouts, its ZeRO and
-        its memory: 0 unless one axis decides layouts, as those of a second are chosen given the
-        first."""
-        inner = [axis for axis in mesh.axes if axis.name != PIPELINE]
-        return self.layout_bound(mesh, count) if len(inner) == 1 else 0.0
-
     # -- layouts -----------------------------------------------------------------------------------
 
     def plan_on(self, mesh: Mesh, count: int, way: Way) -> Plan | None:
@@ -250,7 +243,7 @@ class Pricing:
         """
         if all(axis.name == PIPELINE for axis in mesh.axes):
             return 0.0
-        choice = self._choice(mesh, count, saving=False, offload=False, bounding=True)
+        choice = self._choice(mesh, count, saving=0.0, offload=False, bounding=True)
         if choice is None:
             return math.inf
         return self._spread(mesh, count) / mesh.axis(PIPELINE).size * choice.lower_bound

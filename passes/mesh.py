@@ -157,7 +157,7 @@ class _Search:
             if entry.bound >= best:
                 self.bounds.append(entry.bound)
                 continue
-            if entry.mesh.axes and entry.mesh.axis(PIPELINE).size < entry.mesh.size:
+            if any(axis.name != PIPELINE for axis in entry.mesh.axes):
                 self.tried.add(entry.item)
             if entry.count > unfit.get(entry.mesh, 0):  # fewer never need less memory
                 before = len(self.found)
@@ -402,7 +402,7 @@ class _Search:
             if not item.way.saving
         }
         for mesh, count in sorted(self.tried - easy, key=str):
-            yield max(self.bound(mesh, count), self.pricing.floor(mesh, count))
+            yield self.layout_bound(mesh, count)
 
     def proven(self, best: float) -> Iterator[float]:
         """Bounds of all that was priced; where the bound of the dynamic program is below the best
