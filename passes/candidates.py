@@ -72,6 +72,8 @@ class Pricing:
         self._work: dict[int, float] = {}
         self._layouts: dict[object, LayoutChoice | None] = {}
         self._candidates: dict[tuple[Mesh, int, Way], Candidate | None] = {}
+        self._unfit: dict[tuple[Mesh, Way], int] = {}  # with so many microbatches or fewer
+        self._short: dict[tuple[Mesh, float, bool], int] = {}  # likewise, of memory for layouts
         self._columns: dict[object, Column] = {}
         self._sharded: dict[object, Column] = {}  # one with each set of layouts
         self._recompute: dict[str, tuple[int, ...]] = {}
@@ -93,8 +95,12 @@ class Pricing:
     def candidate(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
         """The plan on `mesh` with `count` microbatches, estimated; None if it does not fit."""
         key = (mesh, count, way)
+        if count <= self._unfit.get((mesh, way), 0):
+            return None
         if key not in self._candidates:
             self._candidates[key] = self._estimated(mesh, count, way)
+            if self._candidates[key] is None:
+                self._unfit[mesh, way] = count
         return self._candidates[key]
 
     def _estimated(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
@@ -194,6 +200,8 @@ class Pricing:
         key = (str(inner), like, spread, saving and (saving, count, offload))
         if key in self._layouts:
             return self._layouts[key]
+        if saving and count <= self._short.get((mesh, saving, offload), 0):
+            return None
         if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
             return None
         optimizer = self.plan.optimizer
@@ -215,6 +223,7 @@ class Pricing:
             )
         except InfeasibleError:
             choice = None
+            self._short[mesh, saving, offload] = count
         self._layouts[key] = choice
         return choice
 

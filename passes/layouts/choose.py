@@ -106,9 +106,7 @@ def _solve_axis(
 ) -> tuple[StatedProblem, SolvedLayouts]:
     """Decide axis `count - 1`, given the ones before; memory binds on the last one only."""
     inner = Mesh(mesh.axes[:count])
-    network = mesh_network(cluster, mesh, devices)
-    kind = slowest_type(cluster, devices)
-    pricer = Pricer(facts, inner, kind, network, options.batch_fraction)
+    pricer = _pricer(facts, mesh, inner, cluster, devices, options.batch_fraction)
     last = count == len(mesh.axes)
     statement = LayoutStatement(
         facts.graph, inner, decided, options if last else _unlimited(options)
@@ -122,6 +120,24 @@ def _solve_axis(
             ways_out=("more devices", "smaller microbatches", "recomputation"),
         )
     return stated, solved
+
+
+def _pricer(
+    facts: GraphFacts,
+    mesh: Mesh,
+    inner: Mesh,
+    cluster: Cluster,
+    devices: Sequence[int],
+    batch_fraction: float,
+) -> Pricer:
+    """Prices on the axes of `inner`, which are the first of `mesh`; what is known stays known."""
+    key = mesh, inner, cluster, tuple(devices), batch_fraction
+    if key not in facts.pricers:
+        network = mesh_network(cluster, mesh, devices)
+        kind = slowest_type(cluster, devices)
+        facts.pricers[key] = Pricer(facts, inner, kind, network, batch_fraction)
+    pricer: Pricer = facts.pricers[key]
+    return pricer
 
 
 def _unlimited(options: LayoutOptions) -> LayoutOptions:

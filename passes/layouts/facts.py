@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...compiler.ir.graph import Graph, Mode, Node, producers, users
 from ...compiler.ir.ops import Category
@@ -18,7 +19,8 @@ __all__ = ["GraphFacts"]
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts:
-    """Make it with `GraphFacts.of`; strategies are filled in as they are asked for.
+    """Make it with `GraphFacts.of`; strategies are filled in as they are asked for, and pricers of
+    the graph (see `choose.py`) as meshes are.
 
     Args:
         weights: values computed from parameters alone, in a graph that trains.
@@ -40,6 +42,7 @@ class GraphFacts:
     signatures: tuple[object, ...]
     classes: tuple[tuple[int, ...], ...]
     strategies: dict[object, tuple[OpStrategy, ...]] = field(default_factory=dict)
+    pricers: dict[object, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: Graph) -> GraphFacts:
