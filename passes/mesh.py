@@ -52,7 +52,6 @@ _CLOSE = 1.25  # an estimate within this of the best may win when looked at clos
 _SHARES = (1.0, 1.1)  # of the memory: additive bounds exceed the need by about a tenth
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
-_ALIKE = 1.1
 _NO_TIME = 1e-30  # seconds, of a graph that computes nothing
 _STEPS_OF_BOUND = 20  # bounds are about equal if they are within a twentieth
 
@@ -133,24 +132,12 @@ class _Search:
         """Price what may be better than the best so far.
 
         Bounds come in two kinds, by division and by layouts, which take longer: a bound by layouts
-        is asked for where the one by division, raised as the others were, is the least. On a mesh
-        that is asked for, all are: there, of bounds somewhat alike, more microbatches come first,
-        as what does not fit with them does not fit with fewer.
+        is asked for where the one by division, raised as the others were, is the least.
         """
         unfit: dict[Mesh, int] = {}  # most microbatches with which a mesh does not fit
-        far: list[_Entry] = []
+        far = [self.entry(self.bound(*item), item) for item in space]
         near: list[_Entry] = []
-        if self.context.options.mesh is None:
-            far = [self.entry(self.bound(*item), item) for item in space]
-        else:
-            bounds = {item: self.layout_bound(*item) for item in space}
-            alike = _ALIKE * min(bounds.values(), default=0.0)
-            for item, bound in bounds.items():
-                entry = self.entry(bound, item, is_close=True)
-                order = (-math.inf, *entry.order[1:]) if bound <= alike else entry.order
-                near.append(replace(entry, order=order))
         heapq.heapify(far)
-        heapq.heapify(near)
         while far or near:
             best = min((self.found[place].seconds for place in self.possible()), default=math.inf)
             if not near or (far and far[0].bound * self.raised < near[0].bound):

@@ -325,7 +325,7 @@ def solve(
     if integral:
         return _solved(program, _decode(program, relaxed.values), relaxed.bound, integral, "GLOP")
     if problem.memory_bytes is not None and len(program.names) > _SMALL:
-        priced = _by_price(program, relaxed, len(program.rows) - 1)
+        priced = _by_price(problem, relaxed, len(program.rows) - 1)
         if priced is None:
             return None
         return _solved(program, priced, relaxed.bound, integral, "GLOP, memory priced")
@@ -336,25 +336,23 @@ def solve(
     return _solved(program, _decode(program, branched.values), bound, integral, "GLOP, then SCIP")
 
 
-def _by_price(program: LayoutProgram, relaxed: _Run, row: int) -> tuple[int, ...] | None:
+def _by_price(problem: LayoutProblem, relaxed: _Run, row: int) -> tuple[int, ...] | None:
     """Picks that fit, with memory paid for instead of limited; None if no price brings any.
 
-    At the price that the relaxation gives memory (the dual of its row, `row`), the program without
-    a limit has optima on both sides of the limit; a little above it, what it finds fits (Lagrangian
+    At the price that the relaxation gives memory (the dual of its row), the program without a limit
+    has optima on both sides of the limit; a little above it, what it finds fits (Lagrangian
     relaxation, Everett 1963) and costs little more than the relaxation.
     """
-    terms, _, _ = program.rows[row]
-    others = [*program.rows[:row], *program.rows[row + 1 :]]
+    assert problem.memory_bytes is not None
+    price = abs(relaxed.duals[row]) / problem.memory_bytes
 
     def at(factor: float) -> tuple[int, ...] | None:
-        cost = list(program.cost)
-        for variable, coefficient in terms.items():
-            cost[variable] += factor * abs(relaxed.duals[row]) * coefficient
-        found = _run(replace(program, cost=cost, rows=others), "glop")
+        priced = build(replace(problem, memory_bytes=None, seconds_per_byte=factor * price))
+        found = _run(priced, "glop")
         if found is None:
             return None
-        picks = _decode(program, found.values)  # rounded, where it is fractional all the same
-        return picks if figures(program.problem, picks).is_legal(program.problem) else None
+        picks = _decode(priced, found.values)  # rounded, where it is fractional all the same
+        return picks if figures(problem, picks).is_legal(problem) else None
 
     *prices, highest = _PRICES
     leanest = at(highest)
