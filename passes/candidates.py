@@ -87,15 +87,14 @@ class Pricing:
         """Of the whole batch in `count` microbatches on one device, launches not counted."""
         if count not in self._work:
             kind = replace(self.plan.cluster.type_of(0), overhead_seconds=0.0)
-            fraction = self.plan.batch_size / count / self.rows
-            costs = price(self.context.graph, kind, batch_fraction=fraction)
+            costs = price(self.context.graph, kind, batch_fraction=self._portion(count))
             self._work[count] = count * sum(cost.total_seconds for cost in costs)
         return self._work[count]
 
     def candidate(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
         """The plan on `mesh` with `count` microbatches, estimated; None if it does not fit."""
         key = (mesh, count, way)
-        if count <= self._unfit.get((mesh, way), 0):
+        if count <= self._unfit.get((mesh, way), 0):  # fewer never need less memory
             return None
         if key not in self._candidates:
             self._candidates[key] = self._estimated(mesh, count, way)
@@ -192,7 +191,6 @@ class Pricing:
         """
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         stages = mesh.axis(PIPELINE).size
-        portion = self.plan.batch_size / count / self.rows
         like = self._like(count)
         spread = self._spread(mesh, count)
         if not bounding:
@@ -210,7 +208,7 @@ class Pricing:
         options = LayoutOptions(
             num_microbatches=spread,
             batch_fraction=like,
-            in_flight=min(stages, count) * portion,
+            in_flight=min(stages, count) * self._portion(count),
             memory_bytes=math.floor(saving * stages * self._memory_bytes()) if saving else None,
             optimizer=optimizer,
             update_share=self._update_share(mesh),
@@ -227,14 +225,18 @@ class Pricing:
         self._layouts[key] = choice
         return choice
 
+    def _portion(self, count: int) -> float:
+        """Rows of one of `count` microbatches, as a multiple of those that were captured."""
+        return self.plan.batch_size / count / self.rows
+
     def _like(self, count: int) -> float:
-        portion = self.plan.batch_size / count / self.rows
-        return 4.0 ** math.ceil(math.log(portion, 4) - 1e-9)
+        """`_portion` up to the next power of four."""
+        return 4.0 ** math.ceil(math.log(self._portion(count), 4) - 1e-9)
 
     def _spread(self, mesh: Mesh, count: int) -> float:
         """Microbatches that a step takes, in such of like size."""
-        portion = self.plan.batch_size / count / self.rows
-        return (mesh.axis(PIPELINE).size + count - 1) * portion / self._like(count)
+        rounds = mesh.axis(PIPELINE).size + count - 1
+        return rounds * self._portion(count) / self._like(count)
 
     def _update_share(self, mesh: Mesh) -> float:
         """What a rank updates of what it holds, if the ranks of the data axis may share it."""
@@ -296,8 +298,8 @@ class Pricing:
         is_pipeline = len(plan.mesh.axes) > len(plan.stage_mesh.axes)
         if is_pipeline or way.recompute != "none" or way.zero or way.offload:
             return False
-        rows = self.plan.batch_size / plan.num_microbatches / self.rows
-        return choice.static_bytes + rows * choice.saved_bytes > _FAR * self._memory_bytes()
+        saved = self._portion(plan.num_microbatches) * choice.saved_bytes
+        return choice.static_bytes + saved > _FAR * self._memory_bytes()
 
     def _is_too_large(self, plan: Plan, statement: Statement) -> bool:
         """Whether parameters, gradients and states alone exceed the memory of all stages."""

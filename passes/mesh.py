@@ -134,7 +134,6 @@ class _Search:
         Bounds come in two kinds, by division and by layouts, which take longer: a bound by layouts
         is asked for where the one by division, raised as the others were, is the least.
         """
-        unfit: dict[Mesh, int] = {}  # most microbatches with which a mesh does not fit
         far = [self.entry(self.bound(*item), item) for item in space]
         near: list[_Entry] = []
         heapq.heapify(far)
@@ -159,11 +158,7 @@ class _Search:
                 continue
             if any(axis.name != PIPELINE for axis in entry.mesh.axes):
                 self.tried.add(entry.item)
-            if entry.count > unfit.get(entry.mesh, 0):  # fewer never need less memory
-                before = len(self.found)
-                self.price(entry.mesh, entry.count, self.hopeful(entry.mesh, entry.count))
-                if len(self.found) == before:
-                    unfit[entry.mesh] = entry.count
+            self.price(entry.mesh, entry.count, self.hopeful(entry.mesh, entry.count))
 
     def entry(self, bound: float, item: tuple[Mesh, int], *, is_close: bool = False) -> _Entry:
         """Least bound first; of about equal ones by division fewer microbatches, whose bounds say

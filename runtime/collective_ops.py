@@ -178,7 +178,7 @@ class StageCollectives:
         split = Split(dim, tuple(sizes))
         label = f"reduce_scatter {self._place}"
         pending = self._communicator.start_reduce_scatter(x, self._ranks(axis), split, label=label)
-        return _result(pending.wait())
+        return _wait_for(pending)
 
     def all_to_all(
         self,
@@ -197,7 +197,7 @@ class StageCollectives:
             split=Split(to_dim, tuple(to_sizes)),
             label=f"all_to_all {self._place}",
         )
-        return _result(pending.wait())
+        return _wait_for(pending)
 
     # -- Inductor ------------------------------------------------------------------------------
 
@@ -228,10 +228,7 @@ def _is_collective(node: fx.Node) -> bool:
 
 
 def _wait_for(pending: Pending) -> Tensor:
-    return _result(pending.wait())
-
-
-def _result(tensor: Tensor | None) -> Tensor:
+    tensor = pending.wait()
     assert tensor is not None
     return tensor
 

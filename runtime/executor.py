@@ -208,7 +208,7 @@ class Executor:
             if output.kind is OutputKind.BUFFER
         }
         for index, stage in self._stages.items():
-            count = most_in_flight(self._program, index) if index in self._slots else 1
+            count = self._program.most_in_flight(index) if index in self._slots else 1
             for _ in range(2 if index in self._slots else 1):  # to record, graphs need a run before
                 self._rehearse_stage(stage.graph, index, count)
                 if self._device.type == "cuda":
@@ -569,21 +569,6 @@ class Executor:
     def _label(self, register: Register) -> str:
         kind = "gradient of" if register.is_gradient else "value"
         return f"{kind} %{register.value} of microbatch {register.microbatch}"
-
-
-def most_in_flight(program: Program, stage: int) -> int:
-    """The most microbatches between forward and the end of backward in `stage` of `program`."""
-    if program.mode is Mode.INFER:
-        return 1
-    most = now = 0
-    for instruction in program.instructions:
-        match instruction:
-            case Forward(other, _) if other == stage:
-                now += 1
-                most = max(most, now)
-            case BackwardWeight(other, _) | Backward(other, _) if other == stage:
-                now -= 1
-    return most
 
 
 def _updated_views(program: Program, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

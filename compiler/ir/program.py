@@ -332,6 +332,20 @@ class Program:
             for name, value in self.trained().items()
         }
 
+    def most_in_flight(self, stage: int) -> int:
+        """The most microbatches between forward and the end of backward in `stage`."""
+        if self.mode is Mode.INFER:
+            return 1
+        most = now = 0
+        for instruction in self.instructions:
+            match instruction:
+                case Forward(other, _) if other == stage:
+                    now += 1
+                    most = max(most, now)
+                case BackwardWeight(other, _) | Backward(other, _) if other == stage:
+                    now -= 1
+        return most
+
     def stage(self, index: int) -> StageProgram:
         """The stage with plan-wide number `index`. Raises KeyError if it is not on this rank."""
         for stage in self.stages:

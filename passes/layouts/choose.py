@@ -26,7 +26,7 @@ from .problem import Figures, figures
 from .program import SolvedLayouts, Statistics, solve
 from .statement import Decided, LayoutOptions, LayoutStatement
 
-__all__ = ["LayoutChoice", "plan_layouts", "slowest_type"]
+__all__ = ["LayoutChoice", "plan_layouts", "pricer_of", "slowest_type"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def _solve_axis(
 ) -> tuple[StatedProblem, SolvedLayouts]:
     """Decide axis `count - 1`, given the ones before; memory binds on the last one only."""
     inner = Mesh(mesh.axes[:count])
-    pricer = _pricer(facts, mesh, inner, cluster, devices, options.batch_fraction)
+    pricer = pricer_of(facts, mesh, inner, cluster, devices, options.batch_fraction)
     last = count == len(mesh.axes)
     statement = LayoutStatement(
         facts.graph, inner, decided, options if last else _unlimited(options)
@@ -122,7 +122,7 @@ def _solve_axis(
     return stated, solved
 
 
-def _pricer(
+def pricer_of(
     facts: GraphFacts,
     mesh: Mesh,
     inner: Mesh,

@@ -17,12 +17,10 @@ from ...compiler.ir.plan import Plan
 from ...compiler.sharding.sharding import Sharding
 from ...compiler.sharding.strategy import replicated
 from ...cost_models.analysis import batch_rows
-from ...cost_models.collectives import mesh_network
 from ...cost_models.flops import is_product
-from .choose import slowest_type
+from .choose import pricer_of
 from .facts import GraphFacts
 from .from_graph import StatedProblem, state_layouts
-from .pricing import Pricer
 from .problem import Figures, Flow, LayoutProblem, figures
 from .program import solve
 from .statement import Decided, LayoutOptions, LayoutStatement
@@ -152,9 +150,8 @@ def planned_layouts(plan: Plan, graph: Graph, devices: Sequence[int]) -> Planned
         batch_fraction=plan.batch_size / plan.num_microbatches / batch_rows(graph),
         optimizer=plan.optimizer,
     )
-    network = mesh_network(plan.cluster, mesh, devices)
-    kind = slowest_type(plan.cluster, devices)
-    pricer = Pricer(GraphFacts.of(graph), mesh, kind, network, options.batch_fraction)
+    facts = GraphFacts.of(graph)
+    pricer = pricer_of(facts, mesh, mesh, plan.cluster, devices, options.batch_fraction)
     stated = state_layouts(LayoutStatement(graph, mesh, decided, options), pricer)
     picks = _picks(graph, sharding, stated)
     if picks is None or not figures(stated.problem, picks).is_legal(stated.problem):

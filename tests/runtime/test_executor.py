@@ -10,7 +10,6 @@ from cutset.compiler.codegen.python import emit_python
 from cutset.compiler.ir.graph import Graph
 from cutset.compiler.ir.program import Program
 from cutset.compiler.ir.text import print_program
-from cutset.runtime.executor import most_in_flight
 from cutset.runtime.inprocess import InProcessSession
 from cutset.runtime.optimizer import OptimizerSpec
 from tests.codegen.test_programs import ROWS, plan_of, schedule, skip_model, three_stages
@@ -109,4 +108,4 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
 def test_microbatches_in_flight_follow_from_the_schedule() -> None:
     plan = plan_of(skip_model(), three_stages(), schedule(ROWS, 3, 2))
     programs = generate_programs(skip_model(), plan, plan_hash="hash")
-    assert [most_in_flight(program, index) for index, program in enumerate(programs)] == [2, 2, 1]
+    assert [program.most_in_flight(index) for index, program in enumerate(programs)] == [2, 2, 1]
