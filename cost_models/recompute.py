@@ -26,6 +26,8 @@ def insert_copies(
     Returns:
         The steps, and the storages that copies write.
     """
+    if not recomputed:
+        return list(backward), frozenset()
     makers = {
         storage: step for step in forward if step.node in recomputed for storage, _ in step.writes
     }

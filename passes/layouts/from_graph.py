@@ -119,7 +119,53 @@ class _Work:
 
 
 def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
-    """The problem of `statement`; `pricer` is for its graph and mesh."""
+    """The problem of `statement`; `pricer` is for its graph and mesh.
+
+    Statements that differ in numbers of microbatches, memory and optimizer share all but what it
+    costs to hold tensors.
+    """
+    key = _frame_key(statement, pricer.facts)
+    if key not in pricer.frames:
+        pricer.frames[key] = _frame(statement, pricer)
+    work: _Work = pricer.frames[key]
+    options = statement.options
+    problem = LayoutProblem(
+        choices=_with_held(work, statement),
+        flows=tuple(work.flows),
+        num_microbatches=options.num_microbatches,
+        memory_bytes=options.memory_bytes,
+        in_flight=options.in_flight,
+    )
+    return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
+
+
+def _with_held(work: _Work, statement: LayoutStatement) -> tuple[Choice, ...]:
+    """The choices of `work` with what it costs to hold tensors as `statement` says."""
+    choices = list(work.choices)
+    firsts = {choice: value for value, choice in reversed(work.held.items())}
+    for choice, value in firsts.items():
+        options = (
+            _held_option(statement, work.pricer, work.value(value), state)
+            for state in work.states[choice]
+        )
+        choices[choice] = replace(choices[choice], options=tuple(options))
+    return tuple(choices)
+
+
+def _frame_key(statement: LayoutStatement, facts: GraphFacts) -> object:
+    """What `_frame` depends on beside the pricer; nodes of a class have equal strategies."""
+    decided, axis = statement.decided, statement.mesh.axes[-1].name
+    return (
+        tuple(decided.strategies[members[0]] for members in facts.classes),
+        tuple(decided.held.items()),
+        tuple(decided.deferred.items()),
+        statement.splits_batch,
+        tuple((name, held[axis]) for name, held in statement.options.held.items() if axis in held),
+    )
+
+
+def _frame(statement: LayoutStatement, pricer: Pricer) -> _Work:
+    """Choices and flows, without what it costs to hold tensors."""
     graph, facts = statement.graph, pricer.facts
     work = _Work(statement, pricer, facts)
     for members in facts.classes:
@@ -143,15 +189,7 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
             groups[place, _users_key(work, value.id, returned)].append(value.id)
     for made_members in groups.values():
         _add_made(work, tuple(made_members), returned)
-    options = statement.options
-    problem = LayoutProblem(
-        choices=tuple(work.choices),
-        flows=tuple(work.flows),
-        num_microbatches=options.num_microbatches,
-        memory_bytes=options.memory_bytes,
-        in_flight=options.in_flight,
-    )
-    return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
+    return work
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -297,8 +335,7 @@ def _add_held(work: _Work, members: tuple[int, ...], returned: dict[int, _Form])
     states = [_State(Layout((*before, placement))) for placement in dict.fromkeys(found)]
     if value.id in work.facts.weights and Replicate() in found:
         states.append(_State(Layout((*before, Replicate())), deferred=True))
-    options = tuple(_held_option(work, value, state) for state in states)
-    choice = work.add(Choice(value.name, options, len(members)))
+    choice = work.add(Choice(value.name, (Option(),) * len(states), len(members)))
     work.states[choice] = tuple(states)
     work.held.update(dict.fromkeys(members, choice))
     _add_flow(work, choice, members, tuple(states), returned)
@@ -313,8 +350,7 @@ def _wanted_placements(work: _Work, value: Value) -> list[Placement]:
     ]
 
 
-def _held_option(work: _Work, value: Value, state: _State) -> Option:
-    statement, pricer = work.statement, work.pricer
+def _held_option(statement: LayoutStatement, pricer: Pricer, value: Value, state: _State) -> Option:
     options = statement.options
     size = pricer.local_bytes(value.type, state.layout)
     if value.kind is ValueKind.BOUNDARY:
@@ -322,7 +358,7 @@ def _held_option(work: _Work, value: Value, state: _State) -> Option:
     if value.kind is ValueKind.INPUT:
         copies = options.num_microbatches if value.batch_dim is not None else 1.0
         return Option(static_bytes=math.ceil(size * copies))
-    if value.kind is not ValueKind.PARAMETER or value.id not in work.facts.weights:
+    if value.kind is not ValueKind.PARAMETER or value.id not in pricer.facts.weights:
         return Option(static_bytes=size)
     axes = set(statement.decided.deferred.get(value.id, ()))
     axes |= {statement.axis} if state.deferred else set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Graph, Mode, Node, Output, OutputKind, Value, ValueKind
@@ -57,7 +58,7 @@ class Pricer:
 
     Seconds are those of `batch_fraction` times the rows that the graph was captured at: of what is
     priced, all that is computed from activations counts as growing with them. Bytes are the
-    graph's own.
+    graph's own. `frames` are what `from_graph.py` has stated with these prices.
     """
 
     facts: GraphFacts
@@ -68,6 +69,7 @@ class Pricer:
     _kinds: tuple[ValueKind, ...] = ()
     _nodes: dict[object, NodeFigures] = field(default_factory=dict)
     _conversions: dict[object, float] = field(default_factory=dict)
+    frames: dict[object, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """A view of a held tensor counts as that: it is not kept for the backward."""
