@@ -28,8 +28,9 @@ def insert_copies(
     """
     if not recomputed:
         return list(backward), frozenset()
+    chosen = frozenset(recomputed)
     makers = {
-        storage: step for step in forward if step.node in recomputed for storage, _ in step.writes
+        storage: step for step in forward if step.node in chosen for storage, _ in step.writes
     }
     copies: dict[int, int] = {}
     steps: list[Step] = []

@@ -9,28 +9,33 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 __all__ = ["once_per_object"]
 
 _Object = TypeVar("_Object")
+_Rest = ParamSpec("_Rest")
 _Answer = TypeVar("_Answer")
 
 
-def once_per_object(function: Callable[[_Object], _Answer]) -> Callable[[_Object], _Answer]:
-    """`function` of one immutable object, computed once while that object lives.
+def once_per_object(
+    function: Callable[Concatenate[_Object, _Rest], _Answer],
+) -> Callable[Concatenate[_Object, _Rest], _Answer]:
+    """`function` of an immutable object, computed once while that object lives.
 
-    The answer is shared by all callers, so none may change it.
+    Further arguments must be hashable. The answer is shared by all callers, so none may change it.
     """
-    answers: dict[int, tuple[weakref.ref[_Object], _Answer]] = {}
+    answers: dict[int, tuple[weakref.ref[_Object], dict[object, _Answer]]] = {}
 
     @functools.wraps(function)
-    def answer(item: _Object) -> _Answer:
+    def answer(item: _Object, /, *args: _Rest.args, **named: _Rest.kwargs) -> _Answer:
         key = id(item)
-        known = answers.get(key)
-        if known is None:
-            reference = weakref.ref(item, lambda _: answers.pop(key, None))
-            known = answers[key] = reference, function(item)
-        return known[1]
+        if key not in answers:
+            answers[key] = weakref.ref(item, lambda _: answers.pop(key, None)), {}
+        known = answers[key][1]
+        rest = (args, tuple(named.items())) if args or named else None
+        if rest not in known:
+            known[rest] = function(item, *args, **named)
+        return known[rest]
 
     return answer
