@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ...compiler.ir.graph import Node, OutputKind, Value, ValueKind
@@ -414,6 +415,7 @@ def _add_flow(
     adds = any(use.count and any(forms[form].carries for form in use.forms) for use in uses)
     layouts = [*(state.layout for state in states), *(form.layout for form in forms)]
     kept = _Kept(list(dict.fromkeys(layouts)))
+    sums = {layout: pricer.sum_seconds(value, layout) for layout in kept.layouts}
     shared = [replace(form, saves=False) for form in forms]
     work.flows.append(
         Flow(
@@ -422,15 +424,12 @@ def _add_flow(
             states=tuple(states.index(state) for state in made),
             uses=tuple(uses),
             pair_seconds=tuple(
-                tuple(_pair_seconds(work, value, state, form) for form in forms) for state in states
+                tuple(_pair_seconds(work, value, state, form, sums) for form in forms)
+                for state in states
             ),
             conversions=tuple(shared.index(form) for form in shared),
-            use_seconds=tuple(
-                pricer.sum_seconds(value, form.layout) if form.carries else 0.0 for form in forms
-            ),
-            made_seconds=tuple(
-                -pricer.sum_seconds(value, state.layout) if adds else 0.0 for state in states
-            ),
+            use_seconds=tuple(sums[form.layout] if form.carries else 0.0 for form in forms),
+            made_seconds=tuple(-sums[state.layout] if adds else 0.0 for state in states),
             kept=tuple(tuple(kept.by_user(state, form) for form in forms) for state in states),
             own_kept=tuple(kept.of(state.layout) if state.saves else -1 for state in states),
             tensor_bytes=tuple(pricer.local_bytes(value.type, item) for item in kept.layouts),
@@ -474,9 +473,11 @@ def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
     return uses
 
 
-def _pair_seconds(work: _Work, value: Value, state: _State, form: _Form) -> float:
+def _pair_seconds(
+    work: _Work, value: Value, state: _State, form: _Form, sums: Mapping[Layout, float]
+) -> float:
     """Of the conversion, and what it changes in adding up gradients: the users of one form add up
-    theirs in that form, and the conversion returns one."""
+    theirs in that form, and the conversion returns one. `sums`: of adding one, by layout."""
     axis = work.statement.axis
     partial = form.partial
     if state.deferred:
@@ -488,5 +489,4 @@ def _pair_seconds(work: _Work, value: Value, state: _State, form: _Form) -> floa
     seconds = work.pricer.conversion(value, state.layout, form.layout, partial)
     if (state.layout == form.layout and not partial) or not form.carries:
         return seconds
-    added = work.pricer.sum_seconds(value, state.layout)
-    return seconds + added - work.pricer.sum_seconds(value, form.layout)
+    return seconds + sums[state.layout] - sums[form.layout]
