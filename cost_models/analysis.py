@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..compiler.ir.graph import Attribute, Graph, Node, Operand, Value, ValueKind, operands
+from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.ops import Category, resolve
 from ..compiler.ir.types import TensorType
 
@@ -31,6 +32,7 @@ def batch_rows(graph: Graph) -> int:
     return 1
 
 
+@once_per_object
 def batch_values(graph: Graph) -> frozenset[int]:
     """Ids of the values whose size is proportional to the rows of the microbatch.
 
@@ -67,6 +69,7 @@ def _multiple(type: TensorType, rows: int) -> bool:
     return bool(type.shape) and type.numel >= rows and type.numel % rows == 0
 
 
+@once_per_object
 def weight_like_values(graph: Graph) -> frozenset[int]:
     """Ids of values that require a gradient and are computed without any input of the graph."""
     fed: set[int] = {
@@ -128,10 +131,19 @@ def find_storages(graph: Graph, nodes: Iterable[int] | None = None) -> Storages:
         nodes: only these nodes are followed (None: all); values of others stand alone and are
             contiguous, as boundary values of a stage are.
     """
+    return _all_storages(graph) if nodes is None else _storages(graph, sorted(nodes))
+
+
+@once_per_object
+def _all_storages(graph: Graph) -> Storages:
+    return _storages(graph, range(len(graph.nodes)))
+
+
+def _storages(graph: Graph, nodes: Iterable[int]) -> Storages:
     count = len(graph.values)
     base, root = list(range(count)), list(range(count))
     strides = [_dense_strides(value.type.shape) for value in graph.values]
-    chosen = graph.nodes if nodes is None else [graph.nodes[index] for index in sorted(nodes)]
+    chosen = [graph.nodes[index] for index in nodes]
     for node in chosen:
         if node.op.packet == "broadcast_tensors":
             for index, operand in zip(node.outputs, node.inputs, strict=False):

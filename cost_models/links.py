@@ -8,10 +8,10 @@ pass over n bytes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from ..compiler.ir.cluster import Cluster, Link
+from ..compiler.ir.memo import once_per_object
 
 __all__ = [
     "all_gather_seconds",
@@ -29,8 +29,13 @@ def transfer_seconds(cluster: Cluster, source: int, target: int, num_bytes: floa
     return 0.0 if source == target else cluster.link(source, target).seconds(num_bytes)
 
 
-@functools.lru_cache(maxsize=1024)
-def _ring_link(cluster: Cluster, devices: tuple[int, ...]) -> Link:
+@once_per_object
+def _ring_links(cluster: Cluster) -> dict[tuple[int, ...], Link]:
+    """Links of the rings of `cluster` that were asked for, by devices; `group_link` fills it."""
+    return {}
+
+
+def _ring_link(cluster: Cluster, devices: Sequence[int]) -> Link:
     pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
     links = [cluster.link(first, second) for first, second in pairs if first != second]
     return Link(
@@ -40,8 +45,12 @@ def _ring_link(cluster: Cluster, devices: tuple[int, ...]) -> Link:
 
 def group_link(cluster: Cluster, devices: Sequence[int]) -> Link:
     """The worst latency and bandwidth around the ring of `devices` (ordered by node)."""
-    ordered = sorted(set(devices), key=lambda index: (cluster.devices[index].node, index))
-    return _ring_link(cluster, tuple(ordered))
+    links = _ring_links(cluster)
+    key = tuple(devices)
+    if key not in links:
+        ordered = sorted(set(devices), key=lambda index: (cluster.devices[index].node, index))
+        links[key] = _ring_link(cluster, ordered)
+    return links[key]
 
 
 def _ring_seconds(

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from ..compiler.ir.buckets import in_flight_bytes
 from ..compiler.ir.graph import Graph, Mode, ValueKind
+from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
 from .adjoint_types import Adjoint, NodeContext
 from .adjoints import adjoint
@@ -162,6 +163,7 @@ class MemoryModel:
         return adjoint(context)
 
 
+@once_per_object
 def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu") -> MemoryModel:
     """Prepare memory prediction of `graph`.
 
@@ -183,8 +185,11 @@ def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "c
 
 def rerun_nodes(graph: Graph, recomputed: Collection[int]) -> frozenset[int]:
     """Those of `recomputed` whose results backward really needs again."""
-    if not recomputed:
-        return frozenset()
+    return _rerun_nodes(graph, frozenset(recomputed)) if recomputed else frozenset()
+
+
+@once_per_object
+def _rerun_nodes(graph: Graph, recomputed: frozenset[int]) -> frozenset[int]:
     model = memory_model(graph)
     return model.steps(range(len(graph.nodes)), recomputed=recomputed).rerun
 
@@ -201,6 +206,13 @@ def memory_profile(
     Args:
         recomputed: nodes whose results backward computes again.
     """
+    return _memory_profile(graph, batch_fraction, backend, frozenset(recomputed))
+
+
+@once_per_object
+def _memory_profile(
+    graph: Graph, batch_fraction: float, backend: str, recomputed: frozenset[int]
+) -> tuple[NodeMemory, ...]:
     model = memory_model(graph, batch_fraction=batch_fraction, backend=backend)
     return node_memory(model, model.steps(range(len(graph.nodes)), recomputed=recomputed))
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from ..compiler.ir.cluster import DeviceType
 from ..compiler.ir.graph import Graph, Node, Value, users
+from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.ops import Category
 from .analysis import batch_values, weight_like_values
 from .collectives import Network, collective_seconds
 from .flops import forward_flops, is_product
 
-__all__ = ["NodeCost", "gradient_sum_seconds", "price"]
+__all__ = ["NodeCost", "gradient_sum_seconds", "price", "price_once"]
 
 # Ops that run as several kernels, or whose kernels pass over memory more than once (reordering of
 # convolutions on CPU, statistics of norms, hashing of counter-based random numbers): how many
@@ -93,6 +94,10 @@ def price(
         network=network,
     )
     return tuple(_node_cost(pricing, node) for node in graph.nodes)
+
+
+price_once = once_per_object(price)
+"""`price`, for graphs that are asked about again and again."""
 
 
 def gradient_sum_seconds(device_type: DeviceType, num_bytes: float) -> float:

@@ -26,8 +26,11 @@ def insert_copies(
     Returns:
         The steps, and the storages that copies write.
     """
+    if not recomputed:
+        return list(backward), frozenset()
+    chosen = frozenset(recomputed)
     makers = {
-        storage: step for step in forward if step.node in recomputed for storage, _ in step.writes
+        storage: step for step in forward if step.node in chosen for storage, _ in step.writes
     }
     copies: dict[int, int] = {}
     steps: list[Step] = []

@@ -18,7 +18,7 @@ from ..compiler.sharding.sharding import make_sharding
 from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.analysis import batch_rows
 from ..cost_models.ops import price
-from .columns import Column, column_of, parameters_of, stage_devices
+from .columns import Column, column_of, layouts_key, parameters_of, stage_devices
 from .context import Context
 from .layout_pins import held_placements
 from .layouts.choose import LayoutChoice, plan_layouts
@@ -75,7 +75,6 @@ class Pricing:
         self._unfit: dict[tuple[Mesh, Way], int] = {}  # with so many microbatches or fewer
         self._short: dict[tuple[Mesh, float, bool], int] = {}  # likewise, of memory for layouts
         self._columns: dict[object, Column] = {}
-        self._sharded: dict[object, Column] = {}  # one with each set of layouts
         self._recompute: dict[str, tuple[int, ...]] = {}
         self._statements: dict[object, Statement] = {}
 
@@ -273,13 +272,9 @@ class Pricing:
         Plans that differ in microbatches only have the same, unless it is made `closely`; and if
         they hold the same parts of parameters, the same but for what gradients and states take.
         """
-        held = tuple(entry.held for entry in plan.parameter_layouts)
-        layouts = (str(plan.stage_mesh), plan.node_layouts, plan.layouts, held)
-        key = (str(plan.mesh), layouts, plan.recomputed)
+        key = (str(plan.mesh), layouts_key(plan), plan.recomputed)
         if key not in self._columns:
-            like = self._sharded.get(layouts)
-            self._columns[key] = column_of(plan, self.context, like)
-            self._sharded.setdefault(layouts, self._columns[key])
+            self._columns[key] = column_of(plan, self.context)
         column = self._columns[key]
         count = plan.num_microbatches if closely else 0
         if (key, count) not in self._statements:

@@ -24,7 +24,7 @@ from ..cost_models.parameters import ParameterFigures, parameter_figures
 from .context import Context
 from .replicate import complete_stages, replicated_nodes
 
-__all__ = ["Column", "column_of", "parameters_of", "stage_devices"]
+__all__ = ["Column", "column_of", "layouts_key", "parameters_of", "stage_devices"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +108,15 @@ def _local_nodes(part: LocalPart, nodes: set[int]) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def column_of(plan: Plan, context: Context, like: Column | None = None) -> Column:
-    """The first column of `plan`, whose mesh and layouts are decided.
+def layouts_key(plan: Plan) -> object:
+    """Equal for plans of one graph with the same local graph."""
+    held = tuple(entry.held for entry in plan.parameter_layouts)
+    return plan.stage_mesh, plan.node_layouts, plan.layouts, held
 
-    Args:
-        like: a column of a plan with the same layouts, whose local graph is taken.
-    """
+
+def column_of(plan: Plan, context: Context) -> Column:
+    """The first column of `plan`, whose mesh and layouts are decided; plans with the same layouts
+    share its local graph."""
     if plan.stage_mesh.size == 1:
         pinned = context.options.mesh
         if pinned is not None:
@@ -123,11 +126,7 @@ def column_of(plan: Plan, context: Context, like: Column | None = None) -> Colum
         parameters = parameters_of(plan, context.graph, column)
         return replace(column, context=replace(context, parameters=parameters))
     groups = stage_devices(plan.mesh)
-    if like is not None and like.part is not None and like.sharding is not None:
-        sharding, part = like.sharding, like.part
-    else:
-        sharding = Sharding.of(plan, context.graph)
-        part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
+    sharding, part = _local_part(plan, context)
     network = slowest_network(plan.cluster, plan.stage_mesh, groups)
     local_plan = replace(
         plan,
@@ -150,6 +149,16 @@ def column_of(plan: Plan, context: Context, like: Column | None = None) -> Colum
     column = Column(local_plan, local_context, groups, part, sharding)
     parameters = parameters_of(plan, context.graph, column)
     return replace(column, context=replace(local_context, parameters=parameters))
+
+
+def _local_part(plan: Plan, context: Context) -> tuple[Sharding, LocalPart]:
+    key = layouts_key(plan)
+    if key not in context.parts:
+        sharding = Sharding.of(plan, context.graph)
+        part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
+        context.parts[key] = sharding, part
+    found: tuple[Sharding, LocalPart] = context.parts[key]
+    return found
 
 
 def stage_devices(mesh: Mesh) -> tuple[tuple[int, ...], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..compiler.ir.graph import Graph
 from ..compiler.ir.mesh import Mesh, Placement
@@ -87,6 +87,7 @@ class Context:
         graph: of the whole model; for the pipeline of one column of a mesh, its local graph.
         network: who meets in the collectives of a local graph.
         parameters: figures of its trained parameters, by value id.
+        parts: local graphs that passes have made of the graph (see `columns.py`).
     """
 
     graph: Graph
@@ -94,6 +95,7 @@ class Context:
     progress: Callable[[str], None] = silent
     network: Network | None = None
     parameters: Mapping[int, ParameterFigures] = field(default_factory=dict)
+    parts: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Pass(Protocol):

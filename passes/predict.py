@@ -8,7 +8,7 @@ from ..compiler.ir.graph import Mode
 from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction
 from ..cost_models.analysis import batch_rows
 from ..cost_models.memory import consuming_stages, memory_model, rerun_nodes, stage_memory
-from ..cost_models.ops import price
+from ..cost_models.ops import price_once
 from ..cost_models.recompute import with_reruns
 from .columns import Column, column_of
 from .context import Context
@@ -28,7 +28,9 @@ def predict(plan: Plan, context: Context) -> Prediction:
     rerun = rerun_nodes(graph, column.plan.recomputed)
     network = column.context.network
     costs = {
-        kind.name: with_reruns(price(graph, kind, batch_fraction=fraction, network=network), rerun)
+        kind.name: with_reruns(
+            price_once(graph, kind, batch_fraction=fraction, network=network), rerun
+        )
         for kind in kinds
     }
     forward, backward = [], []

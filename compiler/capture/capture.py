@@ -14,6 +14,7 @@ from ..ir.graph import Graph, Mode
 from .check import check_against_model
 from .export import export_model
 from .gradients import refuse_hooks
+from .lines import lean_traces
 from .lower import lower
 from .masks import simplify_masks
 from .quiet import without_trace_log
@@ -91,6 +92,7 @@ def capture(
     name = type(model).__name__
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_trace_log())
+        stack.enter_context(lean_traces())
         if is_meta:
             stack.enter_context(all_on_meta(model))
             stack.enter_context(numbers_kept())

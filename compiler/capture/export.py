@@ -25,6 +25,7 @@ from .buffers import replacements_as_changes
 from .flatten import flatten
 from .functions import as_operators, python_functions, refuse_functions, refuse_nonlinear
 from .gradients import Watch
+from .lines import Lines
 from .locate import explain_broken_call, explain_failure
 from .regions import detach_no_grad_regions
 from .signature import InputSignature, LossFunction, OutputSignature, find_loss
@@ -106,7 +107,7 @@ class _Call(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         trace, model = self._trace, self.get_submodule(MODEL_PREFIX)
-        with Watch(model), replacements_as_changes(model):
+        with Lines(), Watch(model), replacements_as_changes(model):
             loss, result = call_model(
                 model, trace.inputs, list(tensors), mode=trace.mode, loss_fn=trace.loss_fn
             )

@@ -19,6 +19,7 @@ __all__ = [
     "current_place",
     "explain_broken_call",
     "explain_failure",
+    "is_internal",
     "last_user_line",
 ]
 
@@ -27,11 +28,16 @@ _INTERNAL = (_TORCH, _CAPTURE)
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
+def is_internal(file: str) -> bool:
+    """Whether code in `file` is torch's or that of capture, not the user's."""
+    return file.startswith(_INTERNAL)
+
+
 def last_user_line(stack_trace: str | None) -> str:
     """`file.py:123` of the innermost frame in a stack trace that is not torch's, or empty."""
     places = _LINE.findall(stack_trace or "")
     for file, line in reversed(places):
-        if not file.startswith(_INTERNAL):
+        if not is_internal(file):
             return f"{Path(file).name}:{line}"
     return ""
 

@@ -9,6 +9,7 @@ order, since they follow from the order of first use in the whole graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from .copies import Copy
 __all__ = ["Tail"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tail:
     """Makes the tails of all ranks.
 
@@ -107,11 +108,15 @@ class Tail:
     def _total_bytes(self, rank: int) -> int:
         """Bytes of the trained parameters of `rank`, of each the largest part that a rank holds:
         so it is the same on all ranks that run the same stages."""
-        return sum(
-            max(copy.held.num_bytes for copy in copies.values())
-            for copies in self.copies.values()
-            if rank in copies
-        )
+        return sum(self._largest[name] for name, copies in self.copies.items() if rank in copies)
+
+    @functools.cached_property
+    def _largest(self) -> Mapping[str, int]:
+        """By parameter, bytes of the largest part that a rank holds."""
+        return {
+            name: max(copy.held.num_bytes for copy in copies.values())
+            for name, copies in self.copies.items()
+        }
 
 
 def _reduce_scatters(entries: Iterable[Entry], limit: float) -> Iterator[Instruction]:

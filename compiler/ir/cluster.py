@@ -104,7 +104,7 @@ class LinkRule:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Cluster:
     """Devices and links. `local` says that the devices are those of this machine (can be run)."""
 

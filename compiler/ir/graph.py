@@ -12,11 +12,12 @@ order which is the order of the user's program.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from .memo import once_per_object
 from .ops import Op
 from .types import TensorType
 
@@ -155,7 +156,7 @@ class Output:
     batch_dim: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Graph:
     """See the module docstring. `inputs` are the value ids of kind INPUT in call order."""
 
@@ -192,12 +193,14 @@ def operands(attributes: object) -> Iterator[Operand]:
             yield from operands(item)
 
 
-def producers(graph: Graph) -> dict[int, int]:
+@once_per_object
+def producers(graph: Graph) -> Mapping[int, int]:
     """Value id -> id of the node that computes it, for RESULT values."""
     return {value: node.id for node in graph.nodes for value in node.outputs}
 
 
-def users(graph: Graph) -> dict[int, tuple[int, ...]]:
+@once_per_object
+def users(graph: Graph) -> Mapping[int, tuple[int, ...]]:
     """Value id -> ids of the nodes that read it, ascending; every value has an entry."""
     table: dict[int, list[int]] = {value.id: [] for value in graph.values}
     for node in graph.nodes:

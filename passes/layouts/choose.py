@@ -130,11 +130,12 @@ def pricer_of(
     devices: Sequence[int],
     batch_fraction: float,
 ) -> Pricer:
-    """Prices on the axes of `inner`, which are the first of `mesh`; what is known stays known."""
-    key = mesh, inner, cluster, tuple(devices), batch_fraction
+    """Prices on the axes of `inner`, which are the first of `mesh`; what is known stays known,
+    wherever in a cluster devices of this type meet over such links."""
+    network = mesh_network(cluster, mesh, devices)
+    kind = slowest_type(cluster, devices)
+    key = inner, tuple(network.ring(axis.name) for axis in inner.axes), kind, batch_fraction
     if key not in facts.pricers:
-        network = mesh_network(cluster, mesh, devices)
-        kind = slowest_type(cluster, devices)
         facts.pricers[key] = Pricer(facts, inner, kind, network, batch_fraction)
     pricer: Pricer = facts.pricers[key]
     return pricer

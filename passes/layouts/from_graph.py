@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ...compiler.ir.graph import Node, OutputKind, Value, ValueKind
@@ -119,7 +120,53 @@ class _Work:
 
 
 def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
-    """The problem of `statement`; `pricer` is for its graph and mesh."""
+    """The problem of `statement`; `pricer` is for its graph and mesh.
+
+    Statements that differ in numbers of microbatches, memory and optimizer share all but what it
+    costs to hold tensors.
+    """
+    key = _frame_key(statement, pricer.facts)
+    if key not in pricer.frames:
+        pricer.frames[key] = _frame(statement, pricer)
+    work: _Work = pricer.frames[key]
+    options = statement.options
+    problem = LayoutProblem(
+        choices=_with_held(work, statement),
+        flows=tuple(work.flows),
+        num_microbatches=options.num_microbatches,
+        memory_bytes=options.memory_bytes,
+        in_flight=options.in_flight,
+    )
+    return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
+
+
+def _with_held(work: _Work, statement: LayoutStatement) -> tuple[Choice, ...]:
+    """The choices of `work` with what it costs to hold tensors as `statement` says."""
+    choices = list(work.choices)
+    firsts = {choice: value for value, choice in reversed(work.held.items())}
+    for choice, value in firsts.items():
+        options = (
+            _held_option(statement, work.pricer, work.value(value), state)
+            for state in work.states[choice]
+        )
+        choices[choice] = replace(choices[choice], options=tuple(options))
+    return tuple(choices)
+
+
+def _frame_key(statement: LayoutStatement, facts: GraphFacts) -> object:
+    """What `_frame` depends on beside the pricer; nodes of a class have equal strategies."""
+    decided, axis = statement.decided, statement.mesh.axes[-1].name
+    return (
+        tuple(decided.strategies[members[0]] for members in facts.classes),
+        tuple(decided.held.items()),
+        tuple(decided.deferred.items()),
+        statement.splits_batch,
+        tuple((name, held[axis]) for name, held in statement.options.held.items() if axis in held),
+    )
+
+
+def _frame(statement: LayoutStatement, pricer: Pricer) -> _Work:
+    """Choices and flows, without what it costs to hold tensors."""
     graph, facts = statement.graph, pricer.facts
     work = _Work(statement, pricer, facts)
     for members in facts.classes:
@@ -143,15 +190,7 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
             groups[place, _users_key(work, value.id, returned)].append(value.id)
     for made_members in groups.values():
         _add_made(work, tuple(made_members), returned)
-    options = statement.options
-    problem = LayoutProblem(
-        choices=tuple(work.choices),
-        flows=tuple(work.flows),
-        num_microbatches=options.num_microbatches,
-        memory_bytes=options.memory_bytes,
-        in_flight=options.in_flight,
-    )
-    return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
+    return work
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -297,8 +336,7 @@ def _add_held(work: _Work, members: tuple[int, ...], returned: dict[int, _Form])
     states = [_State(Layout((*before, placement))) for placement in dict.fromkeys(found)]
     if value.id in work.facts.weights and Replicate() in found:
         states.append(_State(Layout((*before, Replicate())), deferred=True))
-    options = tuple(_held_option(work, value, state) for state in states)
-    choice = work.add(Choice(value.name, options, len(members)))
+    choice = work.add(Choice(value.name, (Option(),) * len(states), len(members)))
     work.states[choice] = tuple(states)
     work.held.update(dict.fromkeys(members, choice))
     _add_flow(work, choice, members, tuple(states), returned)
@@ -313,8 +351,7 @@ def _wanted_placements(work: _Work, value: Value) -> list[Placement]:
     ]
 
 
-def _held_option(work: _Work, value: Value, state: _State) -> Option:
-    statement, pricer = work.statement, work.pricer
+def _held_option(statement: LayoutStatement, pricer: Pricer, value: Value, state: _State) -> Option:
     options = statement.options
     size = pricer.local_bytes(value.type, state.layout)
     if value.kind is ValueKind.BOUNDARY:
@@ -322,7 +359,7 @@ def _held_option(work: _Work, value: Value, state: _State) -> Option:
     if value.kind is ValueKind.INPUT:
         copies = options.num_microbatches if value.batch_dim is not None else 1.0
         return Option(static_bytes=math.ceil(size * copies))
-    if value.kind is not ValueKind.PARAMETER or value.id not in work.facts.weights:
+    if value.kind is not ValueKind.PARAMETER or value.id not in pricer.facts.weights:
         return Option(static_bytes=size)
     axes = set(statement.decided.deferred.get(value.id, ()))
     axes |= {statement.axis} if state.deferred else set()
@@ -378,6 +415,7 @@ def _add_flow(
     adds = any(use.count and any(forms[form].carries for form in use.forms) for use in uses)
     layouts = [*(state.layout for state in states), *(form.layout for form in forms)]
     kept = _Kept(list(dict.fromkeys(layouts)))
+    sums = {layout: pricer.sum_seconds(value, layout) for layout in kept.layouts}
     shared = [replace(form, saves=False) for form in forms]
     work.flows.append(
         Flow(
@@ -386,15 +424,12 @@ def _add_flow(
             states=tuple(states.index(state) for state in made),
             uses=tuple(uses),
             pair_seconds=tuple(
-                tuple(_pair_seconds(work, value, state, form) for form in forms) for state in states
+                tuple(_pair_seconds(work, value, state, form, sums) for form in forms)
+                for state in states
             ),
             conversions=tuple(shared.index(form) for form in shared),
-            use_seconds=tuple(
-                pricer.sum_seconds(value, form.layout) if form.carries else 0.0 for form in forms
-            ),
-            made_seconds=tuple(
-                -pricer.sum_seconds(value, state.layout) if adds else 0.0 for state in states
-            ),
+            use_seconds=tuple(sums[form.layout] if form.carries else 0.0 for form in forms),
+            made_seconds=tuple(-sums[state.layout] if adds else 0.0 for state in states),
             kept=tuple(tuple(kept.by_user(state, form) for form in forms) for state in states),
             own_kept=tuple(kept.of(state.layout) if state.saves else -1 for state in states),
             tensor_bytes=tuple(pricer.local_bytes(value.type, item) for item in kept.layouts),
@@ -438,9 +473,11 @@ def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
     return uses
 
 
-def _pair_seconds(work: _Work, value: Value, state: _State, form: _Form) -> float:
+def _pair_seconds(
+    work: _Work, value: Value, state: _State, form: _Form, sums: Mapping[Layout, float]
+) -> float:
     """Of the conversion, and what it changes in adding up gradients: the users of one form add up
-    theirs in that form, and the conversion returns one."""
+    theirs in that form, and the conversion returns one. `sums`: of adding one, by layout."""
     axis = work.statement.axis
     partial = form.partial
     if state.deferred:
@@ -452,5 +489,4 @@ def _pair_seconds(work: _Work, value: Value, state: _State, form: _Form) -> floa
     seconds = work.pricer.conversion(value, state.layout, form.layout, partial)
     if (state.layout == form.layout and not partial) or not form.carries:
         return seconds
-    added = work.pricer.sum_seconds(value, state.layout)
-    return seconds + added - work.pricer.sum_seconds(value, form.layout)
+    return seconds + sums[state.layout] - sums[form.layout]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Graph, Mode, Node, Output, OutputKind, Value, ValueKind
@@ -57,7 +58,7 @@ class Pricer:
 
     Seconds are those of `batch_fraction` times the rows that the graph was captured at: of what is
     priced, all that is computed from activations counts as growing with them. Bytes are the
-    graph's own.
+    graph's own. `frames` are what `from_graph.py` has stated with these prices.
     """
 
     facts: GraphFacts
@@ -68,6 +69,9 @@ class Pricer:
     _kinds: tuple[ValueKind, ...] = ()
     _nodes: dict[object, NodeFigures] = field(default_factory=dict)
     _conversions: dict[object, float] = field(default_factory=dict)
+    _looks: dict[int, int] = field(default_factory=dict)
+    _numbers: dict[object, int] = field(default_factory=dict)
+    frames: dict[object, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """A view of a held tensor counts as that: it is not kept for the backward."""
@@ -192,11 +196,18 @@ class Pricer:
     ) -> float:
         """Seconds of bringing `value` from one layout to another, gradient included; infinite if
         there is no way. `partial`: axes on which each rank has a term of the gradient."""
-        kind = self._operand_kind(value.id), value.id in self.facts.batched
-        key = (value.type, value.requires_grad, kind, made, wanted, partial)
+        key = (self._look(value), made, wanted, partial)
         if key not in self._conversions:
             self._conversions[key] = self._price_conversion(value, made, wanted, partial)
         return self._conversions[key]
+
+    def _look(self, value: Value) -> int:
+        """A number for all that a price depends on; it is quicker to look up."""
+        if value.id not in self._looks:
+            kind = self._operand_kind(value.id), value.id in self.facts.batched
+            look = value.type, value.requires_grad, kind
+            self._looks[value.id] = self._numbers.setdefault(look, len(self._numbers))
+        return self._looks[value.id]
 
     def _price_conversion(
         self, value: Value, made: Layout, wanted: Layout, partial: frozenset[int]

@@ -16,7 +16,7 @@ from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Mode, OutputKind, Value, ValueKind, users
 from ...cost_models.analysis import batch_rows, batch_values
 from ...cost_models.memory import memory_profile
-from ...cost_models.ops import NodeCost, price
+from ...cost_models.ops import NodeCost, price_once
 from ...cost_models.recompute import with_reruns
 from ...cost_models.stages import optimizer_seconds
 from .devices import class_links, device_classes, slowest_link, used_types
@@ -85,7 +85,7 @@ def _figures(statement: Statement, num_microbatches: int) -> _Figures:
         types=types,
         costs=tuple(
             with_reruns(
-                price(graph, entry, batch_fraction=fraction, network=statement.network), rerun
+                price_once(graph, entry, batch_fraction=fraction, network=statement.network), rerun
             )
             for entry in types
         ),

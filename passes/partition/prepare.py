@@ -7,7 +7,7 @@ from ...compiler.ir.graph import Mode
 from ...compiler.ir.plan import Plan
 from ...cost_models.analysis import batch_rows
 from ...cost_models.memory import rerun_nodes
-from ...cost_models.ops import price
+from ...cost_models.ops import price_once
 from ..coarsen import Coarsening, coarsen
 from ..context import Context
 from ..replicate import needed_replicas, replicated_nodes
@@ -55,7 +55,7 @@ def state(plan: Plan, context: Context) -> Statement:
     graph, options = context.graph, context.options
     replicated = replicated_nodes(graph)
     rows = plan.batch_size / (plan.num_microbatches or plan.batch_size / batch_rows(graph))
-    costs = price(
+    costs = price_once(
         graph,
         plan.cluster.types[0],
         batch_fraction=rows / batch_rows(graph),

@@ -41,6 +41,21 @@ def test_nodes_know_their_module_and_source_line() -> None:
     assert linear.source.startswith("test_lower.py:") and relu.source == linear.source
 
 
+def test_calls_in_helpers_have_the_line_of_the_forward_that_called_them() -> None:
+    class Model(_Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return self.helper(y)
+
+        def helper(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.mul.Tensor(x, x) + 1.0
+
+    linear, mul, add, *_ = _train(Model()).graph.nodes
+    line = int(linear.source.removeprefix("test_lower.py:"))
+    assert mul.source == add.source == f"test_lower.py:{line + 1}"
+    assert not torch.fx.config.do_not_emit_stack_traces, "torch's setting is put back"
+
+
 def test_tied_weights_are_one_parameter() -> None:
     class Model(_Net):
         def __init__(self) -> None:

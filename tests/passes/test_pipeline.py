@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 
 from cutset.compiler.ir.errors import VerificationError
+from cutset.compiler.ir.graph import Graph
+from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.ir.plan import Plan
 from cutset.compiler.ir.verify import verify_plan
+from cutset.compiler.sharding.localize import LocalPart
+from cutset.compiler.sharding.sharding import Sharding
 from cutset.cost_models.presets import local_cpu_cluster
+from cutset.passes import columns
 from cutset.passes.context import Context, PlanOptions
 from cutset.passes.pipeline import PASSES, plan_graph, run_passes
 from tests.ir.builders import mlp, residual, tied_embedding
@@ -39,6 +44,20 @@ def test_every_decision_is_made_and_the_plan_is_legal() -> None:
         assert plan.num_microbatches in (1, 2, 4, 8)
         assert plan.certificate.gap <= 0.01
         assert plan.prediction.step_seconds == plan.certificate.objective
+
+
+def test_passes_share_local_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    plain = columns.localize
+
+    def counted(graph: Graph, sharding: Sharding, coordinate: tuple[int, ...]) -> LocalPart:
+        made.append((sharding.mesh, sharding.strategies, sharding.layouts))
+        return plain(graph, sharding, coordinate)
+
+    monkeypatch.setattr(columns, "localize", counted)
+    options = PlanOptions(mesh=Mesh.parse("tensor=2"))
+    plan_graph(mlp(), local_cpu_cluster(2), batch_size=8, options=options)
+    assert made and all(made.count(item) == 1 for item in made)
 
 
 def test_an_illegal_plan_is_blamed_on_the_pass_that_made_it() -> None:

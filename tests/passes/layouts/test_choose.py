@@ -9,16 +9,19 @@ from hypothesis import strategies as st
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.compiler.ir.graph import Graph
 from cutset.compiler.ir.mesh import Mesh
+from cutset.compiler.ir.plan import OptimizerModel
 from cutset.compiler.sharding.localize import localize
 from cutset.compiler.sharding.sharding import make_sharding
 from cutset.cost_models.collectives import mesh_network
 from cutset.cost_models.ops import price
-from cutset.passes.layouts.choose import LayoutChoice, plan_layouts
+from cutset.passes.layouts import from_graph
+from cutset.passes.layouts.choose import LayoutChoice, plan_layouts, pricer_of
 from cutset.passes.layouts.facts import GraphFacts
 from cutset.passes.layouts.from_graph import StatedProblem, state_layouts
 from cutset.passes.layouts.pricing import Pricer
 from cutset.passes.layouts.program import solve
 from cutset.passes.layouts.statement import Decided, LayoutOptions, LayoutStatement
+from tests.ir.builders import mlp
 
 from .brute import brute_force, graphs
 
@@ -85,3 +88,40 @@ def test_objective_is_the_price_of_the_local_graph(
     choice = plan_layouts(graph, parsed, machine, tuple(range(parsed.size)), options)
     wanted = local_seconds(graph, choice, machine, fraction)
     assert choice.seconds == pytest.approx(wanted, rel=1e-9)
+
+
+def test_what_differs_in_how_tensors_are_held_is_stated_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, mesh, machine = mlp(), Mesh.parse("data=2,tensor=2"), cluster(4, 1e9)
+    made: list[object] = []
+    plain = from_graph._frame
+
+    def counted(statement: LayoutStatement, pricer: Pricer) -> object:
+        made.append(statement)
+        return plain(statement, pricer)
+
+    monkeypatch.setattr(from_graph, "_frame", counted)
+    facts = GraphFacts.of(graph)
+    for options in (
+        LayoutOptions(),
+        LayoutOptions(num_microbatches=4),
+        LayoutOptions(memory_bytes=1 << 30, in_flight=2.0),
+        LayoutOptions(optimizer=OptimizerModel("sgd", 0.0), update_share=0.5),
+    ):
+        shared = plan_layouts(graph, mesh, machine, range(4), options, facts)
+        assert shared == plan_layouts(graph, mesh, machine, range(4), options)
+    alone = 4 * len(mesh.axes)
+    assert len(made) == alone + len(mesh.axes)
+
+
+def test_equal_links_have_equal_prices() -> None:
+    graph, machine = mlp(), cluster(4, 1e9)
+    other = cluster(4, 1e8)
+    facts, one, both = GraphFacts.of(graph), Mesh.parse("tensor=2"), Mesh.parse("tensor=2,data=2")
+    first = pricer_of(facts, one, one, machine, (0, 1), 1.0)
+    assert pricer_of(facts, one, one, machine, (2, 3), 1.0) is first
+    assert pricer_of(facts, both, one, machine, (0, 1, 2, 3), 1.0) is first
+    assert pricer_of(facts, both, both, machine, (0, 1, 2, 3), 1.0) is not first
+    assert pricer_of(facts, one, one, other, (0, 1), 1.0) is not first
+    assert pricer_of(facts, one, one, machine, (0, 1), 0.25) is not first
