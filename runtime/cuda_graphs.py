@@ -1,10 +1,10 @@
 """Replay a stage's kernels as CUDA graphs.
 
 A CUDA graph reads and writes fixed addresses, while a pipeline keeps several microbatches in
-flight. So each stage owns *slots*: a slot holds static tensors and F, B and W graphs for one
-microbatch in flight, and is reused when that microbatch's W is done. A slot runs eagerly on its
-first use (which warms libraries up), is captured on its second, and replayed from then on. Ranks in
-processes of their own do the first two before the first step (`Executor.rehearse`).
+flight. So each stage owns *slots*: a slot holds static tensors and graphs of F, B and the parts of
+W for one microbatch in flight, and is reused when that microbatch's W is done. A slot runs eagerly
+on its first use (which warms libraries up), is captured on its second, and replayed from then on.
+Ranks in processes of their own do the first two before the first step (`Executor.rehearse`).
 
 Graphs of one slot share a memory pool; slots do not share one, because a replay of one slot would
 overwrite temporaries that another slot still keeps.
@@ -88,9 +88,10 @@ class _Slot:
         self.uses = 0
         self.forward = _GraphedKernel(kernels.forward, frozenset(dynamic), pool)
         self.backward: dict[str, _GraphedKernel] = {}
+        weights = [(part.name, part.kernel, part.sources) for part in kernels.backward_weights]
         for name, kernel, sources in (
             ("input", kernels.backward_input, kernels.input_sources),
-            ("weight", kernels.backward_weight, kernels.weight_sources),
+            *weights,
         ):
             if kernel is not None:
                 tangents = {i for i, (kind, _) in enumerate(sources) if kind is Source.TANGENT}
@@ -135,13 +136,13 @@ class GraphSlots:
     def backward(
         self, slot: _Slot | None, name: str, kernel: Kernel, arguments: list[Tensor | None]
     ) -> list[Tensor | None]:
-        """Results of B (`name` = `input`) or W (`weight`); releases the slot after W."""
+        """Results of B (`name` = `input`) or of a part of W; releases the slot after the last."""
         results = None
         if slot is not None and slot.uses > 1 and not self._broken:
             results = self._replayed(slot, name, arguments)
         if results is None:
             results = list(kernel(arguments))
-        if name == "weight":
+        if name == self._kernels.backward_weights[-1].name:
             self.release(slot)
         return results
 

@@ -1,18 +1,20 @@
 """The sums of gradients and what follows the last action of a training step on each rank.
 
-The gradients of a stage are reduced from its last backward on, while other stages still compute;
-those of parameters that several stages hold after all actions, as their stages end at different
-times. Then come the global gradient norm and clipping (if asked for), the optimizer step, and the
-exchange of what each rank has updated. All ranks of a group start the same collectives in the same
-order, since they follow from the order of first use in the whole graph.
+The gradients of a stage are reduced during its last backward, bucket by bucket: the weight
+gradients of that microbatch are computed in parts, and what a part completes travels while the next
+ones compute. Those of parameters that several stages hold are reduced after all actions, as their
+stages end at different times. Then come the global gradient norm and clipping (if asked for), the
+optimizer step, and the exchange of what each rank has updated. All ranks of a group start the same
+collectives in the same order, since they follow from the order of first use in the whole graph.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..ir.buckets import BUCKET_BYTES, bucket_bytes, in_flight_bytes
+from ..ir.buckets import BUCKET_BYTES, bucket_bytes, bucket_ends, in_flight_bytes
 from ..ir.program import (
     GRADIENT_NORM,
     AllGather,
@@ -25,13 +27,13 @@ from ..ir.program import (
     ReduceScatter,
     TensorShard,
 )
-from .buckets import Entry, bound_in_flight, make_buckets
+from .buckets import Entry, bound_in_flight, in_backward_order, make_buckets
 from .copies import Copy
 
 __all__ = ["Tail"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tail:
     """Makes the tails of all ranks.
 
@@ -61,10 +63,26 @@ class Tail:
         """`Program.offloaded` of `rank`."""
         return tuple(name for name, c in self.held(rank) if c.is_offloaded)
 
-    def after_stage(self, rank: int, names: Iterable[str]) -> Iterator[Instruction]:
+    def parts(self, rank: int, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """`names`, whose gradients one backward completes on `rank`, as the parts in which it does
+        so: as many as fill a bucket. Empty if they need not be apart.
+
+        All ranks that run a stage cut it in the same places, as they may meet inside the parts.
+        """
+        entries = [
+            (name, copy)
+            for name, copy in ((name, self.copies[name][rank]) for name in names)
+            if copy.is_scattered or (len(copy.summed) > 1 and not copy.is_tied)
+        ]
+        size = self._most_bytes
+        order = in_backward_order(entries)
+        parts = bucket_ends(order, lambda item: size[item[0]], self._limit(rank))
+        return tuple(tuple(name for name, _ in part) for part in parts) if len(parts) > 1 else ()
+
+    def after_part(self, rank: int, names: Iterable[str]) -> Iterator[Instruction]:
         """Once the gradients of `names` are complete on `rank`."""
         entries = [(name, self.copies[name][rank]) for name in names]
-        limit = bucket_bytes(self._total_bytes(rank))
+        limit = self._limit(rank)
         yield from _reduce_scatters(entries, limit)
         own = ((n, c) for n, c in entries if not (c.is_tied or c.is_scattered))
         yield from _all_reduces(own, limit)
@@ -72,7 +90,7 @@ class Tail:
     def instructions(self, rank: int) -> Iterator[Instruction]:
         """After all actions of a rank that has a stage."""
         held = self.held(rank)
-        limit = bucket_bytes(self._total_bytes(rank))
+        limit = self._limit(rank)
         # those over stages must not depend on what a rank holds besides
         yield from _all_reduces(((n, c) for n, c in held if c.is_tied), BUCKET_BYTES)
         yield from _all_reduces(
@@ -107,11 +125,18 @@ class Tail:
     def _total_bytes(self, rank: int) -> int:
         """Bytes of the trained parameters of `rank`, of each the largest part that a rank holds:
         so it is the same on all ranks that run the same stages."""
-        return sum(
-            max(copy.held.num_bytes for copy in copies.values())
-            for copies in self.copies.values()
-            if rank in copies
-        )
+        return sum(self._most_bytes[name] for name, _ in self.held(rank))
+
+    def _limit(self, rank: int) -> float:
+        return bucket_bytes(self._total_bytes(rank))
+
+    @functools.cached_property
+    def _most_bytes(self) -> dict[str, int]:
+        """Of each parameter, bytes of the largest part that a rank holds."""
+        return {
+            name: max(copy.held.num_bytes for copy in copies.values())
+            for name, copies in self.copies.items()
+        }
 
 
 def _reduce_scatters(entries: Iterable[Entry], limit: float) -> Iterator[Instruction]:

@@ -1,7 +1,8 @@
 """How large the buckets of a step's sums and gathers are, and how many are under way at once.
 
-Gradients and updated parameters travel in buckets, several tensors in one message. A bucket takes
-memory beside the tensors while it travels, and nothing hides the last one behind computation, so a
+Gradients and updated parameters travel in buckets, several tensors in one message. Those of
+gradients start inside the last backward, as it completes them. A bucket takes memory beside the
+tensors while it travels, and nothing hides the last one behind computation, so a
 rank's parameters are cut into about eight, of at most 25 MiB. (Li et al., PyTorch Distributed,
 2020, measured that larger ones gain nothing: at 25 MiB, latency is well below a tenth of the time
 on the wire.) Two may be under way: one travels while the next is laid down.
@@ -13,13 +14,23 @@ limit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
-__all__ = ["BUCKET_BYTES", "bucket_bytes", "early_starts", "in_flight_bytes"]
+__all__ = [
+    "BUCKET_BYTES",
+    "bucket_bytes",
+    "bucket_ends",
+    "early_starts",
+    "fill",
+    "in_flight_bytes",
+]
 
 BUCKET_BYTES = 25 << 20
 _LEAST_BYTES = 64 << 10
 _PARTS = 8
+
+Item = TypeVar("Item")
 
 
 def bucket_bytes(total_bytes: float) -> float:
@@ -31,6 +42,34 @@ def bucket_bytes(total_bytes: float) -> float:
 def in_flight_bytes(total_bytes: float) -> float:
     """Most bytes of the buckets under way at once; a single one may be larger."""
     return 2 * bucket_bytes(total_bytes)
+
+
+def fill(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> list[list[Item]]:
+    """`items` in buckets of neighbours, none of several items above `limit`."""
+    buckets: list[list[Item]] = []
+    total = 0.0
+    for item in items:
+        total += size(item)
+        if not buckets or total > limit:
+            buckets.append([])
+            total = size(item)
+        buckets[-1].append(item)
+    return buckets
+
+
+def bucket_ends(
+    items: Iterable[Item], size: Callable[[Item], float], limit: float
+) -> list[list[Item]]:
+    """`items` in groups of one or several buckets (`fill`), all but the last at least half full:
+    where it pays to stop computing gradients and send off what is complete."""
+    groups: list[list[Item]] = []
+    is_full = True
+    for bucket in fill(items, size, limit):
+        if is_full:
+            groups.append([])
+        groups[-1] += bucket
+        is_full = sum(map(size, groups[-1])) >= limit / 2
+    return groups
 
 
 def early_starts(sizes: Sequence[float]) -> tuple[int, ...]:
