@@ -25,7 +25,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..compiler.ir.buckets import bucket_bytes, bucket_ends, in_flight_bytes
+from ..compiler.ir.buckets import (
+    bucket_ends,
+    in_flight_bytes,
+    sum_bytes,
+    sums_in_flight_bytes,
+)
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
 from .adjoint_types import Adjoint, NodeContext
@@ -333,7 +338,7 @@ def stage_memory(
     }
     parts = _summed_parts(model, chosen, trained, figures)
     steps = model.steps(chosen, consumers, recomputed, kept, parts)
-    actions = _action_memory(steps, train, model.backend)
+    actions = _action_memory(steps, train)
     saved = actions.saved_bytes
     activations = saved * max(in_flight, 1) if train else 0.0
     messages = _messages(
@@ -386,12 +391,15 @@ def _bucket_bytes(
     held: Sequence[float], figures: Sequence[ParameterFigures]
 ) -> tuple[float, float]:
     """Most bytes of buckets under way at once: of sums of gradients, of gathers of parameters."""
-    limit = in_flight_bytes(sum(held))
+    total = sum(held)
     pairs = list(zip(held, figures, strict=True))
     sums = [(size, entry.scatter_bytes) for size, entry in pairs if entry.scatter_bytes]
     sums += [(entry.reduce_bytes, entry.reduce_bytes) for entry in figures]
     gathers = [(size, entry.gather_bytes) for size, entry in pairs if entry.gather_bytes]
-    return most_under_way(sums, limit), most_under_way(gathers, limit)
+    return (
+        most_under_way(sums, sums_in_flight_bytes(total)),
+        most_under_way(gathers, in_flight_bytes(total)),
+    )
 
 
 def _summed_parts(
@@ -411,7 +419,7 @@ def _summed_parts(
         for index in reversed(order)
         if index in trained and (figures[index].scatter_bytes or figures[index].reduce_bytes)
     ]
-    parts = bucket_ends(summed, trained.__getitem__, bucket_bytes(sum(trained.values())))
+    parts = bucket_ends(summed, trained.__getitem__, sum_bytes(sum(trained.values())))
     return parts if len(parts) > 1 else []
 
 
@@ -454,10 +462,10 @@ def action_memory(
     """
     chosen = range(len(model.graph.nodes)) if nodes is None else nodes
     steps = model.steps(chosen, recomputed=recomputed, kept=kept, parts=parts)
-    return _action_memory(steps, model.graph.mode is Mode.TRAIN, model.backend)
+    return _action_memory(steps, model.graph.mode is Mode.TRAIN)
 
 
-def _action_memory(steps: StageSteps, train: bool, backend: str) -> ActionMemory:
+def _action_memory(steps: StageSteps, train: bool) -> ActionMemory:
     received = set(steps.received)
     keep = steps.outputs | received | (set(steps.saved) if train else set())
     forward = live_bytes(steps.forward, steps.received, keep)
@@ -475,24 +483,18 @@ def _action_memory(steps: StageSteps, train: bool, backend: str) -> ActionMemory
         left_bytes=sum(left.values()),
         forward_bytes=forward.peak_bytes,
         backward_input_bytes=first.peak_bytes - saved,
-        weight_parts=tuple(_part_memory(steps, left, backend)),
+        weight_parts=tuple(_part_memory(steps, left)),
     )
 
 
-def _part_memory(
-    steps: StageSteps, left: Mapping[int, float], backend: str
-) -> Iterator[PartMemory]:
-    """`left`: what B leaves. Results of CUDA graphs, which parts may be, are never freed."""
+def _part_memory(steps: StageSteps, left: Mapping[int, float]) -> Iterator[PartMemory]:
+    """`left`: what B leaves."""
     live = dict(left)
-    made: dict[int, float] = {}
     for number, part in enumerate(steps.weight_parts):
         rest = steps.weight_parts[number + 1 :]
         later = {storage for steps in rest for step in steps for storage in step.reads}
-        found = live_bytes(part, live, later | made.keys())
-        if backend == "cuda":
-            fresh = {storage for step in part for storage, _ in step.writes}
-            made |= {s: size for s, size in found.end.items() if s in fresh and s in later}
-        kept = {s: size for s, size in found.end.items() if s in later or s in made}
+        found = live_bytes(part, live, later)
+        kept = {storage: size for storage, size in found.end.items() if storage in later}
         yield PartMemory(found.peak_bytes - sum(live.values()), sum(kept.values()))
         live = kept
 

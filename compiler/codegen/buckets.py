@@ -51,9 +51,12 @@ def make_buckets(
 
 
 def bound_in_flight(
-    instructions: Iterable[Instruction], size: Callable[[Collective], int], limit: float
+    instructions: Iterable[Instruction],
+    size: Callable[[Collective], int],
+    limit: Callable[[Collective], float],
 ) -> Iterator[Instruction]:
-    """`instructions` with an `Await` wherever collectives under way would exceed `limit` bytes.
+    """`instructions` with an `Await` wherever collectives under way would exceed the `limit` in
+    bytes of the next one.
 
     What is awaited was started before, and all ranks of a group start its collectives in one order,
     so no two ranks can come to wait for each other.
@@ -62,7 +65,7 @@ def bound_in_flight(
     for item in instructions:
         if isinstance(item, Collective):
             pending = _apart_from(pending, item.targets)
-            while pending and sum(map(size, pending)) + size(item) > limit:
+            while pending and sum(map(size, pending)) + size(item) > limit(item):
                 yield Await(pending[0].targets)
                 pending = _apart_from(pending, pending[0].targets)
             pending.append(item)

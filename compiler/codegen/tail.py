@@ -14,7 +14,14 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..ir.buckets import BUCKET_BYTES, bucket_bytes, bucket_ends, in_flight_bytes
+from ..ir.buckets import (
+    BUCKET_BYTES,
+    bucket_bytes,
+    bucket_ends,
+    in_flight_bytes,
+    sum_bytes,
+    sums_in_flight_bytes,
+)
 from ..ir.program import (
     GRADIENT_NORM,
     AllGather,
@@ -76,13 +83,13 @@ class Tail:
         ]
         size = self._most_bytes
         order = in_backward_order(entries)
-        parts = bucket_ends(order, lambda item: size[item[0]], self._limit(rank))
+        parts = bucket_ends(order, lambda item: size[item[0]], sum_bytes(self._total_bytes(rank)))
         return tuple(tuple(name for name, _ in part) for part in parts) if len(parts) > 1 else ()
 
     def after_part(self, rank: int, names: Iterable[str]) -> Iterator[Instruction]:
         """Once the gradients of `names` are complete on `rank`."""
         entries = [(name, self.copies[name][rank]) for name in names]
-        limit = self._limit(rank)
+        limit = sum_bytes(self._total_bytes(rank))
         yield from _reduce_scatters(entries, limit)
         own = ((n, c) for n, c in entries if not (c.is_tied or c.is_scattered))
         yield from _all_reduces(own, limit)
@@ -90,7 +97,7 @@ class Tail:
     def instructions(self, rank: int) -> Iterator[Instruction]:
         """After all actions of a rank that has a stage."""
         held = self.held(rank)
-        limit = self._limit(rank)
+        limit = bucket_bytes(self._total_bytes(rank))
         # those over stages must not depend on what a rank holds besides
         yield from _all_reduces(((n, c) for n, c in held if c.is_tied), BUCKET_BYTES)
         yield from _all_reduces(
@@ -120,15 +127,16 @@ class Tail:
                 return sum(copy.updated.num_bytes for copy in copies)
             return sum(copy.held.num_bytes for copy in copies)
 
-        return bound_in_flight(instructions, size, in_flight_bytes(self._total_bytes(rank)))
+        total = self._total_bytes(rank)
+        limits = in_flight_bytes(total), sums_in_flight_bytes(total)
+        return bound_in_flight(
+            instructions, size, lambda item: limits[not isinstance(item, AllGather)]
+        )
 
     def _total_bytes(self, rank: int) -> int:
         """Bytes of the trained parameters of `rank`, of each the largest part that a rank holds:
         so it is the same on all ranks that run the same stages."""
         return sum(self._most_bytes[name] for name, _ in self.held(rank))
-
-    def _limit(self, rank: int) -> float:
-        return bucket_bytes(self._total_bytes(rank))
 
     @functools.cached_property
     def _most_bytes(self) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """How large the buckets of a step's sums and gathers are, and how many are under way at once.
 
-Gradients and updated parameters travel in buckets, several tensors in one message. Those of
-gradients start inside the last backward, as it completes them. A bucket takes memory beside the
-tensors while it travels, and nothing hides the last one behind computation, so a
+Gradients and updated parameters travel in buckets, several tensors in one message. A bucket takes
+memory beside the tensors while it travels, and nothing hides the last one behind computation, so a
 rank's parameters are cut into about eight, of at most 25 MiB. (Li et al., PyTorch Distributed,
 2020, measured that larger ones gain nothing: at 25 MiB, latency is well below a tenth of the time
 on the wire.) Two may be under way: one travels while the next is laid down.
+
+Buckets of gradients start inside the last backward, which is cut where they are complete. Each cut
+is one more kernel to make, so that there are about 32 at most, whatever their size.
 
 The code generator makes buckets by these figures, and the memory model counts their bytes. Inside
 stages, parameters that are held in parts (ZeRO 3) are gathered ahead of their use under the same
@@ -24,11 +26,14 @@ __all__ = [
     "early_starts",
     "fill",
     "in_flight_bytes",
+    "sum_bytes",
+    "sums_in_flight_bytes",
 ]
 
 BUCKET_BYTES = 25 << 20
 _LEAST_BYTES = 64 << 10
 _PARTS = 8
+_MOST_CUTS = 32
 
 Item = TypeVar("Item")
 
@@ -39,9 +44,19 @@ def bucket_bytes(total_bytes: float) -> float:
     return min(BUCKET_BYTES, max(_LEAST_BYTES, total_bytes / _PARTS))
 
 
+def sum_bytes(total_bytes: float) -> float:
+    """As `bucket_bytes`, for buckets of gradients that one stage's last backward completes."""
+    return max(bucket_bytes(total_bytes), total_bytes / _MOST_CUTS)
+
+
 def in_flight_bytes(total_bytes: float) -> float:
     """Most bytes of the buckets under way at once; a single one may be larger."""
     return 2 * bucket_bytes(total_bytes)
+
+
+def sums_in_flight_bytes(total_bytes: float) -> float:
+    """Likewise, of buckets of gradients."""
+    return 2 * sum_bytes(total_bytes)
 
 
 def fill(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> list[list[Item]]:

@@ -25,7 +25,11 @@ class Measured:
     forward: int
     backward_input: int
     left: int
-    backward_weight: int
+    weight_parts: tuple[int, ...]  # peak in each
+
+    @property
+    def backward_weight(self) -> int:
+        return max(self.weight_parts)
 
     @property
     def peak(self) -> int:
@@ -87,10 +91,10 @@ class StageRun:
                     del arriving
                 self._backward_input(context, early)
             left = self._fresh(context)
-            with record_function("phase weight"):
-                self._backward_weight(context, buffers)
+            self._backward_weight(context, buffers)
         peaks = _peaks(profiler)
-        return Measured(saved, peaks["forward"], peaks["input"], left, peaks["weight"])
+        weights = tuple(peaks[part.name] for part in kernels.backward_weights)
+        return Measured(saved, peaks["forward"], peaks["input"], left, weights)
 
     def _forward(self) -> dict[tuple[Source, int], Tensor | None]:
         arguments: list[Tensor | None] = [
@@ -144,7 +148,8 @@ class StageRun:
                 for source in part.sources
             ]
             arguments.extend(own[i] for i in part.accumulated)
-            passed = part.kernel(arguments)
+            with record_function(f"phase {part.name}"):
+                passed = part.kernel(arguments)
             for index, tensor in zip(part.passed, passed, strict=True):
                 context[Source.PASSED, index] = tensor
             del passed
@@ -173,12 +178,12 @@ def _read_by_weights(kernels: StageKernels) -> set[tuple[Source, int]]:
 def _peaks(profiler: profile) -> dict[str, int]:
     """Most live bytes in each phase, from the profiler's stream of allocations and releases."""
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    peaks = {"forward": 0, "input": 0, "weight": 0}
+    peaks = {"forward": 0}
     phase, live = "forward", 0
     for event in events:
         if event.name().startswith("phase "):
             phase = event.name().removeprefix("phase ")
-            peaks[phase] = max(peaks[phase], live)
+            peaks[phase] = max(peaks.get(phase, 0), live)
         elif event.name() == "[memory]":
             live += event.nbytes()
             peaks[phase] = max(peaks[phase], live)
