@@ -222,9 +222,10 @@ class _View:
             if value.id in figures:
                 entry = figures[value.id]
                 num_bytes += entry.gradient_bytes + entry.state_bytes
-                if entry.step_seconds:
+                once = entry.sum_seconds + entry.step_seconds
+                if once:
                     count, summed = count + 1, summed + value.type.num_bytes
-                    seconds += entry.step_seconds
+                    seconds += once
         return num_bytes, Traffic(count, summed, seconds)
 
     def _traffic(self, local: list[int], *, backward: bool) -> Traffic:

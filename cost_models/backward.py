@@ -5,7 +5,7 @@ what a rank runs for one stage and microbatch:
 
 * F, the forward;
 * B, the steps that gradients of the stage's differentiable boundary inputs depend on;
-* W, the rest: weight gradients, each added to its buffer at once.
+* W, the rest: weight gradients, each added to its buffer at once; perhaps cut into parts.
 
 Copies of the forward steps of recomputed nodes stand in B and W, see `recompute.py`.
 
@@ -15,6 +15,7 @@ extras, gradients) by numbers above all value ids.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,14 +39,15 @@ class StageSteps:
     """Steps and storages of one stage and one microbatch.
 
     Args:
-        forward, backward_input, backward_weight: see the module docstring.
+        forward, backward_input, weight_parts: see the module docstring.
         received: boundary values that the stage reads, storage -> bytes.
         outputs: storages that the stage returns (boundary, loss, buffers, user outputs).
         sent_bytes: bytes of its boundary outputs.
         arriving: gradients of its outputs, storage -> bytes (all consumers' registers).
         returned: storages of gradients of its boundary inputs, with bytes.
         saved: storages made or received in forward that a backward step reads, with bytes.
-        passed: storages made in B (or arriving) that W reads, with bytes.
+        passed: storages made in B (or arriving), or in a part of W, that a later part of W reads,
+            with bytes.
         user_outputs_bytes: results for the user.
         copies: storages that are recomputed.
         rerun: nodes that B or W runs again.
@@ -53,7 +55,7 @@ class StageSteps:
 
     forward: tuple[Step, ...]
     backward_input: tuple[Step, ...]
-    backward_weight: tuple[Step, ...]
+    weight_parts: tuple[tuple[Step, ...], ...]
     received: dict[int, float]
     outputs: frozenset[int]
     sent_bytes: float
@@ -64,6 +66,10 @@ class StageSteps:
     user_outputs_bytes: float
     copies: frozenset[int] = frozenset()
     rerun: frozenset[int] = frozenset()
+
+    @property
+    def backward_weight(self) -> tuple[Step, ...]:
+        return tuple(step for part in self.weight_parts for step in part)
 
 
 @dataclass(slots=True)
@@ -104,6 +110,7 @@ def stage_steps(
     consumers: Mapping[int, int] | None = None,
     recomputed: Collection[int] = (),
     kept: Mapping[int, float] | None = None,
+    parts: Sequence[Collection[int]] = (),
 ) -> StageSteps:
     """Steps of the stage that consists of `nodes` of `graph` (a whole graph or a stage's own).
 
@@ -115,6 +122,7 @@ def stage_steps(
         recomputed: nodes whose results backward computes again.
         kept: parameters of whose gradients backward keeps parts, summed over ranks as soon as they
             are complete (ZeRO 2), and bytes of the buffers for that.
+        parts: parameters whose gradients each part of W completes; empty: W is in one piece.
     """
     ordered = tuple(graph.nodes[index] for index in sorted(nodes))
     made = {value for node in ordered for value in node.outputs}
@@ -142,20 +150,25 @@ def stage_steps(
     returned = _backward_steps(build, received) if arriving else {}
     backward, copies = insert_copies(build.backward, forward, recomputed, build.new)
     first, second = _split(backward, returned, copies)
-    parts = forward, first, second
-    forward, first, second = (_with_gathers_ahead(build, steps) for steps in parts)
-    made_in_b = {storage: size for step in first for storage, size in step.writes}
+    pieces = _pieces(build, second, parts)
+    forward, first, *pieces = (
+        _with_gathers_ahead(build, steps) for steps in (forward, first, *pieces)
+    )
+    passed = [
+        _crossing([made], pieces[number:], arriving if number == 0 else {})
+        for number, made in enumerate((first, *pieces))
+    ]
     return StageSteps(
         forward=forward,
         backward_input=first,
-        backward_weight=second,
+        weight_parts=tuple(pieces),
         received=received,
         outputs=frozenset(build.roots(sent | _returned_values(graph, ends))),
         sent_bytes=sum(sizes[value] for value in sent),
         arriving=arriving,
         returned=returned,
-        saved=_crossing([forward], [first, second], received),
-        passed=_crossing([first], [second], {**arriving, **made_in_b}),
+        saved=_crossing([forward], [first, *pieces], received),
+        passed={storage: size for table in passed for storage, size in table.items()},
         user_outputs_bytes=sum(
             sizes[output.value]
             for output in graph.outputs
@@ -342,6 +355,22 @@ def _split(
     first = tuple(step for position, step in enumerate(steps) if position in inside)
     second = tuple(step for position, step in enumerate(steps) if position not in inside)
     return first, second
+
+
+def _pieces(
+    build: _Build, steps: Sequence[Step], parts: Sequence[Collection[int]]
+) -> list[tuple[Step, ...]]:
+    """W cut after the last gradient that each part completes (see `runtime/fx_cut.py`)."""
+    first_use: dict[int, int] = {}
+    for node in reversed(build.nodes):
+        first_use.update(dict.fromkeys(node.inputs, node.id))
+    completes = {step.node: position for position, step in enumerate(steps) if not step.writes}
+    cuts = [0]
+    for part in parts[:-1]:
+        ends = (completes.get(first_use.get(value, -1), -1) + 1 for value in part)
+        cuts.append(max([cuts[-1], *ends]))
+    cuts.append(len(steps))
+    return [tuple(steps[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def _crossing(

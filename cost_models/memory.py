@@ -22,10 +22,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..compiler.ir.buckets import in_flight_bytes
+from ..compiler.ir.buckets import (
+    bucket_ends,
+    in_flight_bytes,
+    sum_bytes,
+    sums_in_flight_bytes,
+)
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
@@ -74,6 +79,15 @@ class NodeMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class PartMemory:
+    """A part of the weight gradients: its peak above what was kept before it, and what is kept
+    after it, in bytes."""
+
+    peak_bytes: float
+    left_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
 class ActionMemory:
     """Memory of one stage's actions on one microbatch, in bytes.
 
@@ -83,7 +97,7 @@ class ActionMemory:
         left_bytes: kept between input gradients and weight gradients.
         forward_bytes: peak of the forward, what it saves included.
         backward_input_bytes: peak of the input gradients above `saved_bytes`.
-        backward_weight_bytes: peak of the weight gradients above `left_bytes`.
+        weight_parts: the weight gradients, which may be computed in parts.
     """
 
     received_bytes: float
@@ -91,7 +105,19 @@ class ActionMemory:
     left_bytes: float
     forward_bytes: float
     backward_input_bytes: float
-    backward_weight_bytes: float
+    weight_parts: tuple[PartMemory, ...]
+
+    @property
+    def part_bytes(self) -> tuple[float, ...]:
+        """The most that is live in each part of the weight gradients."""
+        before = (self.left_bytes, *(part.left_bytes for part in self.weight_parts))
+        pairs = zip(before, self.weight_parts, strict=False)
+        return tuple(kept + part.peak_bytes for kept, part in pairs)
+
+    @property
+    def backward_weight_bytes(self) -> float:
+        """Peak of the weight gradients above `left_bytes`."""
+        return max(self.part_bytes, default=0.0) - self.left_bytes
 
     @property
     def peak_bytes(self) -> float:
@@ -126,6 +152,7 @@ class MemoryModel:
         consumers: Mapping[int, int] | None = None,
         recomputed: Collection[int] = (),
         kept: Mapping[int, float] | None = None,
+        parts: Sequence[Collection[int]] = (),
     ) -> StageSteps:
         """Kernels of the stage made of `nodes`; other arguments as in `stage_steps`.
 
@@ -147,6 +174,7 @@ class MemoryModel:
             consumers=consumers,
             recomputed=recomputed,
             kept=kept,
+            parts=parts,
         )
 
     def _arrives_otherwise(self, nodes: tuple[int, ...]) -> bool:
@@ -314,12 +342,14 @@ def stage_memory(
     chosen = tuple(sorted(nodes))
     given = parameters or {}
     kept = {index: entry.early_bytes for index, entry in given.items() if entry.early_bytes}
-    steps = model.steps(chosen, consumers, recomputed, kept)
     train = (mode or model.graph.mode) is Mode.TRAIN
     trained, held = _parameters(model, chosen, train)
-    figures = [
-        given.get(index) or _plain_figures(size, optimizer) for index, size in trained.items()
-    ]
+    figures = {
+        index: given.get(index) or _plain_figures(size, optimizer)
+        for index, size in trained.items()
+    }
+    parts = _summed_parts(model, chosen, trained, figures)
+    steps = model.steps(chosen, consumers, recomputed, kept, parts)
     actions = _action_memory(steps, train)
     saved = actions.saved_bytes
     activations = saved * max(in_flight, 1) if train else 0.0
@@ -328,12 +358,16 @@ def stage_memory(
     )
     closing = 0.0
     if train:
-        updated = [float(entry.updated_bytes) for entry in figures]
-        here = [float(entry.updated_bytes) for entry in figures if not entry.is_offloaded]
+        own = figures.values()
+        updated = [float(entry.updated_bytes) for entry in own]
+        here = [float(entry.updated_bytes) for entry in own if not entry.is_offloaded]
+        sums, gathers = _bucket_bytes(list(trained.values()), list(own))
         closing = max(
             optimizer_temporaries(optimizer, here, model.backend),
             2 * max(updated, default=0.0),  # a gradient's norm is taken on the device
-            *_bucket_bytes(list(trained.values()), figures),
+            gathers,
+            # buckets travel once the first part of the last weight gradients is done
+            sums + max(actions.part_bytes[1:], default=0.0),
         )
     # scalars, rows of statistics and rounding by allocators are not modelled one by one
     margin = _MARGIN * (activations + actions.peak_bytes - saved + messages) + _MARGIN_BYTES
@@ -341,12 +375,12 @@ def stage_memory(
     return MemoryPrediction(
         device=device,
         parameters_bytes=math.ceil(sum(trained.values()) + held),
-        gradients_bytes=sum(entry.gradient_bytes for entry in figures),
-        optimizer_bytes=sum(entry.state_bytes for entry in figures),
+        gradients_bytes=sum(entry.gradient_bytes for entry in figures.values()),
+        optimizer_bytes=sum(entry.state_bytes for entry in figures.values()),
         activations_bytes=math.ceil(activations),
         transients_bytes=math.ceil(transient),
         communication_bytes=math.ceil(messages),
-        host_bytes=sum(entry.host_bytes for entry in figures),
+        host_bytes=sum(entry.host_bytes for entry in figures.values()),
     )
 
 
@@ -369,12 +403,36 @@ def _bucket_bytes(
     held: Sequence[float], figures: Sequence[ParameterFigures]
 ) -> tuple[float, float]:
     """Most bytes of buckets under way at once: of sums of gradients, of gathers of parameters."""
-    limit = in_flight_bytes(sum(held))
+    total = sum(held)
     pairs = list(zip(held, figures, strict=True))
     sums = [(size, entry.scatter_bytes) for size, entry in pairs if entry.scatter_bytes]
     sums += [(entry.reduce_bytes, entry.reduce_bytes) for entry in figures]
     gathers = [(size, entry.gather_bytes) for size, entry in pairs if entry.gather_bytes]
-    return most_under_way(sums, limit), most_under_way(gathers, limit)
+    return (
+        most_under_way(sums, sums_in_flight_bytes(total)),
+        most_under_way(gathers, in_flight_bytes(total)),
+    )
+
+
+def _summed_parts(
+    model: MemoryModel,
+    nodes: tuple[int, ...],
+    trained: Mapping[int, float],
+    figures: Mapping[int, ParameterFigures],
+) -> list[list[int]]:
+    """Parameters by the parts in which the last backward of a stage completes their gradients, as
+    the code generator cuts it; those that other stages hold, too, it leaves out, so that its first
+    part is no shorter."""
+    order: dict[int, None] = {}
+    for node in nodes:
+        order.update(dict.fromkeys(model.graph.nodes[node].inputs))
+    summed = [
+        index
+        for index in reversed(order)
+        if index in trained and (figures[index].scatter_bytes or figures[index].reduce_bytes)
+    ]
+    parts = bucket_ends(summed, trained.__getitem__, sum_bytes(sum(trained.values())))
+    return parts if len(parts) > 1 else []
 
 
 def _plain_figures(size: float, optimizer: OptimizerModel) -> ParameterFigures:
@@ -405,15 +463,17 @@ def action_memory(
     nodes: Iterable[int] | None,
     recomputed: Collection[int] = (),
     kept: Mapping[int, float] | None = None,
+    parts: Sequence[Collection[int]] = (),
 ) -> ActionMemory:
     """Memory of each action of the stage made of `nodes` (None: all nodes of the graph).
 
     Args:
         recomputed: nodes whose results backward computes again.
         kept: parameters of which backward sums the gradient, and bytes of the buffers for that.
+        parts: parameters whose gradients each part of the weight gradients completes.
     """
     chosen = range(len(model.graph.nodes)) if nodes is None else nodes
-    steps = model.steps(chosen, recomputed=recomputed, kept=kept)
+    steps = model.steps(chosen, recomputed=recomputed, kept=kept, parts=parts)
     return _action_memory(steps, model.graph.mode is Mode.TRAIN)
 
 
@@ -422,22 +482,33 @@ def _action_memory(steps: StageSteps, train: bool) -> ActionMemory:
     keep = steps.outputs | received | (set(steps.saved) if train else set())
     forward = live_bytes(steps.forward, steps.received, keep)
     if not train:
-        return ActionMemory(sum(steps.received.values()), 0.0, 0.0, forward.peak_bytes, 0.0, 0.0)
+        return ActionMemory(sum(steps.received.values()), 0.0, 0.0, forward.peak_bytes, 0.0, ())
     saved = sum(steps.saved.values())
     start = {**steps.saved, **steps.arriving}
     later = {storage for step in steps.backward_weight for storage in step.reads}
     keep_b = (later & {*start, *steps.passed}) | set(steps.arriving) | set(steps.returned)
     first = live_bytes(steps.backward_input, start, keep_b)
     left = {storage: size for storage, size in first.end.items() if storage in later}
-    second = live_bytes(steps.backward_weight, left, ())
     return ActionMemory(
         received_bytes=sum(steps.received.values()),
         saved_bytes=saved,
         left_bytes=sum(left.values()),
         forward_bytes=forward.peak_bytes,
         backward_input_bytes=first.peak_bytes - saved,
-        backward_weight_bytes=second.peak_bytes - sum(left.values()),
+        weight_parts=tuple(_part_memory(steps, left)),
     )
+
+
+def _part_memory(steps: StageSteps, left: Mapping[int, float]) -> Iterator[PartMemory]:
+    """`left`: what B leaves."""
+    live = dict(left)
+    for number, part in enumerate(steps.weight_parts):
+        rest = steps.weight_parts[number + 1 :]
+        later = {storage for steps in rest for step in steps for storage in step.reads}
+        found = live_bytes(part, live, later)
+        kept = {storage: size for storage, size in found.end.items() if storage in later}
+        yield PartMemory(found.peak_bytes - sum(live.values()), sum(kept.values()))
+        live = kept
 
 
 def _messages(

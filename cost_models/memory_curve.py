@@ -50,6 +50,7 @@ class MemoryCurve:
                 None,
                 stage.recomputed,
                 _summed_early(stage, backend),
+                _parts(stage),
             )
             for stage in program.stages
         }
@@ -105,12 +106,21 @@ class MemoryCurve:
             for name, dim in zip(item.targets, item.dims, strict=True)
         )
 
-    def action(self, kind: str, stage: int, microbatch: int, begin: float, end: float) -> None:
+    def action(self, kind: str, stage: int, part: int | None, begin: float, end: float) -> None:
         """A computation: its transients while it runs, what it saves or frees afterwards.
 
         Boundary values are registers already; a saved one counts twice until it is freed.
+
+        Args:
+            part: of weight gradients that are computed in parts.
         """
         memory = self._actions[stage]
+        if part is not None:
+            piece = memory.weight_parts[part]
+            before = memory.weight_parts[part - 1].left_bytes if part else memory.left_bytes
+            self._points.append((begin, self._level + piece.peak_bytes))
+            self._change(end, piece.left_bytes - before)
+            return
         peak, change = {
             "F": (memory.forward_bytes - memory.received_bytes, memory.saved_bytes),
             "I": (memory.backward_input_bytes, memory.left_bytes - memory.saved_bytes),
@@ -141,6 +151,12 @@ def _summed_early(stage: StageProgram, backend: str) -> dict[int, float]:
             own = _first_part(value.type, part.dim, count)
             table[value.id] = own + scatter_bytes(value.type.num_bytes, own, count, backend)
     return table
+
+
+def _parts(stage: StageProgram) -> list[list[int]]:
+    """`stage.parts` by value ids of its graph."""
+    ids = {value.origin: value.id for value in stage.graph.values_of(ValueKind.PARAMETER)}
+    return [[ids[name] for name in part] for part in stage.parts]
 
 
 def _first_part(type: TensorType, dim: int, count: int) -> float:

@@ -2,7 +2,7 @@
 
 Under a layout of each (`ParameterLayout`), on an axis over which gradients are terms of a sum:
 
-* states whole: one all-reduce a step;
+* states whole: one all-reduce a step, which backward hides in part (`overlap.py`);
 * states in parts (ZeRO-1): a reduce-scatter of gradients and an all-gather of parameters a step;
 * gradients in parts (ZeRO-2): a reduce-scatter a microbatch, an all-gather a step.
 
@@ -34,7 +34,8 @@ class ParameterFigures:
         state_bytes: of the optimizer's states.
         updated_bytes: of the part that the rank updates.
         host_bytes: of what lies on the host, if states do: they, weights and gradients.
-        step_seconds: of summing gradients and gathering parameters, once a step.
+        sum_seconds: of summing gradients once a step, beside the last backward.
+        step_seconds: of gathering parameters, once a step.
         microbatch_seconds: of summing gradients, once a microbatch.
         early_bytes: of buffers in which backward sums the gradient, once a microbatch.
         scatter_bytes, reduce_bytes, gather_bytes: of its share of the buckets that sum gradients
@@ -44,6 +45,7 @@ class ParameterFigures:
     gradient_bytes: int
     state_bytes: int
     updated_bytes: int
+    sum_seconds: float = 0.0
     step_seconds: float = 0.0
     microbatch_seconds: float = 0.0
     early_bytes: float = 0.0
@@ -71,7 +73,7 @@ def parameter_figures(
         return local_type(type, wanted, mesh, first).num_bytes  # a term is as large as the sum
 
     held, updated = size(layout.held), size(layout.state)
-    step = microbatch = early = scatter = reduce = gather = 0.0
+    summed = step = microbatch = early = scatter = reduce = gather = 0.0
     for number, axis in enumerate(mesh.axes):
         if isinstance(layout.held.placements[number], Shard) or axis.size == 1:
             continue
@@ -82,8 +84,11 @@ def parameter_figures(
             microbatch += half
             step += half
             early = updated + scatter_bytes(held, updated, axis.size, backend)
+        elif isinstance(gradient, Partial) and isinstance(state, Shard):
+            summed += half
+            step += half
         elif isinstance(gradient, Partial):
-            step += 2 * half
+            summed += 2 * half
         if isinstance(state, Shard):
             gather = bucket_gather_bytes(updated, axis.size)
         if isinstance(gradient, Partial) and isinstance(state, Shard):
@@ -97,6 +102,7 @@ def parameter_figures(
         gradient_bytes=size(layout.gradient),
         state_bytes=0 if away else states,
         updated_bytes=updated,
+        sum_seconds=summed,
         step_seconds=step,
         microbatch_seconds=microbatch,
         host_bytes=states + 2 * updated if away else 0,

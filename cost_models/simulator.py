@@ -44,7 +44,7 @@ from ..compiler.ir.types import TensorType
 from .collectives import Network
 from .links import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from .memory_curve import MemoryCurve
-from .stages import StageSeconds, optimizer_seconds, stage_seconds
+from .stages import StageSeconds, optimizer_seconds, part_shares, stage_seconds
 
 __all__ = ["Simulation", "Span", "simulate"]
 
@@ -164,17 +164,17 @@ class _Run:
         self.optimizer = optimizer
         self.stages: dict[tuple[int, int], StageProgram] = {}  # by (rank, stage)
         self.seconds: dict[tuple[int, int], StageSeconds] = {}
+        self.shares: dict[tuple[int, int], tuple[float, ...]] = {}  # parts of weight gradients
         for program in programs:
             device_type = cluster.type_of(program.rank)
             for stage in program.stages:
                 key = program.rank, stage.index
                 self.stages[key] = stage
+                network = Network(cluster, stage.axes)
                 self.seconds[key] = measured.get(stage.index) or stage_seconds(
-                    stage.graph,
-                    device_type,
-                    recomputed=stage.recomputed,
-                    network=Network(cluster, stage.axes),
+                    stage.graph, device_type, recomputed=stage.recomputed, network=network
                 )
+                self.shares[key] = part_shares(stage, device_type, network)
         self.ranks = [
             _Rank(program, MemoryCurve(program, optimizer, cluster.type_of(program.rank).backend))
             for program in programs
@@ -258,8 +258,11 @@ class _Run:
             BackwardInput: ("I", seconds.backward_input),
             BackwardWeight: ("W", seconds.backward_weight),
         }[type(action)]
+        part = action.part if isinstance(action, BackwardWeight) else None
+        if part is not None:
+            length *= self.shares[rank.program.rank, action.stage][part]
         self._span(rank, kind, action.stage, action.microbatch, begin, begin + length)
-        rank.memory.action(kind, action.stage, action.microbatch, begin, begin + length)
+        rank.memory.action(kind, action.stage, part, begin, begin + length)
         for register, value_type in _writes(stage, action):
             rank.memory.define(register, value_type, begin + length)
         return True

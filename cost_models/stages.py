@@ -14,12 +14,14 @@ from ..compiler.ir.cluster import DeviceType, Host, Link
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.ops import Category
 from ..compiler.ir.plan import OptimizerModel
+from ..compiler.ir.program import StageProgram
 from .collectives import Network
 from .memory import memory_model
 from .ops import NodeCost, price
 from .prefetch import overlapped_seconds
+from .recompute import with_reruns
 
-__all__ = ["StageSeconds", "optimizer_seconds", "stage_seconds"]
+__all__ = ["StageSeconds", "optimizer_seconds", "part_shares", "stage_seconds"]
 
 _OPTIMIZER_KERNELS = 12  # launches of one update of AdamW
 # where a cluster does not say: PCIe 4.0 x16, and memory of one socket
@@ -59,15 +61,8 @@ def stage_seconds(
     forward = overlapped_seconds([cost.forward_seconds for cost in costs], _gathered(graph))
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
-    reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
-    first, second = 0.0, 0.0
-    for node, cost in zip(graph.nodes, costs, strict=True):
-        second += cost.backward_weight_seconds
-        if any(value in reached for value in node.inputs):
-            reached.update(node.outputs)
-            first += cost.backward_input_seconds
-        else:
-            second += cost.backward_input_seconds
+    second = sum(_in_weights(graph, costs))
+    first = sum(cost.backward_seconds for cost in costs) - second
     plain = StageSeconds(forward, first, second)
     if not recomputed:
         return plain
@@ -75,6 +70,46 @@ def stage_seconds(
     # backward gathers again, and has more to hide it behind
     hidden = min(whole - forward, again.backward_weight)
     return replace(again, backward_weight=again.backward_weight - hidden)
+
+
+def _in_weights(graph: Graph, costs: Sequence[NodeCost]) -> list[float]:
+    """By node, the seconds of its backward that are in W."""
+    reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
+    table = []
+    for node, cost in zip(graph.nodes, costs, strict=True):
+        before_weights = any(value in reached for value in node.inputs)
+        if before_weights:
+            reached.update(node.outputs)
+        table.append(cost.backward_weight_seconds if before_weights else cost.backward_seconds)
+    return table
+
+
+def part_shares(
+    stage: StageProgram, device_type: DeviceType, network: Network
+) -> tuple[float, ...]:
+    """How the seconds of W are spread over the parts of `stage`; empty if there are none.
+
+    W runs from the last node to the first, and a part ends with the first reader of the parameters
+    whose gradients it completes.
+    """
+    graph, count = stage.graph, len(stage.parts)
+    if not count:
+        return ()
+    costs = with_reruns(price(graph, device_type, network=network), stage.recomputed)
+    seconds = _in_weights(graph, costs)
+    first_use: dict[int, int] = {}
+    for node in reversed(graph.nodes):
+        first_use.update(dict.fromkeys(node.inputs, node.id))
+    use_of = {v.origin: first_use[v.id] for v in graph.values if v.id in first_use and v.origin}
+    parts = [0.0] * count
+    begin = len(graph.nodes)
+    for number, names in enumerate(stage.parts):
+        last = number == count - 1
+        end = 0 if last else min([begin, *(use_of[name] for name in names if name in use_of)])
+        parts[number] = sum(seconds[end:begin])
+        begin = end
+    total = sum(parts)
+    return tuple(part / total if total else 1.0 / count for part in parts)
 
 
 def _gathered(graph: Graph) -> list[float]:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.errors import InfeasibleError
-from ..compiler.ir.graph import ValueKind
+from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
 from ..compiler.sharding.sharding import make_sharding
@@ -102,16 +102,45 @@ class Pricing:
         return self._candidates[key]
 
     def _estimated(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
-        plan = self.plan_on(mesh, count, way)
+        found = self._priced(mesh, count, way)
+        if not self._sums_are_late(mesh, count, way):
+            return found
+        # layouts that sum less may be faster
+        plan = self.plan_on(mesh, count, way, late=True)
+        if found is not None and plan == found.plan:  # best by both forms, so by the larger
+            late = self._share(mesh, count, way, late=True)
+            share = min(found.share, late)
+            scale = share / found.share if found.share else 0.0
+            return replace(found, lower_bound=scale * found.lower_bound, share=share)
+        others = self._priced(mesh, count, way, late=True)
+        best = min(
+            (item for item in (found, others) if item is not None),
+            key=lambda item: item.seconds,
+            default=None,
+        )
+        if best is None:
+            return None
+        bound = min(best.lower_bound, self.layout_bound(mesh, count))
+        return replace(best, lower_bound=bound, share=0.0)
+
+    def _share(self, mesh: Mesh, count: int, way: Way, *, late: bool) -> float:
+        """What no layouts are better than, as a share of the chosen ones."""
+        choice = self._choice(mesh, count, saving=way.saving, offload=way.offload, late=late)
+        assert choice is not None
+        return choice.lower_bound / choice.objective if choice.objective else 1.0
+
+    def _priced(self, mesh: Mesh, count: int, way: Way, *, late: bool = False) -> Candidate | None:
+        """With layouts for sums of gradients that backward hides, or hides in part (`late`)."""
+        plan = self.plan_on(mesh, count, way, late=late)
         if plan is None:
             return None
         share = 1.0
         if plan.stage_mesh.axes:
-            choice = self._choice(mesh, count, saving=way.saving, offload=way.offload)
+            choice = self._choice(mesh, count, saving=way.saving, offload=way.offload, late=late)
             assert choice is not None
             if self._is_far_too_large(plan, way, choice):
                 return None
-            share = choice.lower_bound / choice.objective if choice.objective else 1.0
+            share = self._share(mesh, count, way, late=late)
         statement, counts = self._pipeline(plan)
         if statement is None or self._is_too_large(plan, statement):
             return None
@@ -149,14 +178,18 @@ class Pricing:
 
     # -- layouts -----------------------------------------------------------------------------------
 
-    def plan_on(self, mesh: Mesh, count: int, way: Way) -> Plan | None:
+    def plan_on(self, mesh: Mesh, count: int, way: Way, *, late: bool = False) -> Plan | None:
         """The plan before its stages, layouts in the order of the mesh's own axes; None if no
-        layouts fit."""
+        layouts fit.
+
+        Args:
+            late: see `_choice`.
+        """
         recomputed = self._recomputed(way.recompute)
         plan = replace(self.plan, mesh=mesh, num_microbatches=count, recomputed=recomputed)
         if not plan.stage_mesh.axes:
             return offloaded(plan, self.context.graph) if way.offload else plan
-        choice = self._choice(mesh, count, saving=way.saving, offload=way.offload)
+        choice = self._choice(mesh, count, saving=way.saving, offload=way.offload, late=late)
         if choice is None:
             return None
         parameters = choice.parameter_layouts
@@ -178,15 +211,34 @@ class Pricing:
             self._recompute[how] = choose_recompute(self.context.graph, how)
         return self._recompute[how]
 
+    def _sums_are_late(self, mesh: Mesh, count: int, way: Way) -> bool:
+        """Whether sums of gradients may take longer than the last backward, which takes about as
+        long as forward, or longer."""
+        if self.plan.mode is Mode.INFER or all(axis.name == PIPELINE for axis in mesh.axes):
+            return False
+        choice = self._choice(mesh, count, saving=way.saving, offload=way.offload)
+        if choice is None:
+            return False
+        backward = choice.seconds / 2 * self._portion(count) / self._like(count)
+        return choice.sum_seconds > backward
+
     def _choice(
-        self, mesh: Mesh, count: int, *, saving: float, offload: bool, bounding: bool = False
+        self,
+        mesh: Mesh,
+        count: int,
+        *,
+        saving: float,
+        offload: bool,
+        bounding: bool = False,
+        late: bool = False,
     ) -> LayoutChoice | None:
         """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory,
         which holds no states if they are to `offload`.
 
         Microbatches of like size share layouts: rows count up to the next power of four. What is
         done once a step is spread over the microbatches, fill and drain of the pipeline included:
-        to the nearest power of two, unless it is for `bounding`.
+        to the nearest power of two, unless it is for `bounding`. Sums of gradients count as hidden
+        but for a part, or if they are `late`, as all that the last backward cannot hide.
         """
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         stages = mesh.axis(PIPELINE).size
@@ -194,7 +246,7 @@ class Pricing:
         spread = self._spread(mesh, count)
         if not bounding:
             spread = float(1 << max(0, round(math.log2(spread))))
-        key = (str(inner), like, spread, saving and (saving, count, offload))
+        key = (str(inner), like, spread, late, saving and (saving, count, offload))
         if key in self._layouts:
             return self._layouts[key]
         if saving and count <= self._short.get((mesh, saving, offload), 0):
@@ -213,6 +265,9 @@ class Pricing:
             update_share=self._update_share(mesh),
             held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
         )
+        if late:
+            rounds = stages + count - 1
+            options = replace(options, sum_share=1.0, backward_share=1.0 - 1.0 / rounds)
         devices = stage_devices(mesh)[0]
         try:
             choice = plan_layouts(
@@ -245,18 +300,23 @@ class Pricing:
     def layout_bound(self, mesh: Mesh, count: int) -> float:
         """No plan on `mesh` with `count` microbatches is faster, whatever its layouts.
 
-        With t the seconds of a microbatch through all stages and u those of sums of gradients and
-        update, the step takes (p + m - 1) / p t + u / p at least, as the slowest stage takes no
-        less than the mean. Layouts are chosen for t of as many rows or more, which take no more
-        time a row, and for the share of the update that is left with ZeRO. Recomputation, and ZeRO
-        beyond that, only add.
+        With t the seconds of a microbatch through all stages and u those of the update and of sums
+        of gradients as far as they are exposed, the step takes (p + m - 1) / p t + u / p at least,
+        as the slowest stage takes no less than the mean. Exposed are most of what one backward
+        cannot hide, and a part in any case (`cost_models/overlap.py`); each gives a bound. Layouts
+        are chosen for t of as many rows or more, which take no more time a row, and for the share
+        of the update that is left with ZeRO. Recomputation, and ZeRO beyond that, only add.
         """
         if all(axis.name == PIPELINE for axis in mesh.axes):
             return 0.0
-        choice = self._choice(mesh, count, saving=0.0, offload=False, bounding=True)
-        if choice is None:
-            return math.inf
-        return self._spread(mesh, count) / mesh.axis(PIPELINE).size * choice.lower_bound
+        bounds = []
+        late = self._sums_are_late(mesh, count, Way(0, 0.0, "none"))
+        for way in (False, True) if late else (False,):
+            choice = self._choice(mesh, count, saving=0.0, offload=False, bounding=True, late=way)
+            if choice is None:
+                return math.inf
+            bounds.append(choice.lower_bound)
+        return self._spread(mesh, count) / mesh.axis(PIPELINE).size * max(bounds)
 
     def _memory_bytes(self) -> int:
         limit = self.plan.cluster.type_of(0).memory_bytes

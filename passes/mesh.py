@@ -52,6 +52,7 @@ _CLOSE = 1.25  # an estimate within this of the best may win when looked at clos
 _SHARES = (1.0, 1.1)  # of the memory: additive bounds exceed the need by about a tenth
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
+_STARVED = 2.0
 _NO_TIME = 1e-30  # seconds, of a graph that computes nothing
 _STEPS_OF_BOUND = 20  # bounds are about equal if they are within a twentieth
 
@@ -116,13 +117,15 @@ class _Search:
         self.raised = math.inf  # least share of a bound by layouts to that by division
 
     def run(self) -> Plan:
-        """Numbers of microbatches are few and typical, larger ones if nothing fits; states are
-        offloaded if that does not help."""
+        """Numbers of microbatches are few and typical, larger ones if nothing fits, or only what
+        takes far longer; states are offloaded if that does not help."""
         while True:
             for counts_of in (_microbatch_counts, _more_microbatches):
                 self.search(self.space(counts_of))
-                if self.confirmed():
-                    return self.finish()
+                if self.confirmed() and not self.is_starved():
+                    break
+            if self.finalists():
+                return self.finish()
             if self.offload or not may_offload(self.plan, self.context.options):
                 return self.smallest()
             self.context.progress("nothing fits: offload optimizer states to the hosts")
@@ -306,6 +309,11 @@ class _Search:
                     ways = self.ways(mesh)
                     self.price(mesh, count, ways[ways.index(candidate.way) + 1 :])
         return self.finalists()
+
+    def is_starved(self) -> bool:
+        """Whether something may be faster by far that did not fit."""
+        best = min(map(self.seconds, self.finalists()))
+        return any(_STARVED * bound < best for bound in self.short_of_memory())
 
     def finish(self) -> Plan:
         """The fastest of the finalists, of which there is one."""

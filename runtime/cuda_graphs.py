@@ -1,13 +1,15 @@
 """Replay a stage's kernels as CUDA graphs.
 
 A CUDA graph reads and writes fixed addresses, while a pipeline keeps several microbatches in
-flight. So each stage owns *slots*: a slot holds static tensors and F, B and W graphs for one
-microbatch in flight, and is reused when that microbatch's W is done. A slot runs eagerly on its
-first use (which warms libraries up), is captured on its second, and replayed from then on. Ranks in
-processes of their own do the first two before the first step (`Executor.rehearse`).
+flight. So each stage owns *slots*: a slot holds static tensors and graphs of F, B and the parts of
+W for one microbatch in flight, and is reused when that microbatch's W is done. A slot runs eagerly
+on its first use (which warms libraries up), is captured on its second, and replayed from then on.
+Ranks in processes of their own do the first two before the first step (`Executor.rehearse`).
 
 Graphs of one slot share a memory pool; slots do not share one, because a replay of one slot would
-overwrite temporaries that another slot still keeps.
+overwrite temporaries that another slot still keeps. What a part of W hands to later parts is kept
+until those are recorded, and no longer: its addresses are in their graphs, which are replayed in
+one order, and graphs recorded after the last reader use its memory.
 """
 
 from __future__ import annotations
@@ -28,12 +30,20 @@ _PERSISTENT = (ValueKind.PARAMETER, ValueKind.CONSTANT)
 
 
 class _GraphedKernel:
-    """One kernel on static inputs; `dynamic` are positions of inputs that change address."""
+    """One kernel on static inputs.
 
-    def __init__(self, kernel: Kernel, dynamic: frozenset[int], pool: Any) -> None:
+    Args:
+        dynamic: positions of inputs that change address.
+        keeps: whether it has its results at every call; else at the first alone, None afterwards.
+    """
+
+    def __init__(
+        self, kernel: Kernel, dynamic: frozenset[int], pool: Any, *, keeps: bool = True
+    ) -> None:
         self._kernel = kernel
         self._dynamic = dynamic
         self._pool = pool
+        self._keeps = keeps
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: list[Tensor | None] = []
         self._results: Sequence[Tensor | None] = ()
@@ -56,7 +66,14 @@ class _GraphedKernel:
         if self._graph is None:
             self._graph = self._capture()
         self._graph.replay()
-        return self._results
+        results = self._results
+        if not self._keeps:
+            self._results = [None] * len(results)
+            self._static = [
+                tensor if position in self._dynamic else None
+                for position, tensor in enumerate(self._static)
+            ]
+        return results
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record the kernel on its static inputs.
@@ -88,13 +105,17 @@ class _Slot:
         self.uses = 0
         self.forward = _GraphedKernel(kernels.forward, frozenset(dynamic), pool)
         self.backward: dict[str, _GraphedKernel] = {}
-        for name, kernel, sources in (
-            ("input", kernels.backward_input, kernels.input_sources),
-            ("weight", kernels.backward_weight, kernels.weight_sources),
-        ):
-            if kernel is not None:
-                tangents = {i for i, (kind, _) in enumerate(sources) if kind is Source.TANGENT}
-                self.backward[name] = _GraphedKernel(kernel, frozenset(tangents), pool)
+        if kernels.backward_input is not None:
+            tangents = _tangents(kernels.input_sources)
+            self.backward["input"] = _GraphedKernel(kernels.backward_input, tangents, pool)
+        for part in kernels.backward_weights:
+            self.backward[part.name] = _GraphedKernel(
+                part.kernel, _tangents(part.sources), pool, keeps=False
+            )
+
+
+def _tangents(sources: Sequence[tuple[Source, int]]) -> frozenset[int]:
+    return frozenset(i for i, (kind, _) in enumerate(sources) if kind is Source.TANGENT)
 
 
 class GraphSlots:
@@ -135,13 +156,13 @@ class GraphSlots:
     def backward(
         self, slot: _Slot | None, name: str, kernel: Kernel, arguments: list[Tensor | None]
     ) -> list[Tensor | None]:
-        """Results of B (`name` = `input`) or W (`weight`); releases the slot after W."""
+        """Results of B (`name` = `input`) or of a part of W; releases the slot after the last."""
         results = None
         if slot is not None and slot.uses > 1 and not self._broken:
             results = self._replayed(slot, name, arguments)
         if results is None:
             results = list(kernel(arguments))
-        if name == "weight":
+        if name == self._kernels.backward_weights[-1].name:
             self.release(slot)
         return results
 

@@ -143,6 +143,7 @@ class Executor:
         self._texts = tuple(map(str, program.instructions))  # once: records would pay every step
         self._stages = {stage.index: stage for stage in program.stages}
         self._consumers = {stage.index: dict(stage.consumers) for stage in program.stages}
+        self._later = {index: _read_later(entry) for index, entry in kernels.items()}
         self._slots: dict[int, GraphSlots] = {}
         if cuda_graphs and device.type == "cuda":
             self._slots = {
@@ -236,7 +237,7 @@ class Executor:
                 value = graph.values[graph.outputs[position].value]
                 self._registers.update((register, self._zeros(value)) for register in reads)
             self._backward_input(stage, microbatch)
-            self._backward_weight(stage, microbatch)
+            self._backward_weight(stage, microbatch, None)
         self._registers.clear()
 
     def _zeros(self, value: Value) -> Tensor:
@@ -377,11 +378,11 @@ class Executor:
                 self._forward(stage, microbatch)
             case BackwardInput(stage, microbatch):
                 self._backward_input(stage, microbatch)
-            case BackwardWeight(stage, microbatch):
-                self._backward_weight(stage, microbatch)
+            case BackwardWeight(stage, microbatch, part):
+                self._backward_weight(stage, microbatch, part)
             case Backward(stage, microbatch):
                 self._backward_input(stage, microbatch)
-                self._backward_weight(stage, microbatch)
+                self._backward_weight(stage, microbatch, None)
             case Send():
                 self._send(instruction)
             case Recv(register, peer, tag, type):
@@ -430,7 +431,7 @@ class Executor:
         key = self._step.keys[microbatch]
         arguments: list[Tensor | None] = [key, *self._arguments(stage, microbatch)]
         context = _Context()
-        needed = {*kernels.input_sources, *kernels.weight_sources}
+        needed = {*kernels.input_sources, *self._later[stage][0]}
         slots = self._slots.get(stage)
         if slots is None:
             context.keep(needed, arguments)
@@ -478,7 +479,7 @@ class Executor:
         context = self._contexts[stage, microbatch]
         for index, reads in enumerate(self._tangents(stage, microbatch)):
             context.kept[Source.TANGENT, index] = self._tangent(stage, index, reads, microbatch)
-        later = set(kernels.weight_sources)
+        later = self._later[stage][0]
         arguments = [
             context.kept[source] if source in later else context.kept.pop(source)
             for source in kernels.input_sources
@@ -521,16 +522,29 @@ class Executor:
             total = total + self._read(register)
         return total
 
-    def _backward_weight(self, stage: int, microbatch: int) -> None:
+    def _backward_weight(self, stage: int, microbatch: int, number: int | None) -> None:
+        """The weight gradients, or part `number` of them."""
+        parts = self._kernels[stage].backward_weights
+        context = self._contexts[stage, microbatch]
+        for position in range(len(parts)) if number is None else (number,):
+            self._weight_part(stage, context, position)
+            if position == len(parts) - 1:
+                del self._contexts[stage, microbatch]
+
+    def _weight_part(self, stage: int, context: _Context, number: int) -> None:
         kernels = self._kernels[stage]
-        assert kernels.backward_weight is not None
-        context = self._contexts.pop((stage, microbatch))
-        names = [kernels.signature.arguments[i].origin for i in kernels.accumulated]
-        arguments = [context.kept[source] for source in kernels.weight_sources]
-        context.kept.clear()
+        part = kernels.backward_weights[number]
+        names = [kernels.signature.arguments[i].origin for i in part.accumulated]
+        later = self._later[stage][number + 1]
         # One list, which the kernel empties: a second one would keep all that is saved alive.
+        arguments = [
+            context.kept[source] if source in later else context.kept.pop(source)
+            for source in part.sources
+        ]
         arguments.extend(self._gradients[name] for name in names)
-        self._call(stage, context, "weight", kernels.backward_weight, arguments)
+        results = self._call(stage, context, part.name, part.kernel, arguments)
+        for index, tensor in zip(part.passed, results, strict=True):
+            context.kept[Source.PASSED, index] = tensor
         self.touched.update(names)
 
     def _send(self, send: Send) -> None:
@@ -569,6 +583,14 @@ class Executor:
     def _label(self, register: Register) -> str:
         kind = "gradient of" if register.is_gradient else "value"
         return f"{kind} %{register.value} of microbatch {register.microbatch}"
+
+
+def _read_later(kernels: StageKernels) -> list[frozenset[tuple[Source, int]]]:
+    """For each part of W, what it and later parts read; nothing after the last."""
+    table: list[frozenset[tuple[Source, int]]] = [frozenset()]
+    for part in reversed(kernels.backward_weights):
+        table.insert(0, table[0] | {*part.sources})
+    return table
 
 
 def _updated_views(program: Program, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from .recompute import copy_marked, late_order, rerun_nodes, weights_with_inputs
 
 __all__ = [
     "BackwardParts",
+    "WeightPart",
     "boxed_module",
     "cut_backward",
     "mutates",
@@ -28,22 +30,31 @@ Source = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class BackwardParts:
-    """The three graphs of a stage and what the backward ones read.
+class WeightPart:
+    """A part of W: `accumulated` are indices of the weight gradients that it computes, whose
+    buffers it takes last, in that order; `passed` are the indices of its results among all that is
+    passed on to later parts."""
 
-    Sources are ("argument" | "saved" | "tangent" | "passed", index). `accumulated` are indices
-    into the weight gradients that exist; W takes their buffers last, in that order.
-    `accumulated_early` are those that B adds to their buffers instead, because it recomputes what
-    they read. `zero_inputs` are indices into the input gradients that are structurally zero.
+    module: fx.GraphModule
+    sources: tuple[Source, ...]
+    accumulated: tuple[int, ...]
+    passed: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardParts:
+    """The graphs of a stage and what the backward ones read.
+
+    Sources are ("argument" | "saved" | "tangent" | "passed", index). `accumulated_early` are
+    indices of the weight gradients that B adds to their buffers, because it recomputes what they
+    read. `zero_inputs` are indices into the input gradients that are structurally zero.
     """
 
     forward: fx.GraphModule
     input: fx.GraphModule
-    weight: fx.GraphModule
+    weights: tuple[WeightPart, ...]
     input_sources: tuple[Source, ...]
-    weight_sources: tuple[Source, ...]
     accumulated_early: tuple[int, ...]
-    accumulated: tuple[int, ...]
     zero_inputs: tuple[int, ...]
 
 
@@ -54,6 +65,7 @@ def cut_backward(
     num_outputs: int,
     num_input_gradients: int,
     weight_groups: Collection[frozenset[int]] = (),
+    weight_parts: Sequence[Collection[int]] = (),
 ) -> BackwardParts:
     """Cut a joint graph by reachability.
 
@@ -61,6 +73,8 @@ def cut_backward(
         joint: placeholders are `num_arguments` arguments (the key first) and then tangents;
             its flat outputs are outputs, input gradients, weight gradients (None if absent).
         weight_groups: of weight gradients, by index, that stay together in B or W.
+        weight_parts: weight gradients, by index, that each part of W has to complete; what is left
+            is computed in the last. Empty: W is one part.
     """
     simplify(joint.graph)
     split_joint_ops(joint.graph)
@@ -93,35 +107,101 @@ def cut_backward(
     accumulated = tuple(
         index for index, grad in enumerate(weight_grads) if grad is not None and index not in early
     )
-    grads = [weight_grads[index] for index in accumulated]
-    passed = _ordered(
-        {source for node in weight_set for source in node.all_input_nodes if source in input_set}
-        | {grad for grad in grads if grad in input_set},
+    pieces = _pieces(
+        _ordered(weight_set, order),
+        {index: weight_grads[index] for index in accumulated},
+        weight_parts or ((),),
         order,
     )
+    passed = _passed([input_set, *(set(piece.nodes) for piece in pieces)], pieces, order)
     source_of: dict[fx.Node, Source] = {}
     for position, node in enumerate(placeholders):
         kind = "argument" if position < num_arguments else "tangent"
         source_of[node] = (kind, position if kind == "argument" else position - num_arguments)
     source_of |= {node: ("saved", position) for position, node in enumerate(saved)}
-    for position, node in enumerate(passed):
+    for position, node in enumerate(node for nodes in passed for node in nodes):
         source_of.setdefault(node, ("passed", position))
 
     input_reads = _reads(input_set, [*input_grads, *early_grads], source_of, order)
-    weight_reads = _reads(weight_set, grads, source_of, order)
     kept_grads = [grad for grad in input_grads if grad is not None]
-    first, second = _ordered(input_set, order), _ordered(weight_set, order)
+    first = _ordered(input_set, order)
     return BackwardParts(
         forward=_extract(
             joint, _ordered(forward_set, order), placeholders[:num_arguments], [*outputs, *saved]
         ),
-        input=_extract(joint, first, input_reads, [*kept_grads, *passed], early_grads),
-        weight=_extract(joint, second, weight_reads, [], grads),
+        input=_extract(joint, first, input_reads, [*kept_grads, *passed[0]], early_grads),
+        weights=tuple(
+            _weight_part(joint, piece, nodes, source_of, order)
+            for piece, nodes in zip(pieces, passed[1:], strict=True)
+        ),
         input_sources=tuple(source_of[node] for node in input_reads),
-        weight_sources=tuple(source_of[node] for node in weight_reads),
         accumulated_early=tuple(early),
-        accumulated=accumulated,
         zero_inputs=tuple(i for i, grad in enumerate(input_grads) if grad is None),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Nodes of a part of W, and the weight gradients that it accumulates, by index."""
+
+    nodes: list[fx.Node]
+    grads: dict[int, fx.Node]
+
+
+def _pieces(
+    nodes: Sequence[fx.Node],
+    grads: Mapping[int, fx.Node],
+    parts: Sequence[Collection[int]],
+    order: Mapping[fx.Node, int],
+) -> list[_Piece]:
+    """W, whose nodes run in the same order, cut after the last gradient that each part completes.
+
+    The order stays, so that what is alive, and where ranks meet, does not depend on the cuts.
+    """
+    ends: list[int] = []
+    for part in parts[:-1]:
+        found = [order[grads[index]] for index in part if index in grads]
+        ends.append(max([*ends[-1:], *found], default=-1))
+    home: dict[fx.Node, int] = {}
+    pieces = [_Piece([], {}) for _ in parts]
+    for node in nodes:
+        home[node] = bisect.bisect_left(ends, order[node])
+        if node.target is operator.getitem:  # tuples never cross a cut
+            home[node] = home.get(node.all_input_nodes[0], home[node])
+        pieces[home[node]].nodes.append(node)
+    for index, grad in grads.items():
+        pieces[home.get(grad, 0)].grads[index] = grad
+    return pieces
+
+
+def _passed(
+    made: Sequence[set[fx.Node]], pieces: Sequence[_Piece], order: dict[fx.Node, int]
+) -> list[list[fx.Node]]:
+    """What B and each part of W make (`made`, in this order) that a later part reads."""
+    read = [
+        {source for node in piece.nodes for source in node.all_input_nodes}
+        | set(piece.grads.values())
+        for piece in pieces
+    ]
+    return [
+        _ordered(nodes & set().union(*read[number:]), order) for number, nodes in enumerate(made)
+    ]
+
+
+def _weight_part(
+    joint: fx.GraphModule,
+    piece: _Piece,
+    passed: Sequence[fx.Node],
+    source_of: Mapping[fx.Node, Source],
+    order: dict[fx.Node, int],
+) -> WeightPart:
+    grads = list(piece.grads.values())
+    reads = _reads(set(piece.nodes), grads, source_of, order)
+    return WeightPart(
+        module=_extract(joint, piece.nodes, reads, passed, grads),
+        sources=tuple(source_of[node] for node in reads),
+        accumulated=tuple(piece.grads),
+        passed=tuple(source_of[node][1] for node in passed),
     )
 
 
@@ -185,7 +265,7 @@ def _ordered(nodes: Iterable[fx.Node], order: dict[fx.Node, int]) -> list[fx.Nod
 def _reads(
     inside: set[fx.Node],
     results: Sequence[Any],
-    source_of: dict[fx.Node, Source],
+    source_of: Mapping[fx.Node, Source],
     order: dict[fx.Node, int],
 ) -> list[fx.Node]:
     """Nodes outside `inside` that it, or its results, read."""

@@ -10,9 +10,11 @@ by reachability:
 
 so what F must keep for B and W is an explicit list of tensors. W adds each weight gradient to its
 buffer as soon as it exists (`addmm_` where the gradient is a matrix product), so no second copy of
-the gradients is ever alive. Ops that compute both kinds of gradient at once are split
-(`split_joint_ops`), or W would be empty for convolutions. Where B recomputes what weight gradients
-read (`recompute.py`), they are computed in B as well, as it would else be kept until W.
+the gradients is ever alive. W may be cut into parts (`StageProgram.parts`), so that gradients which
+are complete can be summed over ranks while the others are computed. Ops that compute both kinds of
+gradient at once are split (`split_joint_ops`), or W would be empty for convolutions. Where B
+recomputes what weight gradients read (`recompute.py`), they are computed in B as well, as it would
+else be kept until W.
 
 All kernels take one list of tensors and empty it, so that a dead tensor is freed at once.
 """
@@ -43,7 +45,14 @@ from .fx_cut import boxed_module, cut_backward, mutates, simplify, use_addmm
 from .gradient_parts import PartOf, keep_early
 from .recompute import MarkedReplay, read_together
 
-__all__ = ["Kernel", "StageKernels", "StageSignature", "trace_inference", "trace_training"]
+__all__ = [
+    "Kernel",
+    "StageKernels",
+    "StageSignature",
+    "WeightKernel",
+    "trace_inference",
+    "trace_training",
+]
 
 Kernel = Callable[[list[Tensor | None]], Sequence[Tensor | None]]
 StageFunction = Callable[..., tuple[Tensor, ...]]
@@ -58,7 +67,7 @@ class Source(enum.StrEnum):
     ARGUMENT = "argument"  # argument of the stage function
     SAVED = "saved"  # extra result of F
     TANGENT = "tangent"  # gradient of an output
-    PASSED = "passed"  # extra result of B, read by W
+    PASSED = "passed"  # extra result of B, or of a part of W, read by later parts of W
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,30 +109,42 @@ def _positions(arguments: tuple[Value, ...], kind: ValueKind) -> tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class WeightKernel:
+    """W or a part of it: adds to gradient buffers in place.
+
+    `kernel([...]) -> [*passed]`, where `passed` are the numbers of its results as sources. It reads
+    `sources`, and after those the gradient buffers of `accumulated` (positions in `arguments`).
+    `name` is its key in `StageKernels.modules`.
+    """
+
+    name: str
+    kernel: Kernel
+    sources: tuple[tuple[Source, int], ...]
+    accumulated: tuple[int, ...]
+    passed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StageKernels:
     """The kernels of one stage and how tensors travel between them.
 
     * `forward([key, *arguments]) -> [*outputs, *saved]`
     * `backward_input([...]) -> [*gradients of differentiable inputs, *passed]`
-    * `backward_weight([...])` adds to gradient buffers in place.
+    * `backward_weights`, the parts of W in order.
 
-    `input_sources` / `weight_sources` say, tensor by tensor, what the backward kernels read:
-    ("argument", i), ("saved", i), ("tangent", i) and for W ("passed", i). After those B reads the
-    gradient buffers of `accumulated_early` (positions in `arguments`), W those of `accumulated`.
-    `zero_inputs` are positions
-    within the differentiable inputs whose gradient is structurally zero. `collectives` are those
-    inside the kernels, where there are any.
+    `input_sources` say, tensor by tensor, what B reads: ("argument", i), ("saved", i) and
+    ("tangent", i). After those it reads the gradient buffers of `accumulated_early` (positions in
+    `arguments`). `zero_inputs` are positions within the differentiable inputs whose gradient is
+    structurally zero. `collectives` are those inside the kernels, where there are any.
     """
 
     signature: StageSignature
     num_outputs: int
     forward: Kernel
     backward_input: Kernel | None = None
-    backward_weight: Kernel | None = None
+    backward_weights: tuple[WeightKernel, ...] = ()
     input_sources: tuple[tuple[Source, int], ...] = ()
-    weight_sources: tuple[tuple[Source, int], ...] = ()
     accumulated_early: tuple[int, ...] = ()
-    accumulated: tuple[int, ...] = ()
     zero_inputs: tuple[int, ...] = ()
     modules: dict[str, fx.GraphModule] = field(default_factory=dict)
     collectives: StageCollectives | None = None
@@ -147,7 +168,9 @@ class StageKernels:
             self,
             forward=made.get("forward", self.forward),
             backward_input=made.get("input", self.backward_input),
-            backward_weight=made.get("weight", self.backward_weight),
+            backward_weights=tuple(
+                replace(part, kernel=made[part.name]) for part in self.backward_weights
+            ),
         )
 
 
@@ -230,6 +253,7 @@ def trace_training(
     device: torch.device,
     collectives: StageCollectives | None = None,
     kept: Mapping[str, PartOf] | None = None,
+    parts: Sequence[Sequence[str]] = (),
 ) -> StageKernels:
     """F, B and W kernels of a training stage; see the module docstring.
 
@@ -239,34 +263,51 @@ def trace_training(
         device: where the stage runs (kernels chosen by torch depend on it).
         collectives: to bind those of the graph to, if it has any.
         kept: parts of gradients that are kept, by parameter; other gradients are kept whole.
+        parts: parameters whose gradients each part of W completes; empty: W is in one piece.
     """
     signature = StageSignature.of(graph)
     joint = _trace_joint(function, graph, signature, device, kept or {})
     expand_local(joint.graph)
-    parts = cut_backward(
+    number = {signature.arguments[p].origin: i for i, p in enumerate(signature.trained)}
+    cut = cut_backward(
         joint,
         num_arguments=1 + len(signature.arguments),
         num_outputs=len(graph.outputs),
         num_input_gradients=len(signature.differentiable),
         weight_groups=_weight_groups(graph, signature),
+        weight_parts=[[number[name] for name in names if name in number] for names in parts],
     )
-    use_addmm(parts.input)
-    use_addmm(parts.weight)
+    modules = {"forward": cut.forward, "input": cut.input}
+    modules |= {_weight_name(i, cut.weights): part.module for i, part in enumerate(cut.weights)}
+    for name, module in modules.items():
+        if name != "forward":
+            use_addmm(module)
     bind = None if collectives is None else collectives.bind
     return StageKernels(
         signature=signature,
         num_outputs=len(graph.outputs),
-        forward=boxed_module(parts.forward, bind),
-        backward_input=boxed_module(parts.input, bind),
-        backward_weight=boxed_module(parts.weight, bind),
-        input_sources=tuple((Source(kind), index) for kind, index in parts.input_sources),
-        weight_sources=tuple((Source(kind), index) for kind, index in parts.weight_sources),
-        accumulated_early=tuple(signature.trained[index] for index in parts.accumulated_early),
-        accumulated=tuple(signature.trained[index] for index in parts.accumulated),
-        zero_inputs=parts.zero_inputs,
-        modules={"forward": parts.forward, "input": parts.input, "weight": parts.weight},
+        forward=boxed_module(cut.forward, bind),
+        backward_input=boxed_module(cut.input, bind),
+        backward_weights=tuple(
+            WeightKernel(
+                name=_weight_name(position, cut.weights),
+                kernel=boxed_module(part.module, bind),
+                sources=tuple((Source(kind), index) for kind, index in part.sources),
+                accumulated=tuple(signature.trained[index] for index in part.accumulated),
+                passed=part.passed,
+            )
+            for position, part in enumerate(cut.weights)
+        ),
+        input_sources=tuple((Source(kind), index) for kind, index in cut.input_sources),
+        accumulated_early=tuple(signature.trained[index] for index in cut.accumulated_early),
+        zero_inputs=cut.zero_inputs,
+        modules=modules,
         collectives=collectives if has_collectives(graph) or kept else None,
     )
+
+
+def _weight_name(position: int, parts: Sequence[object]) -> str:
+    return "weight" if len(parts) == 1 else f"weight {position}"
 
 
 def _weight_groups(graph: Graph, signature: StageSignature) -> list[frozenset[int]]:

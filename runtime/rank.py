@@ -151,7 +151,7 @@ class Rank:
             kernels = trace_inference(function, graph, self.device, collectives)
         else:
             kept = parts_kept(stage, self.rank)
-            kernels = trace_training(function, graph, self.device, collectives, kept)
+            kernels = trace_training(function, graph, self.device, collectives, kept, stage.parts)
         return kernels.compiled() if compile else kernels
 
     def meets_inside(self, *, key: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
+from ..ir.buckets import fill
 from ..ir.program import (
     Await,
     ClipGradients,
@@ -22,9 +23,14 @@ from ..ir.program import (
 )
 from .copies import Copy
 
-__all__ = ["bound_in_flight", "make_buckets"]
+__all__ = ["bound_in_flight", "in_backward_order", "make_buckets"]
 
 Entry = tuple[str, Copy]
+
+
+def in_backward_order(entries: Iterable[Entry]) -> list[Entry]:
+    """`entries` in the order in which backward completes their gradients."""
+    return sorted(entries, key=lambda entry: (-entry[1].first_use, entry[0]))
 
 
 def make_buckets(
@@ -34,21 +40,23 @@ def make_buckets(
     limit: float,
 ) -> Iterator[tuple[Entry, ...]]:
     """Buckets of `entries` with equal keys, none of several tensors above `limit` bytes."""
-    open_buckets: dict[Hashable, list[Entry]] = {}
-    done: list[list[Entry]] = []
-    for name, copy in sorted(entries, key=lambda entry: (-entry[1].first_use, entry[0])):
-        bucket = open_buckets.get(key(copy))
-        if bucket is None or sum(size(item) for _, item in bucket) + size(copy) > limit:
-            bucket = open_buckets[key(copy)] = []
-            done.append(bucket)
-        bucket.append((name, copy))
-    return (tuple(bucket) for bucket in done)
+    alike: dict[Hashable, list[Entry]] = {}
+    order = in_backward_order(entries)
+    for entry in order:
+        alike.setdefault(key(entry[1]), []).append(entry)
+    place = {name: position for position, (name, _) in enumerate(order)}
+    buckets = [b for group in alike.values() for b in fill(group, lambda e: size(e[1]), limit)]
+    buckets.sort(key=lambda bucket: place[bucket[0][0]])
+    return (tuple(bucket) for bucket in buckets)
 
 
 def bound_in_flight(
-    instructions: Iterable[Instruction], size: Callable[[Collective], int], limit: float
+    instructions: Iterable[Instruction],
+    size: Callable[[Collective], int],
+    limit: Callable[[Collective], float],
 ) -> Iterator[Instruction]:
-    """`instructions` with an `Await` wherever collectives under way would exceed `limit` bytes.
+    """`instructions` with an `Await` wherever collectives under way would exceed the `limit` in
+    bytes of the next one.
 
     What is awaited was started before, and all ranks of a group start its collectives in one order,
     so no two ranks can come to wait for each other.
@@ -57,7 +65,7 @@ def bound_in_flight(
     for item in instructions:
         if isinstance(item, Collective):
             pending = _apart_from(pending, item.targets)
-            while pending and sum(map(size, pending)) + size(item) > limit:
+            while pending and sum(map(size, pending)) + size(item) > limit(item):
                 yield Await(pending[0].targets)
                 pending = _apart_from(pending, pending[0].targets)
             pending.append(item)

@@ -6,7 +6,8 @@ travels while the device computes; earlier where two ranks could else wait for e
 before weight gradients are computed. Registers are freed after their last reader.
 
 Every column of the in-stage mesh runs the same schedule. The sums of gradients and what follows the
-last action are in `tail.py`.
+last action are in `tail.py`; the last weight gradients of a stage are computed in parts, after each
+of which the sums start that it has made possible.
 """
 
 from __future__ import annotations
@@ -101,11 +102,20 @@ def _with_column(
     )
     if tail is None:
         return replace(program, instructions=tuple(_instructions(rank, actions, edges, {})))
-    sums = {
-        position: tuple(tail.after_stage(rank, names))
-        for position, names in _completed(program, actions).items()
+    completed = _completed(program, actions)
+    parts = {position: tail.parts(rank, names) for position, names in completed.items()}
+    closing = {
+        position: _closing(tail, rank, actions[position], names, parts[position])
+        for position, names in completed.items()
     }
-    instructions = (*_instructions(rank, actions, edges, sums), *tail.instructions(rank))
+    of_stage = {actions[position].stage: found for position, found in parts.items()}
+    program = replace(
+        program,
+        stages=tuple(
+            replace(stage, parts=of_stage.get(stage.index, ())) for stage in program.stages
+        ),
+    )
+    instructions = (*_instructions(rank, actions, edges, closing), *tail.instructions(rank))
     return replace(
         program,
         instructions=tuple(tail.bounded(rank, instructions)),
@@ -131,6 +141,27 @@ def _completed(program: Program, actions: tuple[Action, ...]) -> dict[int, list[
     for name, position in ends.items():
         table.setdefault(position, []).append(name)
     return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Closing:
+    """The end of a stage's last backward: what follows it, the weight gradients among that if they
+    are computed in parts."""
+
+    instructions: tuple[Instruction, ...]
+    in_parts: bool
+
+
+def _closing(
+    tail: Tail, rank: int, action: Action, names: list[str], parts: tuple[tuple[str, ...], ...]
+) -> _Closing:
+    if not parts:
+        return _Closing(tuple(tail.after_part(rank, names)), False)
+    instructions: list[Instruction] = []
+    for number, part in enumerate(parts):
+        instructions.append(BackwardWeight(action.stage, action.microbatch, number))
+        instructions += tail.after_part(rank, part)
+    return _Closing(tuple(instructions), True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +276,9 @@ def _instructions(
     rank: int,
     actions: tuple[Action, ...],
     edges: _Edges,
-    sums: Mapping[int, tuple[Instruction, ...]],
+    closing: Mapping[int, _Closing],
 ) -> Iterator[Instruction]:
-    """`sums`: by position of an action, what starts once it is done."""
+    """`closing`: by position, of the actions that end a stage."""
     receives = _receives_by_action(actions, edges, rank)
     last_read = {
         edge.register(action.microbatch): position
@@ -264,7 +295,8 @@ def _instructions(
         if pending and posted_for <= position:
             posted_for = pending.pop()
             yield from receives[posted_for]
-        yield _compute(action)
+        end = closing.get(position, _Closing((), False))
+        yield from _compute(action, without_weights=end.in_parts)
         dead = []
         for edge in edges.made_by(action):
             register = edge.register(action.microbatch)
@@ -276,7 +308,7 @@ def _instructions(
         dead += [register for register in read if last_read[register] == position]
         if dead:
             yield Free(tuple(dict.fromkeys(dead)))
-        yield from sums.get(position, ())
+        yield from end.instructions
 
 
 def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -> list[list[Recv]]:
@@ -303,5 +335,10 @@ _INSTRUCTIONS: dict[ActionKind, Callable[[int, int], Instruction]] = {
 }
 
 
-def _compute(action: Action) -> Instruction:
-    return _INSTRUCTIONS[action.kind](action.stage, action.microbatch)
+def _compute(action: Action, *, without_weights: bool) -> Iterator[Instruction]:
+    kind = action.kind
+    if without_weights:
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            return
+        kind = ActionKind.BACKWARD_INPUT
+    yield _INSTRUCTIONS[kind](action.stage, action.microbatch)

@@ -1,10 +1,11 @@
 """The sums of gradients and what follows the last action of a training step on each rank.
 
-The gradients of a stage are reduced from its last backward on, while other stages still compute;
-those of parameters that several stages hold after all actions, as their stages end at different
-times. Then come the global gradient norm and clipping (if asked for), the optimizer step, and the
-exchange of what each rank has updated. All ranks of a group start the same collectives in the same
-order, since they follow from the order of first use in the whole graph.
+The gradients of a stage are reduced during its last backward, bucket by bucket: the weight
+gradients of that microbatch are computed in parts, and what a part completes travels while the next
+ones compute. Those of parameters that several stages hold are reduced after all actions, as their
+stages end at different times. Then come the global gradient norm and clipping (if asked for), the
+optimizer step, and the exchange of what each rank has updated. All ranks of a group start the same
+collectives in the same order, since they follow from the order of first use in the whole graph.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..ir.buckets import BUCKET_BYTES, bucket_bytes, in_flight_bytes
+from ..ir.buckets import (
+    BUCKET_BYTES,
+    bucket_bytes,
+    bucket_ends,
+    in_flight_bytes,
+    sum_bytes,
+    sums_in_flight_bytes,
+)
 from ..ir.program import (
     GRADIENT_NORM,
     AllGather,
@@ -26,7 +34,7 @@ from ..ir.program import (
     ReduceScatter,
     TensorShard,
 )
-from .buckets import Entry, bound_in_flight, make_buckets
+from .buckets import Entry, bound_in_flight, in_backward_order, make_buckets
 from .copies import Copy
 
 __all__ = ["Tail"]
@@ -62,10 +70,26 @@ class Tail:
         """`Program.offloaded` of `rank`."""
         return tuple(name for name, c in self.held(rank) if c.is_offloaded)
 
-    def after_stage(self, rank: int, names: Iterable[str]) -> Iterator[Instruction]:
+    def parts(self, rank: int, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """`names`, whose gradients one backward completes on `rank`, as the parts in which it does
+        so: as many as fill a bucket. Empty if they need not be apart.
+
+        All ranks that run a stage cut it in the same places, as they may meet inside the parts.
+        """
+        entries = [
+            (name, copy)
+            for name, copy in ((name, self.copies[name][rank]) for name in names)
+            if copy.is_scattered or (len(copy.summed) > 1 and not copy.is_tied)
+        ]
+        size = self._most_bytes
+        order = in_backward_order(entries)
+        parts = bucket_ends(order, lambda item: size[item[0]], sum_bytes(self._total_bytes(rank)))
+        return tuple(tuple(name for name, _ in part) for part in parts) if len(parts) > 1 else ()
+
+    def after_part(self, rank: int, names: Iterable[str]) -> Iterator[Instruction]:
         """Once the gradients of `names` are complete on `rank`."""
         entries = [(name, self.copies[name][rank]) for name in names]
-        limit = bucket_bytes(self._total_bytes(rank))
+        limit = sum_bytes(self._total_bytes(rank))
         yield from _reduce_scatters(entries, limit)
         own = ((n, c) for n, c in entries if not (c.is_tied or c.is_scattered))
         yield from _all_reduces(own, limit)
@@ -103,16 +127,20 @@ class Tail:
                 return sum(copy.updated.num_bytes for copy in copies)
             return sum(copy.held.num_bytes for copy in copies)
 
-        return bound_in_flight(instructions, size, in_flight_bytes(self._total_bytes(rank)))
+        total = self._total_bytes(rank)
+        limits = in_flight_bytes(total), sums_in_flight_bytes(total)
+        return bound_in_flight(
+            instructions, size, lambda item: limits[not isinstance(item, AllGather)]
+        )
 
     def _total_bytes(self, rank: int) -> int:
         """Bytes of the trained parameters of `rank`, of each the largest part that a rank holds:
         so it is the same on all ranks that run the same stages."""
-        return sum(self._largest[name] for name, copies in self.copies.items() if rank in copies)
+        return sum(self._most_bytes[name] for name, _ in self.held(rank))
 
     @functools.cached_property
-    def _largest(self) -> Mapping[str, int]:
-        """By parameter, bytes of the largest part that a rank holds."""
+    def _most_bytes(self) -> dict[str, int]:
+        """Of each parameter, bytes of the largest part that a rank holds."""
         return {
             name: max(copy.held.num_bytes for copy in copies.values())
             for name, copies in self.copies.items()

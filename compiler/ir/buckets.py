@@ -6,6 +6,9 @@ rank's parameters are cut into about eight, of at most 25 MiB. (Li et al., PyTor
 2020, measured that larger ones gain nothing: at 25 MiB, latency is well below a tenth of the time
 on the wire.) Two may be under way: one travels while the next is laid down.
 
+Buckets of gradients start inside the last backward, which is cut where they are complete. Each cut
+is one more kernel to make, so that there are about 32 at most, whatever their size.
+
 The code generator makes buckets by these figures, and the memory model counts their bytes. Inside
 stages, parameters that are held in parts (ZeRO 3) are gathered ahead of their use under the same
 limit.
@@ -13,13 +16,26 @@ limit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
-__all__ = ["BUCKET_BYTES", "bucket_bytes", "early_starts", "in_flight_bytes"]
+__all__ = [
+    "BUCKET_BYTES",
+    "bucket_bytes",
+    "bucket_ends",
+    "early_starts",
+    "fill",
+    "in_flight_bytes",
+    "sum_bytes",
+    "sums_in_flight_bytes",
+]
 
 BUCKET_BYTES = 25 << 20
 _LEAST_BYTES = 64 << 10
 _PARTS = 8
+_MOST_CUTS = 32
+
+Item = TypeVar("Item")
 
 
 def bucket_bytes(total_bytes: float) -> float:
@@ -28,9 +44,47 @@ def bucket_bytes(total_bytes: float) -> float:
     return min(BUCKET_BYTES, max(_LEAST_BYTES, total_bytes / _PARTS))
 
 
+def sum_bytes(total_bytes: float) -> float:
+    """As `bucket_bytes`, for buckets of gradients that one stage's last backward completes."""
+    return max(bucket_bytes(total_bytes), total_bytes / _MOST_CUTS)
+
+
 def in_flight_bytes(total_bytes: float) -> float:
     """Most bytes of the buckets under way at once; a single one may be larger."""
     return 2 * bucket_bytes(total_bytes)
+
+
+def sums_in_flight_bytes(total_bytes: float) -> float:
+    """Likewise, of buckets of gradients."""
+    return 2 * sum_bytes(total_bytes)
+
+
+def fill(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> list[list[Item]]:
+    """`items` in buckets of neighbours, none of several items above `limit`."""
+    buckets: list[list[Item]] = []
+    total = 0.0
+    for item in items:
+        total += size(item)
+        if not buckets or total > limit:
+            buckets.append([])
+            total = size(item)
+        buckets[-1].append(item)
+    return buckets
+
+
+def bucket_ends(
+    items: Iterable[Item], size: Callable[[Item], float], limit: float
+) -> list[list[Item]]:
+    """`items` in groups of one or several buckets (`fill`), all but the last at least half full:
+    where it pays to stop computing gradients and send off what is complete."""
+    groups: list[list[Item]] = []
+    is_full = True
+    for bucket in fill(items, size, limit):
+        if is_full:
+            groups.append([])
+        groups[-1] += bucket
+        is_full = sum(map(size, groups[-1])) >= limit / 2
+    return groups
 
 
 def early_starts(sizes: Sequence[float]) -> tuple[int, ...]:

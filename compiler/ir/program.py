@@ -13,6 +13,8 @@ Meaning of the instructions:
 * `BackwardInput(s, m)` waits for the gradients of its boundary outputs (and sums over consuming
   stages), defines one gradient register per boundary input that requires a gradient.
   `BackwardWeight(s, m)` adds to the parameter gradients. `Backward` is both at once.
+  `BackwardWeight(s, m, k)` is part k of that alone; all parts of a stage (`StageProgram.parts`),
+  in order, do the whole. So gradients can be summed over ranks while later parts compute.
 * `Send` starts a non-blocking send of a register; `Recv` posts a non-blocking receive. The
   register is readable once a later instruction that reads it has waited for it.
 * `Free` drops registers (after their sends have completed).
@@ -105,6 +107,7 @@ class BackwardInput:
 class BackwardWeight:
     stage: int
     microbatch: int
+    part: int | None = None  # None: all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +262,8 @@ class StageProgram:
         recomputed: nodes of the graph whose results backward computes again instead of keeping
             them, ascending; a view of such a result counts as one.
         kept: gradients of which backward keeps a part only.
+        parts: parameters whose gradients are complete after each part of the weight gradients; the
+            last part does what is left. Empty: they are computed in one piece.
     """
 
     index: int
@@ -268,6 +273,12 @@ class StageProgram:
     axes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     recomputed: tuple[int, ...] = ()
     kept: tuple[GradientPart, ...] = ()
+    parts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def last_part(self) -> int | None:
+        """The part that ends the weight gradients of a microbatch; None if there are no parts."""
+        return len(self.parts) - 1 if self.parts else None
 
     @property
     def meets(self) -> bool:
@@ -337,12 +348,15 @@ class Program:
         if self.mode is Mode.INFER:
             return 1
         most = now = 0
+        ends = (None, self.stage(stage).last_part)
         for instruction in self.instructions:
             match instruction:
                 case Forward(other, _) if other == stage:
                     now += 1
                     most = max(most, now)
-                case BackwardWeight(other, _) | Backward(other, _) if other == stage:
+                case BackwardWeight(other, _, part) if other == stage and part in ends:
+                    now -= 1
+                case Backward(other, _) if other == stage:
                     now -= 1
         return most
 

@@ -37,7 +37,9 @@ class LayoutChoice:
         node_layouts, layouts, parameter_layouts: for the fields of `Plan` of these names.
         seconds: forward and backward of one microbatch, collectives included: the price of the
             local graph.
-        step_seconds: once a step: summing gradients over the mesh, and the update's bytes.
+        step_seconds: once a step: summing gradients over the mesh as far as backward does not hide
+            it, and the update's bytes.
+        sum_seconds: of those sums, if nothing hid them.
         objective: seconds + step_seconds / microbatches.
         lower_bound: no choice over the last axis is better, given the axes before, as long as equal
             blocks are treated alike (see `classes.py`).
@@ -53,6 +55,7 @@ class LayoutChoice:
     parameter_layouts: tuple[ParameterLayout, ...]
     seconds: float
     step_seconds: float
+    sum_seconds: float
     objective: float
     lower_bound: float
     static_bytes: int
@@ -106,7 +109,7 @@ def _solve_axis(
 ) -> tuple[StatedProblem, SolvedLayouts]:
     """Decide axis `count - 1`, given the ones before; memory binds on the last one only."""
     inner = Mesh(mesh.axes[:count])
-    pricer = pricer_of(facts, mesh, inner, cluster, devices, options.batch_fraction)
+    pricer = pricer_of(facts, mesh, inner, cluster, devices, options)
     last = count == len(mesh.axes)
     statement = LayoutStatement(
         facts.graph, inner, decided, options if last else _unlimited(options)
@@ -128,15 +131,17 @@ def pricer_of(
     inner: Mesh,
     cluster: Cluster,
     devices: Sequence[int],
-    batch_fraction: float,
+    options: LayoutOptions,
 ) -> Pricer:
     """Prices on the axes of `inner`, which are the first of `mesh`; what is known stays known,
     wherever in a cluster devices of this type meet over such links."""
     network = mesh_network(cluster, mesh, devices)
     kind = slowest_type(cluster, devices)
-    key = inner, tuple(network.ring(axis.name) for axis in inner.axes), kind, batch_fraction
+    rings = tuple(network.ring(axis.name) for axis in inner.axes)
+    shares = options.batch_fraction, options.backward_share
+    key = inner, rings, kind, shares
     if key not in facts.pricers:
-        facts.pricers[key] = Pricer(facts, inner, kind, network, batch_fraction)
+        facts.pricers[key] = Pricer(facts, inner, kind, network, *shares)
     pricer: Pricer = facts.pricers[key]
     return pricer
 
@@ -213,6 +218,7 @@ def _choice(
         ),
         seconds=found.seconds,
         step_seconds=found.step_seconds,
+        sum_seconds=found.sum_seconds,
         objective=solved.objective,
         lower_bound=solved.lower_bound,
         static_bytes=found.static_bytes,

@@ -373,7 +373,11 @@ def _held_option(statement: LayoutStatement, pricer: Pricer, value: Value, state
     states = math.ceil(size * options.optimizer.state_bytes_per_parameter_byte)
     # of the update what grows with bytes: launches are the same however tensors lie
     update = options.update_share * (twice - once)
-    return Option(step_seconds=summed + update, static_bytes=2 * size + states)
+    return Option(
+        step_seconds=options.sum_share * summed + update,
+        sum_seconds=summed,
+        static_bytes=2 * size + states,
+    )
 
 
 # -- flows -----------------------------------------------------------------------------------------

@@ -57,8 +57,9 @@ class Pricer:
     """Prices for one graph on one mesh; equal questions are answered once.
 
     Seconds are those of `batch_fraction` times the rows that the graph was captured at: of what is
-    priced, all that is computed from activations counts as growing with them. Bytes are the
-    graph's own. `frames` are what `from_graph.py` has stated with these prices.
+    priced, all that is computed from activations counts as growing with them. Of backward,
+    `backward_share` counts. Bytes are the graph's own. `frames` are what `from_graph.py` has stated
+    with these prices.
     """
 
     facts: GraphFacts
@@ -66,6 +67,7 @@ class Pricer:
     device_type: DeviceType
     network: Network
     batch_fraction: float = 1.0
+    backward_share: float = 1.0
     _kinds: tuple[ValueKind, ...] = ()
     _nodes: dict[object, NodeFigures] = field(default_factory=dict)
     _conversions: dict[object, float] = field(default_factory=dict)
@@ -99,7 +101,13 @@ class Pricer:
             return 0.0
         scale = 1.0 if value.id in self.facts.weight_like else self.batch_fraction
         size = self.local_bytes(value.type, layout)
-        return gradient_sum_seconds(self.device_type, scale * size)
+        return self.backward_share * gradient_sum_seconds(self.device_type, scale * size)
+
+    def _seconds(self, costs: Sequence[NodeCost]) -> float:
+        forward = sum(cost.forward_seconds for cost in costs)
+        if self.graph.mode is not Mode.TRAIN:
+            return forward
+        return forward + self.backward_share * sum(cost.backward_seconds for cost in costs)
 
     def _price(self, part: Graph) -> tuple[NodeCost, ...]:
         return price(
@@ -125,7 +133,6 @@ class Pricer:
         count = len(node.inputs)
         costs = self._price(part)
         trains = part.mode is Mode.TRAIN
-        seconds = sum(c.total_seconds if trains else c.forward_seconds for c in costs)
         model = memory_model(part, backend=self.device_type.backend)
         steps = model.steps(range(len(part.nodes)))
         transient = [entry.transient_bytes for entry in node_memory(model, steps)]
@@ -136,7 +143,7 @@ class Pricer:
             if storage >= count and storage not in made
         )
         return NodeFigures(
-            seconds=seconds,
+            seconds=self._seconds(costs),
             saved_bytes=math.ceil(others) if trains else 0,
             transient_bytes=max(transient, default=0),
             saves_inputs=tuple(trains and i in steps.saved for i in range(count)),
@@ -226,9 +233,7 @@ class Pricer:
             partial=partial if value.requires_grad else frozenset(),
             like=_CONVERSION,
         )
-        costs = self._price(self._finish(local, ()))
-        trains = self.graph.mode is Mode.TRAIN
-        return sum(cost.total_seconds if trains else cost.forward_seconds for cost in costs)
+        return self._seconds(self._price(self._finish(local, ())))
 
 
 _CONVERSION = Node(0, "conversion", op_named("aten.alias.default"), (), (), (), ())

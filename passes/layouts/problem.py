@@ -29,7 +29,8 @@ class Option:
 
     Args:
         seconds: of forward and backward of one microbatch.
-        step_seconds: once a step: sum of gradients, update.
+        step_seconds: once a step: sum of gradients as far as it counts, update.
+        sum_seconds: once a step: sum of gradients.
         static_bytes: held throughout.
         saved_bytes: kept from forward to backward beside operands and results.
         transient_bytes: live while it runs.
@@ -37,6 +38,7 @@ class Option:
 
     seconds: float = 0.0
     step_seconds: float = 0.0
+    sum_seconds: float = 0.0
     static_bytes: int = 0
     saved_bytes: int = 0
     transient_bytes: int = 0
@@ -131,6 +133,7 @@ class Figures:
 
     seconds: float
     step_seconds: float
+    sum_seconds: float
     static_bytes: int
     saved_bytes: int
     transient_bytes: int
@@ -167,6 +170,7 @@ def figures(problem: LayoutProblem, picks: Sequence[int]) -> Figures:
     return Figures(
         seconds=seconds,
         step_seconds=sum(count * option.step_seconds for count, option in taken),
+        sum_seconds=sum(count * option.sum_seconds for count, option in taken),
         static_bytes=sum(count * option.static_bytes for count, option in taken),
         saved_bytes=saved,
         transient_bytes=max((option.transient_bytes for _, option in taken), default=0),

@@ -151,7 +151,7 @@ def planned_layouts(plan: Plan, graph: Graph, devices: Sequence[int]) -> Planned
         optimizer=plan.optimizer,
     )
     facts = GraphFacts.of(graph)
-    pricer = pricer_of(facts, mesh, mesh, plan.cluster, devices, options.batch_fraction)
+    pricer = pricer_of(facts, mesh, mesh, plan.cluster, devices, options)
     stated = state_layouts(LayoutStatement(graph, mesh, decided, options), pricer)
     picks = _picks(graph, sharding, stated)
     if picks is None or not figures(stated.problem, picks).is_legal(stated.problem):

@@ -9,6 +9,7 @@ from ...compiler.ir.graph import Graph
 from ...compiler.ir.mesh import Mesh, Placement, Shard
 from ...compiler.ir.plan import OptimizerModel
 from ...compiler.sharding.strategy import OpStrategy
+from ...cost_models.overlap import LEAST_EXPOSED
 
 __all__ = ["Decided", "LayoutOptions", "LayoutStatement"]
 
@@ -26,6 +27,9 @@ class LayoutOptions:
         memory_bytes: limit of one device; None: none.
         optimizer: states a parameter.
         update_share: of the update of what a rank holds, what it does itself.
+        sum_share: of the sums of gradients, what counts; of backward, `backward_share`. The last
+            backward hides sums, so that a step takes no less than with most of them left out, nor
+            than with all of them and that backward left out.
         batch_axes: mesh axes over which batched inputs are split by rows and parameters are
             replicated (data parallelism).
         held: by value name, placements over an axis, by its name, that are not left to choose.
@@ -37,6 +41,8 @@ class LayoutOptions:
     memory_bytes: int | None = None
     optimizer: OptimizerModel = OptimizerModel("adamw", 2.0)
     update_share: float = 1.0
+    sum_share: float = LEAST_EXPOSED
+    backward_share: float = 1.0
     batch_axes: tuple[str, ...] = ("data",)
     held: Mapping[str, Mapping[str, Placement]] = field(default_factory=dict)
 

@@ -129,6 +129,10 @@ def _unit(statement: Statement, figures: _Figures, index: int, num_microbatches:
             sum(costs[node].backward_seconds for node in nodes) if trains else 0.0
             for costs in figures.costs
         ),
+        weight_seconds=tuple(
+            sum(costs[node].backward_weight_seconds for node in nodes) if trains else 0.0
+            for costs in figures.costs
+        ),
         static_bytes=kept + sum(figures.deferred[node] for node in nodes),
         saved_bytes=sum(figures.saved[node] for node in nodes) if trains else 0,
         transient_bytes=max(figures.transient[node] for node in nodes),
@@ -197,7 +201,8 @@ def _tensor(
     trained = trained and statement.graph.mode is Mode.TRAIN
     own = value.type.num_bytes
     optimizer = statement.optimizer
-    static, updated, away, summed = own, own if trained else 0, 0, 0.0
+    static, updated, away = own, own if trained else 0, 0
+    summed = once = 0.0
     if value.kind is ValueKind.INPUT:
         copies = num_microbatches if value.batch_dim is not None else 1
         static = figures.value_bytes[value.id] * copies
@@ -206,7 +211,8 @@ def _tensor(
         static = own + part.gradient_bytes + part.state_bytes
         updated = part.updated_bytes
         away = updated if part.is_offloaded else 0
-        summed = part.step_seconds + num_microbatches * part.microbatch_seconds
+        summed = part.sum_seconds
+        once = part.step_seconds + num_microbatches * part.microbatch_seconds
     elif trained:
         static = 2 * own + math.ceil(own * optimizer.state_bytes_per_parameter_byte)
     backends = {entry.backend for entry in figures.types}
@@ -219,7 +225,7 @@ def _tensor(
         update_bytes=updated - away if foreach else 0,
         update_peak_bytes=4 * updated,
         optimizer_seconds=tuple(
-            summed
+            once
             + optimizer_seconds(
                 entry,
                 optimizer,
@@ -230,6 +236,7 @@ def _tensor(
             for entry in figures.types
         ),
         reduced_bytes=own if trained and len(units) > 1 else 0,
+        sum_seconds=summed,
     )
 
 
@@ -257,6 +264,7 @@ def _join(first: Shared, second: Shared) -> Shared:
         update_bytes=first.update_bytes + second.update_bytes,
         update_peak_bytes=max(first.update_peak_bytes, second.update_peak_bytes),
         optimizer_seconds=_add(first.optimizer_seconds, second.optimizer_seconds),
+        sum_seconds=first.sum_seconds + second.sum_seconds,
     )
 
 
@@ -271,6 +279,7 @@ def _absorb(unit: Unit, item: Shared) -> Unit:
         update_bytes=unit.update_bytes + item.update_bytes,
         update_peak_bytes=max(unit.update_peak_bytes, item.update_peak_bytes),
         optimizer_seconds=_add(unit.optimizer_seconds, item.optimizer_seconds),
+        sum_seconds=unit.sum_seconds + item.sum_seconds,
     )
 
 

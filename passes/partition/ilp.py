@@ -11,7 +11,8 @@ For S stages, units v, edges u -> v, device classes c:
     o[f,s] >= x[u,s] - x[v,s]   value f of u leaves stage s for its consumer v       `_crossings`
     h[f,s,l]            it comes over a link l that is slower than the fastest one   `_slow_links`
     T[s], R[s], G[s]    compute, receive and return seconds, linear in w, r, k, h    `_times`
-    B >= T[s], R[s], G[s];  O >= optimizer seconds of every stage                    `_times`
+    B >= T[s], R[s], G[s];  O >= optimizer seconds of every stage, with the least    `_times`
+                        exposed part of its sums; with all that backward cannot hide
     static + in_flight saved + transient + messages <= memory                        `_memory`
     static + temporaries of the optimizer + messages <= memory                       `_memory`
     minimise sum T + (m - 1) B + sum (R + G) + O + sync                              `_objective`
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.ir.cluster import Link
+from ...cost_models.overlap import LEAST_EXPOSED
 from .objective import sync_seconds, transfer
 from .problem import Assignment, Flow, Shared, StageProblem, Unit
 
@@ -273,6 +275,8 @@ class _Builder:
         updates = self.model.new_int_var(0, self.horizon, "O")
         for stage in self.stages:
             self.model.add(updates >= self._updates(stage))
+            if any(held.item.sum_seconds for held in self.held[stage]):
+                self.model.add(updates >= self._late_sums(stage))
         return compute, exposed, bottleneck, updates
 
     def _compute(self, stage: int) -> Linear:
@@ -286,10 +290,21 @@ class _Builder:
 
     def _updates(self, stage: int) -> Linear:
         return sum(
-            self.ticks(held.item.optimizer_seconds[held.kind]) * held.chosen
+            self.ticks(_update_seconds(held) + LEAST_EXPOSED * held.item.sum_seconds) * held.chosen
             for held in self.held[stage]
-            if held.item.optimizer_seconds
         )
+
+    def _late_sums(self, stage: int) -> Linear:
+        """Optimizer and sums of gradients, less what these may be hidden behind."""
+        total: Linear = 0
+        for held in self.held[stage]:
+            hiding: tuple[float, ...] = ()
+            if isinstance(held.item, Unit):
+                hiding = held.item.weight_seconds if stage else held.item.backward_seconds
+            ticks = self.ticks(_update_seconds(held) + held.item.sum_seconds)
+            ticks -= self.ticks(hiding[held.kind]) + 1 if hiding else 0
+            total += ticks * held.chosen
+        return total
 
     def _communication(self, stage: int, way: int) -> Linear:
         total = sum(self.least_ticks[number][way] * crosses for number, crosses in self.k[stage])
@@ -353,6 +368,10 @@ class _Builder:
                 step -= sync_seconds(self.problem, shared, copies - 1)
                 total += self.ticks(step) * further
         return total
+
+
+def _update_seconds(held: _Held) -> float:
+    return held.item.optimizer_seconds[held.kind] if held.item.optimizer_seconds else 0.0
 
 
 def _is(expression: Linear, constant: int) -> bool:

@@ -1,22 +1,24 @@
 """What a partition costs and needs: the one definition that search, bounds and tests share.
 
     step = sum_s t_s + (m - 1) max(max_s t_s, max_s r_s, max_s g_s) + sum_s (r_s + g_s)
-           + max_s o_s + sync
+           + max_s (o_s + e_s) + sync
 
 with t_s the forward plus backward seconds of one microbatch in stage s, r_s the seconds of
 receiving its boundary values, g_s those of returning their gradients (both links run at the same
 time as computation and as each other, so they only bound the steady state, but fill and drain
-expose them once), o_s the optimizer's seconds and sync the reduction of tied gradients. This is
-the latency of 1F1B and GPipe without interleaving (Narayanan et al., PipeDream-2BW, 2021; Zheng
+expose them once), o_s the optimizer's seconds, e_s those of sums of gradients over the ranks of the
+stage that its last backward does not hide, and sync the reduction of tied gradients. This is the
+latency of 1F1B and GPipe without interleaving (Narayanan et al., PipeDream-2BW, 2021; Zheng
 et al., Alpa, 2022), with communication added.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...compiler.ir.cluster import Link
+from ...cost_models.overlap import exposed_seconds
 from .problem import Assignment, Flow, Shared, StageProblem, Unit
 
 __all__ = [
@@ -38,6 +40,7 @@ class StageFigures:
     receive_seconds: float
     return_seconds: float
     optimizer_seconds: float
+    exposed_seconds: float
     memory_bytes: int
     limit_bytes: int
 
@@ -60,9 +63,34 @@ def stage_figures(problem: StageProblem, assignment: Assignment) -> tuple[StageF
         if targets:
             outgoing[origin].append(flow)
     return tuple(
-        _figures(problem, assignment, stage, members[stage], incoming[stage], outgoing[stage])
+        replace(
+            _figures(problem, assignment, stage, members[stage], incoming[stage], outgoing[stage]),
+            exposed_seconds=_exposed_seconds(problem, assignment, stage),
+        )
         for stage in range(len(members))
     )
+
+
+def _exposed_seconds(problem: StageProblem, assignment: Assignment, stage: int) -> float:
+    """Weight gradients are computed from the last unit to the first; those of the first stage after
+    nothing, so that all its backward hides sums. What stages share is summed at the end."""
+    kind = problem.classes[assignment.classes[stage]].type
+    computing: dict[int, float] = {}
+    summing: dict[int, float] = {}
+    for index in reversed(range(len(problem.units))):
+        if assignment.stages[index] == stage:
+            unit = problem.units[index]
+            seconds = unit.backward_seconds if stage == 0 else unit.weight_seconds
+            computing[index] = seconds[kind] if seconds else 0.0
+            summing[index] = unit.sum_seconds
+    last = 0.0
+    for shared in problem.shared:
+        homes = {assignment.stages[user] for user in shared.users} if shared.sum_seconds else ()
+        if homes == {stage}:
+            summing[min(shared.users)] += shared.sum_seconds
+        elif stage in homes:
+            last += shared.sum_seconds
+    return exposed_seconds([*zip(computing.values(), summing.values(), strict=True), (0.0, last)])
 
 
 def _figures(
@@ -92,6 +120,7 @@ def _figures(
         optimizer_seconds=sum(
             item.optimizer_seconds[device.type] for item in members if item.optimizer_seconds
         ),
+        exposed_seconds=0.0,
         memory_bytes=_memory(members, in_flight) + messages,
         limit_bytes=device.memory_bytes,
     )
@@ -135,7 +164,7 @@ def step_seconds(problem: StageProblem, assignment: Assignment) -> float:
         sum(item.compute_seconds for item in figures)
         + (problem.num_microbatches - 1) * bottleneck
         + exposed
-        + max(item.optimizer_seconds for item in figures)
+        + max(item.optimizer_seconds + item.exposed_seconds for item in figures)
         + sync
     )
 

@@ -40,6 +40,8 @@ class Unit:
         update_bytes, update_peak_bytes: temporaries of the optimizer's step, when no activation
             is left: those that add up over a stage, and those that do not.
         optimizer_seconds: of updating those parameters, by device type.
+        weight_seconds: of `backward_seconds`, those of weight gradients.
+        sum_seconds: of summing the gradients of those parameters over ranks, once a step.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Unit:
     update_bytes: int = 0
     update_peak_bytes: int = 0
     optimizer_seconds: tuple[float, ...] = ()
+    weight_seconds: tuple[float, ...] = ()
+    sum_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ class Flow:
 class Shared:
     """Something that each stage with one of `users` holds (parameter) or recomputes (nodes).
 
-    `reduced_bytes` is the gradient that the stages holding a tied parameter sum over each other.
+    `reduced_bytes` is the gradient that the stages holding a tied parameter sum over each other,
+    `sum_seconds` what summing it over the ranks of a stage takes.
     """
 
     name: str
@@ -89,6 +94,7 @@ class Shared:
     update_peak_bytes: int = 0
     optimizer_seconds: tuple[float, ...] = ()
     reduced_bytes: int = 0
+    sum_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ...compiler.ir.cluster import Link
+from ...cost_models.overlap import LEAST_EXPOSED
 from .downsets import DownSets, all_down_sets, outlook, search_chains
 from .ilp import SolveOutcome, build, solve
 from .objective import step_seconds
@@ -258,9 +259,16 @@ def _fill(total: float, bottleneck: float, paces: list[float]) -> float:
 
 
 def _update_seconds(problem: StageProblem, num_stages: int) -> float:
-    """Least optimizer seconds of the stage that has most of them."""
+    """Least seconds of update and exposed sums of the stage that has most of them.
+
+    Of all sums, some are exposed at least; and a stage's backward hides no more than it takes.
+    """
     updates = [min(unit.optimizer_seconds, default=0.0) for unit in problem.units]
-    return max(sum(updates) / num_stages, max(updates))
+    summed = [unit.sum_seconds for unit in problem.units]
+    ends = [a + LEAST_EXPOSED * b for a, b in zip(updates, summed, strict=True)]
+    hiding = sum(max(unit.backward_seconds) for unit in problem.units) if any(summed) else 0.0
+    late = sum(updates) + sum(summed) - hiding
+    return max(sum(ends) / num_stages, max(ends), late / num_stages)
 
 
 def _relaxed(problem: StageProblem) -> StageProblem:
@@ -280,6 +288,7 @@ def _relaxed(problem: StageProblem) -> StageProblem:
             forward_seconds=(min(unit.forward_seconds),),
             backward_seconds=(min(unit.backward_seconds),),
             optimizer_seconds=(min(unit.optimizer_seconds, default=0.0),),
+            weight_seconds=(max(unit.weight_seconds, default=0.0),),
         )
         for unit in problem.units
     )

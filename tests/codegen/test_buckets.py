@@ -59,13 +59,13 @@ def test_a_bucket_is_of_one_group_and_one_dtype() -> None:
 def test_the_oldest_is_awaited_where_too_much_would_be_under_way() -> None:
     a, b, c = (AllReduce((name,), (0, 1)) for name in "abc")
     sizes = {a: 4, b: 4, c: 9}
-    assert list(bound_in_flight([a, b, OptimizerStep(), c], sizes.__getitem__, 8)) == [
+    assert list(bound_in_flight([a, b, OptimizerStep(), c], sizes.__getitem__, lambda _: 8)) == [
         a,
         b,
         OptimizerStep(),
         c,
     ]
-    assert list(bound_in_flight([a, b, c], sizes.__getitem__, 8)) == [
+    assert list(bound_in_flight([a, b, c], sizes.__getitem__, lambda _: 8)) == [
         a,
         b,
         Await(("a",)),
@@ -74,7 +74,7 @@ def test_the_oldest_is_awaited_where_too_much_would_be_under_way() -> None:
     ]
     scatter = ReduceScatter(("a",), (0,), (0, 1))  # the sum of its part awaits it anyway
     sizes[scatter] = 8
-    assert list(bound_in_flight([scatter, a], sizes.__getitem__, 8)) == [scatter, a]
+    assert list(bound_in_flight([scatter, a], sizes.__getitem__, lambda _: 8)) == [scatter, a]
 
 
 def test_a_bucket_has_a_limit_that_one_tensor_may_exceed() -> None:

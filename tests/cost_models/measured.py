@@ -25,7 +25,11 @@ class Measured:
     forward: int
     backward_input: int
     left: int
-    backward_weight: int
+    weight_parts: tuple[int, ...]  # peak in each
+
+    @property
+    def backward_weight(self) -> int:
+        return max(self.weight_parts)
 
     @property
     def peak(self) -> int:
@@ -41,6 +45,7 @@ class StageRun:
     """
 
     def __init__(self, stage: StageProgram, tensors: dict[str, Tensor]) -> None:
+        self.stage = stage
         self.graph = stage.graph
         source = emit_python(
             Program(0, 1, Mode.TRAIN, 1, (stage,), (0,) * (stage.index + 1), (), "0" * 12, 0)
@@ -48,7 +53,7 @@ class StageRun:
         namespace: dict[str, object] = {}
         exec(compile(source, "stage", "exec"), namespace)
         function = namespace[stage_function_name(stage.index)]
-        self.kernels: StageKernels = trace_training(function, stage.graph, CPU)
+        self.kernels: StageKernels = trace_training(function, stage.graph, CPU, parts=stage.parts)
         self.arguments = [
             tensors[value.origin or value.name].detach().contiguous()
             for value in self.kernels.signature.arguments
@@ -70,7 +75,7 @@ class StageRun:
         """
         kernels = self.kernels
         early = [torch.zeros_like(self.arguments[i]) for i in kernels.accumulated_early]
-        buffers = [torch.zeros_like(self.arguments[i]) for i in kernels.accumulated]
+        buffers = [torch.zeros_like(self.arguments[i]) for i in self._accumulated()]
         tangents = [
             self.graph.values[self.graph.outputs[position].value].type
             for position in kernels.signature.tangents
@@ -86,10 +91,10 @@ class StageRun:
                     del arriving
                 self._backward_input(context, early)
             left = self._fresh(context)
-            with record_function("phase weight"):
-                self._backward_weight(context, buffers)
+            self._backward_weight(context, buffers)
         peaks = _peaks(profiler)
-        return Measured(saved, peaks["forward"], peaks["input"], left, peaks["weight"])
+        weights = tuple(peaks[part.name] for part in kernels.backward_weights)
+        return Measured(saved, peaks["forward"], peaks["input"], left, weights)
 
     def _forward(self) -> dict[tuple[Source, int], Tensor | None]:
         arguments: list[Tensor | None] = [
@@ -100,7 +105,7 @@ class StageRun:
         kernels = self.kernels
         context: dict[tuple[Source, int], Tensor | None] = {
             (kind, index): arguments[index]
-            for kind, index in {*kernels.input_sources, *kernels.weight_sources}
+            for kind, index in {*kernels.input_sources, *_read_by_weights(kernels)}
             if kind is Source.ARGUMENT
         }
         registers = list(arguments)
@@ -115,7 +120,7 @@ class StageRun:
     ) -> None:
         kernels = self.kernels
         assert kernels.backward_input is not None
-        later = set(kernels.weight_sources)
+        later = _read_by_weights(kernels)
         registers = [tensor for (kind, _), tensor in context.items() if kind is Source.TANGENT]
         arguments = [
             context[source] if source in later else context.pop(source)
@@ -133,10 +138,24 @@ class StageRun:
     def _backward_weight(
         self, context: dict[tuple[Source, int], Tensor | None], buffers: list[Tensor]
     ) -> None:
-        assert self.kernels.backward_weight is not None
-        arguments = [*(context[source] for source in self.kernels.weight_sources), *buffers]
-        context.clear()
-        self.kernels.backward_weight(arguments)
+        own = dict(zip(self._accumulated(), buffers, strict=True))
+        for number, part in enumerate(self.kernels.backward_weights):
+            later = {
+                s for rest in self.kernels.backward_weights[number + 1 :] for s in rest.sources
+            }
+            arguments = [
+                context[source] if source in later else context.pop(source)
+                for source in part.sources
+            ]
+            arguments.extend(own[i] for i in part.accumulated)
+            with record_function(f"phase {part.name}"):
+                passed = part.kernel(arguments)
+            for index, tensor in zip(part.passed, passed, strict=True):
+                context[Source.PASSED, index] = tensor
+            del passed
+
+    def _accumulated(self) -> list[int]:
+        return [i for part in self.kernels.backward_weights for i in part.accumulated]
 
     def _value(self, position: int) -> Value:
         return self.kernels.signature.arguments[position]
@@ -152,15 +171,19 @@ class StageRun:
         return sum(size for pointer, size in storages.items() if pointer not in held)
 
 
+def _read_by_weights(kernels: StageKernels) -> set[tuple[Source, int]]:
+    return {source for part in kernels.backward_weights for source in part.sources}
+
+
 def _peaks(profiler: profile) -> dict[str, int]:
     """Most live bytes in each phase, from the profiler's stream of allocations and releases."""
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    peaks = {"forward": 0, "input": 0, "weight": 0}
+    peaks = {"forward": 0}
     phase, live = "forward", 0
     for event in events:
         if event.name().startswith("phase "):
             phase = event.name().removeprefix("phase ")
-            peaks[phase] = max(peaks[phase], live)
+            peaks[phase] = max(peaks.get(phase, 0), live)
         elif event.name() == "[memory]":
             live += event.nbytes()
             peaks[phase] = max(peaks[phase], live)

@@ -175,7 +175,7 @@ instructions = st.one_of(
     st.builds(Forward, ids, ids),
     st.builds(Backward, ids, ids),
     st.builds(BackwardInput, ids, ids),
-    st.builds(BackwardWeight, ids, ids),
+    st.builds(BackwardWeight, ids, ids, st.none() | ids),
     st.builds(Send, registers, ids, ids, types),
     st.builds(Recv, registers, ids, ids, types),
     st.builds(Free, st.lists(registers, max_size=3).map(tuple)),
@@ -196,6 +196,7 @@ stage_programs = st.builds(
     st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(tuple),
     st.lists(ids, max_size=9).map(tuple),
     st.lists(st.builds(GradientPart, texts, texts, ids, st.booleans()), max_size=2).map(tuple),
+    st.lists(several, max_size=3).map(tuple),
 )
 programs = st.builds(
     Program,

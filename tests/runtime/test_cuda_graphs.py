@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from cutset.runtime.kernels import Source, StageKernels, trace_training
 from tests.ir.builders import GraphBuilder
 from tests.runtime.test_kernels import CPU, compile_stage, values_for
 
+PARTS = (("v",), ("w",))
 
-def linear() -> Graph:
-    build = GraphBuilder("linear", Mode.TRAIN)
+
+def linears() -> Graph:
+    build = GraphBuilder("linears", Mode.TRAIN)
     h = build.boundary("h", (2, 8), torch.float64)
-    w = build.parameter("w", (8, 8), torch.float64)
+    w, v = (build.parameter(name, (8, 8), torch.float64) for name in "wv")
     y = build.op("aten.tanh.default", build.op("aten.linear.default", h, w))
+    y = build.op("aten.tanh.default", build.op("aten.linear.default", y, v))
     build.output(y, OutputKind.BOUNDARY, target=y.name)
     return build.build()
 
@@ -32,12 +36,11 @@ class Recorded:
         self.failing = failing
 
     def __call__(self, graphed: cuda_graphs._GraphedKernel) -> Sequence[Tensor | None]:
-        number = ("forward", "input", "weight").index(self.failing)
-        if graphed._kernel is self.kernels[number]:
+        if graphed._kernel is self.kernels[self.failing]:
             raise RuntimeError("operation not permitted when stream is capturing")
         return graphed._kernel(list(graphed._static))
 
-    kernels: tuple[object, ...] = ()
+    kernels: Mapping[str, object] = MappingProxyType({})
 
 
 def microbatch(slots: GraphSlots, kernels: StageKernels, tensors: list[Tensor]) -> list[Tensor]:
@@ -52,25 +55,38 @@ def microbatch(slots: GraphSlots, kernels: StageKernels, tensors: list[Tensor]) 
     results, slot = slots.forward([torch.tensor(0), *tensors], keep)
     saved = results[kernels.num_outputs :]
     kept.update({(Source.SAVED, i): tensor for i, tensor in enumerate(saved)})
-    assert kernels.backward_input is not None and kernels.backward_weight is not None
+    assert kernels.backward_input is not None
     arguments = [kept[source] for source in kernels.input_sources]
     back = slots.backward(slot, "input", kernels.backward_input, arguments)
     kept.update({(Source.PASSED, i): tensor for i, tensor in enumerate(back[1:])})
-    buffer = torch.zeros_like(tensors[1])
-    arguments = [*(kept[source] for source in kernels.weight_sources), buffer]
-    slots.backward(slot, "weight", kernels.backward_weight, arguments)
+    slot_is_free = len(slots._free)
+    buffers = {i: torch.zeros_like(tensors[i]) for i in kernels.signature.trained}
+    for part in kernels.backward_weights:
+        own = [buffers[i] for i in part.accumulated]
+        arguments = [*(kept[source] for source in part.sources), *own]
+        passed = slots.backward(slot, part.name, part.kernel, arguments)
+        kept.update(
+            {(Source.PASSED, i): tensor for i, tensor in zip(part.passed, passed, strict=True)}
+        )
+        last = part is kernels.backward_weights[-1]
+        assert len(slots._free) == slot_is_free + (last and slot is not None and not slots._broken)
     assert results[0] is not None and back[0] is not None
-    return [results[0], back[0], buffer]
+    return [results[0], back[0], *buffers.values()]
 
 
-@pytest.mark.parametrize("failing", ["forward", "input", "weight"])
+def named(kernels: StageKernels) -> dict[str, object]:
+    weights = {part.name: part.kernel for part in kernels.backward_weights}
+    return {"forward": kernels.forward, "input": kernels.backward_input, **weights}
+
+
+@pytest.mark.parametrize("failing", ["forward", "input", "weight 0", "weight 1"])
 def test_a_stage_that_cannot_be_captured_runs_without_graphs(
     failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph = linear()
-    kernels = trace_training(compile_stage(graph), graph, CPU)
+    graph = linears()
+    kernels = trace_training(compile_stage(graph), graph, CPU, parts=PARTS)
     recorded = Recorded(failing)
-    recorded.kernels = (kernels.forward, kernels.backward_input, kernels.backward_weight)
+    recorded.kernels = named(kernels)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(cuda_graphs._GraphedKernel, "__call__", lambda graphed: recorded(graphed))
     slots = GraphSlots(kernels)

@@ -45,16 +45,22 @@ def run_kernels(kernels: StageKernels, tensors: list[Tensor], tangents: list[Ten
     back = list(kernels.backward_input([sources[s] for s in kernels.input_sources]))
     count = len(kernels.signature.differentiable) - len(kernels.zero_inputs)
     sources |= {(Source.PASSED, i): t for i, t in enumerate(back[count:])}
-    buffers = [torch.zeros_like(tensors[i]) for i in kernels.accumulated]
+    buffers: dict[int, Tensor] = {}
     for _ in range(2):
-        kernels.backward_weight([*(sources[s] for s in kernels.weight_sources), *buffers])
-    return outputs, back[:count], dict(zip(kernels.accumulated, buffers, strict=True))
+        for part in kernels.backward_weights:
+            for index in part.accumulated:
+                buffers.setdefault(index, torch.zeros_like(tensors[index]))
+            own = [buffers[index] for index in part.accumulated]
+            passed = part.kernel([*(sources[s] for s in part.sources), *own])
+            sources |= {(Source.PASSED, i): t for i, t in zip(part.passed, passed, strict=True)}
+    return outputs, back[:count], buffers
 
 
-def check(graph: Graph) -> StageKernels:
+def check(graph: Graph, parts: tuple[tuple[str, ...], ...] = ()) -> StageKernels:
     """Kernels of `graph` against autograd through the stage function."""
     function = compile_stage(graph)
-    kernels = trace_training(function, graph, CPU)
+    kernels = trace_training(function, graph, CPU, parts=parts)
+    assert len(kernels.backward_weights) == max(len(parts), 1)
     tensors = values_for(graph)
     wants = {*kernels.signature.trained, *kernels.signature.differentiable}
     leaves = [t.clone().requires_grad_(i in wants) for i, t in enumerate(tensors)]
@@ -181,6 +187,50 @@ def test_addmm_writes_through_transposed_buffers(transposes: int) -> None:
     other = build.op("aten.t.default", w) if transposes else w
     kernels = check(boundary_out(build, build.op("aten.mm.default", flat, other)))
     assert "aten.add_.Tensor" not in targets(kernels, "weight")
+
+
+def test_weight_gradients_in_parts() -> None:
+    """A tied weight, a norm and a convolution; cuts where only some of what is needed is done."""
+    build, h = stage("parts")
+    w, v, tied = (parameter(build, name, 8, 8) for name in ("w", "v", "tied"))
+    n, b = parameter(build, "n", 8), parameter(build, "b", 8)
+    x = build.op("aten.tanh.default", build.op("aten.linear.default", h, tied))
+    x = build.op("aten.layer_norm.default", x, [8], n, b)
+    x = build.op("aten.tanh.default", build.op("aten.linear.default", x, w))
+    x = build.op("aten.tanh.default", build.op("aten.linear.default", x, v))
+    graph = boundary_out(build, build.op("aten.linear.default", x, tied))
+    for parts in (
+        (("v",), ("w",), ("b", "n"), ("tied",)),
+        (("w", "v"), ("n",), ("b",), ("tied",)),  # n and b come out of one operator
+        (("tied",), ("v",)),
+        (("b",), ("v",), ()),
+    ):
+        kernels = check(graph, parts)
+        names = [value.origin for value in kernels.signature.arguments]
+        done: set[str] = set()
+        for part, wanted in zip(kernels.backward_weights, parts, strict=True):
+            done |= {names[index] for index in part.accumulated}
+            assert set(wanted) <= done
+    first = check(graph, (("v",), ("tied",))).backward_weights[0]
+    found = {kernels.signature.arguments[index].origin for index in first.accumulated}
+    assert found == {"v", "n", "b"}  # input gradients go through the norm
+
+
+def test_parts_free_what_later_ones_do_not_read() -> None:
+    build = GraphBuilder("chain", Mode.TRAIN)
+    hidden = build.input("x", (4, 8), torch.float64)
+    for index in range(3):
+        weight = parameter(build, f"w{index}", 8, 8)
+        hidden = build.op("aten.tanh.default", build.op("aten.linear.default", hidden, weight))
+    build.loss(build.op("aten.mean.default", hidden))
+    kernels = check(build.build(), (("w2",), ("w1",), ("w0",)))
+    first, second, third = kernels.backward_weights
+    assert [len(part.passed) for part in (first, second, third)] == [1, 1, 0]
+    assert not {*first.sources} & {*second.sources} & {*third.sources}
+    assert all(
+        targets(kernels, part.name).count("aten.addmm_.default") == 1
+        for part in (first, second, third)
+    )
 
 
 def test_oracle_is_not_trivial() -> None:

@@ -52,15 +52,16 @@ def run(kernels: StageKernels, seed: int = 0) -> tuple[list[Tensor], dict[int, T
     sources |= {(Source.SAVED, i): tensor for i, tensor in enumerate(saved)}
     for index, position in enumerate(kernels.signature.tangents):
         sources[Source.TANGENT, index] = torch.ones_like(outputs[position])
+    (weight,) = kernels.backward_weights
     sums = {
-        i: torch.zeros_like(tensors[i]) for i in (*kernels.accumulated_early, *kernels.accumulated)
+        i: torch.zeros_like(tensors[i]) for i in (*kernels.accumulated_early, *weight.accumulated)
     }
     early = [sums[i] for i in kernels.accumulated_early]
     back = list(kernels.backward_input([*(sources[s] for s in kernels.input_sources), *early]))
     count = len(kernels.signature.differentiable) - len(kernels.zero_inputs)
     sources |= {(Source.PASSED, i): tensor for i, tensor in enumerate(back[count:])}
-    late = [sums[i] for i in kernels.accumulated]
-    kernels.backward_weight([*(sources[s] for s in kernels.weight_sources), *late])
+    late = [sums[i] for i in weight.accumulated]
+    weight.kernel([*(sources[s] for s in weight.sources), *late])
     return [*outputs, *back[:count]], sums
 
 

@@ -10,6 +10,7 @@ program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_h
     axis tensor (0, 1)
     recomputed "2-5"
     keep "layers.1.weight" dim 0 over data summed
+    part layers.1.weight layers.0.bias
     to %h (1,)
     graph mlp.stage0 train {
       ...
@@ -82,6 +83,7 @@ def print_program(program: Program) -> str:
         if stage.recomputed:
             lines.append(f"    recomputed {print_text(format_ranges(stage.recomputed))}")
         lines += [f"    keep {_kept(part)}" for part in stage.kept]
+        lines += [" ".join(["    part", *map(print_text, names)]) for names in stage.parts]
         lines += [f"    to {print_name(name)} {print_literal(to)}" for name, to in stage.consumers]
         lines += [f"    from {print_name(name)} {source}" for name, source in stage.producers]
         lines += textwrap.indent(print_graph(stage.graph), "    ").splitlines()
@@ -101,7 +103,9 @@ def print_instruction(item: Instruction) -> str:
     kind = type(item).__name__
     match item:
         case Forward() | Backward() | BackwardInput() | BackwardWeight():
-            return f"{kind} {item.stage}.{item.microbatch}"
+            part = item.part if isinstance(item, BackwardWeight) else None
+            suffix = "" if part is None else f" part={part}"
+            return f"{kind} {item.stage}.{item.microbatch}{suffix}"
         case Send() | Recv():
             arrow = "->" if isinstance(item, Send) else "<-"
             register = print_register(item.register)
@@ -220,7 +224,8 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
         axes: list[tuple[str, tuple[int, ...]]] = []
         recomputed: tuple[int, ...] = ()
         kept: list[GradientPart] = []
-        while scanner.peek() in ("axis", "recomputed", "keep", "to", "from"):
+        parts: list[tuple[str, ...]] = []
+        while scanner.peek() in ("axis", "recomputed", "keep", "part", "to", "from"):
             line = scanner.line()
             if line.accept("axis"):
                 axes.append((line.string(), _integers(line)))
@@ -228,6 +233,8 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
                 recomputed = _ids(line)
             elif line.accept("keep"):
                 kept.append(_read_kept(line))
+            elif line.accept("part"):
+                parts.append(_names(line))
             elif line.accept("to"):
                 consumers.append((line.name(), _integers(line)))
             else:
@@ -244,6 +251,7 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
             tuple(axes),
             recomputed,
             tuple(kept),
+            tuple(parts),
         )
 
 
@@ -267,7 +275,11 @@ def _read_instruction(line: Line) -> Instruction:
         stage, dot, microbatch = line.string().partition(".")
         if not (dot and stage.isdigit() and microbatch.isdigit()):
             raise line.error("expected stage.microbatch")
-        return _COMPUTE[kind](int(stage), int(microbatch))
+        numbers = int(stage), int(microbatch)
+        if kind == "BackwardWeight" and line.accept("part"):
+            line.expect("=")
+            return BackwardWeight(*numbers, line.integer())
+        return _COMPUTE[kind](*numbers)
     match kind:
         case "Send" | "Recv":
             register = _read_register(line)
@@ -289,10 +301,7 @@ def _read_instruction(line: Line) -> Instruction:
             collective = ReduceScatter if kind == "ReduceScatter" else AllGather
             return collective(_targets(line), _integers(line), _integers(line))
         case "Await":
-            names = []
-            while line.peek():
-                names.append(line.string())
-            return Await(tuple(names))
+            return Await(_names(line))
         case "ClipGradients":
             norm = line.literal()
             if not isinstance(norm, (int, float)):
@@ -301,6 +310,13 @@ def _read_instruction(line: Line) -> Instruction:
         case "OptimizerStep":
             return OptimizerStep()
     raise line.error(f"{kind!r} is not an instruction")
+
+
+def _names(line: Line) -> tuple[str, ...]:
+    names = []
+    while line.peek():
+        names.append(line.string())
+    return tuple(names)
 
 
 def _targets(line: Line) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 A register is defined once, by a computation or a `Recv`, before it is read, and not read after
 `Free`; what is defined is also read or freed. Every stage of the rank runs forward once per
-microbatch and, when training, backward once: whole, or input half and then weight half.
+microbatch and, when training, backward once: whole, or input half and then weight half, which may
+be in the parts that the stage has, one after the other.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def _verify_action_order(
     here = f"program {program.rank}"
     if program.mode is Mode.TRAIN:
         whole = Backward(stage, microbatch)
-        halves = BackwardInput(stage, microbatch), BackwardWeight(stage, microbatch)
+        halves: list[_Compute] = [BackwardInput(stage, microbatch)]
+        halves += _weights(program, places, stage, microbatch)
         if whole not in places:
             order += halves
         elif any(half in places for half in halves):
@@ -124,9 +126,36 @@ def _verify_action_order(
     for item in order:
         if item not in places:
             raise VerificationError(
-                f"{type(item).__name__} of stage {stage} on microbatch {microbatch} is missing",
-                where=here,
+                f"{_name(item)} of stage {stage} on microbatch {microbatch} is missing", where=here
             )
     for first, second in zip(order, order[1:], strict=False):
         if places[second] < places[first]:
-            fail_at(program, places[second], f"it comes before its {type(first).__name__}")
+            fail_at(program, places[second], f"it comes before its {_name(first)}")
+
+
+def _weights(
+    program: Program, places: dict[_Compute, int], stage: int, microbatch: int
+) -> list[BackwardWeight]:
+    """The weight half: whole, or in parts if there is one of them."""
+    whole = BackwardWeight(stage, microbatch)
+    found = [
+        item
+        for item in places
+        if isinstance(item, BackwardWeight)
+        and (item.stage, item.microbatch) == (stage, microbatch)
+        and item.part is not None
+    ]
+    if not found:
+        return [whole]
+    parts = range(len(program.stage(stage).parts))
+    for item in found:
+        if item.part not in parts:
+            fail_at(program, places[item], f"stage {stage} has {len(parts)} parts")
+    if whole in places:
+        fail_at(program, places[whole], f"instruction {places[found[0]]} does a part of it")
+    return [BackwardWeight(stage, microbatch, part) for part in parts]
+
+
+def _name(item: _Compute) -> str:
+    part = item.part if isinstance(item, BackwardWeight) else None
+    return type(item).__name__ if part is None else f"{type(item).__name__} part {part}"

@@ -109,6 +109,11 @@ def verify_stage_collectives(programs: tuple[Program, ...]) -> None:
             first = held[ranks[0], index]
             here = f"stage {index} on rank {rank}, axis {axis}"
             mine, others = _along(stage, axis), _along(first, axis)
+            check(
+                stage.parts == first.parts,
+                f"its weight gradients are computed in parts other than those on rank {ranks[0]}",
+                here,
+            )
             for position, (one, two) in enumerate(
                 itertools.zip_longest(mine, others, fillvalue="nothing")
             ):

@@ -1,5 +1,8 @@
 """Rules of the end of a training step: sums of gradients, global norm, clipping, update.
 
+The weight gradients of a microbatch may be computed in parts; a part completes the gradients that
+its stage names for it, the last one also all others.
+
 A trained parameter's gradient is summed once over exactly the ranks whose gradients are its terms:
 by the backward of its stage, a `ReduceScatter` that leaves each rank the part that it updates, an
 `AllReduce` of that part, or several of these one after the other. Copies in several stages are
@@ -47,6 +50,7 @@ def verify_tails(programs: tuple[Program, ...]) -> None:
         return
     _verify_terms(programs)
     for program in programs:
+        _verify_parts(program)
         _verify_order(program)
         _verify_optimizer(program)
     verify_updates(programs)
@@ -99,17 +103,33 @@ def _verify_terms(programs: tuple[Program, ...]) -> None:
                 )
 
 
+def _verify_parts(program: Program) -> None:
+    """Parts of the weight gradients complete gradients of their stage, each once."""
+    for stage in program.stages:
+        here = f"parts of stage {stage.index} on rank {program.rank}"
+        trained = {v.origin for v in stage.graph.values_of(ValueKind.PARAMETER) if v.requires_grad}
+        names = [name for part in stage.parts for name in part]
+        unknown = sorted(set(names) - trained)
+        check(not unknown, f"the stage does not train {unknown}", here)
+        repeated = first_repeated(names)
+        check(repeated is None, f"two of them complete the gradient of {repeated!r}", here)
+
+
 def _gradient_ends(program: Program) -> dict[str, int]:
     """By trained parameter, position of the last instruction that adds to its gradient."""
-    last: dict[int, int] = {}
+    ends: dict[str, int] = {}
+    added: dict[tuple[int, int | None], list[str]] = {}  # by stage and part
+    for stage in program.stages:
+        names = [value.origin for value in stage.graph.values_of(ValueKind.PARAMETER)]
+        ends.update((name, -1) for name in names if name not in ends)
+        early = {name for part in stage.parts[:-1] for name in part}
+        added[stage.index, None] = names
+        added.update(((stage.index, k), list(part)) for k, part in enumerate(stage.parts[:-1]))
+        added[stage.index, len(stage.parts) - 1] = [name for name in names if name not in early]
     for position, item in enumerate(program.instructions):
         if isinstance(item, (Backward, BackwardWeight)):
-            last[item.stage] = position
-    ends: dict[str, int] = {}
-    for stage in program.stages:
-        for value in stage.graph.values_of(ValueKind.PARAMETER):
-            end = last.get(stage.index, -1)
-            ends[value.origin] = max(ends.get(value.origin, -1), end)
+            part = item.part if isinstance(item, BackwardWeight) else None
+            ends.update(dict.fromkeys(added.get((item.stage, part), ()), position))
     return ends
 
 
