@@ -6,8 +6,10 @@ W for one microbatch in flight, and is reused when that microbatch's W is done. 
 on its first use (which warms libraries up), is captured on its second, and replayed from then on.
 Ranks in processes of their own do the first two before the first step (`Executor.rehearse`).
 
-Graphs of one slot share a memory pool; slots do not share one, because a replay of one slot would
-overwrite temporaries that another slot still keeps.
+Graphs of one slot share a memory pool. What F saves lives until the backward of its microbatch, so
+slots do not share the pool of their F: a replay of one would overwrite what another keeps. B and W
+do share one where the W of a microbatch follows its B at once: nothing of them outlives W but the
+gradients of inputs. What only later graphs of a slot read is not held here once all are captured.
 """
 
 from __future__ import annotations
@@ -37,6 +39,17 @@ class _GraphedKernel:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: list[Tensor | None] = []
         self._results: Sequence[Tensor | None] = ()
+
+    def forget(self, kept: int) -> None:
+        """Hold no more than what changes from replay to replay, and the first `kept` results.
+
+        The graph goes on reading and writing the others' addresses, which its pool keeps for it.
+        """
+        self._static = [
+            tensor if position in self._dynamic else None
+            for position, tensor in enumerate(self._static)
+        ]
+        self._results = [*self._results[:kept], *[None] * len(self._results[kept:])]
 
     def stage(self, arguments: list[Tensor | None]) -> list[Tensor | None]:
         """Static tensors with the content of `arguments`."""
@@ -77,7 +90,7 @@ class _GraphedKernel:
 class _Slot:
     """Graphs of one microbatch in flight."""
 
-    def __init__(self, kernels: StageKernels) -> None:
+    def __init__(self, kernels: StageKernels, backward_pool: Any) -> None:
         pool = torch.cuda.graph_pool_handle()
         arguments = kernels.signature.arguments
         dynamic = {0} | {
@@ -95,17 +108,33 @@ class _Slot:
         ):
             if kernel is not None:
                 tangents = {i for i, (kind, _) in enumerate(sources) if kind is Source.TANGENT}
-                self.backward[name] = _GraphedKernel(kernel, frozenset(tangents), pool)
+                self.backward[name] = _GraphedKernel(
+                    kernel, frozenset(tangents), backward_pool or pool
+                )
+
+    def forget(self, num_gradients: int) -> None:
+        """Hold of the backward only the gradients of inputs, once all its graphs are captured."""
+        for name, graphed in self.backward.items():
+            graphed.forget(num_gradients if name == "input" else 0)
 
 
 class GraphSlots:
     """Runs a stage's kernels through slots; falls back to plain kernels with a warning.
 
     `forward` returns the slot used, to be given to the backward calls of the same microbatch.
+
+    Args:
+        kernels: of the stage.
+        in_flight: microbatches that are, at most, between their F and their W.
+        weights_follow: no other backward of the stage comes between B and W of a microbatch.
     """
 
-    def __init__(self, kernels: StageKernels) -> None:
+    def __init__(
+        self, kernels: StageKernels, *, in_flight: int = 1, weights_follow: bool = False
+    ) -> None:
         self._kernels = kernels
+        shared = in_flight > 1 and weights_follow
+        self._backward_pool = torch.cuda.graph_pool_handle() if shared else None
         self._num_gradients = len(kernels.signature.differentiable) - len(kernels.zero_inputs)
         self._free: list[_Slot] = []
         self._broken = False
@@ -117,7 +146,7 @@ class GraphSlots:
         if self._broken:
             keep(arguments)
             return list(self._kernels.forward(arguments)), None
-        slot = self._free.pop() if self._free else _Slot(self._kernels)
+        slot = self._free.pop() if self._free else self._new_slot()
         slot.uses += 1
         if slot.uses == 1:
             keep(arguments)
@@ -133,6 +162,9 @@ class GraphSlots:
         count = self._kernels.num_outputs
         return [_copy(tensor) for tensor in results[:count]] + results[count:], slot
 
+    def _new_slot(self) -> _Slot:
+        return _Slot(self._kernels, self._backward_pool)
+
     def backward(
         self, slot: _Slot | None, name: str, kernel: Kernel, arguments: list[Tensor | None]
     ) -> list[Tensor | None]:
@@ -143,6 +175,8 @@ class GraphSlots:
         if results is None:
             results = list(kernel(arguments))
         if name == self._kernels.backward_weights[-1].name:
+            if slot is not None and slot.uses == 2 and not self._broken:
+                slot.forget(self._num_gradients)
             self.release(slot)
         return results
 

@@ -138,7 +138,13 @@ class Executor:
         self._slots: dict[int, GraphSlots] = {}
         if cuda_graphs and device.type == "cuda":
             self._slots = {
-                index: GraphSlots(entry) for index, entry in kernels.items() if entry.is_capturable
+                index: GraphSlots(
+                    entry,
+                    in_flight=program.most_in_flight(index),
+                    weights_follow=program.weights_follow(index),
+                )
+                for index, entry in kernels.items()
+                if entry.is_capturable
             }
         self.touched: set[str] = set()
         self._step: Step | None = None
