@@ -12,7 +12,6 @@ it is given without and with the optimizer's update, which every step ends with.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from _torch_pipeline import SCHEDULES, TorchPipeline
 from _transformer import Shape, Transformer, cut_points, make_batch, token_loss
 
 from cutset.compiler.api import auto_partition
+from cutset.compiler.ir.trace import Lane
 from cutset.compiler.module_names import modules_of_stages
 from cutset.compiler.parallel import Parallel
 from cutset.compiler.timeline import ideal_seconds
@@ -97,7 +97,7 @@ def _compare(shape: Shape, num_stages: int, options: argparse.Namespace) -> dict
         samples: dict[tuple[str, int], list[float]] = {}
 
         def recorded_step() -> float:
-            parallel.record_times()
+            parallel.record_trace()
             loss = float(parallel.train_step(ids, targets))
             _collect(parallel, samples)
             return loss
@@ -162,10 +162,11 @@ def _interleave(
 
 def _collect(parallel: Parallel, samples: dict[tuple[str, int], list[float]]) -> None:
     """Add the times of the last step's computations, by kind and stage."""
-    for instruction, begin, end in itertools.chain(*parallel.instruction_times()):
-        match = re.match(r"(Forward|Backward\w*|OptimizerStep)\((?:stage=(\d+))?", instruction)
-        if match:
-            samples.setdefault((match[1], int(match[2] or 0)), []).append(end - begin)
+    for event in parallel.trace():
+        match = re.match(r"([FBIW]) (\d+)\.|OptimizerStep", event.name)
+        if match and event.lane is Lane.COMPUTE:
+            key = match[1] or match[0], int(match[2] or 0)
+            samples.setdefault(key, []).append(event.end_seconds - event.begin_seconds)
 
 
 def _stage_seconds(
@@ -178,10 +179,10 @@ def _stage_seconds(
     def of(kind: str) -> list[float]:
         return [median.get((kind, stage), 0.0) for stage in range(num_stages)]
 
-    inputs, whole = of("BackwardInput"), of("Backward")
-    backward = [sum(parts) for parts in zip(inputs, of("BackwardWeight"), whole, strict=True)]
+    inputs, whole = of("I"), of("B")
+    backward = [sum(parts) for parts in zip(inputs, of("W"), whole, strict=True)]
     shares = [part / total for part, total in zip(inputs, backward, strict=True)]
-    return tuple(of("Forward")), tuple(backward), tuple(shares)
+    return tuple(of("F")), tuple(backward), tuple(shares)
 
 
 def _table(rows: list[dict[str, object]]) -> str:

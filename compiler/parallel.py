@@ -27,6 +27,7 @@ from .ir.errors import UsageError
 from .ir.graph import Mode, ValueKind
 from .ir.program import Program
 from .ir.text import print_program
+from .ir.trace import TraceEvent
 from .parts import batch_part, shards_by_name
 from .placement import Needs
 from .planned import PlannedModel
@@ -103,7 +104,7 @@ class Parallel:
         self._measure = False
         self._record = False
         self._peaks: list[int] = []
-        self._times: list[list[tuple[str, float, float]]] = []
+        self._events: tuple[TraceEvent, ...] = ()
 
     @property
     def planned(self) -> PlannedModel:
@@ -191,8 +192,9 @@ class Parallel:
         if self._measure:
             self._peaks = [reply["peak_bytes"] for reply in replies]
             self._measure = False
-        self._record = False
-        self._times = [reply["times"] for reply in replies]
+        if self._record:
+            self._events = tuple(event for reply in replies for event in reply["events"])
+            self._record = False
         return replies
 
     # -- variants ------------------------------------------------------------------------------
@@ -383,13 +385,13 @@ class Parallel:
             )
         ]
 
-    def record_times(self) -> None:
-        """Record when each instruction of the next step runs (see `instruction_times`)."""
+    def record_trace(self) -> None:
+        """Record what each rank does in the next step, and when (see `trace`)."""
         self._record = True
 
-    def instruction_times(self) -> list[list[tuple[str, float, float]]]:
-        """Per rank, (instruction, begin, end) in seconds of the last recorded step."""
-        return self._times
+    def trace(self) -> tuple[TraceEvent, ...]:
+        """What all ranks did in the last recorded step, each by its own clock."""
+        return self._events
 
     def measure_memory(self) -> None:
         """Measure the peak memory of the next step (see `peak_memory_bytes`); it runs slower."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from ..cost_models.simulator import Simulation, Span
 from .ir.errors import VerificationError
 from .ir.schedule import Action, ActionKind, Schedule
+from .ir.trace import Lane, TraceEvent
 
 __all__ = ["ideal_seconds", "ideal_simulation"]
 
@@ -86,6 +87,16 @@ def _simulation(spans: list[Span], step_seconds: float, busy: list[float]) -> Si
         peak_memory_bytes=(),
         memory_curves=(),
         timeline=tuple(sorted(spans, key=lambda span: (span.rank, span.begin_seconds))),
+        events=tuple(
+            TraceEvent(
+                span.rank,
+                Lane.COMPUTE,
+                f"{span.kind} {span.stage}.{span.microbatch}",
+                span.begin_seconds,
+                span.end_seconds,
+            )
+            for span in spans
+        ),
     )
 
 

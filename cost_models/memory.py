@@ -356,6 +356,8 @@ def stage_memory(
     messages = _messages(
         model, steps, chosen, in_flight=in_flight, num_microbatches=num_microbatches
     )
+    if model.backend == "cuda":
+        messages += _graph_inputs(model, steps, chosen) * max(in_flight, 1)
     closing = 0.0
     if train:
         own = figures.values()
@@ -382,6 +384,14 @@ def stage_memory(
         communication_bytes=math.ceil(messages),
         host_bytes=sum(entry.host_bytes for entry in figures.values()),
     )
+
+
+def _graph_inputs(model: MemoryModel, steps: StageSteps, nodes: tuple[int, ...]) -> float:
+    """What CUDA graphs of one microbatch keep of what they are given and what they return."""
+    crossing = (steps.received, steps.arriving, steps.returned)
+    read = {value for node in nodes for value in model.graph.nodes[node].inputs}
+    inputs = sum(model.sizes[i] for i in read if model.graph.values[i].kind is ValueKind.INPUT)
+    return sum(sum(table.values()) for table in crossing) + steps.sent_bytes + inputs
 
 
 def library_bytes(backend: str) -> int:

@@ -40,6 +40,7 @@ from ..compiler.ir.program import (
     Send,
     StageProgram,
 )
+from ..compiler.ir.trace import Lane, TraceEvent, event_name
 from ..compiler.ir.types import TensorType
 from .collectives import Network
 from .links import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
@@ -73,6 +74,7 @@ class Simulation:
         peak_memory_bytes: per rank.
         memory_curves: per rank, (seconds, bytes) whenever the level changes.
         timeline: spans in order of rank and time.
+        events: the same and all communication, in the form of a measured trace.
     """
 
     step_seconds: float
@@ -82,6 +84,7 @@ class Simulation:
     peak_memory_bytes: tuple[int, ...]
     memory_curves: tuple[tuple[tuple[float, int], ...], ...]
     timeline: tuple[Span, ...]
+    events: tuple[TraceEvent, ...] = ()
 
 
 _Computation = Forward | Backward | BackwardInput | BackwardWeight
@@ -180,6 +183,7 @@ class _Run:
             for program in programs
         ]
         self.spans: list[Span] = []
+        self.events: list[TraceEvent] = []
         self.link_bytes: dict[tuple[int, int], int] = defaultdict(int)
         self._sent: dict[tuple[int, int, int], tuple[float, Send]] = {}
         self._posted: dict[tuple[int, int, int], tuple[float, Recv]] = {}
@@ -200,6 +204,7 @@ class _Run:
     def _execute(self, rank: _Rank, instruction: Instruction) -> bool:
         if not self.wait(rank, instruction):
             return False
+        began = rank.seconds
         match instruction:
             case Forward() | Backward() | BackwardInput() | BackwardWeight():
                 return self._compute(rank, instruction)
@@ -224,6 +229,8 @@ class _Run:
                 self._sweep(rank, "sync", sum((*held.updated_bytes, *held.offloaded_bytes)))
             case OptimizerStep():
                 self._optimizer_step(rank)
+        if isinstance(instruction, GradientNorm | ClipGradients | OptimizerStep):
+            self._event(rank.program.rank, Lane.COMPUTE, instruction, began, rank.seconds)
         return True
 
     def _start_transfer(self, key: tuple[int, int, int]) -> None:
@@ -239,6 +246,8 @@ class _Run:
         self._link_free[pair] = begin + size / link.bytes_per_second
         self._arrival[pair[1], recv.register] = begin + link.seconds(size)
         self.link_bytes[pair] += size
+        for rank, item in zip(pair, (send, recv), strict=True):
+            self._event(rank, Lane.COMMUNICATION, item, begin, begin + link.seconds(size))
 
     def _compute(self, rank: _Rank, action: _Computation) -> bool:
         stage = self.stages[rank.program.rank, action.stage]
@@ -262,6 +271,7 @@ class _Run:
         if part is not None:
             length *= self.shares[rank.program.rank, action.stage][part]
         self._span(rank, kind, action.stage, action.microbatch, begin, begin + length)
+        self._event(rank.program.rank, Lane.COMPUTE, action, begin, begin + length)
         rank.memory.action(kind, action.stage, part, begin, begin + length)
         for register, value_type in _writes(stage, action):
             rank.memory.define(register, value_type, begin + length)
@@ -287,6 +297,8 @@ class _Run:
             meeting.end_seconds = begin + seconds
             for member in members:
                 member.wire_free_seconds = meeting.end_seconds
+                own = member.program.rank
+                self._event(own, Lane.COMMUNICATION, item, begin, meeting.end_seconds)
 
     def wait(self, rank: _Rank, instruction: Instruction | None) -> bool:
         """Wait for the collectives that `instruction` (None: the end of the step) needs; False if
@@ -334,6 +346,11 @@ class _Run:
         rank.seconds = end
         rank.busy_seconds += end - begin if busy else 0.0
 
+    def _event(self, rank: int, lane: Lane, item: Instruction, begin: float, end: float) -> None:
+        name = event_name(item)
+        if name is not None:
+            self.events.append(TraceEvent(rank, lane, name, begin, end))
+
     def result(self) -> Simulation:
         step = max((rank.seconds for rank in self.ranks), default=0.0)
         busy = tuple(rank.busy_seconds / step if step else 0.0 for rank in self.ranks)
@@ -345,6 +362,7 @@ class _Run:
             peak_memory_bytes=tuple(rank.memory.peak_bytes for rank in self.ranks),
             memory_curves=tuple(rank.memory.points() for rank in self.ranks),
             timeline=tuple(sorted(self.spans, key=lambda span: (span.rank, span.begin_seconds))),
+            events=tuple(sorted(self.events, key=lambda one: (one.rank, one.begin_seconds))),
         )
 
 

@@ -6,10 +6,11 @@ W for one microbatch in flight, and is reused when that microbatch's W is done. 
 on its first use (which warms libraries up), is captured on its second, and replayed from then on.
 Ranks in processes of their own do the first two before the first step (`Executor.rehearse`).
 
-Graphs of one slot share a memory pool; slots do not share one, because a replay of one slot would
-overwrite temporaries that another slot still keeps. What a part of W hands to later parts is kept
-until those are recorded, and no longer: its addresses are in their graphs, which are replayed in
-one order, and graphs recorded after the last reader use its memory.
+Graphs of one slot share a memory pool. What F saves lives until the backward of its microbatch, so
+slots do not share the pool of their F: a replay of one would overwrite what another keeps. B and W
+do share one where the W of a microbatch follows its B at once: nothing of them outlives W but the
+gradients of inputs. What only later graphs of its slot read is not held here: they have recorded
+its address.
 """
 
 from __future__ import annotations
@@ -34,16 +35,17 @@ class _GraphedKernel:
 
     Args:
         dynamic: positions of inputs that change address.
-        keeps: whether it has its results at every call; else at the first alone, None afterwards.
+        kept: how many of its results it gives at every call; None: all. The others it gives at the
+            first alone, None afterwards.
     """
 
     def __init__(
-        self, kernel: Kernel, dynamic: frozenset[int], pool: Any, *, keeps: bool = True
+        self, kernel: Kernel, dynamic: frozenset[int], pool: Any, *, kept: int | None = None
     ) -> None:
         self._kernel = kernel
         self._dynamic = dynamic
         self._pool = pool
-        self._keeps = keeps
+        self._kept = kept
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: list[Tensor | None] = []
         self._results: Sequence[Tensor | None] = ()
@@ -67,8 +69,8 @@ class _GraphedKernel:
             self._graph = self._capture()
         self._graph.replay()
         results = self._results
-        if not self._keeps:
-            self._results = [None] * len(results)
+        if self._kept is not None:
+            self._results = [*results[: self._kept], *[None] * len(results[self._kept :])]
             self._static = [
                 tensor if position in self._dynamic else None
                 for position, tensor in enumerate(self._static)
@@ -94,7 +96,7 @@ class _GraphedKernel:
 class _Slot:
     """Graphs of one microbatch in flight."""
 
-    def __init__(self, kernels: StageKernels) -> None:
+    def __init__(self, kernels: StageKernels, backward_pool: Any) -> None:
         pool = torch.cuda.graph_pool_handle()
         arguments = kernels.signature.arguments
         dynamic = {0} | {
@@ -106,11 +108,15 @@ class _Slot:
         self.forward = _GraphedKernel(kernels.forward, frozenset(dynamic), pool)
         self.backward: dict[str, _GraphedKernel] = {}
         if kernels.backward_input is not None:
-            tangents = _tangents(kernels.input_sources)
-            self.backward["input"] = _GraphedKernel(kernels.backward_input, tangents, pool)
+            self.backward["input"] = _GraphedKernel(
+                kernels.backward_input,
+                _tangents(kernels.input_sources),
+                backward_pool or pool,
+                kept=kernels.num_gradients,
+            )
         for part in kernels.backward_weights:
             self.backward[part.name] = _GraphedKernel(
-                part.kernel, _tangents(part.sources), pool, keeps=False
+                part.kernel, _tangents(part.sources), backward_pool or pool, kept=0
             )
 
 
@@ -122,11 +128,19 @@ class GraphSlots:
     """Runs a stage's kernels through slots; falls back to plain kernels with a warning.
 
     `forward` returns the slot used, to be given to the backward calls of the same microbatch.
+
+    Args:
+        kernels: of the stage.
+        in_flight: microbatches that are, at most, between their F and their W.
+        weights_follow: no other backward of the stage comes between B and W of a microbatch.
     """
 
-    def __init__(self, kernels: StageKernels) -> None:
+    def __init__(
+        self, kernels: StageKernels, *, in_flight: int = 1, weights_follow: bool = False
+    ) -> None:
         self._kernels = kernels
-        self._num_gradients = len(kernels.signature.differentiable) - len(kernels.zero_inputs)
+        shared = in_flight > 1 and weights_follow
+        self._backward_pool = torch.cuda.graph_pool_handle() if shared else None
         self._free: list[_Slot] = []
         self._broken = False
 
@@ -137,7 +151,7 @@ class GraphSlots:
         if self._broken:
             keep(arguments)
             return list(self._kernels.forward(arguments)), None
-        slot = self._free.pop() if self._free else _Slot(self._kernels)
+        slot = self._free.pop() if self._free else self._new_slot()
         slot.uses += 1
         if slot.uses == 1:
             keep(arguments)
@@ -153,12 +167,16 @@ class GraphSlots:
         count = self._kernels.num_outputs
         return [_copy(tensor) for tensor in results[:count]] + results[count:], slot
 
+    def _new_slot(self) -> _Slot:
+        return _Slot(self._kernels, self._backward_pool)
+
     def backward(
         self, slot: _Slot | None, name: str, kernel: Kernel, arguments: list[Tensor | None]
     ) -> list[Tensor | None]:
         """Results of B (`name` = `input`) or of a part of W; releases the slot after the last."""
         results = None
-        if slot is not None and slot.uses > 1 and not self._broken:
+        # what is captured goes on: the executor no longer has what it would need instead
+        if slot is not None and slot.uses > 1 and (slot.uses > 2 or not self._broken):
             results = self._replayed(slot, name, arguments)
         if results is None:
             results = list(kernel(arguments))
@@ -178,7 +196,7 @@ class GraphSlots:
             self._give_up(error)
             return None
         if name == "input":
-            count = self._num_gradients
+            count = self._kernels.num_gradients
             results = [_copy(tensor) for tensor in results[:count]] + results[count:]
         return results
 

@@ -8,7 +8,6 @@ waits and executes to the end.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,6 +37,7 @@ from ..compiler.ir.program import (
     Register,
     Send,
 )
+from ..compiler.ir.trace import TraceEvent
 from .communicator import Communicator, Pending
 from .cuda_graphs import GraphSlots
 from .kernels import Kernel, Source, StageKernels
@@ -48,8 +48,9 @@ from .parts import (
     updated_parts,
     view_of,
 )
+from .recorder import Recorder
 
-__all__ = ["Executor", "InstructionTime", "Step", "StepResult"]
+__all__ = ["Executor", "Step", "StepResult"]
 
 
 class Optimizer(Protocol):
@@ -73,23 +74,14 @@ class Step:
     keys: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class InstructionTime:
-    """When an instruction ran, in seconds since the step began (waiting excluded from compute)."""
-
-    instruction: str
-    begin_seconds: float
-    end_seconds: float
-    waited_seconds: float
-
-
 @dataclass(slots=True)
 class StepResult:
-    """What a rank has after a step: the weighted loss if it holds it, user outputs by target."""
+    """What a rank has after a step: the weighted loss if it holds it, user outputs by target, and
+    what it did when, if that was recorded."""
 
     loss: Tensor | None = None
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    times: list[InstructionTime] = field(default_factory=list)
+    events: list[TraceEvent] = field(default_factory=list)
 
 
 class _Context:
@@ -140,14 +132,19 @@ class Executor:
         self._communicator = communicator
         self._device = device
         self._timeout = timeout_seconds
-        self._texts = tuple(map(str, program.instructions))  # once: records would pay every step
         self._stages = {stage.index: stage for stage in program.stages}
         self._consumers = {stage.index: dict(stage.consumers) for stage in program.stages}
         self._later = {index: _read_later(entry) for index, entry in kernels.items()}
         self._slots: dict[int, GraphSlots] = {}
         if cuda_graphs and device.type == "cuda":
             self._slots = {
-                index: GraphSlots(entry) for index, entry in kernels.items() if entry.is_capturable
+                index: GraphSlots(
+                    entry,
+                    in_flight=program.most_in_flight(index),
+                    weights_follow=program.weights_follow(index),
+                )
+                for index, entry in kernels.items()
+                if entry.is_capturable
             }
         self.touched: set[str] = set()
         self._step: Step | None = None
@@ -172,7 +169,7 @@ class Executor:
         self._step = step
         self._keep = keep
         self._optimize = optimize
-        self._record = record
+        self._recorder = Recorder(self._program.rank, self._device) if record else None
         self._position = 0
         self._registers: dict[Register, Tensor | Pending] = {}
         self._contexts: dict[tuple[int, int], _Context] = {}
@@ -188,7 +185,8 @@ class Executor:
             for value in stage.graph.values_of(ValueKind.INPUT)
         }
         self._zero_gradients()
-        self._began = time.perf_counter()
+        if self._recorder is not None:
+            self._recorder.restart()
 
     def rehearse(self) -> None:
         """Run every stage on zeros, as often as microbatches are in flight, and forget the results;
@@ -219,7 +217,8 @@ class Executor:
         self.touched = set()
         self.result = StepResult()
         self._zero_gradients()
-        self._began = time.perf_counter()
+        if self._recorder is not None:
+            self._recorder.restart()
 
     def _zero_gradients(self) -> None:
         for gradient in self._gradients.values():
@@ -254,6 +253,8 @@ class Executor:
     def take_result(self) -> StepResult:
         """The result of the finished step; nothing of the step stays alive here."""
         result, self.result = self.result, StepResult()
+        if self._recorder is not None:
+            result.events = self._recorder.events
         self._step = self._optimize = self._keep = None
         self._microbatches = {}
         self._registers.clear()
@@ -280,35 +281,38 @@ class Executor:
         instruction = self._next
         if instruction is None:
             return self._drained()
-        if any(not pending.done() for pending in self._awaited(instruction)):
+        awaited = self._awaited(instruction)
+        if any(not pending.done() for pending in awaited):
             return False
-        begin = time.perf_counter()
-        self._execute(instruction)
-        if self._record:
-            self._note(begin)
+        recorder = self._recorder
+        if recorder is None:
+            self._execute(instruction)
+        else:
+            self._saw_end(awaited)
+            begin = recorder.now()
+            self._execute(instruction)
+            recorder.executed(instruction, begin)
         self._position += 1
         return True
 
-    def _note(self, begin: float) -> None:
-        """Record the time of the instruction at the present position."""
-        if self._device.type == "cuda":
-            # not the device: a receive under way may need what this rank is yet to compute
-            torch.cuda.current_stream(self._device).synchronize()
-        times = self.result.times
-        previous = times[-1].end_seconds if times else 0.0
-        start = begin - self._began
-        end = time.perf_counter() - self._began
-        times.append(
-            InstructionTime(self._texts[self._position], start, end, max(0.0, start - previous))
-        )
+    def _saw_start(self, pending: Pending, instruction: Instruction) -> None:
+        if self._recorder is not None:
+            self._recorder.started(pending, instruction)
+
+    def _saw_end(self, pendings: Iterable[Pending]) -> None:
+        if self._recorder is not None:
+            self._recorder.ended(pendings)
 
     def _drained(self) -> bool:
         """Whether all communication is over."""
-        if any(not pending.done() for pending in self._awaited(None)):
+        awaited = self._awaited(None)
+        if any(not pending.done() for pending in awaited):
             return False
+        self._saw_end(awaited)
         self._settle(None)
         for pending in self._draining:
             pending.wait(self._timeout)
+        self._saw_end(self._draining)
         self._draining.clear()
         return True
 
@@ -386,16 +390,18 @@ class Executor:
             case Send():
                 self._send(instruction)
             case Recv(register, peer, tag, type):
-                self._registers[register] = self._communicator.recv(
-                    type, peer, tag, label=self._label(register)
-                )
+                arriving = self._communicator.recv(type, peer, tag, label=self._label(register))
+                self._registers[register] = arriving
+                self._saw_start(arriving, instruction)
             case Free(registers):
                 self._free(registers)
             case GradientNorm(parameters):
                 self._keep_gradients()
                 self._square_norm(parameters)
             case AllReduce() | ReduceScatter() | AllGather():
-                self._collectives.append((instruction, self._start(instruction)))
+                pending = self._start(instruction)
+                self._collectives.append((instruction, pending))
+                self._saw_start(pending, instruction)
                 if not isinstance(instruction, AllGather):
                     self.touched.update({*instruction.targets} - {GRADIENT_NORM})
             case ClipGradients(max_norm):
@@ -553,13 +559,19 @@ class Executor:
             tensor, send.peer, send.tag, label=self._label(send.register)
         )
         self._sends.setdefault(send.register, []).append(pending)
+        self._saw_start(pending, send)
 
     def _free(self, registers: tuple[Register, ...]) -> None:
         """Drop registers; tensors on their way stay alive until they have left."""
         for register in registers:
             self._registers.pop(register, None)
             self._draining.extend(self._sends.pop(register, ()))
-        self._draining = [pending for pending in self._draining if not pending.done()]
+        draining, self._draining = self._draining, []
+        for pending in draining:
+            if pending.done():
+                self._saw_end([pending])
+            else:
+                self._draining.append(pending)
 
     def _keep_gradients(self) -> None:
         if self._keep is not None:

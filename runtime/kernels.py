@@ -150,6 +150,11 @@ class StageKernels:
     collectives: StageCollectives | None = None
 
     @property
+    def num_gradients(self) -> int:
+        """How many gradients of inputs B returns."""
+        return len(self.signature.differentiable) - len(self.zero_inputs)
+
+    @property
     def is_capturable(self) -> bool:
         """Whether the kernels can be recorded as CUDA graphs."""
         return self.collectives is None or self.collectives.is_capturable

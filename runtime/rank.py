@@ -324,7 +324,7 @@ class Rank:
         return {
             "loss": None if result.loss is None else float(result.loss),
             "outputs": self._outputs(key, result.outputs),
-            "times": [(t.instruction, t.begin_seconds, t.end_seconds) for t in result.times],
+            "events": result.events,
         }
 
     def _held_tensors(self) -> list[Tensor]:

@@ -62,6 +62,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-checkpoint", type=Path, metavar="DIR", help="write a checkpoint after the last step"
     )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="record one more step, for chrome://tracing or Perfetto, as simulate --trace does",
+    )
     add_model_arguments(parser)
     add_optimizer_arguments(parser)
 
@@ -133,6 +139,7 @@ def _measured(
     console: Console,
 ) -> MeasuredRun:
     """Train; `pristine`, the model to compare with, gets the same first values."""
+    from ..chrome_trace import chrome_trace, write_chrome_trace
     from ..measure import measure_training
 
     if options.load_checkpoint is not None:
@@ -143,10 +150,17 @@ def _measured(
         if pristine is not None:
             pristine.load_state_dict(state)
 
-    def save() -> None:
+    def keep() -> None:
         if options.save_checkpoint is not None:
             console.progress(f"save {options.save_checkpoint}")
             parallel.save_checkpoint(options.save_checkpoint)
+        if options.trace is not None:
+            console.progress(f"trace one more step to {options.trace}")
+            parallel.record_trace()
+            parallel.train_step(*loaded.args, **loaded.kwargs)
+            if not console.quiet:
+                trace = chrome_trace(parallel.trace(), title="measured")
+                write_chrome_trace(options.trace, trace)
 
     return measure_training(
         parallel,
@@ -155,7 +169,7 @@ def _measured(
         loss_fn=loaded.loss_fn,
         steps=options.steps,
         compare=options.compare,
-        after_steps=save,
+        after_steps=keep,
         progress=console.progress,
     )
 

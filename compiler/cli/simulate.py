@@ -25,6 +25,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.py:FACTORY",
         help="the model it was made for: simulate its programs, communication included",
     )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the step for chrome://tracing or Perfetto"
+    )
     add_model_arguments(parser)
 
 
@@ -40,6 +43,11 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         peaks = simulation.peak_memory_bytes
     else:
         simulation, peaks = _from_plan_alone(plan)
+    if options.trace is not None:
+        from ..chrome_trace import chrome_trace, write_chrome_trace
+
+        trace = chrome_trace(simulation.events, simulation.memory_curves, title="simulated")
+        write_chrome_trace(options.trace, trace)
     data = {
         "step_seconds": simulation.step_seconds,
         "bubble_fraction": simulation.bubble_fraction,
@@ -94,6 +102,7 @@ COMMAND = Command(
     examples=(
         "cutset simulate plan.json",
         "cutset simulate plan.json --model model.py:build --json",
+        "cutset simulate plan.json --model model.py:build --trace simulated.json",
     ),
     configure=_configure,
     run=_run,

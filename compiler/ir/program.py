@@ -360,6 +360,17 @@ class Program:
                     now -= 1
         return most
 
+    def weights_follow(self, stage: int) -> bool:
+        """Whether the weight gradients of each microbatch come before the next backward of any."""
+        last: int | None = None
+        for instruction in self.instructions:
+            match instruction:
+                case BackwardInput(other, microbatch) | Backward(other, microbatch):
+                    last = microbatch if other == stage else last
+                case BackwardWeight(other, microbatch) if other == stage and microbatch != last:
+                    return False
+        return True
+
     def stage(self, index: int) -> StageProgram:
         """The stage with plan-wide number `index`. Raises KeyError if it is not on this rank."""
         for stage in self.stages:

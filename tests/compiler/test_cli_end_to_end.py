@@ -175,7 +175,8 @@ def test_run_trains_the_same_weights_as_the_unpartitioned_model(
     folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["run", f"{folder}/factories.py:net", "--plan", str(plan_file), "--compare"]
-    found = _json([*arguments, "--steps", "3", "--dtype", "float64", "--seed", "7"], capsys)
+    trace = ["--trace", str(folder / "measured.json")]
+    found = _json([*arguments, "--steps", "3", "--dtype", "float64", "--seed", "7", *trace], capsys)
     assert set(found["max_relative_error"]) == {"loss", "outputs", "gradients", "weights"}
     assert max(found["max_relative_error"].values()) < 1e-10
     assert len(found["losses"]) == 3
@@ -184,6 +185,23 @@ def test_run_trains_the_same_weights_as_the_unpartitioned_model(
     assert found["step_seconds"] > 0
     assert found["reference_step_seconds"] > 0
     assert found["predicted_step_seconds"] > 0
+    model = ["--model", f"{folder}/factories.py:net", "--dtype", "float64"]
+    trace = ["--trace", str(folder / "simulated.json")]
+    assert main(["simulate", str(plan_file), *model, *trace]) == 0
+    measured, simulated = (
+        json.loads((folder / f"{name}.json").read_text())["traceEvents"]
+        for name in ("measured", "simulated")
+    )
+    assert _what(measured) == _what(simulated)
+    assert sum(entry["name"] == "I 1.0" for entry in measured) == 1
+    assert all(entry["dur"] >= 0 for entry in measured if entry["ph"] == "X")
+    levels = [entry["args"]["bytes"] for entry in simulated if entry["ph"] == "C"]
+    assert max(levels) > min(levels) > 0
+
+
+def _what(events: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
+    """What a trace says each rank did with which lane, however long it took."""
+    return sorted((one["pid"], one["tid"], one["name"]) for one in events if one["ph"] == "X")
 
 
 def test_run_goes_on_from_a_checkpoint(

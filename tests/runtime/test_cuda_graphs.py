@@ -98,3 +98,40 @@ def test_a_stage_that_cannot_be_captured_runs_without_graphs(
     for got in (second, third):
         for mine, theirs in zip(got, eager, strict=True):
             assert torch.equal(mine, theirs)
+
+
+class Captured:
+    """In place of a graph: it has computed when it was captured, and computes no more."""
+
+    def __init__(self, graphed: cuda_graphs._GraphedKernel) -> None:
+        graphed._results = graphed._kernel(list(graphed._static))
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_slots_hold_nothing_between_b_and_w_once_captured(
+    follow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = linears()
+    kernels = trace_training(compile_stage(graph), graph, CPU, parts=PARTS)
+    assert any(kind is Source.PASSED for kind, _ in kernels.backward_weights[0].sources)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(cuda_graphs._GraphedKernel, "_capture", lambda graphed: Captured(graphed))
+    slots = GraphSlots(kernels, in_flight=2, weights_follow=follow)
+    tensors = values_for(graph)
+    made = [slots._new_slot() for _ in range(2)]
+    pools = {id(one._pool) for slot in made for one in slot.backward.values()}
+    assert len(pools) == (1 if follow else 2)
+    assert made[0].forward._pool is not made[1].forward._pool
+    first, second, third = (microbatch(slots, kernels, tensors) for _ in range(3))
+    assert all(map(torch.equal, second, first))
+    assert torch.equal(third[0], first[0]) and torch.equal(third[1], first[1])
+    (slot,) = slots._free
+    for name, graphed in slot.backward.items():
+        held = [tensor for tensor in graphed._results if tensor is not None]
+        assert len(held) == (1 if name == "input" else 0), name
+        assert [i for i, tensor in enumerate(graphed._static) if tensor is not None] == sorted(
+            graphed._dynamic
+        )
