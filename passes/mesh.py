@@ -52,7 +52,7 @@ _CLOSE = 1.25  # an estimate within this of the best may win when looked at clos
 _SHARES = (1.0, 1.1)  # of the memory: additive bounds exceed the need by about a tenth
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
-_STARVED = 2.0
+_STARVED = 4.0
 _NO_TIME = 1e-30  # seconds, of a graph that computes nothing
 _STEPS_OF_BOUND = 20  # bounds are about equal if they are within a twentieth
 

@@ -1,13 +1,17 @@
-"""A sharded step is simulated with the collectives of its stages."""
+"""A sharded step is simulated with the collectives of its stages, and with sums beside backward."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from cutset.compiler.api import plan_model
+from cutset.compiler.ir.program import AllReduce, Await, Instruction, Program
 from cutset.cost_models import simulate
+from cutset.cost_models.links import all_reduce_seconds
 
 
 def test_collectives_inside_stages_take_time() -> None:
@@ -29,3 +33,44 @@ def test_collectives_inside_stages_take_time() -> None:
         seconds[mesh] = found.step_seconds
         assert found.step_seconds >= 0.5 * planned.plan.prediction.step_seconds
     assert min(seconds.values()) > 0.0
+
+
+def test_sums_are_hidden_behind_the_backward_that_completes_them() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(8)))
+    batch = (torch.randn(1024, 256), torch.randn(1024, 256))
+    planned = plan_model(
+        model,
+        "cpu:2",
+        example_inputs=batch,
+        loss_fn=F.mse_loss,
+        mesh="data=2",
+        zero=0,
+        num_microbatches=1,
+        check=False,
+    )
+    cluster = planned.plan.cluster
+    sums = [item for item in planned.programs[0].instructions if isinstance(item, AllReduce)]
+    sizes = {v.origin: v.type.num_bytes for v in planned.programs[0].stages[0].graph.values}
+    total = sum(
+        all_reduce_seconds(cluster, item.ranks, sum(sizes[name] for name in item.targets))
+        for item in sums
+    )
+
+    def exposed(programs: tuple[Program, ...]) -> tuple[float, float]:
+        found = simulate(programs, cluster=cluster, optimizer=planned.plan.optimizer)
+        waits = (s.end_seconds - s.begin_seconds for s in found.timeline if s.kind == "sync")
+        return sum(waits) / 2, found.step_seconds
+
+    waited, seconds = exposed(planned.programs)
+    assert 0.0 < waited <= 0.25 * total
+    late = tuple(replace(p, instructions=_sums_last(p)) for p in planned.programs)
+    assert exposed(late)[0] >= 0.95 * total
+    assert planned.plan.prediction is not None
+    assert abs(planned.plan.prediction.step_seconds / seconds - 1) <= 0.05
+
+
+def _sums_last(program: Program) -> tuple[Instruction, ...]:
+    """The instructions with all sums after backward, as if none could start within it."""
+    moved = (AllReduce, Await)
+    *first, last = (item for item in program.instructions if not isinstance(item, moved))
+    return (*first, *(i for i in program.instructions if isinstance(i, moved)), last)
