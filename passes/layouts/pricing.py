@@ -35,7 +35,7 @@ class NodeFigures:
 
     Args:
         seconds: of forward and backward, without adding up gradients over the users of a value.
-        saved_bytes: made for the backward beside operands and results.
+        saved_bytes: made for the backward beside operands and results, at the size captured.
         saves_inputs, saves_outputs: which of those the backward reads.
     """
 
@@ -122,7 +122,9 @@ class Pricer:
         costs = self._price(part)
         trains = part.mode is Mode.TRAIN
         seconds = sum(c.total_seconds if trains else c.forward_seconds for c in costs)
-        model = memory_model(part, backend=self.device_type.backend)
+        model = memory_model(
+            part, batch_fraction=self.batch_fraction, backend=self.device_type.backend
+        )
         steps = model.steps(range(len(part.nodes)))
         transient = [entry.transient_bytes for entry in node_memory(model, steps)]
         made = {ref.id for ref in results}
@@ -133,7 +135,7 @@ class Pricer:
         )
         return NodeFigures(
             seconds=seconds,
-            saved_bytes=math.ceil(others) if trains else 0,
+            saved_bytes=math.ceil(others / self.batch_fraction) if trains else 0,
             transient_bytes=max(transient, default=0),
             saves_inputs=tuple(trains and i in steps.saved for i in range(count)),
             saves_outputs=tuple(
