@@ -104,14 +104,14 @@ def _plan(name: str) -> dict:
     import torch
 
     from cutset.compiler.api import plan_model
-    from cutset.passes import candidates
+    from cutset.passes.layouts import choose
 
     case = CASES[name]
     model = _llama(case.model)
     ids, labels = (
         torch.zeros(case.rows, case.tokens, dtype=torch.long, device="meta") for _ in range(2)
     )
-    sizes = _record_variables(candidates)
+    sizes = _record_variables(choose)
     marks: list[tuple[str, float]] = []
     wall, cpu = time.perf_counter(), time.process_time()
     planned = plan_model(
@@ -160,17 +160,18 @@ def _llama(size: str) -> Any:
         return LlamaForCausalLM(config).bfloat16()
 
 
-def _record_variables(candidates: ModuleType) -> list[int]:
+def _record_variables(choose: ModuleType) -> list[int]:
     """A list that grows by the size of each integer program over layouts, as they are solved."""
     sizes: list[int] = []
-    plain = candidates.plan_layouts
+    plain = choose.solve
 
-    def recorded(*args: Any, **named: Any) -> Any:
-        choice = plain(*args, **named)
-        sizes.extend(entry.num_variables for entry in choice.statistics)
-        return choice
+    def recorded(*args: Any) -> Any:
+        solved = plain(*args)
+        if solved is not None:
+            sizes.append(solved.statistics.num_variables)
+        return solved
 
-    candidates.plan_layouts = recorded  # type: ignore[attr-defined]
+    choose.solve = recorded  # type: ignore[attr-defined]
     return sizes
 
 

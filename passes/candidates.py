@@ -6,32 +6,27 @@ may win are looked at as closely as the pass that decides the stages will.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 
-from ..compiler.ir.errors import InfeasibleError
-from ..compiler.ir.graph import Mode, ValueKind
+from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
 from ..compiler.sharding.sharding import make_sharding
 from ..compiler.sharding.zero import zero_layouts
-from ..cost_models.analysis import batch_rows
-from ..cost_models.ops import price
-from .columns import Column, column_of, layouts_key, parameters_of, stage_devices
+from ..cost_models.memory import rerun_nodes
+from ..cost_models.ops import NodeCost, price
+from .columns import Column, column_of, layouts_key, parameters_of
 from .context import Context
-from .layout_pins import held_placements
-from .layouts.choose import LayoutChoice, plan_layouts
-from .layouts.facts import GraphFacts
-from .layouts.statement import LayoutOptions
+from .layouts.choose import LayoutChoice, Memory
 from .offload import offloaded
 from .partition.fitting import Fit, find_fitting, with_memory
 from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
 from .partition.search import SearchLimits, Solution, Tables, estimate, search
 from .partition.statement import Statement
-from .pinned import updates_elementwise
 from .recompute import choose_recompute
+from .stage_layouts import StageLayouts
 
 __all__ = ["Candidate", "Pricing", "Way"]
 
@@ -68,26 +63,20 @@ class Pricing:
     def __init__(self, plan: Plan, context: Context) -> None:
         self.plan = plan
         self.context = context
-        self.rows = batch_rows(context.graph)
+        self.layouts = StageLayouts(plan, context)
         self._work: dict[int, float] = {}
-        self._layouts: dict[object, LayoutChoice | None] = {}
         self._candidates: dict[tuple[Mesh, int, Way], Candidate | None] = {}
         self._unfit: dict[tuple[Mesh, Way], int] = {}  # with so many microbatches or fewer
+        self._choices: dict[object, LayoutChoice | None] = {}  # with saving
         self._short: dict[tuple[Mesh, float, bool], int] = {}  # likewise, of memory for layouts
         self._columns: dict[object, Column] = {}
         self._recompute: dict[str, tuple[int, ...]] = {}
         self._statements: dict[object, Statement] = {}
 
-    @functools.cached_property
-    def facts(self) -> GraphFacts:
-        return GraphFacts.of(self.context.graph)
-
     def work_seconds(self, count: int) -> float:
         """Of the whole batch in `count` microbatches on one device, launches not counted."""
         if count not in self._work:
-            kind = replace(self.plan.cluster.type_of(0), overhead_seconds=0.0)
-            costs = price(self.context.graph, kind, batch_fraction=self._portion(count))
-            self._work[count] = count * sum(cost.total_seconds for cost in costs)
+            self._work[count] = count * sum(c.total_seconds for c in self._node_costs(count))
         return self._work[count]
 
     def candidate(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
@@ -103,7 +92,7 @@ class Pricing:
 
     def _estimated(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
         found = self._priced(mesh, count, way)
-        if not self._sums_are_late(mesh, count, way):
+        if not self.layouts.sums_are_late(mesh, count):
             return found
         # layouts that sum less may be faster
         plan = self.plan_on(mesh, count, way, late=True)
@@ -120,12 +109,12 @@ class Pricing:
         )
         if best is None:
             return None
-        bound = min(best.lower_bound, self.layout_bound(mesh, count))
+        bound = min(best.lower_bound, self.layouts.lower_bound(mesh, count))
         return replace(best, lower_bound=bound, share=0.0)
 
     def _share(self, mesh: Mesh, count: int, way: Way, *, late: bool) -> float:
         """What no layouts are better than, as a share of the chosen ones."""
-        choice = self._choice(mesh, count, saving=way.saving, offload=way.offload, late=late)
+        choice = self._choice(mesh, count, way, late=late)
         assert choice is not None
         return choice.lower_bound / choice.objective if choice.objective else 1.0
 
@@ -136,7 +125,7 @@ class Pricing:
             return None
         share = 1.0
         if plan.stage_mesh.axes:
-            choice = self._choice(mesh, count, saving=way.saving, offload=way.offload, late=late)
+            choice = self._choice(mesh, count, way, late=late)
             assert choice is not None
             if self._is_far_too_large(plan, way, choice):
                 return None
@@ -176,6 +165,31 @@ class Pricing:
         limit = min(_LOOK_SECONDS, options.time_limit_seconds)
         return SearchLimits(tolerance=options.tolerance, time_limit=limit, seed=options.seed)
 
+    def short_bound(self, mesh: Mesh, count: int, way: Way) -> float:
+        """No plan on `mesh` with `count` microbatches is faster that recomputes and offloads as
+        `way` says, saves no more by ZeRO and fits; infinite if none fits.
+
+        Every stage holds what it trains, and a microbatch's saved tensors if it recomputes nothing;
+        recomputing takes the time of its nodes, divided perfectly.
+        """
+        layouts = self.layouts
+        in_flight = 0.0 if self.recomputed(way.recompute) else layouts.portion(count)
+        memory = replace(self.memory(mesh, count, way, 1.0), in_flight=in_flight)
+        stages, inner = mesh.axis(PIPELINE).size, mesh.axis(DATA).size * mesh.axis(TENSOR).size
+        rerun = self._rerun_seconds(way.recompute, count) / inner
+        return layouts.lower_bound(mesh, count, memory) + (stages + count - 1) / stages * rerun
+
+    def _rerun_seconds(self, how: str, count: int) -> float:
+        """Of what one of `count` microbatches computes again, on one device."""
+        nodes = rerun_nodes(self.context.graph, self.recomputed(how))
+        costs = self._node_costs(count)
+        return sum(costs[node].forward_seconds for node in nodes)
+
+    def _node_costs(self, count: int) -> tuple[NodeCost, ...]:
+        """Of one of `count` microbatches on one device, launches not counted."""
+        kind = replace(self.plan.cluster.type_of(0), overhead_seconds=0.0)
+        return price(self.context.graph, kind, batch_fraction=self.layouts.portion(count))
+
     # -- layouts -----------------------------------------------------------------------------------
 
     def plan_on(self, mesh: Mesh, count: int, way: Way, *, late: bool = False) -> Plan | None:
@@ -183,144 +197,63 @@ class Pricing:
         layouts fit.
 
         Args:
-            late: see `_choice`.
+            late: see `StageLayouts.fastest`.
         """
-        recomputed = self._recomputed(way.recompute)
+        choice = None
+        if any(axis.name != PIPELINE for axis in mesh.axes):
+            choice = self._choice(mesh, count, way, late=late)
+            if choice is None:
+                return None
+        return self.plan_with(mesh, count, way, choice)
+
+    def _choice(
+        self, mesh: Mesh, count: int, way: Way, *, late: bool = False
+    ) -> LayoutChoice | None:
+        """Layouts on `mesh`: with `saving`, those that fit a share of the memory, whatever ZeRO and
+        recomputation save beside."""
+        if not way.saving:
+            return self.layouts.fastest(mesh, count, late=late)
+        key = (mesh, count, way.saving, way.offload, late)
+        if count <= self._short.get((mesh, way.saving, way.offload), 0):
+            return None  # fewer microbatches never need less memory
+        if key not in self._choices:
+            like = Way(0, way.saving, "none", way.offload)
+            memory = self.memory(mesh, count, like, way.saving)
+            self._choices[key] = self.layouts.choice_within(mesh, count, memory, late=late)
+            if self._choices[key] is None:
+                self._short[mesh, way.saving, way.offload] = count
+        return self._choices[key]
+
+    def memory(self, mesh: Mesh, count: int, way: Way, share: float | None) -> Memory:
+        """A `share` of that of one device of each stage, all that layouts want if it is None, with
+        bytes counted as ZeRO and offloading save them; recomputation is not counted."""
+        limit = None if share is None else math.floor(share * self.layouts.memory_bytes)
+        return self.layouts.memory(mesh, count, limit, zero=way.zero, offload=way.offload)
+
+    def plan_with(self, mesh: Mesh, count: int, way: Way, choice: LayoutChoice | None) -> Plan:
+        """The plan before its stages with layouts `choice`, which is None on a mesh that needs
+        none."""
+        recomputed = self.recomputed(way.recompute)
         plan = replace(self.plan, mesh=mesh, num_microbatches=count, recomputed=recomputed)
-        if not plan.stage_mesh.axes:
-            return offloaded(plan, self.context.graph) if way.offload else plan
-        choice = self._choice(mesh, count, saving=way.saving, offload=way.offload, late=late)
-        if choice is None:
-            return None
-        parameters = choice.parameter_layouts
-        if way.zero:
-            sharding = make_sharding(
-                self.context.graph, choice.mesh, choice.node_layouts, choice.layouts, parameters
+        if choice is not None:
+            parameters = choice.parameter_layouts
+            if way.zero:
+                sharding = make_sharding(
+                    self.context.graph, choice.mesh, choice.node_layouts, choice.layouts, parameters
+                )
+                parameters = zero_layouts(self.context.graph, sharding, DATA, way.zero)
+            plan = replace(
+                plan,
+                node_layouts=choice.node_layouts,
+                layouts=choice.layouts,
+                parameter_layouts=parameters,
             )
-            parameters = zero_layouts(self.context.graph, sharding, DATA, way.zero)
-        plan = replace(
-            plan,
-            node_layouts=choice.node_layouts,
-            layouts=choice.layouts,
-            parameter_layouts=parameters,
-        )
         return offloaded(plan, self.context.graph) if way.offload else plan
 
-    def _recomputed(self, how: str) -> tuple[int, ...]:
+    def recomputed(self, how: str) -> tuple[int, ...]:
         if how not in self._recompute:
             self._recompute[how] = choose_recompute(self.context.graph, how)
         return self._recompute[how]
-
-    def _sums_are_late(self, mesh: Mesh, count: int, way: Way) -> bool:
-        """Whether sums of gradients may take longer than the last backward, which takes about as
-        long as forward, or longer."""
-        if self.plan.mode is Mode.INFER or all(axis.name == PIPELINE for axis in mesh.axes):
-            return False
-        choice = self._choice(mesh, count, saving=way.saving, offload=way.offload)
-        if choice is None:
-            return False
-        backward = choice.seconds / 2 * self._portion(count) / self._like(count)
-        return choice.sum_seconds > backward
-
-    def _choice(
-        self,
-        mesh: Mesh,
-        count: int,
-        *,
-        saving: float,
-        offload: bool,
-        bounding: bool = False,
-        late: bool = False,
-    ) -> LayoutChoice | None:
-        """Layouts over the in-stage axes; with `saving`, those that fit a share of the memory,
-        which holds no states if they are to `offload`.
-
-        Microbatches of like size share layouts: rows count up to the next power of four. What is
-        done once a step is spread over the microbatches, fill and drain of the pipeline included:
-        to the nearest power of two, unless it is for `bounding`. Sums of gradients count as hidden
-        but for a part, or if they are `late`, as all that the last backward cannot hide.
-        """
-        inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
-        stages = mesh.axis(PIPELINE).size
-        like = self._like(count)
-        spread = self._spread(mesh, count)
-        if not bounding:
-            spread = float(1 << max(0, round(math.log2(spread))))
-        key = (str(inner), like, spread, late, saving and (saving, count, offload))
-        if key in self._layouts:
-            return self._layouts[key]
-        if saving and count <= self._short.get((mesh, saving, offload), 0):
-            return None
-        if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
-            return None
-        optimizer = self.plan.optimizer
-        if saving and offload:
-            optimizer = replace(optimizer, state_bytes_per_parameter_byte=0.0)
-        options = LayoutOptions(
-            num_microbatches=spread,
-            batch_fraction=like,
-            in_flight=min(stages, count) * self._portion(count),
-            memory_bytes=math.floor(saving * stages * self._memory_bytes()) if saving else None,
-            optimizer=optimizer,
-            update_share=self._update_share(mesh),
-            held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
-        )
-        if late:
-            rounds = stages + count - 1
-            options = replace(options, sum_share=1.0, backward_share=1.0 - 1.0 / rounds)
-        devices = stage_devices(mesh)[0]
-        try:
-            choice = plan_layouts(
-                self.context.graph, inner, self.plan.cluster, devices, options, self.facts
-            )
-        except InfeasibleError:
-            choice = None
-            self._short[mesh, saving, offload] = count
-        self._layouts[key] = choice
-        return choice
-
-    def _portion(self, count: int) -> float:
-        """Rows of one of `count` microbatches, as a multiple of those that were captured."""
-        return self.plan.batch_size / count / self.rows
-
-    def _like(self, count: int) -> float:
-        """`_portion` up to the next power of four."""
-        return 4.0 ** math.ceil(math.log(self._portion(count), 4) - 1e-9)
-
-    def _spread(self, mesh: Mesh, count: int) -> float:
-        """Microbatches that a step takes, in such of like size."""
-        rounds = mesh.axis(PIPELINE).size + count - 1
-        return rounds * self._portion(count) / self._like(count)
-
-    def _update_share(self, mesh: Mesh) -> float:
-        """What a rank updates of what it holds, if the ranks of the data axis may share it."""
-        shares = self.context.options.zero != 0 and updates_elementwise(self.plan.optimizer.name)
-        return 1.0 / mesh.axis(DATA).size if shares else 1.0
-
-    def layout_bound(self, mesh: Mesh, count: int) -> float:
-        """No plan on `mesh` with `count` microbatches is faster, whatever its layouts.
-
-        With t the seconds of a microbatch through all stages and u those of the update and of sums
-        of gradients as far as they are exposed, the step takes (p + m - 1) / p t + u / p at least,
-        as the slowest stage takes no less than the mean. Exposed are most of what one backward
-        cannot hide, and a part in any case (`cost_models/overlap.py`); each gives a bound. Layouts
-        are chosen for t of as many rows or more, which take no more time a row, and for the share
-        of the update that is left with ZeRO. Recomputation, and ZeRO beyond that, only add.
-        """
-        if all(axis.name == PIPELINE for axis in mesh.axes):
-            return 0.0
-        bounds = []
-        late = self._sums_are_late(mesh, count, Way(0, 0.0, "none"))
-        for way in (False, True) if late else (False,):
-            choice = self._choice(mesh, count, saving=0.0, offload=False, bounding=True, late=way)
-            if choice is None:
-                return math.inf
-            bounds.append(choice.lower_bound)
-        return self._spread(mesh, count) / mesh.axis(PIPELINE).size * max(bounds)
-
-    def _memory_bytes(self) -> int:
-        limit = self.plan.cluster.type_of(0).memory_bytes
-        return min(limit, self.context.options.memory_limit_bytes or limit)
 
     # -- the pipeline of a column ------------------------------------------------------------------
 
@@ -353,8 +286,8 @@ class Pricing:
         is_pipeline = len(plan.mesh.axes) > len(plan.stage_mesh.axes)
         if is_pipeline or way.recompute != "none" or way.zero or way.offload:
             return False
-        saved = self._portion(plan.num_microbatches) * choice.saved_bytes
-        return choice.static_bytes + saved > _FAR * self._memory_bytes()
+        saved = self.layouts.portion(plan.num_microbatches) * choice.saved_bytes
+        return choice.static_bytes + saved > _FAR * self.layouts.memory_bytes
 
     def _is_too_large(self, plan: Plan, statement: Statement) -> bool:
         """Whether parameters, gradients and states alone exceed the memory of all stages."""
@@ -365,4 +298,4 @@ class Pricing:
         away = sum(e.host_bytes for e in statement.parameters.values())
         if host is not None and away > stages * host.memory_bytes:
             return True
-        return held > stages * self._memory_bytes()
+        return held > stages * self.layouts.memory_bytes

@@ -27,7 +27,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..compiler.ir.counts import divisors
@@ -44,6 +44,7 @@ from .microbatches import candidates, pinned_count
 from .offload import may_offload, offloaded
 from .partition.fitting import Fit
 from .pinned import check_pinned, mesh_is_open, updates_elementwise
+from .squeeze import squeeze
 
 __all__ = ["ChooseMesh", "meshes"]
 
@@ -112,6 +113,7 @@ class _Search:
         self.looked_at: dict[int, Fit | None] = {}  # by place in `found`
         self.bounds: list[float] = []  # of what was not priced
         self.tried: set[tuple[Mesh, int]] = set()  # with layouts to choose
+        self.squeezed: set[tuple[Mesh, int, bool]] = set()
         self.offload = context.options.offload == "optimizer"
         self.close: dict[Mesh, dict[int, float]] = {}  # bounds by layouts, by microbatches
         self.raised = math.inf  # least share of a bound by layouts to that by division
@@ -122,6 +124,8 @@ class _Search:
         while True:
             for counts_of in (_microbatch_counts, _more_microbatches):
                 self.search(self.space(counts_of))
+                self.confirmed()
+                self.squeeze()
                 if self.confirmed() and not self.is_starved():
                     break
             if self.finalists():
@@ -176,7 +180,7 @@ class _Search:
         if count in found:
             return found[count]
         by_division = self.bound(mesh, count)
-        bound = found[count] = max(by_division, self.pricing.layout_bound(mesh, count))
+        bound = found[count] = max(by_division, self.pricing.layouts.lower_bound(mesh, count))
         if by_division and bound < math.inf:
             self.raised = min(self.raised, bound / by_division)
         return bound
@@ -209,7 +213,7 @@ class _Search:
         """Meshes with numbers of microbatches."""
         plan, options = self.plan, self.context.options
         pinned = options.mesh
-        rows = self.pricing.rows
+        rows = self.pricing.layouts.rows
         every = meshes(len(plan.cluster.devices), rows) if pinned is None else (pinned,)
         table = []
         for mesh in every:
@@ -290,13 +294,17 @@ class _Search:
             candidate = self.pricing.candidate(mesh, count, way)
             if candidate is not None:
                 self.found.append(candidate)
-                self.context.progress(
-                    f"mesh {mesh}, {count} microbatches, ZeRO-{way.zero}, recompute "
-                    f"{way.recompute}: {candidate.seconds:.6g} s a step"
-                )
+                self.report(candidate)
             if fits or (candidate is not None and way.zero):
                 return
             fits = candidate is not None
+
+    def report(self, candidate: Candidate) -> None:
+        plan, way = candidate.plan, candidate.way
+        self.context.progress(
+            f"mesh {plan.mesh}, {plan.num_microbatches} microbatches, ZeRO-{way.zero}, recompute "
+            f"{way.recompute}: {candidate.seconds:.6g} s a step"
+        )
 
     def confirmed(self) -> list[int]:
         """The finalists, all of which fit by liveness."""
@@ -313,13 +321,83 @@ class _Search:
     def is_starved(self) -> bool:
         """Whether something may be faster by far that did not fit."""
         best = min(map(self.seconds, self.finalists()))
-        return any(_STARVED * bound < best for bound in self.short_of_memory())
+        return any(_STARVED * bound < best for bound in self.short_of_memory(best))
+
+    def squeeze(self) -> None:
+        """Look for layouts that fit where the fastest do not, as long as they may win."""
+        if not self.pricing.layouts.is_small:
+            return
+        short = sorted((self.layout_bound(*item), str(item), item) for item in self.costly())
+        fits = self.meshes_that_fit([item for _, _, item in short])
+        for bound, _, (mesh, count) in short:
+            if bound >= self.best_seconds():
+                return
+            if mesh in fits and (mesh, count, self.offload) not in self.squeezed:
+                self.squeezed.add((mesh, count, self.offload))
+                self.squeeze_on(mesh, count)
+
+    def meshes_that_fit(self, short: Sequence[tuple[Mesh, int]]) -> set[Mesh]:
+        """Meshes to squeeze: as long as nothing fits, where the leanest way does with the most
+        microbatches, as fewer need no less memory."""
+        meshes = dict.fromkeys(mesh for mesh, _ in short)
+        if not math.isinf(self.best_seconds()):
+            return set(meshes)
+        fits = set()
+        for mesh in meshes:
+            most = max(count for other, count in short if other == mesh)
+            leanest = next(way for way in reversed(self.ways(mesh)) if not way.saving)
+            if self.squeeze_way(mesh, most, leanest, math.inf):
+                fits.add(mesh)
+        return fits
+
+    def squeeze_on(self, mesh: Mesh, count: int) -> None:
+        ways = [way for way in self.ways(mesh) if not way.saving]
+        for _, alike in itertools.groupby(ways, key=lambda way: way.recompute):
+            levels = tuple(alike)
+            if self.pricing.short_bound(mesh, count, levels[-1]) >= self.best_seconds():
+                continue
+            for way in levels:
+                self.squeeze_way(mesh, count, way, self.best_seconds())
+
+    def squeeze_way(self, mesh: Mesh, count: int, way: Way, best: float) -> bool:
+        """Whether a plan is found that fits and takes less than `best` seconds a step."""
+        found = squeeze(self.pricing, mesh, count, way, best)
+        if found is None:
+            return False
+        candidate, fit = found
+        self.looked_at[len(self.found)] = fit
+        self.found.append(candidate)
+        self.report(candidate)
+        return True
+
+    def best_seconds(self) -> float:
+        """Of what fits, or may fit."""
+        return min((self.seconds(place) for place in self.possible()), default=math.inf)
+
+    def short(self) -> set[tuple[Mesh, int]]:
+        """What did not fit in the fastest layouts."""
+        return self.tried - {
+            (item.plan.mesh, item.plan.num_microbatches)
+            for item in (self.found[place] for place in self.possible())
+            if not item.way.saving
+        }
+
+    def costly(self) -> set[tuple[Mesh, int]]:
+        """What fits in the fastest layouts at best if it shares more than the update or recomputes
+        more than it has to."""
+        return self.tried - {
+            (item.plan.mesh, item.plan.num_microbatches)
+            for item in (self.found[place] for place in self.possible())
+            if not item.way.saving
+            and item.way.zero < 2
+            and item.way.recompute == self.ways(item.plan.mesh)[0].recompute
+        }
 
     def finish(self) -> Plan:
         """The fastest of the finalists, of which there is one."""
         best = min(self.finalists(), key=self.preference)
         seconds = self.seconds(best)
-        floor = min([seconds, *self.bounds, *self.short_of_memory(), *self.proven(seconds)])
+        floor = min([seconds, *self.bounds, *self.short_of_memory(seconds), *self.proven(seconds)])
         certificate = Certificate(
             objective=seconds,
             lower_bound=floor,
@@ -397,15 +475,16 @@ class _Search:
             )
         return replace(plan, warnings=(*plan.warnings, *warnings))
 
-    def short_of_memory(self) -> Iterator[float]:
-        """Bounds of what did not fit in the fastest layouts: others may fit that were not found."""
-        easy = {
-            (item.plan.mesh, item.plan.num_microbatches)
-            for item in (self.found[place] for place in self.possible())
-            if not item.way.saving
-        }
-        for mesh, count in sorted(self.tried - easy, key=str):
-            yield self.layout_bound(mesh, count)
+    def short_of_memory(self, best: float) -> Iterator[float]:
+        """Bounds of what did not fit in the fastest layouts: others may fit that were not found.
+        Where the bound is below the `best` step, the memory is counted in."""
+        for mesh, count in sorted(self.short(), key=str):
+            bound = self.layout_bound(mesh, count)
+            if bound < best:
+                leanest = {way.recompute: way for way in self.ways(mesh)}
+                of_ways = (self.pricing.short_bound(mesh, count, w) for w in leanest.values())
+                bound = max(bound, min(of_ways))
+            yield bound
 
     def proven(self, best: float) -> Iterator[float]:
         """Bounds of all that was priced; where the bound of the dynamic program is below the best

@@ -8,6 +8,7 @@ by an integer program (`program.py`) over all nodes, in which equal nodes take o
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +23,21 @@ from ...cost_models.collectives import mesh_network
 from .facts import GraphFacts
 from .from_graph import StatedProblem, state_layouts
 from .pricing import Pricer, stacked
-from .problem import Figures, figures
-from .program import SolvedLayouts, Statistics, solve
+from .problem import Choice, Figures, LayoutProblem, figures
+from .program import SolvedLayouts, Statistics, relax, solve
 from .statement import Decided, LayoutOptions, LayoutStatement
 
-__all__ = ["LayoutChoice", "plan_layouts", "pricer_of", "slowest_type"]
+__all__ = [
+    "LayoutChoice",
+    "LayoutFront",
+    "Memory",
+    "is_trained",
+    "node_layouts",
+    "parameter_layout",
+    "plan_layouts",
+    "pricer_of",
+    "slowest_type",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,7 @@ class LayoutChoice:
         saved_bytes: of one microbatch, from forward to backward (an additive bound).
         transient_bytes: live while one node runs.
         statistics: one an axis that had something to decide.
+        picks: options taken over the last axis.
     """
 
     mesh: Mesh
@@ -62,6 +74,7 @@ class LayoutChoice:
     saved_bytes: int
     transient_bytes: int
     statistics: tuple[Statistics, ...]
+    picks: tuple[int, ...]
 
 
 def plan_layouts(
@@ -78,27 +91,148 @@ def plan_layouts(
         facts: of `graph`, where layouts of it are chosen more than once.
 
     Raises:
-        InfeasibleError: no layouts were found that fit `options.memory_bytes`.
+        InfeasibleError: no layouts are legal, or none were found that fit `options.memory_bytes`.
     """
     chosen = options or LayoutOptions()
-    known = facts or GraphFacts.of(graph)
-    decided = Decided.nothing(graph)
-    statistics: list[Statistics] = []
-    stated, solved = None, None
-    for count in range(1, len(mesh.axes) + 1):
-        inner = Mesh(mesh.axes[:count])
-        last = count == len(mesh.axes)
-        if inner.axes[-1].size == 1 and not last:
-            decided = _whole(graph, decided)
-            continue
-        stated, solved = _solve_axis(known, mesh, count, decided, cluster, devices, chosen)
-        decided = stated.decode(solved.picks)
-        statistics.append(solved.statistics)
-    assert stated is not None and solved is not None, "a mesh has an axis"
-    return _choice(graph, mesh, decided, stated, solved, tuple(statistics))
+    front = LayoutFront.of(facts or GraphFacts.of(graph), mesh, cluster, devices, chosen)
+    choice = front.within(Memory(chosen.memory_bytes, chosen.in_flight))
+    if choice is None:
+        raise InfeasibleError(
+            f"no layouts over {mesh} were found that fit in {chosen.memory_bytes} bytes a device",
+            where=graph.name,
+            ways_out=("more devices", "smaller microbatches", "recomputation"),
+        )
+    return choice
 
 
-def _solve_axis(
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What layouts have to fit into, and how their bytes are counted.
+
+    Args:
+        limit_bytes: of one device; None: none.
+        in_flight: microbatches whose saved tensors are alive at once, see `LayoutOptions`.
+        trained_share: of parameters, gradients and states that are held under these layouts, what
+            is left when ZeRO splits them further or they are offloaded.
+        input_share: of the inputs of as many microbatches as `LayoutOptions` says, what is held.
+    """
+
+    limit_bytes: int | None = None
+    in_flight: float = 1.0
+    trained_share: float = 1.0
+    input_share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutFront:
+    """Layouts over a mesh, stated once, to be solved under one memory after another: each is the
+    fastest of those that fit, so that less and less memory walks the front of time and bytes.
+
+    Memory binds on the last axis only; the ones before are decided for speed.
+    """
+
+    graph: Graph
+    mesh: Mesh
+    stated: StatedProblem
+    before: tuple[Statistics, ...]  # of the axes before
+    fastest: SolvedLayouts  # without a limit
+
+    @staticmethod
+    def of(
+        facts: GraphFacts,
+        mesh: Mesh,
+        cluster: Cluster,
+        devices: Sequence[int],
+        options: LayoutOptions,
+    ) -> LayoutFront:
+        """Of the graph of `facts` over `mesh`, laid on `devices` (last axis fastest).
+
+        Raises:
+            InfeasibleError: no layouts are legal.
+        """
+        decided = Decided.nothing(facts.graph)
+        statistics: list[Statistics] = []
+        for count in range(1, len(mesh.axes)):
+            if mesh.axes[count - 1].size == 1:
+                decided = _whole(facts.graph, decided)
+                continue
+            inner = Mesh(mesh.axes[:count])
+            stated = _state_axis(facts, mesh, count, decided, cluster, devices, options)
+            solved = _legal(solve(stated.problem), facts.graph, inner)
+            decided = stated.decode(solved.picks)
+            statistics.append(solved.statistics)
+        stated = _state_axis(facts, mesh, len(mesh.axes), decided, cluster, devices, options)
+        fastest = _legal(solve(stated.problem), facts.graph, mesh)
+        return LayoutFront(facts.graph, mesh, stated, tuple(statistics), fastest)
+
+    def within(self, memory: Memory, others: Sequence[LayoutChoice] = ()) -> LayoutChoice | None:
+        """The fastest layouts within `memory`, none of `others`; None if none were found."""
+        problem = self._problem(memory)
+        solved: SolvedLayouts | None = self.fastest
+        if others or not self._fits_fastest(problem):
+            solved = solve(problem, *(dict(enumerate(choice.picks)) for choice in others))
+        if solved is None:
+            return None
+        decided = self.stated.decode(solved.picks)
+        statistics = (*self.before, solved.statistics)
+        return _choice(self.graph, self.mesh, decided, problem, solved, statistics)
+
+    def lower_bound(self, memory: Memory) -> float:
+        """Objective that no layouts are below whose bytes from forward to backward are within
+        `memory`; what lives only while one node runs is not counted. Infinite if there are none."""
+        problem = self._problem(memory)
+        choices = tuple(_at_rest(choice) for choice in problem.choices)
+        problem = replace(problem, choices=choices)
+        return self.fastest.lower_bound if self._fits_fastest(problem) else relax(problem)
+
+    def _fits_fastest(self, problem: LayoutProblem) -> bool:
+        return figures(problem, self.fastest.picks).is_legal(problem)
+
+    def _problem(self, memory: Memory) -> LayoutProblem:
+        """The problem of the last axis under `memory`."""
+        problem = replace(
+            self.stated.problem, memory_bytes=memory.limit_bytes, in_flight=memory.in_flight
+        )
+        if memory == Memory(memory.limit_bytes, memory.in_flight):
+            return problem
+        shares: dict[int, float] = {}
+        for index, choice in self.stated.held.items():
+            if is_trained(self.graph, index):
+                shares[choice] = memory.trained_share
+            elif self.graph.values[index].batch_dim is not None:
+                shares[choice] = memory.input_share
+        choices = tuple(
+            _held_as(choice, shares[index]) if index in shares else choice
+            for index, choice in enumerate(problem.choices)
+        )
+        return replace(problem, choices=choices)
+
+
+def _legal(solved: SolvedLayouts | None, graph: Graph, mesh: Mesh) -> SolvedLayouts:
+    if solved is None:
+        raise InfeasibleError(
+            f"no layouts over {mesh} are legal",
+            where=graph.name,
+            ways_out=("pin fewer layouts", "another mesh"),
+        )
+    return solved
+
+
+def _held_as(choice: Choice, share: float) -> Choice:
+    """`choice` with a share of its static bytes."""
+    options = (
+        replace(option, static_bytes=math.ceil(share * option.static_bytes))
+        for option in choice.options
+    )
+    return replace(choice, options=tuple(options))
+
+
+def _at_rest(choice: Choice) -> Choice:
+    options = (replace(option, transient_bytes=0) for option in choice.options)
+    return replace(choice, options=tuple(options))
+
+
+def _state_axis(
     facts: GraphFacts,
     mesh: Mesh,
     count: int,
@@ -106,23 +240,12 @@ def _solve_axis(
     cluster: Cluster,
     devices: Sequence[int],
     options: LayoutOptions,
-) -> tuple[StatedProblem, SolvedLayouts]:
-    """Decide axis `count - 1`, given the ones before; memory binds on the last one only."""
+) -> StatedProblem:
+    """The problem of axis `count - 1`, given the ones before, without a limit of memory."""
     inner = Mesh(mesh.axes[:count])
     pricer = pricer_of(facts, mesh, inner, cluster, devices, options)
-    last = count == len(mesh.axes)
-    statement = LayoutStatement(
-        facts.graph, inner, decided, options if last else _unlimited(options)
-    )
-    stated = state_layouts(statement, pricer)
-    solved = solve(stated.problem)
-    if solved is None:
-        raise InfeasibleError(
-            f"no layouts over {mesh} were found that fit in {options.memory_bytes} bytes a device",
-            where=facts.graph.name,
-            ways_out=("more devices", "smaller microbatches", "recomputation"),
-        )
-    return stated, solved
+    unlimited = replace(options, memory_bytes=None)
+    return state_layouts(LayoutStatement(facts.graph, inner, decided, unlimited), pricer)
 
 
 def pricer_of(
@@ -144,10 +267,6 @@ def pricer_of(
         facts.pricers[key] = Pricer(facts, inner, kind, network, *shares)
     pricer: Pricer = facts.pricers[key]
     return pricer
-
-
-def _unlimited(options: LayoutOptions) -> LayoutOptions:
-    return replace(options, memory_bytes=None)
 
 
 def _whole(graph: Graph, decided: Decided) -> Decided:
@@ -190,28 +309,24 @@ def _choice(
     graph: Graph,
     mesh: Mesh,
     decided: Decided,
-    stated: StatedProblem,
+    problem: LayoutProblem,
     solved: SolvedLayouts,
     statistics: tuple[Statistics, ...],
 ) -> LayoutChoice:
-    found: Figures = figures(stated.problem, solved.picks)
+    found: Figures = figures(problem, solved.picks)
     whole = (Replicate(),) * len(mesh.axes)
     given = [value for value in graph.values if value.id in decided.held]
-    trained = {
-        value.id
-        for value in given
-        if value.kind is ValueKind.PARAMETER and value.requires_grad and graph.mode is Mode.TRAIN
-    }
+    trained = {value.id for value in given if is_trained(graph, value.id)}
     return LayoutChoice(
         mesh=mesh,
-        node_layouts=_node_layouts(graph, decided),
+        node_layouts=node_layouts(graph, decided),
         layouts=tuple(
             ValueLayout(value.name, Layout(decided.held[value.id]))
             for value in given
             if value.id not in trained and decided.held[value.id] != whole
         ),
         parameter_layouts=tuple(
-            _parameter_layout(value.name, decided, value.id)
+            parameter_layout(value.name, decided, value.id)
             for value in given
             if value.id in trained
             and (decided.held[value.id] != whole or decided.deferred.get(value.id))
@@ -225,11 +340,18 @@ def _choice(
         saved_bytes=found.saved_bytes,
         transient_bytes=found.transient_bytes,
         statistics=statistics,
+        picks=solved.picks,
     )
 
 
-def _node_layouts(graph: Graph, decided: Decided) -> tuple[NodeLayout, ...]:
-    """Nodes of equal layouts together; replicated nodes have no entry."""
+def is_trained(graph: Graph, index: int) -> bool:
+    """Whether value `index` of `graph` is a parameter that is trained."""
+    value = graph.values[index]
+    return value.kind is ValueKind.PARAMETER and value.requires_grad and graph.mode is Mode.TRAIN
+
+
+def node_layouts(graph: Graph, decided: Decided) -> tuple[NodeLayout, ...]:
+    """What `decided` says of nodes: those of equal layouts together; without replicated ones."""
     groups: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], list[int]] = defaultdict(list)
     for node, strategies in zip(graph.nodes, decided.strategies, strict=True):
         if all(strategy.is_replicated for strategy in strategies):
@@ -242,7 +364,8 @@ def _node_layouts(graph: Graph, decided: Decided) -> tuple[NodeLayout, ...]:
     )
 
 
-def _parameter_layout(name: str, decided: Decided, value: int) -> ParameterLayout:
+def parameter_layout(name: str, decided: Decided, value: int) -> ParameterLayout:
+    """What `decided` says of the parameter `name`, which is `value` of the graph."""
     held = decided.held[value]
     axes = decided.deferred.get(value, frozenset())
     gradient = tuple(Partial() if axis in axes else item for axis, item in enumerate(held))

@@ -357,7 +357,9 @@ def _held_option(statement: LayoutStatement, pricer: Pricer, value: Value, state
     if value.kind is ValueKind.BOUNDARY:
         return Option()
     if value.kind is ValueKind.INPUT:
-        copies = options.num_microbatches if value.batch_dim is not None else 1.0
+        copies = 1.0
+        if value.batch_dim is not None:
+            copies = options.num_microbatches * options.batch_fraction
         return Option(static_bytes=math.ceil(size * copies))
     if value.kind is not ValueKind.PARAMETER or value.id not in pricer.facts.weights:
         return Option(static_bytes=size)

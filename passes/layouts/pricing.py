@@ -36,7 +36,7 @@ class NodeFigures:
 
     Args:
         seconds: of forward and backward, without adding up gradients over the users of a value.
-        saved_bytes: made for the backward beside operands and results.
+        saved_bytes: made for the backward beside operands and results, at the size captured.
         saves_inputs, saves_outputs: which of those the backward reads.
     """
 
@@ -133,7 +133,9 @@ class Pricer:
         count = len(node.inputs)
         costs = self._price(part)
         trains = part.mode is Mode.TRAIN
-        model = memory_model(part, backend=self.device_type.backend)
+        model = memory_model(
+            part, batch_fraction=self.batch_fraction, backend=self.device_type.backend
+        )
         steps = model.steps(range(len(part.nodes)))
         transient = [entry.transient_bytes for entry in node_memory(model, steps)]
         made = {ref.id for ref in results}
@@ -144,7 +146,7 @@ class Pricer:
         )
         return NodeFigures(
             seconds=self._seconds(costs),
-            saved_bytes=math.ceil(others) if trains else 0,
+            saved_bytes=math.ceil(others / self.batch_fraction) if trains else 0,
             transient_bytes=max(transient, default=0),
             saves_inputs=tuple(trains and i in steps.saved for i in range(count)),
             saves_outputs=tuple(

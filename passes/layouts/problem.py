@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Choice", "Figures", "Flow", "LayoutProblem", "Option", "Use", "figures"]
+__all__ = ["Choice", "Figures", "Flow", "LayoutProblem", "Option", "Use", "figures", "flow_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ def figures(problem: LayoutProblem, picks: Sequence[int]) -> Figures:
     saved = sum(count * option.saved_bytes for count, option in taken)
     families: dict[int, int] = {}
     for flow in problem.flows:
-        seconds += flow.count * _flow_seconds(flow, picks)
+        seconds += flow.count * flow_seconds(flow, picks)
         kept = flow.count * _saved_bytes(flow, picks)
         families[flow.family] = max(families.get(flow.family, 0), kept)
     saved += sum(families.values())
@@ -177,7 +177,8 @@ def figures(problem: LayoutProblem, picks: Sequence[int]) -> Figures:
     )
 
 
-def _flow_seconds(flow: Flow, picks: Sequence[int]) -> float:
+def flow_seconds(flow: Flow, picks: Sequence[int]) -> float:
+    """Of one of `flow`: conversions and sums of gradients."""
     state = flow.states[picks[flow.maker]]
     wanted = [(use.forms[picks[use.choice]], use.count) for use in flow.uses]
     conversions = {flow.conversions[form]: flow.pair_seconds[state][form] for form, _ in wanted}

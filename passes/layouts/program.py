@@ -30,11 +30,11 @@ from typing import Any
 
 from .problem import Flow, LayoutProblem, figures
 
-__all__ = ["LayoutProgram", "SolvedLayouts", "Statistics", "build", "solve"]
+__all__ = ["LayoutProgram", "SolvedLayouts", "Statistics", "build", "relax", "solve"]
 
 _SCALE = 1e4  # the objective in units of this part of the best that any one option can do
 _INTEGRAL = 1e-6
-_TOLERANCE = 1e-3  # gap at which a choice counts as optimal
+_TOLERANCE = 1e-3  # gap at which a choice counts as optimal in a larger program
 _SMALL = 1000  # variables up to which the integer program is solved, whatever it takes
 _PRICES = (1.0, 1.02, 1.1, 1.5, 3.0, 10.0)  # multiples of the relaxation's price of memory
 _MOST_NODES = 50  # of the branch-and-bound tree: a limit that is the same on every machine
@@ -304,20 +304,18 @@ def _any(program: LayoutProgram, indicators: Sequence[_Indicator]) -> int:
 # -- solving ---------------------------------------------------------------------------------------
 
 
-def solve(
-    problem: LayoutProblem, forbidden: Mapping[int, int] | None = None
-) -> SolvedLayouts | None:
+def solve(problem: LayoutProblem, *forbidden: Mapping[int, int]) -> SolvedLayouts | None:
     """The best options: by the linear relaxation, by branching if that is fractional.
 
     Args:
-        forbidden: options by choice, of which at least one must not be taken.
+        forbidden: combinations of options by choice; of each at least one must not be taken.
 
     Returns:
         None if no options are legal, or in a large program if none were found within the memory.
     """
     program = build(problem)
-    if forbidden is not None:
-        _cut(program, forbidden)
+    for combination in forbidden:
+        _cut(program, combination)
     relaxed = _run(program, "glop")
     if relaxed is None:
         return None
@@ -334,6 +332,13 @@ def solve(
         return None
     bound = max(relaxed.bound, branched.bound)
     return _solved(program, _decode(program, branched.values), bound, integral, "GLOP, then SCIP")
+
+
+def relax(problem: LayoutProblem) -> float:
+    """Seconds that no options of `problem` take less than, by the linear relaxation; infinite if
+    that has no solution."""
+    relaxed = _run(build(problem), "glop")
+    return math.inf if relaxed is None else relaxed.bound
 
 
 def _by_price(problem: LayoutProblem, relaxed: _Run, row: int) -> tuple[int, ...] | None:
@@ -406,12 +411,13 @@ def _run(program: LayoutProgram, solver_name: str) -> _Run | None:
     from ortools.linear_solver.python import model_builder
 
     branches = solver_name == "scip"
+    tolerance = 0.0 if len(program.names) <= _SMALL else _TOLERANCE
     scale = _SCALE / max(sum(map(abs, program.cost)), 1e-30)
     model = _model(program, scale, integers=branches)
     solver = model_builder.Solver(solver_name)
     if branches:
         solver.set_solver_specific_parameters(
-            f"limits/nodes = {_MOST_NODES}\nlimits/gap = {_TOLERANCE}\n"
+            f"limits/nodes = {_MOST_NODES}\nlimits/gap = {tolerance}\n"
             "randomization/randomseedshift = 1"
         )
     status = solver.solve(model)

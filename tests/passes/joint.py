@@ -27,11 +27,11 @@ from cutset.cost_models.collectives import mesh_network
 from cutset.cost_models.stages import optimizer_seconds
 from cutset.passes.columns import column_of, stage_devices
 from cutset.passes.context import Context, PlanOptions
-from cutset.passes.layouts.choose import _node_layouts, _parameter_layout
+from cutset.passes.layouts.choose import node_layouts, parameter_layout
 from cutset.passes.layouts.facts import GraphFacts
 from cutset.passes.layouts.from_graph import state_layouts
 from cutset.passes.layouts.pricing import Pricer
-from cutset.passes.layouts.problem import Figures, figures
+from cutset.passes.layouts.problem import Figures, Option, figures
 from cutset.passes.layouts.statement import Decided, LayoutOptions, LayoutStatement
 from cutset.passes.mesh import meshes
 from cutset.passes.partition.fitting import Needs
@@ -40,9 +40,12 @@ from cutset.passes.partition.objective import step_seconds
 from cutset.passes.partition.prepare import stage_counts, state
 from cutset.passes.partition.problem import Assignment
 from tests.ir.builders import GraphBuilder
-from tests.passes.layouts.brute import picks_of
+from tests.passes.layouts.brute import legal_picks
 
 __all__ = ["Optimum", "best_plan", "random_graph"]
+
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,19 @@ def random_graph(seed: int, num_layers: int, *, plain: bool = False) -> Graph:
     return build.build()
 
 
-def best_plan(graph: Graph, cluster: Cluster, batch: int, options: PlanOptions) -> Optimum | None:
-    """The fastest of all plans, None if none fits."""
-    return _Enumeration(graph, cluster, batch, options).run()
+def best_plan(
+    graph: Graph, cluster: Cluster, batch: int, options: PlanOptions, most: float = math.inf
+) -> Optimum | None:
+    """The fastest of all plans that fit and take at most `most` seconds a step; None if there is
+    none."""
+    return _Enumeration(graph, cluster, batch, options, most).run()
 
 
 class _Enumeration:
-    def __init__(self, graph: Graph, cluster: Cluster, batch: int, options: PlanOptions) -> None:
+    def __init__(
+        self, graph: Graph, cluster: Cluster, batch: int, options: PlanOptions, most: float
+    ) -> None:
+        self.most = most * (1 + 3 * _ROUNDING)
         self.context = Context(graph, options)
         self.facts = GraphFacts.of(graph)
         self.graph = graph
@@ -123,7 +132,7 @@ class _Enumeration:
         levels = (0, 1, 2, 3) if space.plan.mesh.axis(DATA).size > 1 else (0,)
         limit = self.start.cluster.types[0].memory_bytes
         for bound, held_bytes, decided in space.layouts:
-            if bound >= self.best_seconds * (1 - 1e-9):
+            if bound >= self.best_seconds * (1 - _ROUNDING):
                 return
             if held_bytes > limit:
                 continue
@@ -135,7 +144,7 @@ class _Enumeration:
 
     @property
     def best_seconds(self) -> float:
-        return math.inf if self.best is None else self.best.seconds
+        return self.most if self.best is None else self.best.seconds
 
     def layouts(
         self, plan: Plan, number: int, decided: Decided
@@ -150,10 +159,17 @@ class _Enumeration:
         pricer = Pricer(self.facts, mesh, kind, network, fraction)
         options = LayoutOptions(num_microbatches=plan.num_microbatches, batch_fraction=fraction)
         stated = state_layouts(LayoutStatement(self.graph, mesh, decided, options), pricer)
-        for picks in picks_of(stated.problem):
+        # axes to come divide the work perfectly at best, ranks of the data axis share the update
+        to_come = math.prod(axis.size for axis in axes[number + 1 :])
+        stages, data = plan.mesh.axis(PIPELINE).size, plan.mesh.axis(DATA).size
+        rounds = (stages + plan.num_microbatches - 1) / stages
+
+        def weight(option: Option) -> float:
+            return option.seconds + option.step_seconds / data / stages / rounds
+
+        most = self.best_seconds * to_come / rounds
+        for picks in legal_picks(stated.problem, weight, most):
             found = figures(stated.problem, picks)
-            if not found.is_legal(stated.problem):
-                continue
             if number + 1 == len(axes):
                 yield found, stated.decode(picks)
             else:
@@ -176,11 +192,9 @@ class _Enumeration:
 
     def laid_out(self, plan: Plan, decided: Decided, level: int) -> Plan:
         held = [self.graph.values[index] for index in decided.held]
-        nodes = _node_layouts(self.graph, decided)
+        nodes = node_layouts(self.graph, decided)
         parameters = tuple(
-            _parameter_layout(value.name, decided, value.id)
-            for value in held
-            if value.requires_grad
+            parameter_layout(value.name, decided, value.id) for value in held if value.requires_grad
         )
         given = tuple(
             ValueLayout(value.name, Layout(decided.held[value.id]))

@@ -26,7 +26,8 @@ from .layouts.test_choose import cluster
 OPTIONS = PlanOptions(recompute="none", offload="none")
 EXACT = 1e-9
 AMPLE = 1 << 40
-FEW = (60, 61, 63, 64, 65, 67, 68, 73)  # seeds that take seconds
+FEW = (5, 13, 24, 27, 33, 52, 57, 60, 61, 63, 64, 68, 73)  # seeds that take seconds
+NEAR = 1.05
 MANY = 100
 BATCH = 32
 LAYERS = {2: 2, 3: 1, 4: 1}  # by devices
@@ -57,7 +58,8 @@ def outcome(seed: int) -> Outcome:
     assert found is not None
     if draw.random() < 0.6:
         machine, found = tightened(graph, machine, found)
-    wanted = best_plan(graph, machine, BATCH, OPTIONS)
+    assert found.certificate is not None
+    wanted = best_plan(graph, machine, BATCH, OPTIONS, most=found.certificate.objective)
     plan = f"mesh {found.mesh}, {found.num_microbatches} microbatches, ZeRO-{found.zero_level}"
     limit = machine.types[0].memory_bytes
     name = f"{seed}: {devices} devices of {limit} bytes: {wanted}; found {plan}"
@@ -93,8 +95,8 @@ def compared(name: str, found: Certificate | None, wanted: Optimum | None, tight
 
 
 def check(outcomes: list[Outcome]) -> None:
-    """No certificate is wrong. With memory to spare the optimum is found; where it is short,
-    layouts are heuristic (see `docs/decisions/0012-pipelines-seen-from-one-column.md`)."""
+    """No certificate is wrong. The optimum is found, with memory to spare and where it is short,
+    but for few graphs, and what is found for those is near it."""
     for tight in (False, True):
         some = [item for item in outcomes if item.is_tight == tight]
         kinds = Counter(item.kind for item in some)
@@ -102,7 +104,8 @@ def check(outcomes: list[Outcome]) -> None:
         print(f"memory {'short' if tight else 'ample'}: {dict(kinds)}, worst {worst:.4f}")
         assert not kinds["beyond"], [item for item in some if item.kind == "beyond"]
         others = [item for item in some if item.kind != "equal"]
-        assert tight or len(others) <= 0.05 * len(some), others
+        assert len(others) <= max(1.0, 0.05 * len(some)), others
+        assert worst <= NEAR, others
 
 
 def test_some_graphs() -> None:

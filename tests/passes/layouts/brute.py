@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from hypothesis import strategies as st
 
 from cutset.compiler.ir.graph import Graph, Mode, Value
-from cutset.passes.layouts.problem import Choice, Flow, LayoutProblem, Option, Use, figures
+from cutset.passes.layouts.problem import (
+    Choice,
+    Flow,
+    LayoutProblem,
+    Option,
+    Use,
+    figures,
+    flow_seconds,
+)
 from tests.ir.builders import GraphBuilder
 
 _SMALL = st.integers(0, 9)
@@ -18,6 +26,75 @@ _SMALL = st.integers(0, 9)
 def picks_of(problem: LayoutProblem) -> Iterator[tuple[int, ...]]:
     """Every pick of an option for each choice."""
     return itertools.product(*(range(len(choice.options)) for choice in problem.choices))
+
+
+def legal_picks(
+    problem: LayoutProblem, weight: Callable[[Option], float], most: float
+) -> Iterator[tuple[int, ...]]:
+    """The picks whose conversions all exist and that cost at most `most`, depth first.
+
+    Args:
+        weight: what an option costs, in which flows cost their seconds.
+    """
+    yield from _Depth(problem, weight, most).picks(0, 0.0)
+
+
+class _Depth:
+    """Choices in an order that completes flows soon; of what is open the least is counted."""
+
+    def __init__(
+        self, problem: LayoutProblem, weight: Callable[[Option], float], most: float
+    ) -> None:
+        self.problem = problem
+        self.most = most
+        self.order = _order(problem)
+        place = {choice: position for position, choice in enumerate(self.order)}
+        self.weights = [[c.count * weight(o) for o in c.options] for c in problem.choices]
+        self.done: list[list[Flow]] = [[] for _ in self.order]
+        for flow in problem.flows:
+            members = (flow.maker, *(use.choice for use in flow.uses))
+            self.done[max(place[choice] for choice in members)].append(flow)
+        self.rest = [0.0]  # after each position, at least
+        for position in reversed(range(len(self.order))):
+            least = min(self.weights[self.order[position]])
+            least += sum(_least_seconds(flow) for flow in self.done[position])
+            self.rest.insert(0, self.rest[0] + least)
+        self.taken = [0] * len(self.order)
+
+    def picks(self, position: int, spent: float) -> Iterator[tuple[int, ...]]:
+        if position == len(self.order):
+            yield tuple(self.taken)
+            return
+        choice = self.order[position]
+        for option, cost in enumerate(self.weights[choice]):
+            self.taken[choice] = option
+            total = spent + cost
+            for flow in self.done[position]:
+                total += flow.count * flow_seconds(flow, self.taken)
+            if total + self.rest[position + 1] <= self.most:
+                yield from self.picks(position + 1, total)
+
+
+def _order(problem: LayoutProblem) -> list[int]:
+    """As they come, but tensors that are given right after all that reads them."""
+    makers = {flow.maker for flow in problem.flows}
+    users = {use.choice for flow in problem.flows for use in flow.uses}
+    given = makers - users
+    table: list[int] = []
+    for choice in (c for c in range(len(problem.choices)) if c not in given):
+        table.append(choice)
+        for flow in problem.flows:
+            ready = all(use.choice in table for use in flow.uses)
+            if flow.maker in given and flow.maker not in table and ready:
+                table.append(flow.maker)
+    return table + [choice for choice in sorted(given) if choice not in table]
+
+
+def _least_seconds(flow: Flow) -> float:
+    """No picks pay less for `flow`."""
+    added = sum(use.count * min(flow.use_seconds[form] for form in use.forms) for use in flow.uses)
+    pairs = (sum(min(0.0, cost) for cost in row) for row in flow.pair_seconds)
+    return flow.count * (added + min(a + b for a, b in zip(flow.made_seconds, pairs, strict=True)))
 
 
 def brute_force(problem: LayoutProblem) -> float:

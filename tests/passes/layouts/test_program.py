@@ -4,11 +4,12 @@ import math
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cutset.passes.layouts.problem import LayoutProblem, figures
-from cutset.passes.layouts.program import solve
+from cutset.passes.layouts.program import relax, solve
 
-from .brute import brute_force, problems
+from .brute import brute_force, legal_picks, picks_of, problems
 
 _TOLERANCE = 1.1e-3  # of the solver's gap, where it branches
 
@@ -27,6 +28,37 @@ def test_optimum_is_that_of_enumeration(problem: LayoutProblem) -> None:
     slack = 1e-6 if solved.statistics.relaxation_integral else _TOLERANCE * abs(best) + 1e-6
     assert best - 1e-6 <= solved.objective <= best + slack
     assert solved.lower_bound <= best + 1e-6
+
+
+@settings(max_examples=100)
+@given(problems())
+def test_relaxation_is_a_bound(problem: LayoutProblem) -> None:
+    assert relax(problem) <= brute_force(problem) + 1e-6
+
+
+@settings(max_examples=50)
+@given(problems())
+def test_one_after_the_other_without_those_before(problem: LayoutProblem) -> None:
+    every = (figures(problem, picks) for picks in picks_of(problem))
+    wanted = sorted(f.objective(problem) for f in every if f.is_legal(problem))
+    forbidden: list[dict[int, int]] = []
+    for best in wanted[:3]:
+        solved = solve(problem, *forbidden)
+        assert solved is not None
+        assert dict(enumerate(solved.picks)) not in forbidden
+        assert solved.objective == pytest.approx(best, abs=1e-6)
+        forbidden.append(dict(enumerate(solved.picks)))
+
+
+@settings(max_examples=100)
+@given(problems(), st.floats(0, 200))
+def test_depth_first_finds_all_that_cost_no_more(problem: LayoutProblem, most: float) -> None:
+    def cost(picks: tuple[int, ...]) -> float:
+        found = figures(problem, picks)
+        return found.seconds + found.step_seconds
+
+    found = set(legal_picks(problem, lambda o: o.seconds + o.step_seconds, most))
+    assert found == {picks for picks in picks_of(problem) if cost(picks) <= most}
 
 
 @settings(max_examples=50)

@@ -1,0 +1,217 @@
+"""Layouts inside the stages of a mesh: by size of microbatches, and by the memory that there is.
+
+All stages have the same in-stage mesh, so layouts are chosen for the whole graph, with the memory
+of one device of each stage.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..compiler.ir.errors import InfeasibleError
+from ..compiler.ir.graph import Mode
+from ..compiler.ir.mesh import Mesh
+from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
+from ..cost_models.analysis import batch_rows
+from .columns import stage_devices
+from .context import Context
+from .layout_pins import held_placements
+from .layouts.choose import LayoutChoice, LayoutFront, Memory
+from .layouts.facts import GraphFacts
+from .layouts.statement import LayoutOptions
+from .pinned import updates_elementwise
+
+__all__ = ["StageLayouts"]
+
+_FEW_CLASSES = 32  # of nodes, in a small graph
+
+
+class StageLayouts:
+    """Chooses layouts for one graph and cluster; each is chosen once."""
+
+    def __init__(self, plan: Plan, context: Context) -> None:
+        self.plan = plan
+        self.context = context
+        self.rows = batch_rows(context.graph)
+        self._fronts: dict[object, LayoutFront | None] = {}
+        self._choices: dict[object, LayoutChoice | None] = {}
+
+    @functools.cached_property
+    def facts(self) -> GraphFacts:
+        return GraphFacts.of(self.context.graph)
+
+    @functools.cached_property
+    def is_small(self) -> bool:
+        """Whether layouts are chosen so fast that each size of microbatches gets its own."""
+        return len(self.facts.classes) <= _FEW_CLASSES
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one device."""
+        limit = self.plan.cluster.type_of(0).memory_bytes
+        return min(limit, self.context.options.memory_limit_bytes or limit)
+
+    def portion(self, count: int) -> float:
+        """Rows of one of `count` microbatches, as a multiple of those that were captured."""
+        return self.plan.batch_size / count / self.rows
+
+    # -- choices -----------------------------------------------------------------------------------
+
+    def fastest(
+        self, mesh: Mesh, count: int, *, bounding: bool = False, late: bool = False
+    ) -> LayoutChoice | None:
+        """Layouts over the in-stage axes without a limit of memory; None if none are legal.
+
+        Sums of gradients count as hidden by the last backward but for a part, or if they are
+        `late`, as all that it cannot hide.
+        """
+        front = self._front(mesh, count, bounding=bounding, late=late)
+        if front is None:
+            return None
+        if id(front) not in self._choices:
+            self._choices[id(front)] = front.within(Memory())
+        return self._choices[id(front)]
+
+    def choice_within(
+        self,
+        mesh: Mesh,
+        count: int,
+        memory: Memory,
+        others: Sequence[LayoutChoice] = (),
+        *,
+        late: bool = False,
+    ) -> LayoutChoice | None:
+        """The fastest layouts whose additive bound is within `memory`, and that are none of
+        `others`."""
+        front = self._front(mesh, count, late=late)
+        return front.within(memory, others) if front is not None else None
+
+    def sums_are_late(self, mesh: Mesh, count: int) -> bool:
+        """Whether sums of gradients may take longer than the last backward, which takes about as
+        long as forward, or longer."""
+        if self.plan.mode is Mode.INFER or all(axis.name == PIPELINE for axis in mesh.axes):
+            return False
+        choice = self.fastest(mesh, count)
+        if choice is None:
+            return False
+        backward = choice.seconds / 2 * self.portion(count) / self._like(count)
+        return choice.sum_seconds > backward
+
+    def _front(
+        self, mesh: Mesh, count: int, *, bounding: bool = False, late: bool = False
+    ) -> LayoutFront | None:
+        if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
+            return None
+        inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
+        like, spread = self._like(count), self._spread(mesh, count, bounding=bounding)
+        rounds = mesh.axis(PIPELINE).size + count - 1
+        key = (str(inner), like, spread, late and rounds)
+        if key not in self._fronts:
+            options = LayoutOptions(
+                num_microbatches=spread,
+                batch_fraction=like,
+                optimizer=self.plan.optimizer,
+                update_share=self._update_share(mesh),
+                held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
+            )
+            if late:
+                options = replace(options, sum_share=1.0, backward_share=1.0 - 1.0 / rounds)
+            devices = stage_devices(mesh)[0]
+            try:
+                self._fronts[key] = LayoutFront.of(
+                    self.facts, inner, self.plan.cluster, devices, options
+                )
+            except InfeasibleError:
+                self._fronts[key] = None
+        return self._fronts[key]
+
+    def _like(self, count: int) -> float:
+        """Microbatches of like size share layouts: `portion` up to the next power of four; in a
+        small graph itself."""
+        if self.is_small:
+            return self.portion(count)
+        return 4.0 ** math.ceil(math.log(self.portion(count), 4) - 1e-9)
+
+    def _spread(self, mesh: Mesh, count: int, *, bounding: bool = True) -> float:
+        """Microbatches of like size that a step takes, fill and drain of the pipeline included,
+        over which is spread what is done once a step: unless it is for `bounding` or in a small
+        graph, to the nearest power of two."""
+        rounds = mesh.axis(PIPELINE).size + count - 1
+        spread = rounds * self.portion(count) / self._like(count)
+        if bounding or self.is_small:
+            return spread
+        return float(1 << max(0, round(math.log2(spread))))
+
+    def _update_share(self, mesh: Mesh) -> float:
+        """What a rank updates of what it holds, if the ranks of the data axis may share it."""
+        shares = self.context.options.zero != 0 and updates_elementwise(self.plan.optimizer.name)
+        return 1.0 / mesh.axis(DATA).size if shares else 1.0
+
+    # -- bytes -------------------------------------------------------------------------------------
+
+    def memory(
+        self,
+        mesh: Mesh,
+        count: int,
+        limit_bytes: int | None,
+        *,
+        zero: int,
+        offload: bool,
+    ) -> Memory:
+        """Of one device of each stage, `limit_bytes` each, as bytes count with ZeRO of level `zero`
+        and states that are to `offload`."""
+        stages = mesh.axis(PIPELINE).size
+        spread = self._spread(mesh, count, bounding=False)
+        return Memory(
+            limit_bytes=None if limit_bytes is None else stages * limit_bytes,
+            in_flight=min(stages, count) * self.portion(count),
+            trained_share=self._trained_share(mesh, zero, offload=offload),
+            input_share=count * self.portion(count) / (spread * self._like(count)),
+        )
+
+    def _trained_share(self, mesh: Mesh, zero: int, *, offload: bool) -> float:
+        """What a rank holds of parameters, gradients and states, as a share of what it would
+        without ZeRO and offload."""
+        states = self.plan.optimizer.state_bytes_per_parameter_byte
+        whole = 2.0 + states
+        parts = mesh.axis(DATA).size
+        parameters, gradients = (1.0 / parts if zero >= level else 1.0 for level in (3, 2))
+        if offload:
+            states = 0.0
+        return (parameters + gradients + (states / parts if zero else states)) / whole
+
+    # -- bounds ------------------------------------------------------------------------------------
+
+    def lower_bound(self, mesh: Mesh, count: int, memory: Memory | None = None) -> float:
+        """No plan on `mesh` with `count` microbatches is faster, whatever its layouts; with
+        `memory`, none whose bytes from forward to backward are within it.
+
+        With t the seconds of a microbatch through all stages and u those of the update and of sums
+        of gradients as far as they are exposed, the step takes (p + m - 1) / p t + u / p at least,
+        as the slowest stage takes no less than the mean. Exposed are most of what one backward
+        cannot hide, and a part in any case (`cost_models/overlap.py`); each gives a bound. Layouts
+        are chosen for t of as many rows or more, which take no more time a row, and for the share
+        of the update that is left with ZeRO. Recomputation, and ZeRO beyond that, only add.
+        """
+        if not any(axis.name != PIPELINE for axis in mesh.axes):
+            return 0.0
+        least = 0.0
+        for late in (False, True) if self.sums_are_late(mesh, count) else (False,):
+            choice = self.fastest(mesh, count, bounding=True, late=late)
+            front = self._front(mesh, count, bounding=True, late=late)
+            if choice is None or front is None:
+                return math.inf
+            least = max(least, choice.lower_bound)
+            if memory is not None:
+                least = max(least, front.lower_bound(memory))
+        return self._of_step(mesh, count) * least
+
+    def least_seconds(self, mesh: Mesh, count: int, choice: LayoutChoice) -> float:
+        """No stages of a plan with the layouts `choice` take less, likewise."""
+        return self._of_step(mesh, count) * choice.objective
+
+    def _of_step(self, mesh: Mesh, count: int) -> float:
+        return self._spread(mesh, count) / mesh.axis(PIPELINE).size
