@@ -116,12 +116,13 @@ def test_what_differs_in_how_tensors_are_held_is_stated_once(
 
 
 def test_equal_links_have_equal_prices() -> None:
-    graph, machine = mlp(), cluster(4, 1e9)
+    graph, machine, options = mlp(), cluster(4, 1e9), LayoutOptions()
     other = cluster(4, 1e8)
     facts, one, both = GraphFacts.of(graph), Mesh.parse("tensor=2"), Mesh.parse("tensor=2,data=2")
-    first = pricer_of(facts, one, one, machine, (0, 1), 1.0)
-    assert pricer_of(facts, one, one, machine, (2, 3), 1.0) is first
-    assert pricer_of(facts, both, one, machine, (0, 1, 2, 3), 1.0) is first
-    assert pricer_of(facts, both, both, machine, (0, 1, 2, 3), 1.0) is not first
-    assert pricer_of(facts, one, one, other, (0, 1), 1.0) is not first
-    assert pricer_of(facts, one, one, machine, (0, 1), 0.25) is not first
+    first = pricer_of(facts, one, one, machine, (0, 1), options)
+    assert pricer_of(facts, one, one, machine, (2, 3), options) is first
+    assert pricer_of(facts, both, one, machine, (0, 1, 2, 3), options) is first
+    assert pricer_of(facts, both, both, machine, (0, 1, 2, 3), options) is not first
+    assert pricer_of(facts, one, one, other, (0, 1), options) is not first
+    for others in (LayoutOptions(batch_fraction=0.25), LayoutOptions(backward_share=0.5)):
+        assert pricer_of(facts, one, one, machine, (0, 1), others) is not first
