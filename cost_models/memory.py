@@ -363,13 +363,14 @@ def stage_memory(
         own = figures.values()
         updated = [float(entry.updated_bytes) for entry in own]
         here = [float(entry.updated_bytes) for entry in own if not entry.is_offloaded]
-        sums, gathers = _bucket_bytes(list(trained.values()), list(own))
+        one_sum, sums, gathers = _bucket_bytes(list(trained.values()), list(own))
         closing = max(
             optimizer_temporaries(optimizer, here, model.backend),
             2 * max(updated, default=0.0),  # a gradient's norm is taken on the device
             gathers,
             # buckets travel once the first part of the last weight gradients is done
-            sums + max(actions.part_bytes[1:], default=0.0),
+            one_sum + max(actions.part_bytes[1:2], default=0.0),
+            sums + max(actions.part_bytes[2:], default=0.0),
         )
     # scalars, rows of statistics and rounding by allocators are not modelled one by one
     margin = _MARGIN * (activations + actions.peak_bytes - saved + messages) + _MARGIN_BYTES
@@ -411,14 +412,17 @@ def consuming_stages(graph: Graph, stages: Iterable[Stage]) -> dict[int, int]:
 
 def _bucket_bytes(
     held: Sequence[float], figures: Sequence[ParameterFigures]
-) -> tuple[float, float]:
-    """Most bytes of buckets under way at once: of sums of gradients, of gathers of parameters."""
+) -> tuple[float, float, float]:
+    """Most bytes of buckets under way at once: of sums that one part of weight gradients starts, of
+    all sums of gradients, of gathers of parameters."""
     total = sum(held)
     pairs = list(zip(held, figures, strict=True))
     sums = [(size, entry.scatter_bytes) for size, entry in pairs if entry.scatter_bytes]
     sums += [(entry.reduce_bytes, entry.reduce_bytes) for entry in figures]
     gathers = [(size, entry.gather_bytes) for size, entry in pairs if entry.gather_bytes]
+    largest = max([sum_bytes(total), *(size for size, _ in sums)])
     return (
+        most_under_way(sums, largest + sum_bytes(total) / 2),  # it may start with a small one
         most_under_way(sums, sums_in_flight_bytes(total)),
         most_under_way(gathers, in_flight_bytes(total)),
     )

