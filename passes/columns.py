@@ -96,11 +96,14 @@ def _homes(graph: Graph, part: LocalPart, stages: tuple[Stage, ...]) -> dict[int
 
 
 def _local_nodes(part: LocalPart, nodes: set[int]) -> tuple[int, ...]:
-    """Local nodes of a stage: a stage makes all conversions that it reads."""
+    """Local nodes of a stage: a stage makes all conversions that it reads, and those of its results
+    that are outputs of the graph."""
     made_by = producers(part.graph)
+    returned = {made_by.get(output.value) for output in part.graph.outputs}
     chosen: set[int] = set()
     for number in reversed(range(len(part.graph.nodes))):
-        if part.origins[number] in nodes and number not in part.conversions:
+        is_own = number not in part.conversions or number in returned
+        if is_own and part.origins[number] in nodes:
             chosen.add(number)
         if number in chosen:
             sources = (made_by.get(value) for value in part.graph.nodes[number].inputs)

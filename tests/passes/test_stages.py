@@ -76,7 +76,7 @@ def test_the_ways_out_that_are_named_work() -> None:
 
 def test_more_microbatches_are_proposed_where_activations_are_too_large() -> None:
     graph = mlp(6, width=16, batch=512)
-    limit = 450_000
+    limit = 400_000
     with pytest.raises(InfeasibleError) as refusal:
         plan(graph, 2, 4096, memory_limit_bytes=limit, recompute="none", num_microbatches=8)
     number = next(
