@@ -26,9 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import networkx as nx
-
-from .latency_problem import LatencyProblem, Net
+from .latency_problem import LatencyProblem, Net, machine_order
 from .latency_ticks import Found, Linear, Program, Ticks
 
 __all__ = ["build_contiguous"]
@@ -53,20 +51,6 @@ def build_contiguous(
     if hint is not None:
         builder.hint(hint)
     return Program(builder.model, ticks, builder.decode)
-
-
-def _slot_order(problem: LatencyProblem, device_of: Sequence[int]) -> list[int] | None:
-    """Machines in an order in which their pieces can be run, those without units last; None: they
-    wait for each other."""
-    hosts = set(problem.hosts)
-    graph = nx.DiGraph()
-    node = [("unit", v) if d in hosts else ("machine", d) for v, d in enumerate(device_of)]
-    graph.add_nodes_from(sorted(node))
-    graph.add_edges_from((node[u], node[v]) for u, v in problem.edges if node[u] != node[v])
-    if not nx.is_directed_acyclic_graph(graph):
-        return None
-    used = [d for what, d in nx.lexicographical_topological_sort(graph) if what == "machine"]
-    return used + [d for d in problem.machines if d not in set(used)]
 
 
 class _Builder:
@@ -205,6 +189,7 @@ class _Builder:
             model.add(self.ready[v] >= self._on_hosts(v))
         for u, v in self.problem.edges:
             model.add(self.ready[v] >= self.ready[u] + self._on_hosts(v))
+        model.minimize(self.longest)
 
     def _busy(self, k: int, kind: int) -> Linear:
         times = self.problem.times
@@ -259,7 +244,7 @@ class _Builder:
         return out + into
 
     def hint(self, device_of: Sequence[int]) -> None:
-        slots = _slot_order(self.problem, device_of)
+        slots = machine_order(self.problem, device_of)
         assert slots is not None, "the hint is not contiguous"
         slot_of = {device: k for k, device in enumerate(slots)}
         kind_of = self.problem.workload.kind_of

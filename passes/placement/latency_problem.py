@@ -8,16 +8,15 @@ that stay together; a *net* is a result with the units that read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import networkx as nx
+
 from ...compiler.ir.workload import Workload
 
-__all__ = ["LatencyProblem", "Net", "Report", "latency_problem"]
-
-Report = Callable[[float, float], None]
-"""Told the best value and the best bound whenever one of them improves."""
+__all__ = ["LatencyProblem", "Net", "latency_problem", "machine_order"]
 
 _INFINITE = math.inf
 
@@ -159,3 +158,17 @@ def _nets(workload: Workload, unit_of: dict[int, int]) -> tuple[Net, ...]:
             known = fees.get(key, (0.0,) * len(workload.kinds))
             fees[key] = tuple(a + b for a, b in zip(known, operator.transfers, strict=True))
     return tuple(Net(producer, readers, fee) for (producer, readers), fee in fees.items())
+
+
+def machine_order(problem: LatencyProblem, device_of: Sequence[int]) -> list[int] | None:
+    """Machines in an order in which their pieces can be run, those without units last; None: they
+    wait for each other."""
+    hosts = set(problem.hosts)
+    graph = nx.DiGraph()
+    node = [("unit", v) if d in hosts else ("machine", d) for v, d in enumerate(device_of)]
+    graph.add_nodes_from(sorted(node))
+    graph.add_edges_from((node[u], node[v]) for u, v in problem.edges if node[u] != node[v])
+    if not nx.is_directed_acyclic_graph(graph):
+        return None
+    used = [d for what, d in nx.lexicographical_topological_sort(graph) if what == "machine"]
+    return used + [d for d in problem.machines if d not in set(used)]

@@ -15,7 +15,8 @@ from .latency_problem import LatencyProblem
 
 __all__ = ["Effort", "Found", "Linear", "Program", "Ticks", "solve"]
 
-_TICKS = 1 << 24  # ticks in the scale
+_FINE, _COARSE = 1 << 24, 1 << 20  # ticks in the scale; the fine ones take longer to solve
+_FEW_UNITS = 100
 _MOST_BYTES = 1 << 50
 _MEMORY_TOLERANCE = 1e-9  # as in the evaluation
 Linear = Any  # an OR-Tools linear expression, or an int
@@ -36,8 +37,12 @@ class Ticks:
 
     @staticmethod
     def of(problem: LatencyProblem, value: float) -> Ticks:
-        """Ticks for placements of at most `value`, which is above 0."""
-        return Ticks(problem, _TICKS / value, _TICKS)
+        """Ticks for placements of at most `value`; infinite: for all placements."""
+        if math.isinf(value):
+            value = sum(max((t for t in row if t is not None), default=0.0) for row in problem.times)
+            value += sum(max(net.fees) * (1 + len(net.readers)) for net in problem.nets)
+        ticks = _FINE if problem.num_units <= _FEW_UNITS else _COARSE
+        return Ticks(problem, ticks / (value or 1.0), ticks)
 
     def time(self, amount: float) -> int:
         """A time in ticks; what exceeds the horizon is not told apart."""
