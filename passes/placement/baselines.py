@@ -10,8 +10,7 @@ that of a library (`balanced_cut`). Bounds are those of work and paths.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -27,8 +26,9 @@ from .intervals import Pieces, best_pieces
 from .latency_bounds import latency_bound
 from .latency_incumbent import LatencyIncumbent
 from .latency_intervals import latency_units, sequential_pieces
-from .latency_lists import list_order, single_pieces, whole_pieces
-from .latency_problem import LatencyProblem, latency_problem
+from .latency_lists import ListScheduler, single_pieces, whole_pieces
+from .latency_moves import improve_by_moves
+from .latency_problem import latency_problem
 from .orders import topological_orders
 from .problem import PlacementProblem, placement_problem
 from .result import PlacementResult
@@ -191,7 +191,8 @@ class _ForThroughput(_Search):
 class _ForLatency(_Search):
     def __init__(self, workload: Workload, contiguous: bool, best: LatencyIncumbent) -> None:
         self.workload, self.contiguous, self.best = workload, contiguous, best
-        self.operators: LatencyProblem = latency_problem(workload)
+        self.operators = latency_problem(workload)
+        self.scheduler = ListScheduler(self.operators)
         self.units = (
             latency_units(workload) if contiguous else placement_problem(workload, contiguous=False)
         )
@@ -203,9 +204,11 @@ class _ForLatency(_Search):
             return self.best.offer(placement, None, method)
         whole = whole_pieces(self.operators, placement)
         better = whole is not None and self.best.offer(placement, whole, method)
-        order = list_order(self.operators, placement)
-        pieces = single_pieces(self.operators, placement, order)
-        return self.best.offer(placement, pieces, method) or better
+        return self._offer_order(placement, method) or better
+
+    def _offer_order(self, placement: Sequence[int], method: str) -> bool:
+        order = self.scheduler.order(placement)
+        return self.best.offer(placement, single_pieces(self.operators, placement, order), method)
 
     def _machine_slots(self) -> list[int]:
         machines = set(self.operators.machines)
@@ -231,27 +234,23 @@ class _ForLatency(_Search):
                 self.best.offer(placement, whole, "intervals of one order")
 
     def improve(self) -> None:
-        generator = random.Random(_SEED)
-        slot_of = self.current()
-        while not self.best.done and self.best.left() > 0:
-            unit, slot = next(self._moves(slot_of, generator))
-            before, slot_of[unit] = slot_of[unit], slot
-            if not self.offer(slot_of, "local search"):
-                slot_of[unit] = before
+        assert self.best.placement is not None
 
-    def _moves(
-        self, slot_of: Sequence[int], generator: random.Random
-    ) -> Iterator[tuple[int, int]]:
-        """Moves of a unit, half of the time to the slot of a neighbour."""
-        units = self.units
-        while True:
-            unit = generator.randrange(units.num_units)
-            slot = generator.randrange(units.num_devices)
-            nets = units.nets_of[unit]
-            if nets and generator.random() < 0.5:
-                slot = slot_of[generator.choice(units.pins[generator.choice(nets)])]
-            if slot != slot_of[unit] or units.num_devices == 1:
-                yield unit, slot
+        def found(device_of: Sequence[int]) -> None:
+            if self.contiguous:
+                self.best.offer(device_of, None, "local search")
+            else:
+                self._offer_order(device_of, "local search")
+
+        improve_by_moves(
+            self.operators,
+            self.units.members,
+            self.best.placement,
+            contiguous=self.contiguous,
+            seconds=self.best.left(),
+            seed=_SEED,
+            found=found,
+        )
 
 
 def _filled(

@@ -19,7 +19,8 @@ from .latency_bounds import latency_bound
 from .latency_contiguous import build_contiguous
 from .latency_incumbent import LatencyIncumbent, LatencyResult
 from .latency_intervals import block_groups, latency_units, sequential_pieces
-from .latency_lists import earliest_finish, list_order, single_pieces, whole_pieces
+from .latency_lists import ListScheduler, earliest_finish, single_pieces, whole_pieces
+from .latency_moves import improve_by_moves
 from .latency_problem import LatencyProblem, latency_problem
 from .latency_schedule import build_schedule
 from .latency_ticks import Effort, Found, Ticks, solve
@@ -32,7 +33,7 @@ _MOST_VARIABLES = 60_000  # of a program on single operators
 _MOST_INTERVALS = 6_000  # of a schedule on single operators
 _GROUPS = (24, 48, 96)  # units of coarse problems
 _ORDERS = 40
-_MOST_PROOF = 400  # seconds that CP-SAT is given at most, whatever the limit
+_SEED = 0
 
 
 def place_latency(
@@ -74,7 +75,7 @@ def place_latency(
 def _first_placements(
     problem: LatencyProblem, units: PlacementProblem, best: LatencyIncumbent
 ) -> None:
-    """Offer what heuristics find within a tenth of the time, and one placement whatever it takes."""
+    """Offer what heuristics find within a fifth of the time, and one placement whatever it takes."""
     if not best.contiguous:
         device_of = earliest_finish(problem)
         if device_of is not None:
@@ -82,7 +83,20 @@ def _first_placements(
     for placement in sequential_pieces(best.workload, units, count=_ORDERS):
         _offer(problem, placement, None, best, "intervals of a topological order")
         if best.done or (best.placement is not None and not best.left(0.1)):
-            return
+            break
+    if best.placement is None or best.done:
+        return
+    # with several pieces a machine, only colours stay together
+    groups = units.members if best.contiguous else problem.workload.colours
+    improve_by_moves(
+        problem,
+        groups,
+        best.placement,
+        contiguous=best.contiguous,
+        seconds=best.left(0.2),
+        seed=_SEED,
+        found=lambda device_of: _offer(problem, device_of, None, best, "local search"),
+    )
 
 
 def _offer(
@@ -112,7 +126,7 @@ def _offer_free(
     whole = whole_pieces(problem, device_of)
     if whole is not None:
         best.offer(placement, whole, method)
-    for one in (order, list_order(problem, device_of)):
+    for one in (order, ListScheduler(problem).order(device_of)):
         if one is not None:
             best.offer(placement, single_pieces(problem, device_of, one), method)
 

@@ -32,9 +32,7 @@ def latency_units(workload: Workload) -> PlacementProblem:
     """The units of contiguous pieces: colours, and cycles of colours, as one. Latency knows no
     backward operators: every edge counts."""
     operators = tuple(replace(operator, backward=False) for operator in workload.operators)
-    return placement_problem(
-        Workload(workload.kinds, operators, workload.edges), contiguous=True
-    )
+    return placement_problem(Workload(workload.kinds, operators, workload.edges), contiguous=True)
 
 
 def sequential_pieces(
