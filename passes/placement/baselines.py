@@ -1,10 +1,10 @@
 """Baselines of operator placement: what simple methods give, for either objective.
 
-*Greedy* fills one device after another along a topological order: for latency each machine up to its
-memory, as the baseline of Tarnawski et al. (NeurIPS 2020) does; for throughput each device up to the
-least load with which everything is placed. *Interval DP* cuts one topological order into the best
-intervals. *Local search* starts from the better of both and moves single units. *Balanced cut* is
-that of a library (`balanced_cut`). Bounds are those of work and paths.
+*Greedy* fills one device after another along a topological order: for latency each machine up to
+its memory, as the baseline of Tarnawski et al. (NeurIPS 2020) does; for throughput each device up
+to the least load with which everything is placed. *Interval DP* cuts one topological order into the
+best intervals. *Local search* starts from the better of both and moves single units. *Balanced cut*
+is that of a library (`balanced_cut`). Bounds are those of work and paths.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def place_latency(
 def _first_placements(
     problem: LatencyProblem, units: PlacementProblem, best: LatencyIncumbent
 ) -> None:
-    """Offer what heuristics find within a fifth of the time, and one placement whatever it takes."""
+    """Offer what heuristics find in a fifth of the time, and one placement whatever it takes."""
     if not best.contiguous:
         device_of = earliest_finish(problem)
         if device_of is not None:

@@ -1,4 +1,4 @@
-"""Latency placement equals the best of everything on small random problems; its parts by themselves."""
+"""Latency placement equals the best of everything on small random problems."""
 
 from __future__ import annotations
 
