@@ -60,7 +60,7 @@ def _series_parallel(rng: random.Random, size: int) -> tuple[int, Edges]:
 
 
 def _layered(rng: random.Random, size: int) -> tuple[int, Edges]:
-    """Layers of a width about the root of the size; each operator reads 1 to 3 of the last layer."""
+    """Layers about half the root of the size wide; operators read 1 to 3 of the layer before."""
     width = max(2, int(size**0.5 / 2))
     edges: set[tuple[int, int]] = set()
     for v in range(width, size):

@@ -143,6 +143,8 @@ class _Search:
 
 
 class _ForThroughput(_Search):
+    best: Incumbent
+
     def __init__(self, workload: Workload, contiguous: bool, best: Incumbent) -> None:
         self.workload, self.contiguous, self.best = workload, contiguous, best
         self.units = placement_problem(workload, contiguous=contiguous)
@@ -189,6 +191,8 @@ class _ForThroughput(_Search):
 
 
 class _ForLatency(_Search):
+    best: LatencyIncumbent
+
     def __init__(self, workload: Workload, contiguous: bool, best: LatencyIncumbent) -> None:
         self.workload, self.contiguous, self.best = workload, contiguous, best
         self.operators = latency_problem(workload)
