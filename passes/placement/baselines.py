@@ -20,12 +20,13 @@ from ...compiler.ir.workload import Workload
 from ...cost_models.placement import contiguity_breaks
 from .anneal import anneal, anneal_pieces
 from .balanced_cut import balanced_cut
-from .feasibility import MEMORY_TOLERANCE, require_feasible
+from .feasibility import require_feasible
+from .filling import filled
 from .incumbent import Incumbent, Progress
 from .intervals import Pieces, best_pieces
 from .latency_bounds import latency_bound
 from .latency_incumbent import LatencyIncumbent
-from .latency_intervals import latency_units, sequential_pieces
+from .latency_intervals import latency_units, order_pieces
 from .latency_lists import ListScheduler, single_pieces, whole_pieces
 from .latency_moves import improve_by_moves
 from .latency_problem import latency_problem
@@ -161,12 +162,12 @@ class _ForThroughput(_Search):
         low, high = 0.0, float(np.where(np.isinf(self.units.times), 0, self.units.times).sum())
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            slot_of = _filled(self.units, order, self._fast_first(), middle)
+            slot_of = filled(self.units, order, self._fast_first(), middle)
             if slot_of is None:
                 low = middle
             else:
                 high = middle
-        slot_of = _filled(self.units, order, self._fast_first(), high)
+        slot_of = filled(self.units, order, self._fast_first(), high)
         if slot_of is not None:
             self.offer(slot_of, "greedy")
 
@@ -225,12 +226,15 @@ class _ForLatency(_Search):
     def greedy(self, order: Sequence[int]) -> None:
         machines = self._machine_slots()
         hosts = [slot for slot in range(self.units.num_devices) if slot not in machines]
-        slot_of = _filled(self.units, order, machines + hosts, math.inf)
+        slot_of = filled(self.units, order, machines + hosts, math.inf)
         if slot_of is not None:
             self.offer(slot_of, "greedy")
 
     def intervals(self, order: Sequence[int]) -> None:
-        for placement in sequential_pieces(self.workload, latency_units(self.workload), count=1):
+        units = latency_units(self.workload)
+        for placement in order_pieces(
+            self.workload, units, next(topological_orders(units, count=1))
+        ):
             if self.contiguous:
                 self.best.offer(placement, None, "intervals of one order")
             else:
@@ -255,34 +259,3 @@ class _ForLatency(_Search):
             seed=_SEED,
             found=found,
         )
-
-
-def _filled(
-    units: PlacementProblem, order: Sequence[int], slots: Sequence[int], most: float
-) -> list[int] | None:
-    """Slots one after another, each filled along the order up to a load and its memory; None: some
-    unit finds no place. What the present slot does not support goes to a later one at once."""
-    limits = (units.memory * (1 + MEMORY_TOLERANCE)).tolist()
-    times, sizes = units.times.tolist(), units.sizes.tolist()
-    load, used = [0.0] * len(slots), [0.0] * len(slots)
-    slot_of = [-1] * units.num_units
-    place = 0
-
-    def fits(number: int, unit: int) -> bool:
-        kind = units.slots[slots[number]]
-        within = load[number] + times[unit][kind] <= most and math.isfinite(times[unit][kind])
-        return within and used[number] + sizes[unit] <= limits[kind]
-
-    for unit in order:
-        number = place
-        while number < len(slots) and not fits(number, unit):
-            number += 1
-        if number == len(slots):
-            return None
-        kind = units.slots[slots[place]]
-        if math.isfinite(times[unit][kind]) and sizes[unit] <= limits[kind]:
-            place = number  # the present slot is full
-        load[number] += times[unit][units.slots[slots[number]]]
-        used[number] += sizes[unit]
-        slot_of[unit] = slots[number]
-    return slot_of
