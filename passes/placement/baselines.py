@@ -226,7 +226,7 @@ class _ForLatency(_Search):
     def greedy(self, order: Sequence[int]) -> None:
         machines = self._machine_slots()
         hosts = [slot for slot in range(self.units.num_devices) if slot not in machines]
-        slot_of = filled(self.units, order, machines + hosts, math.inf)
+        slot_of = filled(self.units, order, machines + hosts, math.inf, num_hosts=len(hosts))
         if slot_of is not None:
             self.offer(slot_of, "greedy")
 

@@ -83,9 +83,10 @@ def _first_placements(
         device_of = earliest_finish(problem)
         if device_of is not None:
             _offer_free(problem, device_of, None, best, "earliest finish first")
-    slots = [*_slots(units, problem.machines), *_slots(units, problem.hosts)]
+    hosts = _slots(units, problem.hosts)
+    slots = [*_slots(units, problem.machines), *hosts]
     for order in topological_orders(units, count=_ORDERS):
-        slot_of = filled(units, order, slots, math.inf)
+        slot_of = filled(units, order, slots, math.inf, num_hosts=len(hosts))
         if slot_of is not None:
             _offer(problem, units.placement(slot_of), None, best, "filling along an order")
         for placement in order_pieces(best.workload, units, order):

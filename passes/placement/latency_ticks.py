@@ -93,7 +93,7 @@ class Effort:
 
     seconds: float
     gap: float
-    workers: int = 8
+    workers: int = 4
     seed: int = 0
 
 
