@@ -36,6 +36,8 @@ _MOST_VARIABLES = 60_000  # of a program on single operators
 _MOST_INTERVALS = 6_000  # of a schedule on single operators
 _GROUPS = (24, 60, 150)  # units of coarse problems
 _ORDERS, _FEW = 40, 5  # topological orders
+_FEW_PLACES = 200  # units x machines up to which one thread is enough, and repeats itself
+_WORKERS = 4  # strategies of CP-SAT that race; more of them only share two cores
 _SEED = 0
 
 
@@ -226,7 +228,9 @@ def _solve(
             best.prove(bound, name)
 
     seconds = min(best.left(), seconds)
-    infeasible = solve(program, Effort(seconds, best.gap), on_solution, on_bound)
+    small = problem.num_units * len(problem.machines) <= _FEW_PLACES
+    effort = Effort(seconds, best.gap, workers=1 if small else _WORKERS, seed=_SEED)
+    infeasible = solve(program, effort, on_solution, on_bound)
     if infeasible and proves:
         assert best.placement is None, "the program excludes a placement that exists"
         raise _nothing_found(best, proven=True)
