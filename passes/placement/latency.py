@@ -38,6 +38,7 @@ _GROUPS = (24, 60, 150)  # units of coarse problems
 _ORDERS, _FEW = 40, 5  # topological orders
 _FEW_PLACES = 200  # units x machines up to which one thread is enough, and repeats itself
 _WORKERS = 4  # strategies of CP-SAT that race; more of them only share two cores
+_SEARCH = 0.95  # of the time, so that ends of programs and evaluations stay within it
 _SEED = 0
 
 
@@ -183,23 +184,23 @@ def _search(problem: LatencyProblem, units: PlacementProblem, best: LatencyIncum
     variables = (problem.num_units + len(problem.nets)) * (2 * slots + 1)
     small = variables <= _MOST_VARIABLES
     if best.contiguous and small:
-        _solve(problem, best, best.left(), pieces=True)
+        _solve(problem, best, best.left(_SEARCH), pieces=True)
         return
     if not best.contiguous and problem.num_units * len(problem.machines) <= _MOST_INTERVALS:
         # one piece a machine is a good start, and quickly found
         _solve(problem, best, best.left(0.35), pieces=True)
         if not best.done:
-            _solve(problem, best, best.left(), pieces=False)
+            _solve(problem, best, best.left(_SEARCH), pieces=False)
         return
     if small:
-        _solve(problem, best, best.left(), pieces=True)
+        _solve(problem, best, best.left(_SEARCH), pieces=True)
         return
     for number, count in enumerate(_GROUPS):
         for order in topological_orders(units, count=1):
             found = interval_groups(best.workload, units, order, count)
             if found is not None:
                 coarse = latency_problem(best.workload, found[0])
-                _solve(coarse, best, best.left() / (len(_GROUPS) - number), pieces=True)
+                _solve(coarse, best, best.left(_SEARCH) / (len(_GROUPS) - number), pieces=True)
 
 
 def _solve(
@@ -227,7 +228,7 @@ def _solve(
         if proves:
             best.prove(bound, name)
 
-    seconds = min(best.left(), seconds)
+    seconds = min(best.left(_SEARCH), seconds)  # less what building has taken
     small = problem.num_units * len(problem.machines) <= _FEW_PLACES
     effort = Effort(seconds, best.gap, workers=1 if small else _WORKERS, seed=_SEED)
     infeasible = solve(program, effort, on_solution, on_bound)
