@@ -182,12 +182,12 @@ class _ForThroughput(_Search):
             self.pieces = pieces
 
     def improve(self) -> None:
-        seconds = self.best.left()
+        times = {"seconds": self.best.time_limit, "at_most": self.best.left()}
         if not self.contiguous:
-            slot_of, _ = anneal(self.units, self.current(), seconds=seconds, seed=_SEED)
+            slot_of, _ = anneal(self.units, self.current(), **times, seed=_SEED)
             self.offer(slot_of, "local search")
         elif self.pieces is not None:
-            better, _ = anneal_pieces(self.units, self.pieces, seconds=seconds, seed=_SEED)
+            better, _ = anneal_pieces(self.units, self.pieces, **times, seed=_SEED)
             self.offer(better.slot_of, "local search")
 
 
