@@ -31,6 +31,7 @@ PACKAGE_FOLDERS = {
     "cutset.passes": "passes",
     "cutset.passes.layouts": "passes/layouts",
     "cutset.passes.partition": "passes/partition",
+    "cutset.passes.placement": "passes/placement",
     "cutset.runtime": "runtime",
 }
 

@@ -1,0 +1,1 @@
+"""Placement of single operators on unlike devices: for throughput, and for latency."""

@@ -1,0 +1,89 @@
+"""The best placement and the best bound so far, with the clock: what parts of a search share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from ...compiler.ir.workload import Workload
+from ...cost_models.placement import device_loads, violations
+from .problem import PlacementProblem
+from .result import PlacementResult
+
+__all__ = ["Incumbent", "Progress"]
+
+Progress = Callable[[float, float], None]
+"""Called with the best value and the best bound when one of them improves."""
+
+
+class Incumbent:
+    """Keeps what a search has found; values are computed on the original graph.
+
+    Args:
+        workload: the original graph.
+        time_limit: seconds from now.
+        gap: relative gap at which the search may stop.
+        progress: told of improvements.
+    """
+
+    def __init__(
+        self, workload: Workload, *, time_limit: float, gap: float, progress: Progress | None = None
+    ) -> None:
+        self.workload, self.gap, self.progress = workload, gap, progress
+        self.begin = time.monotonic()
+        self.time_limit = time_limit
+        self.placement: tuple[int, ...] | None = None
+        self.value = float("inf")
+        self.bound = 0.0
+        self.found_by = self.proved_by = ""
+
+    @property
+    def seconds(self) -> float:
+        """Time since the search began."""
+        return time.monotonic() - self.begin
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until a share of the time limit is over; at least 0."""
+        return max(0.0, share * self.time_limit - self.seconds)
+
+    @property
+    def done(self) -> bool:
+        """The gap is closed as far as asked for."""
+        return self.placement is not None and self.value - self.bound <= self.gap * self.value
+
+    def offer(self, problem: PlacementProblem, slot_of: Sequence[int], method: str) -> bool:
+        """Take a placement if it is better; whether it was.
+
+        Rounded sizes may let a solver put too much on a device, so that memory is checked here.
+        """
+        placement = problem.placement(slot_of)
+        value = max(load.total for load in device_loads(self.workload, placement))
+        if value >= self.value or violations(self.workload, placement):
+            return False
+        self.placement, self.value, self.found_by = placement, value, method
+        self._tell()
+        return True
+
+    def prove(self, bound: float, method: str) -> bool:
+        """Take a bound if it is higher; whether it was. It ends at the value, which is reached."""
+        bound = min(bound, self.value)
+        if bound <= self.bound:
+            return False
+        self.bound, self.proved_by = bound, method
+        self._tell()
+        return True
+
+    def result(self) -> PlacementResult:
+        """What was found; there must be a placement."""
+        assert self.placement is not None
+        return PlacementResult(
+            self.placement,
+            self.value,
+            min(self.bound, self.value),
+            self.seconds,
+            f"placement by {self.found_by}, bound by {self.proved_by}",
+        )
+
+    def _tell(self) -> None:
+        if self.progress is not None and self.placement is not None:
+            self.progress(self.value, min(self.bound, self.value))

@@ -1,0 +1,109 @@
+"""Contiguous placement for throughput: good pieces of many orders, then proof by CP-SAT.
+
+Pieces come from dynamic programming over intervals of topological orders (`orders`, `intervals`);
+then CP-SAT is asked for pieces whose largest load is less by the gap that is allowed. Where there
+are none, that is the proof; else the answer is the next value to beat (`stage_model`).
+"""
+
+from __future__ import annotations
+
+from .anneal import anneal_pieces
+from .descent import SMALLEST_STEP, Answer, descend
+from .feasibility import no_packing
+from .incumbent import Incumbent
+from .intervals import Pieces, best_pieces
+from .orders import topological_orders
+from .problem import PlacementProblem
+from .reduce import below
+from .stage_model import solve_stages
+
+__all__ = ["prove_pieces", "search_pieces"]
+
+_METHOD = "CP-SAT over stages"
+_MOST_ORDERS = 40
+_MOST_VARIABLES = 60_000
+_ORDERS_SHARE, _ANNEAL_SHARE = 0.25, 0.4  # of the time limit, at most
+
+
+def search_pieces(problem: PlacementProblem, best: Incumbent) -> Pieces:
+    """Good pieces without proof; all improvements are offered.
+
+    Raises:
+        InfeasibleError: no pieces fit into the devices' memory.
+    """
+    pieces = None
+    value = float("inf")
+    for number, order in enumerate(topological_orders(problem, count=_MOST_ORDERS)):
+        found = best_pieces(problem, order, seed=number)
+        if found is not None and best.offer(problem, found.slot_of, "interval programming"):
+            pieces, value = found, best.value
+        if best.done or best.left(_ORDERS_SHARE) <= 0:
+            break
+    if pieces is None:
+        pieces = _any_pieces(problem, best)
+        best.offer(problem, pieces.slot_of, "CP-SAT")
+    if not best.done and not _small(problem):
+        better, value = anneal_pieces(
+            problem,
+            pieces,
+            seconds=_ANNEAL_SHARE * best.time_limit,
+            at_most=best.left(_ORDERS_SHARE + _ANNEAL_SHARE),
+        )
+        if best.offer(problem, better.slot_of, "annealing"):
+            pieces = better
+    return pieces
+
+
+def prove_pieces(problem: PlacementProblem, pieces: Pieces, best: Incumbent) -> Pieces:
+    """Close the gap as far as time allows; the best pieces at the end."""
+    if not _small(problem):
+        return pieces
+    kept = pieces
+
+    def take(found: Pieces) -> bool:
+        nonlocal kept
+        better = best.offer(problem, found.slot_of, _METHOD)
+        kept = found if better else kept
+        return better
+
+    descend(
+        best,
+        lambda limit, seconds: _pieces_below(problem, limit, best.gap, seconds),
+        take,
+        method=_METHOD,
+        first_aim=0.0,
+        share=1.0,
+        share_each=0.8,
+    )
+    return kept
+
+
+def _small(problem: PlacementProblem) -> bool:
+    pins = sum(map(len, problem.pins))
+    per_stage = len(problem.counts) * (problem.num_units + len(problem.pins)) + pins
+    return problem.num_devices * per_stage <= _MOST_VARIABLES
+
+
+def _pieces_below(
+    problem: PlacementProblem, limit: float, gap: float, seconds: float
+) -> Answer[Pieces]:
+    reduced = below(problem, limit * (1 + 1e-9), contiguous=True)
+    if reduced is None:
+        return Answer(None, none_exists=True)
+    answer = solve_stages(
+        reduced.problem, limit, precision=max(gap, SMALLEST_STEP) / 20, seconds=seconds
+    )
+    if answer.pieces is None:
+        return Answer(None, none_exists=answer.infeasible)
+    slots = reduced.expand(list(answer.pieces.slot_of))
+    return Answer(Pieces(tuple(slots), answer.pieces.sequence), none_exists=False)
+
+
+def _any_pieces(problem: PlacementProblem, best: Incumbent) -> Pieces:
+    """Pieces of any load, where no order's intervals fit into memory."""
+    finite = problem.times[problem.times < float("inf")]
+    highest = float(finite.sum() + problem.fees.sum() + 1)
+    answer = solve_stages(problem, highest, precision=0.01, seconds=best.left(0.5))
+    if answer.pieces is None:
+        raise no_packing(best.workload, problem, proven=answer.infeasible)
+    return answer.pieces

@@ -1,0 +1,132 @@
+"""Free placement for throughput: a device may run several disconnected pieces.
+
+The search starts from the best contiguous pieces and anneals them. Then CP-SAT is asked for
+placements below the best by the gap that is allowed, on the problem that is left when all that
+cannot be cut below that value is merged (`reduce`): a placement is the next value to beat, and
+none is the proof. What time is left goes to large-neighbourhood search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .anneal import anneal
+from .assignment_model import solve_assignment
+from .descent import SMALLEST_STEP, Answer, descend
+from .feasibility import no_packing
+from .incumbent import Incumbent
+from .load_table import LoadTable
+from .neighbourhood import improve_few_devices
+from .problem import PlacementProblem
+from .reduce import below
+
+__all__ = ["any_placement", "search_and_prove"]
+
+_METHOD = "CP-SAT over devices"
+_MOST_VARIABLES = 60_000
+_LEVELS = (1.0, 0.3, 0.6, 0.9, 1.0)  # between bound and value
+_ANNEAL_SHARE, _ANNEAL_SHARE_OF_LARGE = 0.2, 0.6  # of the time limit
+
+
+def search_and_prove(
+    problem: PlacementProblem, slot_of: Sequence[int], best: Incumbent
+) -> list[int]:
+    """Improve a placement and its bound as far as time allows; the best slots at the end."""
+    slots = _anneal_merged(problem, list(slot_of), best)
+    if not _small(problem):
+        return slots
+    slots = _ask_below(problem, slots, best, share=0.7)
+    slots = improve_few_devices(problem, slots, best, share=1.0)
+    return slots
+
+
+def any_placement(problem: PlacementProblem, best: Incumbent) -> list[int]:
+    """A placement of any load, by packing into memory.
+
+    Raises:
+        InfeasibleError: there is none, or none was found in the time given.
+    """
+    finite = problem.times[problem.times < float("inf")]
+    highest = float(finite.sum() + problem.fees.sum() + 1)
+    answer = solve_assignment(
+        problem, highest, precision=0.01, seconds=best.left(0.5), minimise=False
+    )
+    if answer.slot_of is None:
+        raise no_packing(best.workload, problem, proven=answer.infeasible)
+    return list(answer.slot_of)
+
+
+def _anneal_merged(problem: PlacementProblem, slots: list[int], best: Incumbent) -> list[int]:
+    """Anneal the problem, and what it is reduced to below values that may be reached.
+
+    Where results are large, single units cannot leave their neighbours; what is merged can.
+    """
+    share = _ANNEAL_SHARE if _small(problem) else _ANNEAL_SHARE_OF_LARGE
+    low, high = best.bound, best.value
+    for run, level in enumerate(_LEVELS):
+        reduced = below(problem, low + level * (high - low), contiguous=False)
+        if best.done or reduced is None:
+            continue
+        start = [0] * reduced.problem.num_units
+        for unit, merged in enumerate(reduced.label):
+            start[merged] = slots[unit]
+        if not LoadTable(reduced.problem, start).legal:
+            continue
+        found, _ = anneal(
+            reduced.problem,
+            start,
+            seconds=share / len(_LEVELS) * best.time_limit,
+            at_most=best.left(0.9),
+            seed=run,
+        )
+        expanded = reduced.expand(found)
+        if best.offer(problem, expanded, "annealing"):
+            slots = expanded
+    return slots
+
+
+def _ask_below(
+    problem: PlacementProblem, slots: list[int], best: Incumbent, *, share: float
+) -> list[int]:
+    """Ask for less and less, and for the proof that there is none."""
+    kept = slots
+
+    def take(found: list[int]) -> bool:
+        nonlocal kept
+        better = best.offer(problem, found, _METHOD)
+        kept = found if better else kept
+        return better
+
+    descend(
+        best,
+        lambda limit, seconds: _placement_below(problem, limit, best.gap, seconds),
+        take,
+        method=_METHOD,
+        first_aim=0.01,
+        share=share,
+        share_each=0.4,
+    )
+    return kept
+
+
+def _small(problem: PlacementProblem) -> bool:
+    pins = sum(map(len, problem.pins))
+    per_slot = problem.num_units + len(problem.pins) + pins
+    return problem.num_devices * per_slot <= _MOST_VARIABLES
+
+
+def _placement_below(
+    problem: PlacementProblem, limit: float, gap: float, seconds: float
+) -> Answer[list[int]]:
+    reduced = below(problem, limit * (1 + 1e-9), contiguous=False)
+    if reduced is None:
+        return Answer(None, none_exists=True)
+    answer = solve_assignment(
+        reduced.problem,
+        limit,
+        precision=max(gap, SMALLEST_STEP) / 20,
+        seconds=seconds,
+        minimise=False,
+    )
+    slots = None if answer.slot_of is None else reduced.expand(list(answer.slot_of))
+    return Answer(slots, none_exists=answer.infeasible)
