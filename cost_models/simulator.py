@@ -227,10 +227,10 @@ class _Run:
             case GradientNorm() | ClipGradients():
                 held = rank.memory.held
                 self._sweep(rank, "sync", sum((*held.updated_bytes, *held.offloaded_bytes)))
+                self._event(rank.program.rank, Lane.COMPUTE, instruction, began, rank.seconds)
             case OptimizerStep():
                 self._optimizer_step(rank)
-        if isinstance(instruction, GradientNorm | ClipGradients | OptimizerStep):
-            self._event(rank.program.rank, Lane.COMPUTE, instruction, began, rank.seconds)
+                self._event(rank.program.rank, Lane.COMPUTE, instruction, began, rank.seconds)
         return True
 
     def _start_transfer(self, key: tuple[int, int, int]) -> None:
@@ -246,8 +246,9 @@ class _Run:
         self._link_free[pair] = begin + size / link.bytes_per_second
         self._arrival[pair[1], recv.register] = begin + link.seconds(size)
         self.link_bytes[pair] += size
-        for rank, item in zip(pair, (send, recv), strict=True):
-            self._event(rank, Lane.COMMUNICATION, item, begin, begin + link.seconds(size))
+        end = self._arrival[pair[1], recv.register]
+        self._event(pair[0], Lane.COMMUNICATION, send, begin, end)
+        self._event(pair[1], Lane.COMMUNICATION, recv, begin, end)
 
     def _compute(self, rank: _Rank, action: _Computation) -> bool:
         stage = self.stages[rank.program.rank, action.stage]

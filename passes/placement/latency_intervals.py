@@ -18,9 +18,8 @@ from dataclasses import replace
 import numpy as np
 
 from ...compiler.ir.workload import Workload
-from .intervals import _blocks as blocks_of_order
-from .intervals import _interval_loads as interval_loads
-from .problem import Floats, PlacementProblem, placement_problem
+from .intervals import blocks_of_order, interval_loads
+from .problem import Floats, Integers, PlacementProblem, placement_problem
 
 __all__ = ["interval_groups", "latency_units", "order_pieces"]
 
@@ -127,7 +126,7 @@ def _through_hosts(value: Floats, on_host: Floats) -> Floats:
 def _decode(
     units: PlacementProblem,
     order: Sequence[int],
-    block_of: Floats,
+    block_of: Integers,
     sequence: Sequence[int],
     loads: list[Floats],
     best: list[Floats],
