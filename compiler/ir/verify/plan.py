@@ -51,7 +51,7 @@ def verify_plan(plan: Plan, graph: Graph | None = None) -> None:
     _verify_layouts(plan, graph)
     verify_recomputed(plan.recomputed, plan.mode, graph, "plan")
     if plan.schedule is not None:
-        _verify_plan_schedule(plan)
+        _verify_plan_schedule(plan, graph)
     if plan.prediction is not None:
         _verify_prediction(plan, plan.prediction)
     _verify_certificate(plan)
@@ -197,7 +197,32 @@ def _verify_node_layouts(plan: Plan, graph: Graph) -> None:
                     verify_layout(layout, graph.values[value].type, plan.stage_mesh, where=here)
 
 
-def _verify_plan_schedule(plan: Plan) -> None:
+def _stage_edges(plan: Plan, graph: Graph | None) -> tuple[tuple[int, int], ...] | None:
+    """Pairs of stages that exchange values; None: taken to be a chain.
+
+    Stages that share devices are pieces of a graph with branches: they follow what they read, and
+    without the graph it is not known what that is.
+    """
+    devices = [stage.device for stage in plan.stages]
+    if len(set(devices)) == len(devices):
+        return None
+    if graph is None:
+        return ()
+    made_by = producers(graph)
+    first_home: dict[int, int] = {}
+    for stage in plan.stages:
+        for node in stage.nodes:
+            first_home.setdefault(node, stage.index)
+    found = set()
+    for stage in plan.stages:
+        own = set(stage.nodes)
+        read = {value for node in stage.nodes for value in graph.nodes[node].inputs}
+        sources = {made_by[value] for value in read if value in made_by} - own
+        found.update((first_home[source], stage.index) for source in sources)
+    return tuple(sorted(found))
+
+
+def _verify_plan_schedule(plan: Plan, graph: Graph | None) -> None:
     schedule = plan.schedule
     assert schedule is not None
     here = f"schedule {schedule.name} of the plan"
@@ -212,7 +237,7 @@ def _verify_plan_schedule(plan: Plan) -> None:
         f"it has {len(schedule.ranks)} ranks, the cluster {num_devices} devices",
         here,
     )
-    verify_schedule(schedule, mode=plan.mode)
+    verify_schedule(schedule, mode=plan.mode, edges=_stage_edges(plan, graph))
     for rank, actions in enumerate(schedule.ranks):
         for action in actions:
             device = plan.stages[action.stage].device
@@ -262,6 +287,17 @@ def _verify_prediction(plan: Plan, prediction: Prediction) -> None:
             f"{room}",
             here,
         )
+    repeated = first_repeated(entry.device for entry in prediction.loads)
+    check(repeated is None, f"device {repeated} has two loads", here)
+    for load in prediction.loads:
+        check(
+            0 <= load.device < len(plan.cluster.devices),
+            f"load of device {load.device}, which the cluster does not have",
+            here,
+        )
+        figures = load.compute_seconds, load.communication_seconds
+        good = all(math.isfinite(figure) and figure >= 0 for figure in figures)
+        check(good, f"device {load.device} has a load of {figures} seconds", here)
     known = {entry.device for entry in prediction.memory}
     missing = sorted({stage.device for stage in plan.stages} - known)
     check(not (known and missing), f"devices {missing} have stages but no memory prediction", here)
