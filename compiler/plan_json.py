@@ -13,10 +13,10 @@ import hashlib
 import importlib.resources
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from .files import unusable, write_whole
 from .ir.cluster import Cluster
 from .ir.convert import Codec, Converter, JsonValue
 from .ir.errors import PlanFormatError, UsageError
@@ -187,26 +187,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    target = Path(path)
-    text = plan_to_json(plan)
-    try:
-        descriptor, temporary = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-        )
-    except OSError as error:
-        raise _unusable(target, "write", error) from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _unusable(target, "write", error) from error
-        raise
+    write_whole(Path(path), plan_to_json(plan), "plan")
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -220,7 +201,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     try:
         text = source.read_bytes().decode("utf-8")
     except OSError as error:
-        raise _unusable(source, "read", error) from error
+        raise unusable(source, "read", "plan", error) from error
     except UnicodeDecodeError as error:
         raise PlanFormatError(
             "the file is not UTF-8 text; is this a plan?",
@@ -228,14 +209,6 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
             ways_out=(_PLAN_AGAIN,),
         ) from error
     return plan_from_json(text, source=str(source))
-
-
-def _unusable(path: Path, verb: str, error: OSError) -> UsageError:
-    return UsageError(
-        f"cannot {verb} the plan file: {error.strerror or error}",
-        where=str(path),
-        ways_out=("check the path and its permissions",),
-    )
 
 
 def check_plan_matches(plan: Plan, model: Fingerprint, cluster: Cluster) -> None:

@@ -7,6 +7,7 @@ or merged operators the solver worked with. Semantics as in Tarnawski et al. (Ne
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -19,6 +20,7 @@ __all__ = [
     "device_loads",
     "latency",
     "memory_used",
+    "piece_latency",
     "violations",
 ]
 
@@ -138,3 +140,70 @@ def latency(workload: Workload, placement: Placement) -> float | None:
     for one in nx.topological_sort(graph):
         ready[one] = busy[one] + max((ready[p] for p in graph.predecessors(one)), default=0.0)
     return max(ready.values())
+
+
+def piece_latency(
+    workload: Workload, placement: Placement, pieces: Sequence[Sequence[int]]
+) -> float | None:
+    """Time until the last result of one sample is ready, where a device may run several pieces;
+    None: the pieces wait for each other.
+
+    Every operator on a device that is not concurrent is in one piece; the pieces of a device run
+    one after another, in their order in `pieces`, and never overlap. A piece starts when its device
+    has finished the piece before, and the results of all producers outside the device and in its
+    earlier pieces are ready. It takes the sum of moving in each result of another device that no
+    earlier piece of the device has moved in, computing, and moving out every own result with a
+    consumer on another device; all its results are ready when it finishes. So a result is moved in
+    and out once a device, and what stays on its device is free. An operator on a concurrent kind
+    starts when its producers' results are ready. With one piece a device this is `latency`.
+
+    Raises:
+        ValueError: the pieces are not those of the placement.
+    """
+    piece_of = _piece_of(workload, placement, pieces)
+    last = len(pieces)  # units from here on: operators on concurrent kinds
+    unit = [last + v if piece is None else piece for v, piece in enumerate(piece_of)]
+    busy: dict[int, float] = defaultdict(float)
+    graph = nx.DiGraph()
+    graph.add_nodes_from(unit)
+    graph.add_edges_from((unit[u], unit[v]) for u, v in workload.edges if unit[u] != unit[v])
+    before: dict[int, int] = {}
+    for number, piece in enumerate(pieces):
+        device = placement[piece[0]]
+        if device in before:
+            graph.add_edge(before[device], number)
+        before[device] = number
+    if not nx.is_directed_acyclic_graph(graph):
+        return None
+    for v, operator in enumerate(workload.operators):
+        kind = workload.kind_of[placement[v]]
+        busy[unit[v]] += operator.times[kind] or 0.0
+        readers: dict[int, int] = {}
+        for c in workload.consumers[v]:
+            if placement[c] != placement[v]:
+                readers[placement[c]] = min(readers.get(placement[c], unit[c]), unit[c])
+        if readers and piece_of[v] is not None:
+            busy[unit[v]] += operator.transfers[kind]
+        for device, first in readers.items():
+            if first < last:
+                busy[first] += operator.transfers[workload.kind_of[device]]
+    ready: dict[int, float] = {}
+    for one in nx.topological_sort(graph):
+        ready[one] = busy[one] + max((ready[p] for p in graph.predecessors(one)), default=0.0)
+    return max(ready.values())
+
+
+def _piece_of(
+    workload: Workload, placement: Placement, pieces: Sequence[Sequence[int]]
+) -> list[int | None]:
+    """Number of every operator's piece; None: it runs on a concurrent kind."""
+    found: list[int | None] = [None] * len(workload.operators)
+    for number, piece in enumerate(pieces):
+        for v in piece:
+            if found[v] is not None or placement[v] != placement[piece[0]]:
+                raise ValueError(f"operator {v} is in two pieces, or on another device than its")
+            found[v] = number
+    for v, device in enumerate(placement):
+        if workload.kinds[workload.kind_of[device]].concurrent == (found[v] is not None):
+            raise ValueError(f"operator {v} is in no piece, or in one of a concurrent kind")
+    return found

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from ..ir.errors import CutsetError, RuntimeFailure
-from . import explain, export, plan, run, simulate, verify
+from . import explain, export, place, plan, run, simulate, verify
 from .command import Command
 from .console import Console
 
@@ -20,6 +20,7 @@ COMMANDS: tuple[Command, ...] = (
     explain.COMMAND,
     verify.COMMAND,
     simulate.COMMAND,
+    place.COMMAND,
     export.COMMAND,
     run.COMMAND,
 )

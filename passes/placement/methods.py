@@ -1,0 +1,63 @@
+"""Placement by a named method: the solvers with proofs, and the baselines to compare them with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ...compiler.ir.workload import Workload
+from .balanced_cut import cut_library
+from .baselines import BASELINES, place_baseline
+from .incumbent import Progress
+from .latency import place_latency
+from .result import PlacementResult
+from .throughput import place_throughput
+
+__all__ = ["METHODS", "Method", "Objective", "cut_library", "place"]
+
+Objective = Literal["throughput", "latency"]
+Method = Literal["auto", "exact", "greedy", "interval-dp", "local-search", "balanced-cut"]
+METHODS: tuple[Method, ...] = ("auto", "exact", *BASELINES)
+
+
+def place(
+    workload: Workload,
+    *,
+    objective: Objective,
+    contiguous: bool,
+    method: Method = "auto",
+    time_limit: float = 55.0,
+    gap: float = 0.0,
+    progress: Progress | None = None,
+) -> PlacementResult:
+    """Place operators for an objective.
+
+    Args:
+        workload: as the objective numbers its devices.
+        contiguous: one piece a device.
+        method: `auto` stops at `gap`; `exact` goes on until the gap is closed or the time is over;
+            the others are baselines.
+        time_limit: seconds.
+        gap: relative gap between value and bound at which `auto` stops.
+        progress: called with the best value and bound when one of them improves.
+
+    Raises:
+        InfeasibleError: no placement satisfies the constraints, or a baseline finds none.
+        UsageError: the method does not serve this mode.
+    """
+    if method not in ("auto", "exact"):
+        return place_baseline(
+            workload,
+            method,
+            objective=objective,
+            contiguous=contiguous,
+            time_limit=time_limit,
+            progress=progress,
+        )
+    solver = place_throughput if objective == "throughput" else place_latency
+    return solver(
+        workload,
+        contiguous=contiguous,
+        time_limit=time_limit,
+        gap=0.0 if method == "exact" else gap,
+        progress=progress,
+    )
