@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.launcher import launch_local, spmd_session, under_torchrun
+from ..runtime.launcher import RANK_FACTORY, launch_local, spmd_session, under_torchrun
 from ..runtime.session import Arguments, LocalSession, Session
 from .ir.cluster import Cluster
 from .ir.errors import UsageError
@@ -92,19 +92,30 @@ class Ranks:
 
 
 def start_workers(
-    cluster: Cluster, num_ranks: int, *, timeout_seconds: float, wait: bool = True
+    cluster: Cluster,
+    num_ranks: int,
+    *,
+    timeout_seconds: float,
+    wait: bool = True,
+    factory: str = RANK_FACTORY,
 ) -> LocalSession:
-    """Workers on the first devices of a local cluster; see `launch_local`."""
-    backends = {cluster.type_of(rank).backend for rank in range(num_ranks)}
-    kind = "cuda" if backends == {"cuda"} else "cpu"
+    """Workers on the first devices of a local cluster; see `launch_local`.
+
+    Each computes where its device type says: on the CPU, with the threads of the type, or on the
+    next CUDA device. Messages between two CUDA devices go over NCCL, all others over gloo.
+    """
+    types = [cluster.type_of(rank) for rank in range(num_ranks)]
+    on_cuda = [entry.backend == "cuda" for entry in types]
     places = [
-        torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+        torch.device("cuda", sum(on_cuda[:rank])) if on_cuda[rank] else torch.device("cpu")
         for rank in range(num_ranks)
     ]
     return launch_local(
         num_ranks,
-        backend="nccl" if kind == "cuda" else "gloo",
+        backend="nccl" if sum(on_cuda) > 1 or all(on_cuda) else "gloo",
         devices=places,
+        threads_per_rank=[entry.threads for entry in types],
         timeout_seconds=timeout_seconds,
         wait=wait,
+        factory=factory,
     )

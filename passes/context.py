@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ..compiler.ir.graph import Graph
 from ..compiler.ir.mesh import Mesh, Placement
-from ..compiler.ir.plan import OptimizerModel, Plan
+from ..compiler.ir.plan import Objective, OptimizerModel, Plan
 from ..cost_models.collectives import Network
 from ..cost_models.parameters import ParameterFigures
 
@@ -56,6 +56,14 @@ class PlanOptions:
         zero: level of ZeRO over the data axis; None: the least that fits.
         offload: what lies in the memory of the host: `none`, `optimizer` (its states, which are
             updated there) or `auto` (its states if nothing fits otherwise).
+        objective: what is kept small: a step, or the busiest device or the latency of operators
+            that are placed one by one.
+        granularity: what is placed: `operator`, or `block` (repeated blocks and modules whole).
+        contiguous: a device runs one piece only.
+        profile: where seconds of operators come from: `model` (roofline) or `ops` (each is measured
+            on a device of each type).
+        measured: seconds of every node by name of device type, instead of those of the roofline.
+        placement_seconds: wall time for placing operators.
         time_limit_seconds: deterministic time for the integer programs.
         seed: of the solver.
         tolerance: gap at which a plan counts as optimal.
@@ -74,6 +82,12 @@ class PlanOptions:
     mesh: Mesh | None = None
     zero: int | None = None
     offload: str = "auto"
+    objective: Objective = Objective.STEP
+    granularity: str = "operator"
+    contiguous: bool = False
+    profile: str = "model"
+    measured: Mapping[str, tuple[float, ...]] | None = None
+    placement_seconds: float = 20.0
     time_limit_seconds: float = 4.0
     seed: int = 0
     tolerance: float = 1e-3

@@ -4,20 +4,22 @@ The depth of a node is the largest number of changes of device on a path that le
 one device and depth are a piece. Every edge between pieces leads to a greater depth, so pieces in
 order of depth are a topological order of them, and no path needs more of them than changes of
 device. A node whose results only its own device needs may wait for them in a later piece, where
-that leaves fewer pieces.
+that leaves fewer pieces. Where devices do not wait for each other in turn, each has one piece.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import networkx as nx
 
 from ...compiler.ir.graph import Graph, producers, users
 from ...compiler.ir.plan import Stage
 from ..replicate import needed_replicas
 
-__all__ = ["StageEdge", "make_pieces", "stage_edges"]
+__all__ = ["StageEdge", "make_pieces", "ordered_pieces", "stage_edges"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +45,73 @@ def make_pieces(
         replicated: nodes that stand in each piece that needs them.
         late: let nodes wait for a later piece of their device.
     """
+    if _is_contiguous(graph, homes):
+        groups = [[n for n in homes if homes[n] == d] for d in sorted(set(homes.values()))]
+        return ordered_pieces(graph, homes, replicated, groups)
     depth = _depths(graph, homes)
     if late:
         _delay(graph, homes, depth)
     pieces: dict[tuple[int, int], set[int]] = defaultdict(set)
     for node, device in homes.items():
         pieces[depth[node], device].add(node)
-    groups = [pieces[key] for key in sorted(pieces)]
+    order = sorted(pieces)
+    return _as_stages(
+        graph, replicated, [device for _, device in order], [pieces[k] for k in order]
+    )
+
+
+def ordered_pieces(
+    graph: Graph,
+    homes: Mapping[int, int],
+    replicated: frozenset[int],
+    pieces: Iterable[Iterable[int]],
+) -> tuple[Stage, ...]:
+    """Given pieces as stages, in a topological order in which each device keeps its order."""
+    groups = [set(nodes) for nodes in pieces]
+    piece_of = {node: index for index, nodes in enumerate(groups) for node in nodes}
+    devices = [homes[min(nodes)] for nodes in groups]
+    made_by = producers(graph)
+    quotient = nx.DiGraph()
+    quotient.add_nodes_from(range(len(groups)))
+    for node, index in piece_of.items():
+        sources = {piece_of.get(made_by.get(value, -1)) for value in graph.nodes[node].inputs}
+        quotient.add_edges_from((s, index) for s in sources - {None, index})
+    last: dict[int, int] = {}
+    for index, device in enumerate(devices):
+        if device in last:
+            quotient.add_edge(last[device], index)
+        last[device] = index
+    order = list(nx.lexicographical_topological_sort(quotient))
+    return _as_stages(
+        graph, replicated, [devices[index] for index in order], [groups[index] for index in order]
+    )
+
+
+def _as_stages(
+    graph: Graph,
+    replicated: frozenset[int],
+    devices: Sequence[int],
+    groups: Sequence[set[int]],
+) -> tuple[Stage, ...]:
+    """Stages with the replicated nodes that they need, and the last with those that none needs."""
     for nodes in groups:
         nodes.update(needed_replicas(graph, replicated, nodes))
     placed = set().union(*groups)
     groups[-1].update(node.id for node in graph.nodes if node.id not in placed)
     return tuple(
         Stage(index, (device,), tuple(sorted(nodes)))
-        for index, ((_, device), nodes) in enumerate(zip(sorted(pieces), groups, strict=True))
+        for index, (device, nodes) in enumerate(zip(devices, groups, strict=True))
     )
+
+
+def _is_contiguous(graph: Graph, homes: Mapping[int, int]) -> bool:
+    """Whether no device waits for one that waits for it."""
+    made_by = producers(graph)
+    quotient = nx.DiGraph()
+    for node, device in homes.items():
+        sources = {homes.get(made_by.get(value, -1)) for value in graph.nodes[node].inputs}
+        quotient.add_edges_from((source, device) for source in sources - {None, device})
+    return bool(nx.is_directed_acyclic_graph(quotient))
 
 
 def _depths(graph: Graph, homes: Mapping[int, int]) -> dict[int, int]:

@@ -86,7 +86,9 @@ class _Line:
         is_free = [True] * len(ranks)
         missing = [list(self.num_inputs) for _ in range(self.count)]
         left = [len(self.devices)] * self.count
-        events: list[tuple[float, int, int, int]] = []  # time, 0 end or 1 arrival, microbatch, piece
+        events: list[
+            tuple[float, int, int, int]
+        ] = []  # time, 0 end or 1 arrival, microbatch, piece
         entered = oldest = 0
         now = 0.0
         while True:
