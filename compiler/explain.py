@@ -27,6 +27,7 @@ from .explain_mesh import (
 )
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Plan, Stage
+from .ir.stage_edges import schedule_edges
 from .module_names import modules_of_stages
 from .timeline import ideal_simulation
 from .words import bytes_text, count_text, plural, seconds_text
@@ -209,7 +210,7 @@ def explain(plan: Plan, graph: Graph | None = None) -> str:
     told = blocks_text(blocks, seconds)
     parts = [_head(plan), mesh_text(plan), _stages_text(plan, graph), told]
     if plan.schedule is not None:
-        parts.append(_schedule_text(plan))
+        parts.append(_schedule_text(plan, graph))
     parts.append(_figures_text(plan))
     if plan.warnings:
         parts.append("warnings\n" + "\n".join(f"  - {line}" for line in plan.warnings))
@@ -297,7 +298,7 @@ def _arrows(stage: int, sent: tuple[Boundary, ...], *, last: bool) -> list[str]:
     return [f"    |{_clip(note, _WIDTH - 6)}", "    v"]
 
 
-def _schedule_text(plan: Plan) -> str:
+def _schedule_text(plan: Plan, graph: Graph | None) -> str:
     assert plan.schedule is not None
     if plan.prediction is None:
         return str(plan.schedule)
@@ -305,6 +306,7 @@ def _schedule_text(plan: Plan) -> str:
         plan.schedule,
         plan.prediction.stage_forward_seconds,
         plan.prediction.stage_backward_seconds,
+        edges=schedule_edges(plan, graph),
     )
     shown = _beginning(simulation, cells=_WIDTH - 20)
     lanes = render_timeline(shown, _WIDTH - 20).splitlines()[1:]

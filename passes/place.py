@@ -25,6 +25,7 @@ from ..compiler.ir.plan import (
     Stage,
 )
 from ..compiler.ir.schedule import Schedule
+from ..compiler.ir.stage_edges import StageEdge, stage_edges
 from ..compiler.ir.workload import Placement
 from ..cost_models.analysis import batch_rows
 from ..cost_models.links import transfer_seconds
@@ -40,7 +41,7 @@ from .placement.from_graph import (
 from .placement.latency import place_latency
 from .placement.latency_incumbent import LatencyResult
 from .placement.memory import placed_memory
-from .placement.pieces import StageEdge, make_pieces, ordered_pieces, stage_edges
+from .placement.pieces import make_pieces, ordered_pieces
 from .placement.result import PlacementResult
 from .placement.stream import StreamRun, stream_schedule
 from .placement.throughput import place_throughput

@@ -15,8 +15,8 @@ from dataclasses import replace
 from ...compiler.ir.graph import Graph
 from ...compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
 from ...compiler.ir.schedule import Schedule
+from ...compiler.ir.stage_edges import StageEdge
 from ...cost_models.memory import MemoryModel, consuming_stages, memory_model, stage_memory
-from .pieces import StageEdge
 
 __all__ = ["placed_memory"]
 

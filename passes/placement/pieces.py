@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import networkx as nx
 
@@ -19,20 +18,7 @@ from ...compiler.ir.graph import Graph, producers, users
 from ...compiler.ir.plan import Stage
 from ..replicate import needed_replicas
 
-__all__ = ["StageEdge", "make_pieces", "ordered_pieces", "stage_edges"]
-
-
-@dataclass(frozen=True, slots=True)
-class StageEdge:
-    """Values that one stage computes and another reads.
-
-    Args:
-        values: ids, ascending.
-    """
-
-    source: int
-    target: int
-    values: tuple[int, ...]
+__all__ = ["make_pieces", "ordered_pieces"]
 
 
 def make_pieces(
@@ -132,24 +118,3 @@ def _delay(graph: Graph, homes: Mapping[int, int], depth: dict[int, int]) -> Non
         found = {u for value in node.outputs for u in readers[value] if u in homes}
         if node.id in homes and found and {homes[u] for u in found} == {homes[node.id]}:
             depth[node.id] = min(depth[u] for u in found)
-
-
-def stage_edges(graph: Graph, stages: Sequence[Stage]) -> tuple[StageEdge, ...]:
-    """Which stages read what of which others; a value comes from the first that computes it."""
-    made_by = producers(graph)
-    first: dict[int, int] = {}
-    for stage in stages:
-        for node in stage.nodes:
-            first.setdefault(node, stage.index)
-    found: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for stage in stages:
-        own = set(stage.nodes)
-        for node in stage.nodes:
-            for value in graph.nodes[node].inputs:
-                source = made_by.get(value)
-                if source is not None and source not in own:
-                    found[first[source], stage.index].add(value)
-    return tuple(
-        StageEdge(source, target, tuple(sorted(values)))
-        for (source, target), values in sorted(found.items())
-    )

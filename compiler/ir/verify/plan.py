@@ -9,6 +9,7 @@ from ..graph import Graph, Value, producers
 from ..mesh import Mesh, Partial, Shard, chunk_sizes
 from ..plan import ParameterLayout, Plan, Prediction
 from ..replicable import replicable_nodes
+from ..stage_edges import schedule_edges
 from .cluster import verify_cluster, verify_layout, verify_mesh
 from .recompute import verify_recomputed
 from .report import check, fail_node, first_repeated
@@ -197,31 +198,6 @@ def _verify_node_layouts(plan: Plan, graph: Graph) -> None:
                     verify_layout(layout, graph.values[value].type, plan.stage_mesh, where=here)
 
 
-def _stage_edges(plan: Plan, graph: Graph | None) -> tuple[tuple[int, int], ...] | None:
-    """Pairs of stages that exchange values; None: taken to be a chain.
-
-    Stages that share devices are pieces of a graph with branches: they follow what they read, and
-    without the graph it is not known what that is.
-    """
-    devices = [stage.device for stage in plan.stages]
-    if len(set(devices)) == len(devices):
-        return None
-    if graph is None:
-        return ()
-    made_by = producers(graph)
-    first_home: dict[int, int] = {}
-    for stage in plan.stages:
-        for node in stage.nodes:
-            first_home.setdefault(node, stage.index)
-    found = set()
-    for stage in plan.stages:
-        own = set(stage.nodes)
-        read = {value for node in stage.nodes for value in graph.nodes[node].inputs}
-        sources = {made_by[value] for value in read if value in made_by} - own
-        found.update((first_home[source], stage.index) for source in sources)
-    return tuple(sorted(found))
-
-
 def _verify_plan_schedule(plan: Plan, graph: Graph | None) -> None:
     schedule = plan.schedule
     assert schedule is not None
@@ -237,7 +213,7 @@ def _verify_plan_schedule(plan: Plan, graph: Graph | None) -> None:
         f"it has {len(schedule.ranks)} ranks, the cluster {num_devices} devices",
         here,
     )
-    verify_schedule(schedule, mode=plan.mode, edges=_stage_edges(plan, graph))
+    verify_schedule(schedule, mode=plan.mode, edges=schedule_edges(plan, graph))
     for rank, actions in enumerate(schedule.ranks):
         for action in actions:
             device = plan.stages[action.stage].device
