@@ -25,8 +25,9 @@ from .explain_mesh import (
     offload_json,
     offload_text,
 )
+from .explain_placement import busiest, placement_json, placement_text
 from .ir.graph import Graph, ValueKind, producers, users
-from .ir.plan import MemoryPrediction, Plan, Stage
+from .ir.plan import MemoryPrediction, Objective, Plan, Stage
 from .ir.stage_edges import schedule_edges
 from .module_names import modules_of_stages
 from .timeline import ideal_simulation
@@ -140,7 +141,12 @@ def binding(plan: Plan) -> tuple[str, ...]:
     pairs = zip(prediction.stage_forward_seconds, prediction.stage_backward_seconds, strict=True)
     times = [forward + backward for forward, backward in pairs]
     sentences = []
-    if times:
+    load = busiest(plan)
+    if load is not None:
+        sentences.append(
+            f"the busiest device is {load.device}: {seconds_text(load.total_seconds)} a microbatch"
+        )
+    elif times:
         worst = max(range(len(times)), key=times.__getitem__)
         share = times[worst] * len(times) / sum(times) if sum(times) else 1.0
         sentences.append(
@@ -179,6 +185,8 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "cluster": {"name": plan.cluster.name, "num_devices": len(plan.cluster.devices)},
         "mesh": str(plan.mesh),
         "devices": mesh_json(plan),
+        "objective": plan.objective.value,
+        "placement": placement_json(plan, graph),
         "zero": plan.zero_level,
         "layouts": layouts_json(plan),
         "offload": offload_json(plan),
@@ -208,7 +216,13 @@ def explain(plan: Plan, graph: Graph | None = None) -> str:
     blocks = summarize_blocks(plan, graph) if graph is not None else ()
     seconds = plan.prediction.step_seconds if plan.prediction else 0.0
     told = blocks_text(blocks, seconds)
-    parts = [_head(plan), mesh_text(plan), _stages_text(plan, graph), told]
+    placed = plan.objective is not Objective.STEP
+    parts = [
+        _head(plan),
+        mesh_text(plan),
+        placement_text(plan, graph) if placed else _stages_text(plan, graph),
+        told,
+    ]
     if plan.schedule is not None:
         parts.append(_schedule_text(plan, graph))
     parts.append(_figures_text(plan))

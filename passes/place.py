@@ -106,7 +106,7 @@ class PlaceOperators:
                 f"{len(statement.devices)} devices"
             )
             result = _solve(plan, statement, context)
-            placed = _placed(plan, statement, result)
+            placed = _placed(plan, statement, result, contiguous=context.options.contiguous)
             excess = _excess(placed)
             if not excess:
                 return placed
@@ -128,7 +128,8 @@ def place_by_hand(plan: Plan, context: Context, placement: Placement, note: str)
     statement = _statement(plan, context, {})
     loads = device_loads(statement.workload, placement)
     value = max(load.total for load in loads)
-    placed = _placed(plan, statement, PlacementResult(tuple(placement), value, 0.0, 0.0, note))
+    result = PlacementResult(tuple(placement), value, 0.0, 0.0, note)
+    placed = _placed(plan, statement, result, contiguous=context.options.contiguous)
     if _excess(placed):
         raise _does_not_fit(placed)
     return placed
@@ -166,16 +167,20 @@ def _solve(plan: Plan, statement: PlacementStatement, context: Context) -> Place
     def tell(value: float, bound: float) -> None:
         context.progress(f"value {value:.6g} s, bound {bound:.6g} s")
 
-    return solver(
+    result = solver(
         statement.workload,
         contiguous=context.options.contiguous,
         time_limit=context.options.placement_seconds,
         gap=context.options.tolerance,
         progress=tell,
     )
+    version = importlib.metadata.version("ortools")
+    return replace(result, method=f"{result.method}; OR-Tools {version}")
 
 
-def _placed(plan: Plan, statement: PlacementStatement, result: PlacementResult) -> Plan:
+def _placed(
+    plan: Plan, statement: PlacementStatement, result: PlacementResult, *, contiguous: bool
+) -> Plan:
     graph = statement.graph
     homes = statement.homes(result.placement)
     if plan.objective is Objective.LATENCY and isinstance(result, LatencyResult):
@@ -191,7 +196,7 @@ def _placed(plan: Plan, statement: PlacementStatement, result: PlacementResult) 
         plan,
         stages=stages,
         schedule=run.schedule,
-        certificate=_certificate(plan, statement, result),
+        certificate=_certificate(statement, result, contiguous=contiguous),
     )
     return replace(plan, prediction=_prediction(plan, statement, result, edges, run, seconds))
 
@@ -233,25 +238,24 @@ def _stream(
     )
 
 
-def _certificate(plan: Plan, statement: PlacementStatement, result: PlacementResult) -> Certificate:
-    pinned = len({kind.name for kind in statement.workload.kinds})
-    unit = (
-        "operators"
-        if len(statement.units) + len(statement.replicated) == len(statement.graph.nodes)
-        else "blocks"
-    )
+def _certificate(
+    statement: PlacementStatement, result: PlacementResult, *, contiguous: bool
+) -> Certificate:
+    single = all(len(nodes) == 1 for nodes in statement.units)
     space = (
-        f"all placements of {len(statement.units)} {unit} ({len(statement.graph.nodes)} nodes, "
-        f"{len(statement.replicated)} of them computed wherever they are needed) on "
-        f"{len(statement.devices)} devices of {pinned} kinds whose parameters fit; communication "
-        "added to computation, each result by the worst link of its kind of device"
+        f"all {'contiguous ' if contiguous else ''}placements of {len(statement.units)} "
+        f"{'operators' if single else 'blocks'} ({len(statement.graph.nodes)} nodes, "
+        f"{len(statement.replicated)} computed wherever they are needed) on "
+        f"{len(statement.devices)} devices of {len(statement.workload.kinds)} kinds whose "
+        "parameters fit; communication is added to computation, each result by the worst link of "
+        "its kind of device"
     )
     return Certificate(
         objective=result.value,
         lower_bound=result.lower_bound,
         gap=result.gap,
         search_space=space,
-        solver=f"{result.method}; OR-Tools {importlib.metadata.version('ortools')}",
+        solver=result.method,
         solver_seconds=result.seconds,
     )
 

@@ -4,8 +4,9 @@ Before an action computes, the receives of the *next* action that has any are po
 travels while the device computes; on a rank with several stages those of as many actions, so that
 a whole round of them has its data on the way. They are posted earlier where two ranks could else
 wait for each other (see `receives.py`), and where another value that its sender sends later is
-needed before: between two ranks, transfers keep their order. Results are sent at once after the action that makes them; input gradients leave
-before weight gradients are computed. Registers are freed after their last reader.
+needed before: between two ranks, transfers keep their order. Results are sent at once after the
+action that makes them; input gradients leave before weight gradients are computed. Registers are
+freed after their last reader.
 
 Every column of the in-stage mesh runs the same schedule. The sums of gradients and what follows the
 last action are in `tail.py`.
@@ -299,8 +300,8 @@ def _instructions(
 
 
 def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -> list[list[Recv]]:
-    """Receives that each action needs and no earlier action of this rank has posted, and before them
-    those of what the same ranks send before."""
+    """Receives that each action needs and no earlier action of this rank has posted, and before
+    them those of what the same ranks send before."""
     seen: set[Register] = set()
     table: list[list[Recv]] = []
     for action in actions:
