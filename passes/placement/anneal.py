@@ -17,8 +17,8 @@ from .problem import PlacementProblem
 
 __all__ = ["anneal", "anneal_pieces"]
 
-_POWER = 12.0
-_START, _END = 0.3, 0.003  # temperature, in power sums of one device at the mean of the start
+_POWER = 24.0
+_START, _END = 0.01, 0.0001  # temperature, in power sums of one device at the mean of the start
 _CHECK = 64  # moves between looks at the clock
 _MOST_MOVES_PER_UNIT = 2000
 

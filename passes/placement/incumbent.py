@@ -27,7 +27,7 @@ class Incumbent:
     """
 
     def __init__(
-        self, workload: Workload, *, time_limit: float, gap: float, progress: Progress | None
+        self, workload: Workload, *, time_limit: float, gap: float, progress: Progress | None = None
     ) -> None:
         self.workload, self.gap, self.progress = workload, gap, progress
         self.begin = time.monotonic()

@@ -6,15 +6,19 @@ Placement of DNN Graph Operators" (NeurIPS 2020), for any number of kinds of dev
 
 from __future__ import annotations
 
+from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.workload import Workload
 from .feasibility import require_feasible
 from .incumbent import Incumbent, Progress
-from .problem import placement_problem
+from .problem import PlacementProblem, placement_problem
 from .result import PlacementResult
 from .throughput_contiguous import prove_pieces, search_pieces
+from .throughput_free import any_placement, search_and_prove
 from .work_bound import work_bound
 
 __all__ = ["place_throughput"]
+
+_START_SHARE = 0.2  # of the time limit, for the contiguous placement that a free search starts from
 
 
 def place_throughput(
@@ -41,6 +45,30 @@ def place_throughput(
     problem = placement_problem(workload, contiguous=contiguous)
     require_feasible(workload, problem)
     best.prove(work_bound(problem).value, "work alone")
-    pieces = search_pieces(problem, best)
-    prove_pieces(problem, pieces, best)
+    if contiguous:
+        prove_pieces(problem, search_pieces(problem, best), best)
+    else:
+        search_and_prove(problem, _start(workload, problem, best), best)
     return best.result()
+
+
+def _start(workload: Workload, problem: PlacementProblem, best: Incumbent) -> list[int]:
+    """Slots of the best contiguous placement that is found in a share of the time, if there is one;
+    else of any placement."""
+    first = Incumbent(workload, time_limit=_START_SHARE * best.time_limit, gap=best.gap)
+    first.prove(best.bound, best.proved_by)
+    try:
+        pieced = placement_problem(workload, contiguous=True)
+        require_feasible(workload, pieced)
+        pieces = prove_pieces(pieced, search_pieces(pieced, first), first)
+    except InfeasibleError:
+        slots = any_placement(problem, best)
+        best.offer(problem, slots, "CP-SAT over devices")
+        return slots
+    best.offer(pieced, pieces.slot_of, first.found_by)
+    slot_of = {
+        operator: slot
+        for members, slot in zip(pieced.members, pieces.slot_of, strict=True)
+        for operator in members
+    }
+    return [slot_of[members[0]] for members in problem.members]
