@@ -153,7 +153,6 @@ def _load_text(summary: DeviceSummary) -> str:
     if load is None:
         return work
     return (
-        f"{work}: {seconds_text(load.total_seconds)} a microbatch, "
-        f"{seconds_text(load.compute_seconds)} computing and "
-        f"{seconds_text(load.communication_seconds)} moving values"
+        f"{work}: {seconds_text(load.total_seconds)} a microbatch, of which "
+        f"{seconds_text(load.communication_seconds)} to move values"
     )
