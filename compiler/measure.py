@@ -93,8 +93,8 @@ class MeasuredInference:
     Args:
         outputs: flattened and numbered.
         step_seconds: median time of a step.
-        busy_seconds: of every rank, the median over steps of the time that its instructions took,
-            waiting left out, a microbatch.
+        busy_seconds: of every rank, the median over steps of the time for which it worked, a
+            microbatch (see `Parallel.busy_seconds`).
     """
 
     outputs: Mapping[str, torch.Tensor]
@@ -121,8 +121,7 @@ def measure_inference(
         begin = time.perf_counter()
         parallel(*args, **named)
         seconds.append(time.perf_counter() - begin)
-        rows = parallel.instruction_times()
-        busy.append([sum(end - start for _, start, end in row) / count for row in rows])
+        busy.append([work / count for work in parallel.busy_seconds()])
         progress(f"step {step}: {seconds[-1]:.3f} s")
     progress("measure memory in one more step")
     parallel.measure_memory()

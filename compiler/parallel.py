@@ -104,6 +104,7 @@ class Parallel:
         self._record = False
         self._peaks: list[int] = []
         self._times: list[list[tuple[str, float, float]]] = []
+        self._busy: list[float] = []
 
     @property
     def planned(self) -> PlannedModel:
@@ -193,6 +194,7 @@ class Parallel:
             self._measure = False
         self._record = False
         self._times = [reply["times"] for reply in replies]
+        self._busy = [reply["busy_seconds"] for reply in replies]
         return replies
 
     # -- variants ------------------------------------------------------------------------------
@@ -386,6 +388,11 @@ class Parallel:
     def record_times(self) -> None:
         """Record when each instruction of the next step runs (see `instruction_times`)."""
         self._record = True
+
+    def busy_seconds(self) -> list[float]:
+        """Per rank, seconds for which it worked in the last recorded step, of computation and of
+        messages: on the CPU of its main thread's own time, so that other processes do not count."""
+        return self._busy
 
     def instruction_times(self) -> list[list[tuple[str, float, float]]]:
         """Per rank, (instruction, begin, end) in seconds of the last recorded step."""

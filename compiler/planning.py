@@ -24,7 +24,7 @@ from .ir.counts import divisors
 from .ir.errors import CaptureError, UsageError
 from .ir.graph import Mode
 from .ir.plan import DATA, PIPELINE, Objective, Plan
-from .profile import measure_nodes
+from .profile import measure
 
 __all__ = ["Planning"]
 
@@ -104,7 +104,7 @@ class Planning:
         options = replace(options, num_microbatches=count)
         if options.profile == "ops":
             self.say("measure operators on every type of device")
-            options = replace(options, measured=measure_nodes(captured, self.cluster))
+            options = replace(options, measured=measure(captured, self.cluster))
         return captured, self._plan(captured, options)
 
     def _plan(self, captured: Captured, options: PlanOptions) -> Plan:

@@ -1,4 +1,4 @@
-"""Measure the operators of a captured graph on the devices that are to run it.
+"""Measure the operators of a captured graph, and messages, on the devices that are to run it.
 
 One worker for each device, all at the same time, as they will run. Where devices are of one type
 the mean of their figures counts.
@@ -6,28 +6,30 @@ the mean of their figures counts.
 
 from __future__ import annotations
 
+import math
 import statistics
 
+from ..passes.context import Measured
 from ..runtime.session import LocalSession
 from .capture import Captured
 from .codegen.cut import cut_stages
 from .codegen.python import emit_python
-from .ir.cluster import Cluster
+from .ir.cluster import Cluster, Link
 from .ir.errors import UsageError
 from .ir.plan import Stage
 from .ir.program import Program
 from .ir.text import print_program
 from .ranks import start_workers
 
-__all__ = ["measure_nodes"]
+__all__ = ["measure"]
 
 _FACTORY = "cutset.runtime.profiler:Profiler"
 _REPEATS = 7
 _TIMEOUT_SECONDS = 300.0
 
 
-def measure_nodes(captured: Captured, cluster: Cluster) -> dict[str, tuple[float, ...]]:
-    """Seconds of every node of the graph, by name of device type.
+def measure(captured: Captured, cluster: Cluster) -> Measured:
+    """Seconds of every node of the graph, and of messages.
 
     Raises:
         UsageError: the devices are not those of this machine.
@@ -49,15 +51,24 @@ def measure_nodes(captured: Captured, cluster: Cluster) -> dict[str, tuple[float
         cluster, len(cluster.devices), timeout_seconds=_TIMEOUT_SECONDS, factory=_FACTORY
     )
     try:
-        rows = session.call("time_nodes", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+        nodes = session.call("time_nodes", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+        messages = session.call("time_messages", timeout_seconds=_TIMEOUT_SECONDS)
     finally:
         session.close()
-    by_type: dict[str, list[list[float]]] = {}
+    links = {
+        name: Link(latency, 1.0 / per_byte if per_byte > 0 else math.inf)
+        for name, (latency, per_byte) in _by_type(cluster, messages).items()
+    }
+    return Measured(_by_type(cluster, nodes), links)
+
+
+def _by_type(cluster: Cluster, rows: list[list[float]]) -> dict[str, tuple[float, ...]]:
+    """Means over the devices of each type."""
+    found: dict[str, list[list[float]]] = {}
     for device, row in zip(cluster.devices, rows, strict=True):
-        by_type.setdefault(device.type, []).append(row)
+        found.setdefault(device.type, []).append(row)
     return {
-        name: tuple(statistics.mean(column) for column in zip(*found, strict=True))
-        for name, found in by_type.items()
+        name: tuple(map(statistics.mean, zip(*own, strict=True))) for name, own in found.items()
     }
 
 

@@ -157,6 +157,7 @@ def _statement(plan: Plan, context: Context, reserve: Mapping[str, int]) -> Plac
         granularity=options.granularity,
         pins=options.device_pins,
         measured=options.measured,
+        overlaps=plan.objective is Objective.THROUGHPUT,
         reserve=reserve,
     )
 

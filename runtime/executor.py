@@ -38,6 +38,7 @@ from ..compiler.ir.program import (
     Register,
     Send,
 )
+from .clock import busy_clock
 from .communicator import Communicator, Pending
 from .cuda_graphs import GraphSlots
 from .kernels import Kernel, Source, StageKernels
@@ -85,11 +86,15 @@ class InstructionTime:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a rank has after a step: the weighted loss if it holds it, user outputs by target."""
+    """What a rank has after a step: the weighted loss if it holds it, user outputs by target.
+
+    Where times are recorded, `busy_seconds` are those of all instructions by `busy_clock`.
+    """
 
     loss: Tensor | None = None
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     times: list[InstructionTime] = field(default_factory=list)
+    busy_seconds: float = 0.0
 
 
 class _Context:
@@ -140,6 +145,7 @@ class Executor:
         self._communicator = communicator
         self._device = device
         self._timeout = timeout_seconds
+        self._clock = busy_clock(device)
         self._texts = tuple(map(str, program.instructions))  # once: records would pay every step
         self._stages = {stage.index: stage for stage in program.stages}
         self._consumers = {stage.index: dict(stage.consumers) for stage in program.stages}
@@ -281,18 +287,18 @@ class Executor:
             return self._drained()
         if any(not pending.done() for pending in self._awaited(instruction)):
             return False
-        begin = time.perf_counter()
-        self._execute(instruction)
-        if self._record:
+        if not self._record:
+            self._execute(instruction)
+        else:
+            begin, began_work = time.perf_counter(), self._clock()
+            self._execute(instruction)
+            self.result.busy_seconds += self._clock() - began_work
             self._note(begin)
         self._position += 1
         return True
 
     def _note(self, begin: float) -> None:
-        """Record the time of the instruction at the present position."""
-        if self._device.type == "cuda":
-            # not the device: a receive under way may need what this rank is yet to compute
-            torch.cuda.current_stream(self._device).synchronize()
+        """Record the time of the instruction at the present position, which is done."""
         times = self.result.times
         previous = times[-1].end_seconds if times else 0.0
         start = begin - self._began

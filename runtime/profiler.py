@@ -8,7 +8,6 @@ The values of parameters and inputs are made up: how long an operator takes foll
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,11 +16,15 @@ from torch import Tensor
 from ..compiler.ir.graph import Value, ValueKind
 from ..compiler.ir.program import StageProgram
 from ..compiler.ir.text import parse_program
+from ..compiler.ir.types import TensorType
+from .clock import busy_clock
 from .communicator import Communicator
 from .rank import stage_functions
 
 __all__ = ["Profiler"]
 
+_MESSAGE_BYTES = (4 << 10, 4 << 20)
+_MESSAGES = 15
 _Kernel = Callable[..., tuple[Tensor, ...]]
 
 
@@ -36,9 +39,10 @@ class Profiler:
         communicator: Communicator,
         timeout_seconds: float = 300.0,
     ) -> None:
-        self._rank = rank
+        self._rank, self._num_ranks = rank, num_ranks
         self._device = device
         self._communicator = communicator
+        self._timeout = timeout_seconds
 
     def reset(self) -> None:
         """Nothing is kept between calls."""
@@ -59,6 +63,34 @@ class Profiler:
         rows = [run.times() for _ in range(repeats)]
         return [statistics.median(column) for column in zip(*rows, strict=True)]
 
+    def time_messages(self) -> tuple[float, float]:
+        """Seconds for which this rank works on a message, sent or received: on any, and on a byte.
+
+        Ranks send to the next one around a ring, all at the same time. Time on the way, in which a
+        rank may compute, is not counted.
+        """
+        if self._num_ranks == 1:
+            return 0.0, 0.0
+        small, large = (self._message_seconds(size) for size in _MESSAGE_BYTES)
+        per_byte = max(0.0, large - small) / (_MESSAGE_BYTES[1] - _MESSAGE_BYTES[0])
+        return max(0.0, small - per_byte * _MESSAGE_BYTES[0]), per_byte
+
+    def _message_seconds(self, size: int) -> float:
+        clock = busy_clock(self._device)
+        after, before = (self._rank + 1) % self._num_ranks, (self._rank - 1) % self._num_ranks
+        kind = TensorType((size,), torch.uint8)
+        tensor = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        seconds = []
+        for turn in range(_MESSAGES):
+            label = f"message {turn} of {size} bytes"
+            begin = clock()
+            arriving = self._communicator.recv(kind, before, turn, label=label)
+            leaving = self._communicator.send(tensor, after, turn, label=label)
+            seconds.append(clock() - begin)
+            for pending in (leaving, arriving):
+                pending.wait(self._timeout)
+        return statistics.median(seconds) / 2
+
 
 class _Run:
     def __init__(
@@ -68,6 +100,7 @@ class _Run:
         device: torch.device,
     ) -> None:
         self._device = device
+        self._clock = busy_clock(device)
         self._key = torch.zeros((), dtype=torch.int64, device=device)
         self._nodes = [(functions[f"stage_{stage.index}"], stage) for stage in stages]
         self._given: dict[str, Tensor] = {}
@@ -101,20 +134,15 @@ class _Run:
                     for value in graph.values
                     if value.kind is not ValueKind.RESULT
                 ]
-                begin = self._now()
+                begin = self._clock()
                 results = function(self._key, self._device, *arguments)
-                seconds.append(self._now() - begin)
+                seconds.append(self._clock() - begin)
                 for output, tensor in zip(graph.outputs, results, strict=True):
                     made[graph.values[output.value].name] = tensor
                 del arguments, results
                 for name in dead:
                     made.pop(name, None)
         return seconds
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def _made_up(value: Value, generator: torch.Generator) -> Tensor:

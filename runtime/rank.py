@@ -325,6 +325,7 @@ class Rank:
             "loss": None if result.loss is None else float(result.loss),
             "outputs": self._outputs(key, result.outputs),
             "times": [(t.instruction, t.begin_seconds, t.end_seconds) for t in result.times],
+            "busy_seconds": result.busy_seconds,
         }
 
     def _held_tensors(self) -> list[Tensor]:

@@ -3,8 +3,10 @@
 Devices of one type are one kind; what is pinned to a device makes that device a kind of its own.
 Three simplifications are made, all on the safe side or stated in the plan:
 
-* A result crosses by the worst link that a device of the kind has to any other device, and as a
-  whole: latency + bytes / bandwidth, with the bytes of all values of the operator that others read.
+* A result crosses by the worst link that a device of the kind has to any other device (for
+  throughput, where it was measured: in the time for which the device works on the message, as the
+  rest passes while it computes), and as a whole: latency + bytes / bandwidth, with the bytes of all
+  values of the operator that others read.
 * A parameter that several operators read is counted for each of them.
 * Activations are not part of an operator's size, as they depend on the order of execution: what
   devices need for them is predicted after placement, and memory set aside for it (`reserve`).
@@ -29,6 +31,7 @@ from ...compiler.ir.workload import DeviceKind, Operator, Placement, Workload
 from ...cost_models.analysis import batch_rows, batch_values
 from ...cost_models.memory import library_bytes
 from ...cost_models.ops import price
+from ..context import Measured
 from ..replicate import replicated_nodes
 
 __all__ = ["GRANULARITIES", "NodeSeconds", "PlacementStatement", "state_workload"]
@@ -36,7 +39,7 @@ __all__ = ["GRANULARITIES", "NodeSeconds", "PlacementStatement", "state_workload
 GRANULARITIES = ("operator", "block")
 
 NodeSeconds = Mapping[str, tuple[float, ...]]
-"""Measured seconds of every node of a graph, by name of the device type."""
+"""Seconds of every node of a graph, by name of the device type."""
 
 _HELD = (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT)
 
@@ -76,7 +79,8 @@ def state_workload(
     rows: int,
     granularity: str = "operator",
     pins: tuple[tuple[str, int], ...] = (),
-    measured: NodeSeconds | None = None,
+    measured: Measured | None = None,
+    overlaps: bool = True,
     reserve: Mapping[str, int] | None = None,
 ) -> PlacementStatement:
     """The workload of `graph` on `cluster`, times in seconds.
@@ -85,7 +89,8 @@ def state_workload(
         rows: of one microbatch, for which times and bytes are stated.
         granularity: `operator`, or `block`: repeated blocks and other modules are placed whole.
         pins: (module path pattern, device): what matches is on that device.
-        measured: seconds of nodes; None: those of the roofline model.
+        measured: None: times are those of the roofline model.
+        overlaps: devices compute while values are on their way.
         reserve: bytes by name of device type that are kept free for activations.
 
     Raises:
@@ -97,17 +102,29 @@ def state_workload(
     replicated = _replicated(graph, types)
     units = _blocks(graph, replicated) if granularity == "block" else _single(graph, replicated)
     fraction = rows / batch_rows(graph)
-    seconds = measured or {
-        entry.name: tuple(c.forward_seconds for c in price(graph, entry, batch_fraction=fraction))
-        for entry in types
-    }
+    seconds = (
+        measured.nodes
+        if measured is not None
+        else {
+            entry.name: tuple(
+                c.forward_seconds for c in price(graph, entry, batch_fraction=fraction)
+            )
+            for entry in types
+        }
+    )
     pinned = _pinned(graph, cluster, pins)
     groups = _kinds(cluster, types, frozenset(pinned.values()))
     kinds = tuple(
         DeviceKind(f"{entry.name}[{devices[0]}]", len(devices), _room(entry, reserve or {}))
         for entry, devices in groups
     )
-    maker = _Operators(graph, cluster, groups, seconds, pinned, fraction)
+    links = [
+        measured.messages[entry.name]
+        if measured is not None and overlaps
+        else _worst_link(cluster, devices)
+        for entry, devices in groups
+    ]
+    maker = _Operators(graph, groups, links, seconds, pinned, fraction)
     colours = _colours(graph, units)
     operators = tuple(
         maker.operator(nodes, colours.get(index)) for index, nodes in enumerate(units)
@@ -282,14 +299,14 @@ class _Operators:
     def __init__(
         self,
         graph: Graph,
-        cluster: Cluster,
         groups: tuple[tuple[DeviceType, tuple[int, ...]], ...],
+        links: list[Link | None],
         seconds: NodeSeconds,
         pinned: Mapping[int, int],
         fraction: float,
     ) -> None:
         self._graph, self._groups, self._seconds, self._pinned = graph, groups, seconds, pinned
-        self._links = [_worst_link(cluster, devices) for _, devices in groups]
+        self._links = links
         batched = batch_values(graph)
         self._bytes = [
             value.type.num_bytes * (fraction if value.id in batched else 1.0)
