@@ -127,11 +127,13 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from ..compare import render_comparison
     from ..explain import explain, explain_json
     from ..plan_json import save_plan
-    from .model_loader import choose_optimizer, load_model
+    from .model_loader import choose_optimizer, for_inference, load_model
 
     console.progress(f"load {options.model}")
     loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
     factory = choose_optimizer(loaded, options.optimizer, options.lr)
+    if options.mode == "infer":
+        loaded = for_inference(loaded)
     planned, comparison = compare_strategies(
         loaded.model,
         int(options.devices) if options.devices.isdigit() else options.devices,

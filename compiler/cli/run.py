@@ -73,13 +73,14 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from ..checkpoint import refuse_existing
     from ..plan_json import load_plan
     from ..reference import train_reference
-    from .model_loader import choose_optimizer
+    from .model_loader import choose_optimizer, for_inference
     from .run_inference import run_inference
 
     console.quiet = job_rank() > 0
     plan = load_plan(options.plan)
     if plan.mode.value != "train":
-        run_inference(options, plan, _devices_here(plan), _loaded(options, console), console)
+        loaded = for_inference(_loaded(options, console))
+        run_inference(options, plan, _devices_here(plan), loaded, console)
         return
     if options.save_checkpoint is not None:
         refuse_existing(options.save_checkpoint)  # not only after the last step

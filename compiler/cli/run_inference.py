@@ -50,7 +50,6 @@ def run_inference(
         devices,  # type: ignore[arg-type]
         example_inputs=loaded.args,
         example_kwargs=loaded.kwargs,
-        loss_fn=loaded.loss_fn,
         mode="infer",
         plan=plan,
         compile=options.compile,

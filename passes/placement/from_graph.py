@@ -115,8 +115,8 @@ def state_workload(
     pinned = _pinned(graph, cluster, pins)
     groups = _kinds(cluster, types, frozenset(pinned.values()))
     kinds = tuple(
-        DeviceKind(f"{entry.name}[{devices[0]}]", len(devices), _room(entry, reserve or {}))
-        for entry, devices in groups
+        DeviceKind(_kind_name(groups, index), len(groups[index][1]), _room(entry, reserve or {}))
+        for index, (entry, _) in enumerate(groups)
     )
     links = [
         measured.messages[entry.name]
@@ -269,6 +269,12 @@ def _kinds(
         groups += [(entry, (device,)) for device in own if device in pinned]
         groups += [(entry, free)] if free else []
     return tuple(sorted(groups, key=lambda group: group[1]))
+
+
+def _kind_name(groups: tuple[tuple[DeviceType, tuple[int, ...]], ...], index: int) -> str:
+    entry, devices = groups[index]
+    alone = sum(other.name == entry.name for other, _ in groups) == 1
+    return entry.name if alone else f"{entry.name} (device {', '.join(map(str, devices))})"
 
 
 def _room(entry: DeviceType, reserve: Mapping[str, int]) -> float:
