@@ -19,7 +19,7 @@ from typing import Any
 from .files import unusable, write_whole
 from .ir.cluster import Cluster
 from .ir.convert import Codec, Converter, JsonValue
-from .ir.errors import PlanFormatError, UsageError
+from .ir.errors import PlanFormatError
 from .ir.mesh import Layout, Mesh
 from .ir.plan import Fingerprint, Plan
 from .ir.schedule import Action

@@ -29,7 +29,6 @@ from ...compiler.ir.graph import Graph, Node, OutputKind, ValueKind, producers, 
 from ...compiler.ir.paths import matches
 from ...compiler.ir.workload import DeviceKind, Operator, Placement, Workload
 from ...cost_models.analysis import batch_rows, batch_values
-from ...cost_models.memory import library_bytes
 from ...cost_models.ops import price
 from ..context import Measured
 from ..replicate import replicated_nodes
@@ -280,7 +279,7 @@ def _kind_name(groups: tuple[tuple[DeviceType, tuple[int, ...]], ...], index: in
 def _room(entry: DeviceType, reserve: Mapping[str, int]) -> float:
     return max(
         0.0,
-        float(entry.memory_bytes - library_bytes(entry.backend) - reserve.get(entry.name, 0)),
+        float(entry.memory_bytes - reserve.get(entry.name, 0)),
     )
 
 

@@ -85,7 +85,7 @@ def test_a_file_names_a_cluster(tmp_path: object) -> None:
         (-2, "-2 devices", "at least 1"),
         (True, "devices = True", "a count"),
         (2.5, "devices = 2.5", "a count"),
-        ([], "none cannot form", "all cpu or all cuda"),
+        ([], "none cannot form", "cpu or cuda"),
         ([torch.device("cpu"), torch.device("meta")], "'meta'", "describe them"),
     ],
 )

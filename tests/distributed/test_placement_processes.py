@@ -157,3 +157,27 @@ def test_workers_start_with_the_threads_of_their_type_and_are_measured(objective
     loads = plan.prediction.loads
     assert all(load.compute_seconds > 0 for load in loads)
     assert {stage.device for stage in plan.stages} == {0, 1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("profile", ["model", "ops"])
+def test_embeddings_on_the_cpu_beside_a_gpu(profile: str) -> None:
+    torch.manual_seed(1)
+    model = Reader().double().eval()
+    args = (torch.randint(50, (8, 12)),)
+    with auto_partition(
+        model,
+        [torch.device("cuda", 0), torch.device("cpu")],
+        example_inputs=args,
+        mode="infer",
+        objective="throughput",
+        profile=profile,
+        num_microbatches=4,
+        placement_seconds=4.0,
+        timeout_seconds=120.0,
+        constraints={"words": 1, "places": 1, "layers.0": 0, "layers.1": 0, "head": 1},
+    ) as parallel:
+        assert error_of(parallel, model, args) <= 1e-10
+        measured = measure_inference(parallel, args, steps=2)
+    assert {stage.device for stage in parallel.plan.stages} == {0, 1}
+    assert min(measured.busy_seconds) > 0
