@@ -20,28 +20,39 @@ __all__ = ["anneal", "anneal_pieces"]
 _POWER = 24.0
 _START, _END = 0.01, 0.0001  # temperature, in power sums of one device at the mean of the start
 _CHECK = 64  # moves between looks at the clock
-_MOST_MOVES_PER_UNIT = 2000
+_MOST_MOVES_PER_UNIT = 3000
+_MOVES_A_SECOND = 40_000  # fewer than are made in a second, so that the clock rarely matters
 
 Targets = Callable[[LoadTable, int], Sequence[int]]
 """Slots to which a unit of the table may go at present; its own is left out by the caller."""
 
 
 def anneal(
-    problem: PlacementProblem, slot_of: Sequence[int], *, seconds: float, seed: int = 0
+    problem: PlacementProblem,
+    slot_of: Sequence[int],
+    *,
+    seconds: float,
+    at_most: float,
+    seed: int = 0,
 ) -> tuple[list[int], float]:
-    """Improve a placement that need not be contiguous; the best one and its largest load."""
+    """Improve a placement that need not be contiguous; the best one and its largest load.
+
+    Args:
+        seconds: decides the number of moves.
+        at_most: seconds after which it ends before its moves are made.
+    """
     slots = range(problem.num_devices)
 
     def anywhere(table: LoadTable, unit: int) -> Sequence[int]:
         return slots
 
-    return _Annealing(problem, slot_of, anywhere, seed, exchanges=True).run(seconds)
+    return _Annealing(problem, slot_of, anywhere, seed, exchanges=True).run(seconds, at_most)
 
 
 def anneal_pieces(
-    problem: PlacementProblem, pieces: Pieces, *, seconds: float, seed: int = 0
+    problem: PlacementProblem, pieces: Pieces, *, seconds: float, at_most: float, seed: int = 0
 ) -> tuple[Pieces, float]:
-    """Improve contiguous pieces, keeping which device follows which."""
+    """Improve contiguous pieces, keeping which device follows which; times as in `anneal`."""
     stage = [0] * problem.num_devices
     for number, slot in enumerate(pieces.sequence):
         stage[slot] = number
@@ -57,7 +68,7 @@ def anneal_pieces(
         return pieces.sequence[first : last + 1]
 
     search = _Annealing(problem, pieces.slot_of, between_neighbours, seed, exchanges=False)
-    slot_of, value = search.run(seconds)
+    slot_of, value = search.run(seconds, at_most)
     return Pieces(tuple(slot_of), pieces.sequence), value
 
 
@@ -82,23 +93,22 @@ class _Annealing:
             self.index[unit] = len(self.on[slot])
             self.on[slot].append(unit)
 
-    def run(self, seconds: float) -> tuple[list[int], float]:
-        """Cool down over the given time, or over a number of moves if that is sooner."""
-        begin = time.monotonic()
-        most = _MOST_MOVES_PER_UNIT * self.problem.num_units
+    def run(self, seconds: float, at_most: float) -> tuple[list[int], float]:
+        """Cool down over the moves of the given time."""
+        end = time.monotonic() + at_most
+        moves = int(min(_MOST_MOVES_PER_UNIT * self.problem.num_units, _MOVES_A_SECOND * seconds))
         temperature = _START
-        for number in range(most):
+        for number in range(moves):
             if number % _CHECK == 0:
-                done = max((time.monotonic() - begin) / max(seconds, 1e-9), number / most)
-                if done >= 1:
+                if time.monotonic() > end:
                     break
-                temperature = _START * (_END / _START) ** done
+                temperature = _START * (_END / _START) ** (number / moves)
             if self.exchanges and number % 3 == 0:
                 self._exchange(temperature)
             else:
                 self._move(temperature)
-            if self.table.value < self.value * (1 - 1e-12):
-                self.value, self.best = self.table.value, list(self.table.slot_of)
+            if (value := self.table.value) < self.value * (1 - 1e-12):
+                self.value, self.best = value, list(self.table.slot_of)
         return self.best, LoadTable(self.problem, self.best).value
 
     def _move(self, temperature: float) -> None:
@@ -165,7 +175,9 @@ class _Annealing:
         return slots[int(self.random.random() * len(slots))] if slots else self.table.slot_of[unit]
 
     def _energy(self, *loads: float) -> float:
-        return sum(math.exp(_POWER * math.log(load / self.norm)) for load in loads if load > 0)
+        return sum(
+            math.exp(min(_POWER * math.log(load / self.norm), 300.0)) for load in loads if load > 0
+        )
 
     def _accepts(self, rise: float, temperature: float) -> bool:
         return rise <= 0 or self.random.random() < math.exp(-rise / temperature)

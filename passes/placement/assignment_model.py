@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .cpsat import CLAUSES, RELAXATION, Outcome, solve
 from .problem import PlacementProblem
 from .whole_numbers import WholeProblem, whole_problem
 
@@ -23,14 +24,10 @@ __all__ = ["AssignmentAnswer", "solve_assignment"]
 
 @dataclass(frozen=True, slots=True)
 class AssignmentAnswer:
-    """What the solver found out: slots within the limit, and a bound on all loads.
-
-    `bound` is `limit` where nothing is below it (`slot_of` is None then, without being a failure).
-    """
+    """What the solver found out: slots within the limit, or that there are none, or neither."""
 
     slot_of: tuple[int, ...] | None
     infeasible: bool
-    bound: float
 
 
 def solve_assignment(
@@ -50,8 +47,6 @@ def solve_assignment(
         open_nets: nets that are cut in any case, by a pin that is not in the problem.
         hint: a placement to start from; it may have a larger load.
     """
-    from ortools.sat.python import cp_model
-
     whole = whole_problem(problem, limit, precision)
     model = _AssignmentModel(whole, limit, open_nets, minimise=minimise)
     if hint is not None:
@@ -59,18 +54,9 @@ def solve_assignment(
             for s, var in enumerate(model.at[unit]):
                 if not isinstance(var, int):
                     model.model.add_hint(var, s == slot)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 2
-    solver.parameters.random_seed = 0
-    solver.parameters.max_time_in_seconds = max(seconds, 0.01)
-    status = solver.solve(model.model)
-    if status == cp_model.INFEASIBLE:
-        return AssignmentAnswer(None, True, limit)
-    bound = solver.best_objective_bound / whole.scale if minimise else 0.0
-    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return AssignmentAnswer(model.slots(solver), False, min(bound, limit))
-    assert status == cp_model.UNKNOWN, solver.status_name(status)
-    return AssignmentAnswer(None, False, min(bound, limit))
+    outcome, solver = solve(model.model, seconds=seconds, strategies=(RELAXATION, CLAUSES))
+    slots = model.slots(solver) if outcome is Outcome.FOUND else None
+    return AssignmentAnswer(slots, outcome is Outcome.INFEASIBLE)
 
 
 class _AssignmentModel:

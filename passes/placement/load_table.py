@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import numpy as np
 
 from .feasibility import MEMORY_TOLERANCE
 from .problem import PlacementProblem
@@ -53,10 +52,17 @@ class LoadTable:
         """The largest load."""
         return max(self.load)
 
+    @property
+    def legal(self) -> bool:
+        """Whether every slot supports and holds its units."""
+        return math.isfinite(self.value) and all(
+            used <= limit for used, limit in zip(self.used, self.limits, strict=True)
+        )
+
     def fits(self, unit: int, slot: int) -> bool:
         """Whether the unit can come to a slot: supported there, and within memory."""
         return (
-            self.times[unit][self.kind[slot]] != np.inf
+            self.times[unit][self.kind[slot]] != math.inf
             and self.used[slot] + self.sizes[unit] <= self.limits[slot]
         )
 

@@ -89,8 +89,9 @@ def _divide_anew(table: LoadTable, chosen: tuple[int, ...], seconds: float) -> l
     for unit, slot in zip(units, answer.slot_of, strict=True):
         slots[unit] = renumbered[slot]
     after = LoadTable(problem, slots)
-    legal = all(used <= most for used, most in zip(after.used, after.limits, strict=True))
-    return slots if legal and max(after.load[s] for s in chosen) < limit / (1 - _WORTH) else None
+    return (
+        slots if after.legal and max(after.load[s] for s in chosen) < limit / (1 - _WORTH) else None
+    )
 
 
 def _part(

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .cpsat import CLAUSES, RELAXATION, Outcome, solve
 from .intervals import Pieces
 from .problem import PlacementProblem
 from .whole_numbers import WholeProblem, whole_problem
@@ -45,29 +46,17 @@ def solve_stages(
     *,
     precision: float,
     seconds: float,
-    hint: Pieces | None = None,
 ) -> StageAnswer:
     """Search contiguous pieces of loads up to a limit (see `whole_numbers` for the rounding)."""
-    from ortools.sat.python import cp_model
-
     found = windows(problem, limit)
     if found is None:
         return StageAnswer(None, True)
     whole = whole_problem(problem, limit, precision)
     model = _StageModel(whole, found, whole.limit(limit))
-    if hint is not None:
-        model.hint(hint)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 2
-    solver.parameters.random_seed = 0
-    solver.parameters.max_time_in_seconds = max(seconds, 0.01)
-    status = solver.solve(model.model)
-    if status == cp_model.INFEASIBLE:
-        return StageAnswer(None, True)
-    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    outcome, solver = solve(model.model, seconds=seconds, strategies=(CLAUSES, RELAXATION))
+    if outcome is Outcome.FOUND:
         return StageAnswer(model.pieces(solver), False)
-    assert status == cp_model.UNKNOWN, solver.status_name(status)
-    return StageAnswer(None, False)
+    return StageAnswer(None, outcome is Outcome.INFEASIBLE)
 
 
 Windows = list[tuple[int, int]]
@@ -243,14 +232,6 @@ class _StageModel:
                             else [var.negated(), inside, row[k]]
                         )
         return table
-
-    def hint(self, pieces: Pieces) -> None:
-        """Start from known pieces."""
-        place = {slot: number for number, slot in enumerate(pieces.sequence)}
-        for unit, slot in enumerate(pieces.slot_of):
-            for s in self.stages:
-                if not isinstance(self.up_to[unit][s], int):
-                    self.model.add_hint(self.up_to[unit][s], place[slot] <= s)
 
     def pieces(self, solver: Any) -> Pieces:
         """The solver's stages, with devices of each kind taken in order."""

@@ -11,6 +11,7 @@ from ...compiler.ir.workload import Workload
 from .feasibility import require_feasible
 from .incumbent import Incumbent, Progress
 from .problem import PlacementProblem, placement_problem
+from .reduction_bound import reduction_bound
 from .result import PlacementResult
 from .throughput_contiguous import prove_pieces, search_pieces
 from .throughput_free import any_placement, search_and_prove
@@ -18,6 +19,7 @@ from .work_bound import work_bound
 
 __all__ = ["place_throughput"]
 
+_REDUCTION_SHARE = 0.5  # of the time limit; it takes much less on all but the largest graphs
 _START_SHARE = 0.2  # of the time limit, for the contiguous placement that a free search starts from
 
 
@@ -46,10 +48,26 @@ def place_throughput(
     require_feasible(workload, problem)
     best.prove(work_bound(problem).value, "work alone")
     if contiguous:
-        prove_pieces(problem, search_pieces(problem, best), best)
+        pieces = search_pieces(problem, best)
+        _bound_by_reduction(problem, best, contiguous=True)
+        prove_pieces(problem, pieces, best)
     else:
-        search_and_prove(problem, _start(workload, problem, best), best)
+        slots = _start(workload, problem, best)
+        _bound_by_reduction(problem, best, contiguous=False)
+        search_and_prove(problem, slots, best)
     return best.result()
+
+
+def _bound_by_reduction(problem: PlacementProblem, best: Incumbent, *, contiguous: bool) -> None:
+    if not best.done:
+        bound = reduction_bound(
+            problem,
+            best.bound,
+            best.value,
+            contiguous=contiguous,
+            seconds_left=lambda: best.left(_REDUCTION_SHARE),
+        )
+        best.prove(bound, "what cannot be cut")
 
 
 def _start(workload: Workload, problem: PlacementProblem, best: Incumbent) -> list[int]:

@@ -21,7 +21,7 @@ __all__ = ["SMALLEST_STEP", "prove_pieces", "search_pieces"]
 SMALLEST_STEP = 1e-6  # relative; proofs do not try to tell closer values apart
 _MOST_ORDERS = 40
 _MOST_VARIABLES = 60_000
-_ORDERS_SHARE, _ANNEAL_SHARE = 0.25, 0.35  # of the time limit, at most
+_ORDERS_SHARE, _ANNEAL_SHARE = 0.25, 0.4  # of the time limit, at most
 
 
 def search_pieces(problem: PlacementProblem, best: Incumbent) -> Pieces:
@@ -42,7 +42,12 @@ def search_pieces(problem: PlacementProblem, best: Incumbent) -> Pieces:
         pieces = _any_pieces(problem, best)
         best.offer(problem, pieces.slot_of, "CP-SAT")
     if not best.done and not _small(problem):
-        better, value = anneal_pieces(problem, pieces, seconds=best.left(_ANNEAL_SHARE))
+        better, value = anneal_pieces(
+            problem,
+            pieces,
+            seconds=_ANNEAL_SHARE * best.time_limit,
+            at_most=best.left(_ORDERS_SHARE + _ANNEAL_SHARE),
+        )
         if best.offer(problem, better.slot_of, "annealing"):
             pieces = better
     return pieces
@@ -58,7 +63,7 @@ def prove_pieces(problem: PlacementProblem, pieces: Pieces, best: Incumbent) -> 
         if limit <= best.bound:
             aim = aim / 2
             continue
-        answer = _pieces_below(problem, limit, step, best.left() * 0.6)
+        answer = _pieces_below(problem, limit, step, best.left() * 0.8)
         if answer is None:
             best.prove(limit, "CP-SAT over stages")
             if aim <= step:

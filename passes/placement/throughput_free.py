@@ -14,6 +14,7 @@ from .anneal import anneal
 from .assignment_model import solve_assignment
 from .feasibility import no_packing
 from .incumbent import Incumbent
+from .load_table import LoadTable
 from .neighbourhood import improve_few_devices
 from .problem import PlacementProblem
 from .reduce import below
@@ -22,23 +23,18 @@ __all__ = ["any_placement", "search_and_prove"]
 
 _SMALLEST_STEP = 1e-6  # relative; proofs do not try to tell closer values apart
 _MOST_VARIABLES = 60_000
-_RUNS = 3
+_LEVELS = (1.0, 0.3, 0.6, 0.9, 1.0)  # between bound and value
+_ANNEAL_SHARE, _ANNEAL_SHARE_OF_LARGE = 0.2, 0.6  # of the time limit
 
 
 def search_and_prove(
     problem: PlacementProblem, slot_of: Sequence[int], best: Incumbent
 ) -> list[int]:
     """Improve a placement and its bound as far as time allows; the best slots at the end."""
-    slots = list(slot_of)
-    for run in range(_RUNS):
-        if best.done or best.left(0.5) <= 0:
-            break
-        found, _ = anneal(problem, slots, seconds=best.left(0.5) / 3, seed=run)
-        if best.offer(problem, found, "annealing"):
-            slots = found
+    slots = _anneal_merged(problem, list(slot_of), best)
     if not _small(problem):
         return slots
-    slots = _ask_below(problem, slots, best, share=0.8)
+    slots = _ask_below(problem, slots, best, share=0.7)
     slots = improve_few_devices(problem, slots, best, share=1.0)
     return slots
 
@@ -57,6 +53,35 @@ def any_placement(problem: PlacementProblem, best: Incumbent) -> list[int]:
     if answer.slot_of is None:
         raise no_packing(best.workload, problem, proven=answer.infeasible)
     return list(answer.slot_of)
+
+
+def _anneal_merged(problem: PlacementProblem, slots: list[int], best: Incumbent) -> list[int]:
+    """Anneal the problem, and what it is reduced to below values that may be reached.
+
+    Where results are large, single units cannot leave their neighbours; what is merged can.
+    """
+    share = _ANNEAL_SHARE if _small(problem) else _ANNEAL_SHARE_OF_LARGE
+    low, high = best.bound, best.value
+    for run, level in enumerate(_LEVELS):
+        reduced = below(problem, low + level * (high - low), contiguous=False)
+        if best.done or reduced is None:
+            continue
+        start = [0] * reduced.problem.num_units
+        for unit, merged in enumerate(reduced.label):
+            start[merged] = slots[unit]
+        if not LoadTable(reduced.problem, start).legal:
+            continue
+        found, _ = anneal(
+            reduced.problem,
+            start,
+            seconds=share / len(_LEVELS) * best.time_limit,
+            at_most=best.left(0.9),
+            seed=run,
+        )
+        expanded = reduced.expand(found)
+        if best.offer(problem, expanded, "annealing"):
+            slots = expanded
+    return slots
 
 
 def _ask_below(
