@@ -1,7 +1,7 @@
 """Workload and placement files: operator graphs with costs, and where their operators run.
 
 Two formats are read. Ours has `"format": "cutset-workload"`; `docs/workload-format.md` explains its
-fields and `schemas/workload.schema.json` is its schema. The other is that of the public workloads of
+fields, `schemas/workload.schema.json` is its schema. The other is that of the public workloads of
 Tarnawski et al., "Efficient Algorithms for Device Placement of DNN Graph Operators" (NeurIPS 2020),
 where "FPGA" stands for any accelerator: a CPU pays for no transfer, has no memory limit and is
 concurrent. Reading checks every field by itself, since a schema's messages name no operator.
@@ -100,7 +100,7 @@ def load_workload(path: str | os.PathLike[str]) -> WorkloadFile:
     """Read and check a workload file of either format.
 
     Raises:
-        UsageError: the file cannot be read, or what it holds is malformed; file and field are named.
+        UsageError: the file cannot be read, or its content is malformed; file and field are named.
     """
     source = Path(path)
     try:
@@ -199,7 +199,7 @@ def _read_own(top: Fields) -> Workload:
     if version != FORMAT_VERSION:
         top.refuse("format_version", f"{version} is not {FORMAT_VERSION}, which this cutset reads")
     top.only(("format", "format_version", "devices", "colours", "operators", "edges"))
-    kinds = tuple(_own_kind(entry) for entry in top.objects("devices", name_field="kind"))
+    kinds = _own_kinds(top)
     colours = frozenset(top.texts("colours", default=()))
     entries = top.objects("operators", name_field="name")
     position: dict[str, int] = {}
@@ -216,6 +216,19 @@ def _read_own(top: Fields) -> Workload:
         for number, entry in enumerate(entries)
     )
     return _build(top.source, kinds, operators, edges)
+
+
+def _own_kinds(top: Fields) -> tuple[DeviceKind, ...]:
+    entries = top.objects("devices", name_field="kind")
+    if not entries:
+        top.refuse("devices", "there is no device to place operators on")
+    kinds: dict[str, DeviceKind] = {}
+    for entry in entries:
+        kind = _own_kind(entry)
+        if kind.name in kinds:
+            entry.refuse("kind", f"two kinds of device are called {kind.name!r}")
+        kinds[kind.name] = kind
+    return tuple(kinds.values())
 
 
 def _own_kind(entry: Fields) -> DeviceKind:

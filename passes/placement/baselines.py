@@ -1,17 +1,16 @@
 """Baselines of operator placement: what simple methods give, for either objective.
 
-*Greedy* fills one device after another along a topological order: for latency each machine up to its
-memory, as the baseline of Tarnawski et al. (NeurIPS 2020) does; for throughput each device up to the
-least load with which everything is placed. *Interval DP* cuts one topological order into the best
-intervals. *Local search* starts from the better of both and moves single units. *Balanced cut* is
-that of a library (`balanced_cut`). Bounds are those of work and paths.
+*Greedy* fills one device after another along a topological order: for latency each machine up to
+its memory, as the baseline of Tarnawski et al. (NeurIPS 2020) does; for throughput each device up
+to the least load with which everything is placed. *Interval DP* cuts one topological order into the
+best intervals. *Local search* starts from the better of both and moves single units. *Balanced cut*
+is that of a library (`balanced_cut`). Bounds are those of work and paths.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,14 +20,16 @@ from ...compiler.ir.workload import Workload
 from ...cost_models.placement import contiguity_breaks
 from .anneal import anneal, anneal_pieces
 from .balanced_cut import balanced_cut
-from .feasibility import MEMORY_TOLERANCE, require_feasible
+from .feasibility import require_feasible
+from .filling import filled
 from .incumbent import Incumbent, Progress
 from .intervals import Pieces, best_pieces
 from .latency_bounds import latency_bound
 from .latency_incumbent import LatencyIncumbent
-from .latency_intervals import latency_units, sequential_pieces
-from .latency_lists import list_order, single_pieces, whole_pieces
-from .latency_problem import LatencyProblem, latency_problem
+from .latency_intervals import latency_units, order_pieces
+from .latency_lists import ListScheduler, single_pieces, whole_pieces
+from .latency_moves import improve_by_moves
+from .latency_problem import latency_problem
 from .orders import topological_orders
 from .problem import PlacementProblem, placement_problem
 from .result import PlacementResult
@@ -143,6 +144,8 @@ class _Search:
 
 
 class _ForThroughput(_Search):
+    best: Incumbent
+
     def __init__(self, workload: Workload, contiguous: bool, best: Incumbent) -> None:
         self.workload, self.contiguous, self.best = workload, contiguous, best
         self.units = placement_problem(workload, contiguous=contiguous)
@@ -159,12 +162,12 @@ class _ForThroughput(_Search):
         low, high = 0.0, float(np.where(np.isinf(self.units.times), 0, self.units.times).sum())
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            slot_of = _filled(self.units, order, self._fast_first(), middle)
+            slot_of = filled(self.units, order, self._fast_first(), middle)
             if slot_of is None:
                 low = middle
             else:
                 high = middle
-        slot_of = _filled(self.units, order, self._fast_first(), high)
+        slot_of = filled(self.units, order, self._fast_first(), high)
         if slot_of is not None:
             self.offer(slot_of, "greedy")
 
@@ -189,9 +192,12 @@ class _ForThroughput(_Search):
 
 
 class _ForLatency(_Search):
+    best: LatencyIncumbent
+
     def __init__(self, workload: Workload, contiguous: bool, best: LatencyIncumbent) -> None:
         self.workload, self.contiguous, self.best = workload, contiguous, best
-        self.operators: LatencyProblem = latency_problem(workload)
+        self.operators = latency_problem(workload)
+        self.scheduler = ListScheduler(self.operators)
         self.units = (
             latency_units(workload) if contiguous else placement_problem(workload, contiguous=False)
         )
@@ -203,9 +209,11 @@ class _ForLatency(_Search):
             return self.best.offer(placement, None, method)
         whole = whole_pieces(self.operators, placement)
         better = whole is not None and self.best.offer(placement, whole, method)
-        order = list_order(self.operators, placement)
-        pieces = single_pieces(self.operators, placement, order)
-        return self.best.offer(placement, pieces, method) or better
+        return self._offer_order(placement, method) or better
+
+    def _offer_order(self, placement: Sequence[int], method: str) -> bool:
+        order = self.scheduler.order(placement)
+        return self.best.offer(placement, single_pieces(self.operators, placement, order), method)
 
     def _machine_slots(self) -> list[int]:
         machines = set(self.operators.machines)
@@ -218,12 +226,15 @@ class _ForLatency(_Search):
     def greedy(self, order: Sequence[int]) -> None:
         machines = self._machine_slots()
         hosts = [slot for slot in range(self.units.num_devices) if slot not in machines]
-        slot_of = _filled(self.units, order, machines + hosts, math.inf)
+        slot_of = filled(self.units, order, machines + hosts, math.inf)
         if slot_of is not None:
             self.offer(slot_of, "greedy")
 
     def intervals(self, order: Sequence[int]) -> None:
-        for placement in sequential_pieces(self.workload, latency_units(self.workload), count=1):
+        units = latency_units(self.workload)
+        for placement in order_pieces(
+            self.workload, units, next(topological_orders(units, count=1))
+        ):
             if self.contiguous:
                 self.best.offer(placement, None, "intervals of one order")
             else:
@@ -231,55 +242,20 @@ class _ForLatency(_Search):
                 self.best.offer(placement, whole, "intervals of one order")
 
     def improve(self) -> None:
-        generator = random.Random(_SEED)
-        slot_of = self.current()
-        while not self.best.done and self.best.left() > 0:
-            unit, slot = next(self._moves(slot_of, generator))
-            before, slot_of[unit] = slot_of[unit], slot
-            if not self.offer(slot_of, "local search"):
-                slot_of[unit] = before
+        assert self.best.placement is not None
 
-    def _moves(
-        self, slot_of: Sequence[int], generator: random.Random
-    ) -> Iterator[tuple[int, int]]:
-        """Moves of a unit, half of the time to the slot of a neighbour."""
-        units = self.units
-        while True:
-            unit = generator.randrange(units.num_units)
-            slot = generator.randrange(units.num_devices)
-            nets = units.nets_of[unit]
-            if nets and generator.random() < 0.5:
-                slot = slot_of[generator.choice(units.pins[generator.choice(nets)])]
-            if slot != slot_of[unit] or units.num_devices == 1:
-                yield unit, slot
+        def found(device_of: Sequence[int]) -> None:
+            if self.contiguous:
+                self.best.offer(device_of, None, "local search")
+            else:
+                self._offer_order(device_of, "local search")
 
-
-def _filled(
-    units: PlacementProblem, order: Sequence[int], slots: Sequence[int], most: float
-) -> list[int] | None:
-    """Slots one after another, each filled along the order up to a load and its memory; None: some
-    unit finds no place. What the present slot does not support goes to a later one at once."""
-    limits = (units.memory * (1 + MEMORY_TOLERANCE)).tolist()
-    times, sizes = units.times.tolist(), units.sizes.tolist()
-    load, used = [0.0] * len(slots), [0.0] * len(slots)
-    slot_of = [-1] * units.num_units
-    place = 0
-
-    def fits(number: int, unit: int) -> bool:
-        kind = units.slots[slots[number]]
-        within = load[number] + times[unit][kind] <= most and math.isfinite(times[unit][kind])
-        return within and used[number] + sizes[unit] <= limits[kind]
-
-    for unit in order:
-        number = place
-        while number < len(slots) and not fits(number, unit):
-            number += 1
-        if number == len(slots):
-            return None
-        kind = units.slots[slots[place]]
-        if math.isfinite(times[unit][kind]) and sizes[unit] <= limits[kind]:
-            place = number  # the present slot is full
-        load[number] += times[unit][units.slots[slots[number]]]
-        used[number] += sizes[unit]
-        slot_of[unit] = slots[number]
-    return slot_of
+        improve_by_moves(
+            self.operators,
+            self.units.members,
+            self.best.placement,
+            contiguous=self.contiguous,
+            seconds=self.best.left(),
+            seed=_SEED,
+            found=found,
+        )

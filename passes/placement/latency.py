@@ -9,17 +9,21 @@ groups of them, for better placements only, and the bound is that of paths and w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.workload import Workload
 from .feasibility import require_feasible
+from .filling import filled
 from .incumbent import Progress
 from .latency_bounds import latency_bound
 from .latency_contiguous import build_contiguous
 from .latency_incumbent import LatencyIncumbent, LatencyResult
-from .latency_intervals import block_groups, latency_units, sequential_pieces
-from .latency_lists import earliest_finish, list_order, single_pieces, whole_pieces
+from .latency_intervals import interval_groups, latency_units, order_pieces
+from .latency_lists import ListScheduler, earliest_finish, single_pieces, whole_pieces
+from .latency_moves import improve_by_moves
 from .latency_problem import LatencyProblem, latency_problem
 from .latency_schedule import build_schedule
 from .latency_ticks import Effort, Found, Ticks, solve
@@ -30,9 +34,9 @@ __all__ = ["place_latency"]
 
 _MOST_VARIABLES = 60_000  # of a program on single operators
 _MOST_INTERVALS = 6_000  # of a schedule on single operators
-_GROUPS = (24, 48, 96)  # units of coarse problems
-_ORDERS = 40
-_MOST_PROOF = 400  # seconds that CP-SAT is given at most, whatever the limit
+_GROUPS = (24, 60, 150)  # units of coarse problems
+_ORDERS, _FEW = 40, 5  # topological orders
+_SEED = 0
 
 
 def place_latency(
@@ -74,15 +78,69 @@ def place_latency(
 def _first_placements(
     problem: LatencyProblem, units: PlacementProblem, best: LatencyIncumbent
 ) -> None:
-    """Offer what heuristics find within a tenth of the time, and one placement whatever it takes."""
+    """Offer what heuristics find in a quarter of the time, and one placement whatever it takes."""
     if not best.contiguous:
         device_of = earliest_finish(problem)
         if device_of is not None:
             _offer_free(problem, device_of, None, best, "earliest finish first")
-    for placement in sequential_pieces(best.workload, units, count=_ORDERS):
-        _offer(problem, placement, None, best, "intervals of a topological order")
-        if best.done or (best.placement is not None and not best.left(0.1)):
-            return
+    slots = [*_slots(units, problem.machines), *_slots(units, problem.hosts)]
+    for order in topological_orders(units, count=_ORDERS):
+        slot_of = filled(units, order, slots, math.inf)
+        if slot_of is not None:
+            _offer(problem, units.placement(slot_of), None, best, "filling along an order")
+        for placement in order_pieces(best.workload, units, order):
+            _offer(problem, placement, None, best, "intervals of an order")
+        if best.done or (best.placement is not None and not best.left(0.05)):
+            break
+    if best.contiguous and not best.done:
+        _move_groups(units, best)
+    if best.placement is not None and not best.done:
+        _move_operators(problem, units, best)
+
+
+def _slots(units: PlacementProblem, devices: Sequence[int]) -> list[int]:
+    """The slots of devices."""
+    numbers = [device for group in units.devices for device in group]
+    return [slot for slot, device in enumerate(numbers) if device in set(devices)]
+
+
+def _move_groups(units: PlacementProblem, best: LatencyIncumbent) -> None:
+    """Local search on groups of operators, coarse and finer, along several orders."""
+    tries = [(order, count) for count in _GROUPS for order in topological_orders(units, count=_FEW)]
+    for number, (order, count) in enumerate(tries):
+        seconds = best.left(0.15) / (len(tries) - number)
+        start = interval_groups(best.workload, units, order, count)
+        if start is None or seconds <= 0:
+            continue
+        groups, device_of = start
+        coarse = latency_problem(best.workload, groups)
+        improve_by_moves(
+            coarse,
+            [(unit,) for unit in range(coarse.num_units)],
+            device_of,
+            contiguous=True,
+            seconds=seconds,
+            seed=_SEED,
+            found=partial(
+                _offer, coarse, order=None, best=best, method=f"local search on {count} groups"
+            ),
+        )
+
+
+def _move_operators(
+    problem: LatencyProblem, units: PlacementProblem, best: LatencyIncumbent
+) -> None:
+    """Local search on operators, of which only colours stay together where pieces are free."""
+    assert best.placement is not None
+    improve_by_moves(
+        problem,
+        units.members if best.contiguous else problem.workload.colours,
+        best.placement,
+        contiguous=best.contiguous,
+        seconds=best.left(0.25),
+        seed=_SEED,
+        found=partial(_offer, problem, order=None, best=best, method="local search"),
+    )
 
 
 def _offer(
@@ -112,7 +170,7 @@ def _offer_free(
     whole = whole_pieces(problem, device_of)
     if whole is not None:
         best.offer(placement, whole, method)
-    for one in (order, list_order(problem, device_of)):
+    for one in (order, ListScheduler(problem).order(device_of)):
         if one is not None:
             best.offer(placement, single_pieces(problem, device_of, one), method)
 
@@ -133,10 +191,12 @@ def _search(problem: LatencyProblem, units: PlacementProblem, best: LatencyIncum
     if small:
         _solve(problem, best, best.left(), pieces=True)
         return
-    order = next(topological_orders(units, count=1))
     for number, count in enumerate(_GROUPS):
-        coarse = latency_problem(best.workload, block_groups(units, order, count))
-        _solve(coarse, best, best.left() / (len(_GROUPS) - number), pieces=True)
+        for order in topological_orders(units, count=1):
+            found = interval_groups(best.workload, units, order, count)
+            if found is not None:
+                coarse = latency_problem(best.workload, found[0])
+                _solve(coarse, best, best.left() / (len(_GROUPS) - number), pieces=True)
 
 
 def _solve(

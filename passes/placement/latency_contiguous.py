@@ -154,6 +154,11 @@ class _Builder:
                 limit = limits[kind]
                 if limit is not None:
                     self.when(self.model.add(held <= limit), k, kind)
+        for h in self.problem.hosts:
+            limit = limits[self.problem.workload.kind_of[h]]
+            if limit is not None:
+                held = sum(sizes[v] * self.host.get((v, h), 0) for v in self.units)
+                self.model.add(held <= limit)
 
     def crossings(self) -> None:
         model = self.model

@@ -19,10 +19,9 @@ import numpy as np
 
 from ...compiler.ir.workload import Workload
 from .intervals import blocks_of_order, interval_loads
-from .orders import topological_orders
 from .problem import Floats, PlacementProblem, placement_problem
 
-__all__ = ["block_groups", "latency_units", "sequential_pieces"]
+__all__ = ["interval_groups", "latency_units", "order_pieces"]
 
 _MOST_CELLS = 6e7  # of all tables of one order
 _MOST_BLOCKS = 900
@@ -32,21 +31,35 @@ def latency_units(workload: Workload) -> PlacementProblem:
     """The units of contiguous pieces: colours, and cycles of colours, as one. Latency knows no
     backward operators: every edge counts."""
     operators = tuple(replace(operator, backward=False) for operator in workload.operators)
-    return placement_problem(
-        Workload(workload.kinds, operators, workload.edges), contiguous=True
-    )
+    return placement_problem(Workload(workload.kinds, operators, workload.edges), contiguous=True)
 
 
-def sequential_pieces(
-    workload: Workload, units: PlacementProblem, *, count: int, seed: int = 0
+def order_pieces(
+    workload: Workload, units: PlacementProblem, order: Sequence[int], *, seed: int = 0
 ) -> Iterator[tuple[int, ...]]:
-    """Contiguous placements, the best of each of up to `count` orders."""
-    generator = random.Random(seed)
-    for order in topological_orders(units, count=count, seed=seed):
-        for sequence in _sequences(workload, units, generator):
-            slot_of = _best_intervals(workload, units, order, sequence)
-            if slot_of is not None:
-                yield units.placement(slot_of)
+    """Contiguous placements from an order, the best for each of some sequences of machines."""
+    for sequence in _sequences(workload, units, random.Random(seed)):
+        slot_of = _best_intervals(workload, units, order, sequence)
+        if slot_of is not None:
+            yield units.placement(slot_of)
+
+
+def interval_groups(
+    workload: Workload, units: PlacementProblem, order: Sequence[int], count: int
+) -> tuple[list[tuple[int, ...]], list[int]] | None:
+    """Operators in up to `count` groups that are intervals of an order of units, and the device of
+    every group by the dynamic program; None: it finds none."""
+    (sequence, *_) = _sequences(workload, units, random.Random(0))
+    slot_of = _best_intervals(workload, units, order, sequence, most_blocks=count)
+    if slot_of is None:
+        return None
+    placement = units.placement(slot_of)
+    block_of = blocks_of_order(units, order, min(count, units.num_units))
+    groups = []
+    pairs = zip(order, block_of.tolist(), strict=True)
+    for _, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        groups.append(tuple(v for unit, _ in run for v in units.members[unit]))
+    return groups, [placement[group[0]] for group in groups]
 
 
 def _sequences(
@@ -71,11 +84,14 @@ def _sequences(
 
 
 def _best_intervals(
-    workload: Workload, units: PlacementProblem, order: Sequence[int], sequence: Sequence[int]
+    workload: Workload,
+    units: PlacementProblem,
+    order: Sequence[int],
+    sequence: Sequence[int],
+    *,
+    most_blocks: int = _MOST_BLOCKS,
 ) -> list[int] | None:
-    count = min(
-        units.num_units, _MOST_BLOCKS, int((_MOST_CELLS / max(len(sequence), 1)) ** 0.5) + 1
-    )
+    count = min(units.num_units, most_blocks, int((_MOST_CELLS / max(len(sequence), 1)) ** 0.5) + 1)
     block_of = blocks_of_order(units, order, count)
     loads = interval_loads(units, order, block_of)
     size = len(loads[0]) - 1
@@ -138,15 +154,3 @@ def _decode(
     for unit, block in zip(order, block_of.tolist(), strict=True):
         slot_of[unit] = slot_of_block[int(block)]
     return slot_of
-
-
-def block_groups(
-    units: PlacementProblem, order: Sequence[int], count: int
-) -> list[tuple[int, ...]]:
-    """Operators in groups that are intervals of an order of units, cut where little is open."""
-    block_of = blocks_of_order(units, order, min(count, units.num_units))
-    groups = []
-    pairs = zip(order, block_of.tolist(), strict=True)
-    for _, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
-        groups.append(tuple(v for unit, _ in run for v in units.members[unit]))
-    return groups

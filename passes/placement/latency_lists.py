@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .latency_problem import LatencyProblem, machine_order
 
-__all__ = ["earliest_finish", "list_order", "single_pieces", "whole_pieces"]
+__all__ = ["ListScheduler", "earliest_finish", "single_pieces", "whole_pieces"]
 
 _MEMORY_TOLERANCE = 1e-9  # as in the evaluation
 
@@ -27,9 +27,7 @@ def single_pieces(
     return [(v,) for u in order if device_of[u] in machines for v in problem.members[u]]
 
 
-def whole_pieces(
-    problem: LatencyProblem, device_of: Sequence[int]
-) -> list[tuple[int, ...]] | None:
+def whole_pieces(problem: LatencyProblem, device_of: Sequence[int]) -> list[tuple[int, ...]] | None:
     """One piece a machine, in an order in which they can run; None: they wait for each other."""
     order = machine_order(problem, device_of)
     if order is None:
@@ -41,22 +39,47 @@ def whole_pieces(
     return [tuple(held[d]) for d in order if held[d]]
 
 
-def list_order(problem: LatencyProblem, device_of: Sequence[int]) -> list[int]:
-    """Units in the order of their starts, where a machine that is free takes, of the units whose
-    inputs are ready, the one with the longest path behind it."""
-    lists = _Lists(problem)
-    kind_of = problem.workload.kind_of
-    span = [problem.times[v][kind_of[d]] or 0.0 for v, d in enumerate(device_of)]
-    for net in problem.nets:
-        here = device_of[net.producer]
-        others = {device_of[reader] for reader in net.readers} - {here}
-        if others and here in lists.machines:
-            span[net.producer] += net.fees[kind_of[here]]
-        for device in others & lists.machines:
-            first = next(r for r in lists.by_rank(net.readers) if device_of[r] == device)
-            span[first] += net.fees[kind_of[device]]
-    urgency = lists.behind(span)
-    return _run(lists, device_of, span, urgency)
+class ListScheduler:
+    """Orders in which a machine that is free takes, of its units whose inputs are ready, the one
+    with the longest path behind it."""
+
+    def __init__(self, problem: LatencyProblem) -> None:
+        self.lists = _Lists(problem)
+        self.kind_of = problem.workload.kind_of
+
+    def order(self, device_of: Sequence[int]) -> list[int]:
+        """Units in the order of their starts."""
+        return self._run(device_of)[0]
+
+    def value(self, device_of: Sequence[int]) -> float:
+        """The latency of the schedule, up to which reader of a machine moves a result in."""
+        return self._run(device_of)[1]
+
+    def _run(self, device_of: Sequence[int]) -> tuple[list[int], float]:
+        span = self._spans(device_of)
+        return _run(self.lists, device_of, span, self.lists.behind(span))
+
+    def _spans(self, device_of: Sequence[int]) -> list[float]:
+        """Time of every unit with what it moves; of a machine's readers, the first in topological
+        order moves a result in."""
+        lists, kind_of = self.lists, self.kind_of
+        times = lists.problem.times
+        span = [times[v][kind_of[d]] or 0.0 for v, d in enumerate(device_of)]
+        for net in lists.problem.nets:
+            here = device_of[net.producer]
+            others = {device_of[reader] for reader in net.readers}
+            others.discard(here)
+            if not others:
+                continue
+            if here in lists.machines:
+                span[net.producer] += net.fees[kind_of[here]]
+            for reader in lists.by_rank(net.readers):
+                device = device_of[reader]
+                if device in others:
+                    others.discard(device)
+                    if device in lists.machines:
+                        span[reader] += net.fees[kind_of[device]]
+        return span
 
 
 class _Lists:
@@ -81,8 +104,8 @@ class _Lists:
         for number, v in enumerate(self.order):
             self.rank[v] = number
 
-    def by_rank(self, units: Sequence[int]) -> list[int]:
-        return sorted(units, key=self.rank.__getitem__)
+    def by_rank(self, units: Sequence[int]) -> Sequence[int]:
+        return sorted(units, key=self.rank.__getitem__) if len(units) > 1 else units
 
     def behind(self, span: Sequence[float]) -> list[float]:
         """Longest path from the start of every unit to the end."""
@@ -94,7 +117,8 @@ class _Lists:
 
 def _run(
     lists: _Lists, device_of: Sequence[int], span: Sequence[float], urgency: Sequence[float]
-) -> list[int]:
+) -> tuple[list[int], float]:
+    """Units in the order of their starts, and when the last one ends."""
     waiting = [len(one) for one in lists.before]
     ready: dict[int, list[tuple[float, int, int]]] = {d: [] for d in lists.machines}
     free = dict.fromkeys(lists.machines, True)
@@ -123,7 +147,7 @@ def _run(
                 begin(heapq.heappop(ready[d])[2], now)
         touched.clear()
         if not ended:
-            return order
+            return order, now
         now = ended[0][0]
         while ended and ended[0][0] == now:
             _, _, v = heapq.heappop(ended)

@@ -39,7 +39,9 @@ class Ticks:
     def of(problem: LatencyProblem, value: float) -> Ticks:
         """Ticks for placements of at most `value`; infinite: for all placements."""
         if math.isinf(value):
-            value = sum(max((t for t in row if t is not None), default=0.0) for row in problem.times)
+            value = sum(
+                max((t for t in row if t is not None), default=0.0) for row in problem.times
+            )
             value += sum(max(net.fees) * (1 + len(net.readers)) for net in problem.nets)
         ticks = _FINE if problem.num_units <= _FEW_UNITS else _COARSE
         return Ticks(problem, ticks / (value or 1.0), ticks)

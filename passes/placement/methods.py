@@ -44,20 +44,20 @@ def place(
         InfeasibleError: no placement satisfies the constraints, or a baseline finds none.
         UsageError: the method does not serve this mode.
     """
-    if method not in ("auto", "exact"):
-        return place_baseline(
+    if method == "auto" or method == "exact":
+        solver = place_throughput if objective == "throughput" else place_latency
+        return solver(
             workload,
-            method,
-            objective=objective,
             contiguous=contiguous,
             time_limit=time_limit,
+            gap=0.0 if method == "exact" else gap,
             progress=progress,
         )
-    solver = place_throughput if objective == "throughput" else place_latency
-    return solver(
+    return place_baseline(
         workload,
+        method,
+        objective=objective,
         contiguous=contiguous,
         time_limit=time_limit,
-        gap=0.0 if method == "exact" else gap,
         progress=progress,
     )
