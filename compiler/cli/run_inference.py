@@ -74,7 +74,7 @@ def run_inference(
         error = relative_error(dict(measured.outputs), reference)
     loads = plan.prediction.loads if plan.prediction is not None else ()
     predicted = plan.prediction.step_seconds if plan.prediction is not None else None
-    data = {
+    data: dict[str, object] = {
         "step_seconds": measured.step_seconds,
         "predicted_step_seconds": predicted,
         "rows_per_second": plan.batch_size / measured.step_seconds,
