@@ -41,7 +41,7 @@ from .placement.from_graph import (
 from .placement.latency import place_latency
 from .placement.latency_incumbent import LatencyResult
 from .placement.memory import placed_memory
-from .placement.pieces import make_pieces, ordered_pieces
+from .placement.pieces import fused_pieces, make_pieces, ordered_pieces
 from .placement.result import PlacementResult
 from .placement.stream import StreamRun, stream_schedule
 from .placement.throughput import place_throughput
@@ -187,7 +187,8 @@ def _placed(
     if plan.objective is Objective.LATENCY and isinstance(result, LatencyResult):
         groups = result.pieces or _one_piece_each(result.placement)
         nodes = [[node for unit in group for node in statement.units[unit]] for group in groups]
-        stages = ordered_pieces(graph, homes, statement.replicated, nodes)
+        fused = fused_pieces(graph, homes, nodes)
+        stages = ordered_pieces(graph, homes, statement.replicated, fused)
     else:
         stages = make_pieces(graph, homes, statement.replicated)
     edges = stage_edges(graph, stages)

@@ -18,7 +18,7 @@ from ...compiler.ir.graph import Graph, producers, users
 from ...compiler.ir.plan import Stage
 from ..replicate import needed_replicas
 
-__all__ = ["make_pieces", "ordered_pieces"]
+__all__ = ["fused_pieces", "make_pieces", "ordered_pieces"]
 
 
 def make_pieces(
@@ -44,6 +44,37 @@ def make_pieces(
     return _as_stages(
         graph, replicated, [device for _, device in order], [pieces[k] for k in order]
     )
+
+
+def fused_pieces(
+    graph: Graph, homes: Mapping[int, int], pieces: Iterable[Iterable[int]]
+) -> list[set[int]]:
+    """Fewer pieces that take no longer: those that follow each other on a device are one if the
+    first has nothing to send and the second needs nothing more from elsewhere.
+
+    Args:
+        pieces: those of each device in its order.
+    """
+    made_by, readers = producers(graph), users(graph)
+    groups: list[set[int]] = []
+    last: dict[int, set[int]] = {}  # device -> its last piece so far
+    received: dict[int, set[int]] = defaultdict(set)  # device -> values from elsewhere
+    sends: dict[int, bool] = {}  # device -> whether its last piece does
+    for nodes in pieces:
+        own = set(nodes)
+        device = homes[min(own)]
+        read = {value for node in own for value in graph.nodes[node].inputs}
+        foreign = {v for v in read if homes.get(made_by.get(v, -1), device) != device}
+        if device in last and not sends[device] and foreign <= received[device]:
+            last[device] |= own
+        else:
+            groups.append(own)
+            last[device] = own
+            sends[device] = False
+        received[device] |= foreign
+        used = {u for node in own for v in graph.nodes[node].outputs for u in readers[v]}
+        sends[device] |= any(homes.get(user, device) != device for user in used)
+    return groups
 
 
 def ordered_pieces(

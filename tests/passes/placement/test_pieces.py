@@ -7,11 +7,12 @@ import random
 import pytest
 
 from cutset.compiler.ir.graph import Graph, Mode, ValueKind
+from cutset.compiler.ir.plan import Stage
 from cutset.compiler.ir.stage_edges import stage_edges
 from cutset.cost_models.presets import local_cpu_cluster
 from cutset.passes.placement.from_graph import state_workload
 from cutset.passes.placement.memory import placed_memory
-from cutset.passes.placement.pieces import make_pieces, ordered_pieces
+from cutset.passes.placement.pieces import fused_pieces, make_pieces, ordered_pieces
 from cutset.passes.placement.stream import stream_schedule
 from tests.ir.builders import mlp, residual
 
@@ -67,6 +68,28 @@ def test_given_pieces_keep_the_order_of_their_device() -> None:
     homes = {node: 0 if node in (0, last - 1) else 1 for node in range(last)}
     pieces = ordered_pieces(graph, homes, NONE, [[last - 1], list(range(1, last - 1)), [0]][::-1])
     assert [piece.device for piece in pieces] == [0, 1, 0]
+
+
+def makespan(graph: Graph, stages: tuple[Stage, ...]) -> float:
+    run = stream_schedule(
+        devices=[stage.device for stage in stages],
+        seconds=[float(len(stage.nodes)) for stage in stages],
+        edges={(edge.source, edge.target): 0.5 for edge in stage_edges(graph, stages)},
+        num_microbatches=1,
+    )
+    return run.seconds
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_fused_pieces_are_fewer_and_take_no_longer(seed: int) -> None:
+    graph = residual(5)
+    homes = homes_of(graph, seed, 2)
+    single = [[node.id] for node in graph.nodes]
+    fused = fused_pieces(graph, homes, single)
+    assert sorted(node for nodes in fused for node in nodes) == sorted(homes)
+    before, after = (ordered_pieces(graph, homes, NONE, given) for given in (single, fused))
+    assert len(after) < len(before)
+    assert makespan(graph, after) <= makespan(graph, before)
 
 
 def test_memory_counts_parameters_once_and_values_under_way() -> None:
