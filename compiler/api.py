@@ -143,6 +143,13 @@ def plan_model(
     ):
         _refuse_unless_positive(name, number)
     goal = _objective(objective)
+    if goal is not Objective.STEP and given is None and under_torchrun():
+        raise UsageError(
+            f"objective={objective!r} is searched by the clock: the ranks of this job would find "
+            "different plans",
+            where="objective",
+            ways_out=("plan once, by `cutset plan ... -o plan.json`, and pass plan='plan.json'",),
+        )
     pins = stage_pins(constraints)
     options = PlanOptions(
         num_stages=num_stages,
@@ -321,6 +328,8 @@ def _early_workers(
     """
     cluster = _cluster(devices, planning.get("memory_limit_bytes"))
     is_meta = any(parameter.is_meta for parameter in model.parameters())
+    if planning.get("profile") == "ops":
+        return None  # they would start, and slow down, while others measure
     if under_torchrun() or (is_meta and not has_weights) or not cluster.local:
         return None
     plan = planning["plan"]

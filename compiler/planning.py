@@ -7,6 +7,7 @@ were found, on a graph captured at that size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -105,7 +106,19 @@ class Planning:
         if options.profile == "ops":
             self.say("measure operators on every type of device")
             options = replace(options, measured=measure(captured, self.cluster))
-        return captured, self._plan(captured, options)
+        plan = self._plan(captured, options)
+        return captured, replace(plan, warnings=(*plan.warnings, *self._crowding()))
+
+    def _crowding(self) -> tuple[str, ...]:
+        """A warning where CPU workers have more threads than this machine has cores."""
+        threads = [self.cluster.type_of(device.index).threads for device in self.cluster.devices]
+        wanted, cores = sum(filter(None, threads)), os.cpu_count() or 1
+        if not self.cluster.local or wanted <= cores:
+            return ()
+        return (
+            f"workers have {wanted} threads on {cores} cores: they will wait for each other inside "
+            "operators, which no figure of this plan counts",
+        )
 
     def _plan(self, captured: Captured, options: PlanOptions) -> Plan:
         return plan_graph(

@@ -249,8 +249,8 @@ def _certificate(
         f"{'operators' if single else 'blocks'} ({len(statement.graph.nodes)} nodes, "
         f"{len(statement.replicated)} computed wherever they are needed) on "
         f"{len(statement.devices)} devices of {len(statement.workload.kinds)} kinds whose "
-        "parameters fit; communication is added to computation, each result by the worst link of "
-        "its kind of device"
+        f"parameters fit{_beside(statement)}; communication is added to computation, each result "
+        "by the worst link of its kind of device"
     )
     return Certificate(
         objective=result.value,
@@ -260,6 +260,12 @@ def _certificate(
         solver=result.method,
         solver_seconds=result.seconds,
     )
+
+
+def _beside(statement: PlacementStatement) -> str:
+    """What is kept free for activations, in words."""
+    kept = [f"{size} bytes on each {name}" for name, size in sorted(statement.reserve.items())]
+    return f" beside {', '.join(kept)} for activations" if kept else ""
 
 
 def _prediction(

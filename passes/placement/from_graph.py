@@ -52,6 +52,7 @@ class PlacementStatement:
         devices: device of the cluster, by device of the workload.
         replicated: nodes that every stage that needs them computes for itself.
         seconds: of every node, by name of the device type.
+        reserve: bytes that are kept free, by name of the device type.
     """
 
     graph: Graph
@@ -61,6 +62,7 @@ class PlacementStatement:
     devices: tuple[int, ...]
     replicated: frozenset[int]
     seconds: NodeSeconds
+    reserve: Mapping[str, int]
 
     def homes(self, placement: Placement) -> dict[int, int]:
         """Device of the cluster of every node that is not replicated."""
@@ -136,6 +138,7 @@ def state_workload(
         devices=tuple(device for _, devices in groups for device in devices),
         replicated=replicated,
         seconds=seconds,
+        reserve=dict(reserve or {}),
     )
 
 

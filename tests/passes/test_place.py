@@ -103,6 +103,8 @@ def test_a_plan_fits_with_what_its_activations_need() -> None:
     assert plan.prediction is not None
     assert all(need.total_bytes <= limit for need in plan.prediction.memory)
     assert max(loads(plan).values()) >= max(loads(free).values())
+    assert plan.certificate is not None
+    assert "bytes on each" in plan.certificate.search_space
 
 
 def test_what_fits_nowhere_is_refused_with_figures() -> None:
