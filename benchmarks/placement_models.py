@@ -1,6 +1,6 @@
 """Operators of real models placed on unequal devices: exact, as busy as predicted, and faster.
 
-    python benchmarks/placement_models.py [--models inception,clip] [--threads 2,1,1]
+    python benchmarks/placement_models.py [--models inception,clip] [--threads 4,2,1]
         [--devices CLUSTER] [--json out/placement_models.json]
 
 Inception v3 and a CLIP of transformers, both with random values, stream microbatches through CPU
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -274,10 +275,20 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _threads() -> str:
+    """Three workers, as unequal as the cores of this machine allow, with one to spare."""
+    cores = os.cpu_count() or 1
+    return "4,2,1" if cores >= 8 else "2,1,1" if cores >= 5 else "1,1,1"
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--threads", default="2,1,1", help="of each CPU worker")
+    parser.add_argument(
+        "--threads",
+        default=_threads(),
+        help="of each CPU worker (default: unequal, if cores allow)",
+    )
     parser.add_argument("--devices", metavar="CLUSTER", help="a cluster file, instead of workers")
     parser.add_argument("--microbatches", type=int, default=24)
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch")

@@ -64,6 +64,36 @@ def test_scattered_operators_give_what_the_model_gives(name: str) -> None:
     assert relative_error(ours, theirs).value <= ROUNDING
 
 
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+@pytest.mark.parametrize("granularity", ["operator", "block"])
+def test_plans_of_the_solvers_on_unequal_devices_are_exact(
+    objective: str, granularity: str
+) -> None:
+    model, args, kwargs = _case("clip")
+    lacking = ("aten.scaled_dot_product_attention.default", "aten.embedding.default")
+    types = (cpu_type("quick", 8e10, unsupported_ops=lacking), cpu_type("slow"), cpu_type("idle"))
+    if granularity == "block":
+        types = (cpu_type("quick", 8e10), *types[1:])
+    with auto_partition(
+        model,
+        cpu_workers(*types),
+        example_inputs=args,
+        example_kwargs=kwargs,
+        mode="infer",
+        objective=objective,
+        granularity=granularity,
+        num_microbatches=2,
+        placement_seconds=3.0,
+        session=InProcessSession(RANKS),
+        constraints={"vision_model.encoder.layers.0": 2, "visual_projection": 2},
+    ) as parallel:
+        ours = flatten_outputs(parallel(*args, **kwargs))
+        used = {stage.device for stage in parallel.plan.stages}
+    theirs = infer_reference(model, (args, kwargs), 2)
+    assert relative_error(ours, theirs).value <= ROUNDING
+    assert {0, 2} <= used
+
+
 def test_another_batch_size_runs_the_same_pieces() -> None:
     model, args, _ = _case("inception")
     cluster = cpu_workers(*(cpu_type("worker"),) * RANKS)
