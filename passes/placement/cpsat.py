@@ -9,10 +9,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-__all__ = ["CLAUSES", "RELAXATION", "Outcome", "solve"]
+__all__ = ["Outcome", "solve"]
 
-CLAUSES, RELAXATION = "no_lp", "default_lp"  # names of CP-SAT's strategies
-_FIRST_SHARE = 0.7  # of the time, for the first of two strategies
 _WORK_A_SECOND = 0.7  # deterministic time for a second: an idle machine does about 1
 
 
@@ -24,11 +22,17 @@ class Outcome(Enum):
     UNKNOWN = "no answer in time"
 
 
-def solve(model: Any, *, seconds: float, strategies: tuple[str, str]) -> tuple[Outcome, Any]:
-    """Outcome and solver of the first of two strategies with an answer, or of the last."""
+def solve(model: Any, *, seconds: float, clauses_share: float) -> tuple[Outcome, Any]:
+    """Outcome and solver of the first of two strategies with an answer, or of the last.
+
+    Args:
+        seconds: for both.
+        clauses_share: part of the time for learning clauses alone; the rest goes to a strategy that
+            solves linear relaxations too.
+    """
     from ortools.sat.python import cp_model
 
-    for strategy, share in zip(strategies, (_FIRST_SHARE, 1 - _FIRST_SHARE), strict=True):
+    for strategy, share in (("no_lp", clauses_share), ("default_lp", 1 - clauses_share)):
         allowed = max(seconds * share, 0.01)
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1

@@ -23,13 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from .cpsat import CLAUSES, RELAXATION, Outcome, solve
+from .cpsat import Outcome, solve
 from .intervals import Pieces
 from .problem import PlacementProblem
 from .whole_numbers import WholeProblem, whole_problem
 from .work_bound import work_bound
 
 __all__ = ["StageAnswer", "solve_stages", "windows"]
+
+_CLAUSES_SHARE = 0.7  # of the solver's time; see `cpsat`
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def solve_stages(
         return StageAnswer(None, True)
     whole = whole_problem(problem, limit, precision)
     model = _StageModel(whole, found, whole.limit(limit))
-    outcome, solver = solve(model.model, seconds=seconds, strategies=(CLAUSES, RELAXATION))
+    outcome, solver = solve(model.model, seconds=seconds, clauses_share=_CLAUSES_SHARE)
     if outcome is Outcome.FOUND:
         return StageAnswer(model.pieces(solver), False)
     return StageAnswer(None, outcome is Outcome.INFEASIBLE)

@@ -8,6 +8,7 @@ are none, that is the proof; else the answer is the next value to beat (`stage_m
 from __future__ import annotations
 
 from .anneal import anneal_pieces
+from .descent import SMALLEST_STEP, Answer, descend
 from .feasibility import no_packing
 from .incumbent import Incumbent
 from .intervals import Pieces, best_pieces
@@ -16,9 +17,9 @@ from .problem import PlacementProblem
 from .reduce import below
 from .stage_model import solve_stages
 
-__all__ = ["SMALLEST_STEP", "prove_pieces", "search_pieces"]
+__all__ = ["prove_pieces", "search_pieces"]
 
-SMALLEST_STEP = 1e-6  # relative; proofs do not try to tell closer values apart
+_METHOD = "CP-SAT over stages"
 _MOST_ORDERS = 40
 _MOST_VARIABLES = 60_000
 _ORDERS_SHARE, _ANNEAL_SHARE = 0.25, 0.4  # of the time limit, at most
@@ -57,26 +58,24 @@ def prove_pieces(problem: PlacementProblem, pieces: Pieces, best: Incumbent) -> 
     """Close the gap as far as time allows; the best pieces at the end."""
     if not _small(problem):
         return pieces
-    aim = step = max(0.9 * best.gap, SMALLEST_STEP)
-    while not best.done and best.left() > 0.05 and aim < 0.5:
-        limit = best.value * (1 - aim)
-        if limit <= best.bound:
-            aim = aim / 2
-            continue
-        answer = _pieces_below(problem, limit, step, best.left() * 0.8)
-        if answer is None:
-            best.prove(limit, "CP-SAT over stages")
-            if aim <= step:
-                break
-            aim = max(step, aim / 2)
-        elif isinstance(answer, Pieces):
-            if not best.offer(problem, answer.slot_of, "CP-SAT over stages"):
-                break
-            pieces, aim = answer, step
-        else:
-            # no answer in time: a weaker bound is easier to prove
-            aim *= 3
-    return pieces
+    kept = pieces
+
+    def take(found: Pieces) -> bool:
+        nonlocal kept
+        better = best.offer(problem, found.slot_of, _METHOD)
+        kept = found if better else kept
+        return better
+
+    descend(
+        best,
+        lambda limit, seconds: _pieces_below(problem, limit, best.gap, seconds),
+        take,
+        method=_METHOD,
+        first_aim=0.0,
+        share=1.0,
+        share_each=0.8,
+    )
+    return kept
 
 
 def _small(problem: PlacementProblem) -> bool:
@@ -86,18 +85,18 @@ def _small(problem: PlacementProblem) -> bool:
 
 
 def _pieces_below(
-    problem: PlacementProblem, limit: float, step: float, seconds: float
-) -> Pieces | None | bool:
-    """Pieces with loads up to the limit; None: there are none; False: no answer in time."""
+    problem: PlacementProblem, limit: float, gap: float, seconds: float
+) -> Answer[Pieces]:
     reduced = below(problem, limit * (1 + 1e-9), contiguous=True)
     if reduced is None:
-        return None
-    answer = solve_stages(reduced.problem, limit, precision=step / 20, seconds=seconds)
-    if answer.infeasible:
-        return None
+        return Answer(None, none_exists=True)
+    answer = solve_stages(
+        reduced.problem, limit, precision=max(gap, SMALLEST_STEP) / 20, seconds=seconds
+    )
     if answer.pieces is None:
-        return False
-    return Pieces(tuple(reduced.expand(list(answer.pieces.slot_of))), answer.pieces.sequence)
+        return Answer(None, none_exists=answer.infeasible)
+    slots = reduced.expand(list(answer.pieces.slot_of))
+    return Answer(Pieces(tuple(slots), answer.pieces.sequence), none_exists=False)
 
 
 def _any_pieces(problem: PlacementProblem, best: Incumbent) -> Pieces:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from .anneal import anneal
 from .assignment_model import solve_assignment
+from .descent import SMALLEST_STEP, Answer, descend
 from .feasibility import no_packing
 from .incumbent import Incumbent
 from .load_table import LoadTable
@@ -21,7 +22,7 @@ from .reduce import below
 
 __all__ = ["any_placement", "search_and_prove"]
 
-_SMALLEST_STEP = 1e-6  # relative; proofs do not try to tell closer values apart
+_METHOD = "CP-SAT over devices"
 _MOST_VARIABLES = 60_000
 _LEVELS = (1.0, 0.3, 0.6, 0.9, 1.0)  # between bound and value
 _ANNEAL_SHARE, _ANNEAL_SHARE_OF_LARGE = 0.2, 0.6  # of the time limit
@@ -88,29 +89,24 @@ def _ask_below(
     problem: PlacementProblem, slots: list[int], best: Incumbent, *, share: float
 ) -> list[int]:
     """Ask for less and less, and for the proof that there is none."""
-    step = max(0.9 * best.gap, _SMALLEST_STEP)
-    aim = max(step, 0.01)
-    while not best.done and best.left(share) > 0.05 and aim < 0.5:
-        limit = best.value * (1 - aim)
-        if limit <= best.bound:
-            aim = max(step, aim / 2)
-            if best.value * (1 - aim) <= best.bound:
-                break
-            continue
-        answer = _placement_below(problem, limit, step, best.left(share) * 0.4)
-        if answer is None:
-            best.prove(limit, "CP-SAT over devices")
-            if aim <= step:
-                break
-            aim = max(step, aim / 2)
-        elif isinstance(answer, list):
-            if not best.offer(problem, answer, "CP-SAT over devices"):
-                break
-            slots, aim = answer, max(step, 0.01)
-        else:
-            # no answer in time: a weaker bound is easier to prove
-            aim *= 3
-    return slots
+    kept = slots
+
+    def take(found: list[int]) -> bool:
+        nonlocal kept
+        better = best.offer(problem, found, _METHOD)
+        kept = found if better else kept
+        return better
+
+    descend(
+        best,
+        lambda limit, seconds: _placement_below(problem, limit, best.gap, seconds),
+        take,
+        method=_METHOD,
+        first_aim=0.01,
+        share=share,
+        share_each=0.4,
+    )
+    return kept
 
 
 def _small(problem: PlacementProblem) -> bool:
@@ -120,17 +116,17 @@ def _small(problem: PlacementProblem) -> bool:
 
 
 def _placement_below(
-    problem: PlacementProblem, limit: float, step: float, seconds: float
-) -> list[int] | None | bool:
-    """Slots with loads up to the limit; None: there are none; False: no answer in time."""
+    problem: PlacementProblem, limit: float, gap: float, seconds: float
+) -> Answer[list[int]]:
     reduced = below(problem, limit * (1 + 1e-9), contiguous=False)
     if reduced is None:
-        return None
+        return Answer(None, none_exists=True)
     answer = solve_assignment(
-        reduced.problem, limit, precision=step / 20, seconds=seconds, minimise=False
+        reduced.problem,
+        limit,
+        precision=max(gap, SMALLEST_STEP) / 20,
+        seconds=seconds,
+        minimise=False,
     )
-    if answer.infeasible:
-        return None
-    if answer.slot_of is None:
-        return False
-    return reduced.expand(list(answer.slot_of))
+    slots = None if answer.slot_of is None else reduced.expand(list(answer.slot_of))
+    return Answer(slots, none_exists=answer.infeasible)
