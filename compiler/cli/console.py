@@ -29,9 +29,14 @@ class Console:
     quiet: bool = False
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def seconds(self) -> float:
+        """Time since the command started."""
+        return time.monotonic() - self.started
+
     def progress(self, line: str) -> None:
         """One line on what is being done now."""
-        self._write(self.err, f"[{time.monotonic() - self.started:6.1f} s] {line}\n")
+        self._write(self.err, f"[{self.seconds:6.1f} s] {line}\n")
 
     def result(self, data: object, text: str) -> None:
         """What the command was asked for: `data` as JSON, or `text`."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND"]
 
+_LEAST_SECONDS = 0.1  # that a search is given, however long reading the file took
 _METHODS = ("auto", "greedy", "interval-dp", "local-search", "balanced-cut", "exact")
 
 
@@ -48,7 +49,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="number of accelerators, instead of the file's (the last kind not concurrent)",
     )
     parser.add_argument(
-        "--time-limit", type=positive_float, default=55.0, metavar="S", help="seconds (default: 55)"
+        "--time-limit",
+        type=positive_float,
+        default=55.0,
+        metavar="S",
+        help="seconds from the start of the command (default: 55)",
     )
     parser.add_argument(
         "--gap",
@@ -102,7 +107,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         objective=options.objective,
         contiguous=not options.non_contiguous,
         method=options.method,
-        time_limit=options.time_limit,
+        time_limit=max(options.time_limit - console.seconds, _LEAST_SECONDS),
         gap=options.gap,
         progress=_shown_by(console),
     )

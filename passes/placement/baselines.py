@@ -182,12 +182,12 @@ class _ForThroughput(_Search):
             self.pieces = pieces
 
     def improve(self) -> None:
-        seconds = self.best.left()
+        times = {"seconds": self.best.time_limit, "at_most": self.best.left()}
         if not self.contiguous:
-            slot_of, _ = anneal(self.units, self.current(), seconds=seconds, seed=_SEED)
+            slot_of, _ = anneal(self.units, self.current(), **times, seed=_SEED)
             self.offer(slot_of, "local search")
         elif self.pieces is not None:
-            better, _ = anneal_pieces(self.units, self.pieces, seconds=seconds, seed=_SEED)
+            better, _ = anneal_pieces(self.units, self.pieces, **times, seed=_SEED)
             self.offer(better.slot_of, "local search")
 
 
@@ -226,7 +226,7 @@ class _ForLatency(_Search):
     def greedy(self, order: Sequence[int]) -> None:
         machines = self._machine_slots()
         hosts = [slot for slot in range(self.units.num_devices) if slot not in machines]
-        slot_of = filled(self.units, order, machines + hosts, math.inf)
+        slot_of = filled(self.units, order, machines + hosts, math.inf, num_hosts=len(hosts))
         if slot_of is not None:
             self.offer(slot_of, "greedy")
 

@@ -20,7 +20,7 @@ import numpy as np
 from .feasibility import MEMORY_TOLERANCE
 from .problem import Floats, PlacementProblem
 
-__all__ = ["Pieces", "best_pieces", "blocks_of_order", "interval_loads"]
+__all__ = ["Pieces", "best_pieces"]
 
 _MOST_CELLS = 6e7  # of all tables of one order: about a quarter of a second
 _MOST_BLOCKS = 1200
@@ -45,8 +45,8 @@ def best_pieces(problem: PlacementProblem, order: Sequence[int], *, seed: int = 
     all_states = states <= _most_steps(problem)
     steps = states if all_states else _SEQUENCES * problem.num_devices
     blocks = min(problem.num_units, _MOST_BLOCKS, int((_MOST_CELLS / steps) ** 0.5) + 1)
-    block_of = blocks_of_order(problem, order, blocks)
-    loads = interval_loads(problem, order, block_of)
+    block_of = _blocks(problem, order, blocks)
+    loads = _interval_loads(problem, order, block_of)
     if all_states:
         found = _over_all_counts(problem, loads)
     else:
@@ -61,7 +61,7 @@ def _most_steps(problem: PlacementProblem) -> int:
     return 16 * problem.num_devices if problem.num_units > _MOST_BLOCKS else 3000
 
 
-def blocks_of_order(problem: PlacementProblem, order: Sequence[int], count: int) -> Floats:
+def _blocks(problem: PlacementProblem, order: Sequence[int], count: int) -> Floats:
     """[units] block of every position of the order: one each, or `count` that end where least is
     open, of about the same work."""
     size = len(order)
@@ -87,7 +87,7 @@ def blocks_of_order(problem: PlacementProblem, order: Sequence[int], count: int)
     return np.cumsum(ends)
 
 
-def interval_loads(
+def _interval_loads(
     problem: PlacementProblem, order: Sequence[int], block_of: Floats
 ) -> list[Floats]:
     """For every kind, [blocks + 1, blocks + 1] load of a device with blocks i to j - 1; inf where

@@ -36,6 +36,9 @@ _MOST_VARIABLES = 60_000  # of a program on single operators
 _MOST_INTERVALS = 6_000  # of a schedule on single operators
 _GROUPS = (24, 60, 150)  # units of coarse problems
 _ORDERS, _FEW = 40, 5  # topological orders
+_FEW_PLACES = 200  # units x machines up to which one thread is enough, and repeats itself
+_WORKERS = 4  # strategies of CP-SAT that race; more of them only share two cores
+_SEARCH = 0.95  # of the time, so that ends of programs and evaluations stay within it
 _SEED = 0
 
 
@@ -83,9 +86,10 @@ def _first_placements(
         device_of = earliest_finish(problem)
         if device_of is not None:
             _offer_free(problem, device_of, None, best, "earliest finish first")
-    slots = [*_slots(units, problem.machines), *_slots(units, problem.hosts)]
+    hosts = _slots(units, problem.hosts)
+    slots = [*_slots(units, problem.machines), *hosts]
     for order in topological_orders(units, count=_ORDERS):
-        slot_of = filled(units, order, slots, math.inf)
+        slot_of = filled(units, order, slots, math.inf, num_hosts=len(hosts))
         if slot_of is not None:
             _offer(problem, units.placement(slot_of), None, best, "filling along an order")
         for placement in order_pieces(best.workload, units, order):
@@ -180,23 +184,23 @@ def _search(problem: LatencyProblem, units: PlacementProblem, best: LatencyIncum
     variables = (problem.num_units + len(problem.nets)) * (2 * slots + 1)
     small = variables <= _MOST_VARIABLES
     if best.contiguous and small:
-        _solve(problem, best, best.left(), pieces=True)
+        _solve(problem, best, best.left(_SEARCH), pieces=True)
         return
     if not best.contiguous and problem.num_units * len(problem.machines) <= _MOST_INTERVALS:
         # one piece a machine is a good start, and quickly found
         _solve(problem, best, best.left(0.35), pieces=True)
         if not best.done:
-            _solve(problem, best, best.left(), pieces=False)
+            _solve(problem, best, best.left(_SEARCH), pieces=False)
         return
     if small:
-        _solve(problem, best, best.left(), pieces=True)
+        _solve(problem, best, best.left(_SEARCH), pieces=True)
         return
     for number, count in enumerate(_GROUPS):
         for order in topological_orders(units, count=1):
             found = interval_groups(best.workload, units, order, count)
             if found is not None:
                 coarse = latency_problem(best.workload, found[0])
-                _solve(coarse, best, best.left() / (len(_GROUPS) - number), pieces=True)
+                _solve(coarse, best, best.left(_SEARCH) / (len(_GROUPS) - number), pieces=True)
 
 
 def _solve(
@@ -224,8 +228,10 @@ def _solve(
         if proves:
             best.prove(bound, name)
 
-    seconds = min(best.left(), seconds)
-    infeasible = solve(program, Effort(seconds, best.gap), on_solution, on_bound)
+    seconds = min(best.left(_SEARCH), seconds)  # less what building has taken
+    small = problem.num_units * len(problem.machines) <= _FEW_PLACES
+    effort = Effort(seconds, best.gap, workers=1 if small else _WORKERS, seed=_SEED)
+    infeasible = solve(program, effort, on_solution, on_bound)
     if infeasible and proves:
         assert best.placement is None, "the program excludes a placement that exists"
         raise _nothing_found(best, proven=True)

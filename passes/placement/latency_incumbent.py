@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ...compiler.ir.workload import Workload
 from ...cost_models.placement import latency, piece_latency, violations
 from .incumbent import Progress
+from .latency_pieces import joined_pieces
 from .result import PlacementResult
 
 __all__ = ["LatencyIncumbent", "LatencyResult", "Pieces"]
@@ -106,6 +107,11 @@ class LatencyIncumbent:
     def result(self) -> LatencyResult:
         """What was found; there must be a placement."""
         assert self.placement is not None
+        if self.pieces is not None:
+            self.pieces = joined_pieces(self.workload, self.placement, self.pieces)
+            value = piece_latency(self.workload, self.placement, self.pieces)
+            assert value is not None
+            self.value = value
         return LatencyResult(
             self.placement,
             self.value,

@@ -18,7 +18,8 @@ from dataclasses import replace
 import numpy as np
 
 from ...compiler.ir.workload import Workload
-from .intervals import blocks_of_order, interval_loads
+from .intervals import _blocks as blocks_of_order
+from .intervals import _interval_loads as interval_loads
 from .problem import Floats, PlacementProblem, placement_problem
 
 __all__ = ["interval_groups", "latency_units", "order_pieces"]

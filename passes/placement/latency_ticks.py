@@ -93,8 +93,8 @@ class Effort:
 
     seconds: float
     gap: float
-    workers: int = 8
-    seed: int = 0
+    workers: int
+    seed: int
 
 
 def solve(
