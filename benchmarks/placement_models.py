@@ -11,7 +11,8 @@ in program order, as many in each part, parts on devices in the best order by th
 
 `load` is what the busiest device does for one microbatch, in ms: its own working time, in which
 waiting and other processes do not count. `rows/s` are of the fastest step of each, by the wall
-clock, which other load on the machine slows.
+clock, which other load on the machine slows. `bound/peak` is the least ratio of predicted memory of
+a device to what it took.
 """
 
 from __future__ import annotations
@@ -163,8 +164,11 @@ def _case(name: str, cluster: Cluster, options: argparse.Namespace) -> dict[str,
         theirs(*args, **kwargs)
         _say(f"{name}: {options.steps} steps of each in turns")
         runs = _in_turns((ours, theirs), args, kwargs, options.steps)
+        ours.measure_memory()
+        ours(*args, **kwargs)
+        peaks = ours.peak_memory_bytes()
     error = relative_error(outputs, infer_reference(model, (args, kwargs), count))
-    return _row(name, (placed, equal), runs, error.value, len(graph.nodes))
+    return _row(name, (placed, equal), runs, error.value, len(graph.nodes)) | _memory(placed, peaks)
 
 
 def _equal_split(start: Plan, context: Context) -> Plan:
@@ -245,6 +249,18 @@ def _row(
     }
 
 
+def _memory(plan: Plan, peaks: list[int]) -> dict[str, Any]:
+    """Bound of memory and measured peak, where the bound is closest."""
+    assert plan.prediction is not None
+    needs = {need.device: need.total_bytes for need in plan.prediction.memory}
+    pairs = [(needs[rank], peak) for rank, peak in enumerate(peaks) if rank in needs]
+    return {
+        "memory_bounds": [bound for bound, _ in pairs],
+        "memory_peaks": [peak for _, peak in pairs],
+        "bound_over_peak": min(bound / peak for bound, peak in pairs),
+    }
+
+
 _COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], object]], ...] = (
     ("model", "10", lambda row: row["model"]),
     ("nodes", "5", lambda row: row["nodes"]),
@@ -260,6 +276,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], object]], ...] = (
     ("rows/s", "6.2f", lambda row: row["rows_per_second"]),
     ("equal", "6.2f", lambda row: row["equal_rows_per_second"]),
     ("speedup", "7.2f", lambda row: row["speedup"]),
+    ("bound/peak", "10.2f", lambda row: row["bound_over_peak"]),
 )
 
 
@@ -294,7 +311,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--time-limit", type=float, default=20.0, help="seconds for placing")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=Path("out/placement_models.json"))
     return parser.parse_args()
 
 

@@ -81,43 +81,66 @@ class _Line:
 
     def run(self, window: int) -> StreamRun:
         """Play the stream with at most `window` microbatches under way."""
-        ranks: list[list[Action]] = [[] for _ in range(max(self.devices) + 1)]
-        ready: list[list[tuple[int, int]]] = [[] for _ in ranks]  # (microbatch, piece)
-        is_free = [True] * len(ranks)
-        missing = [list(self.num_inputs) for _ in range(self.count)]
-        left = [len(self.devices)] * self.count
-        events: list[
-            tuple[float, int, int, int]
-        ] = []  # time, 0 end or 1 arrival, microbatch, piece
-        entered = oldest = 0
-        now = 0.0
-        while True:
-            while entered < min(self.count, oldest + window):
-                for piece, inputs in enumerate(self.num_inputs):
-                    if not inputs:
-                        heapq.heappush(ready[self.devices[piece]], (entered, piece))
-                entered += 1
-            for rank, waiting in enumerate(ready):
-                if is_free[rank] and waiting:
-                    microbatch, piece = heapq.heappop(waiting)
-                    is_free[rank] = False
-                    ranks[rank].append(Action(ActionKind.FORWARD, piece, microbatch))
-                    heapq.heappush(events, (now + self.seconds[piece], 0, microbatch, piece))
-            if not events:
-                break
-            now = events[0][0]
-            while events and events[0][0] == now:
-                _, kind, microbatch, piece = heapq.heappop(events)
-                if kind:
-                    missing[microbatch][piece] -= 1
-                    if not missing[microbatch][piece]:
-                        heapq.heappush(ready[self.devices[piece]], (microbatch, piece))
-                    continue
-                is_free[self.devices[piece]] = True
-                left[microbatch] -= 1
-                for target, delay in self.after[piece]:
-                    heapq.heappush(events, (now + delay, 1, microbatch, target))
-            while oldest < self.count and not left[oldest]:
-                oldest += 1
-        schedule = Schedule(NAME, len(self.devices), self.count, tuple(map(tuple, ranks)))
-        return StreamRun(schedule, now, window)
+        play = _Play(self)
+        while play.step(window):
+            pass
+        ranks = tuple(map(tuple, play.ranks))
+        return StreamRun(
+            Schedule(NAME, len(self.devices), self.count, ranks), play.now, min(window, self.count)
+        )
+
+
+class _Play:
+    """A stream under way. `events` are (time, 0 for an end or 1 for an arrival, microbatch, piece),
+    `ready` what each device could run, as (microbatch, piece)."""
+
+    def __init__(self, line: _Line) -> None:
+        self.line = line
+        self.ranks: list[list[Action]] = [[] for _ in range(max(line.devices) + 1)]
+        self.now = 0.0
+        self._ready: list[list[tuple[int, int]]] = [[] for _ in self.ranks]
+        self._is_free = [True] * len(self.ranks)
+        self._missing = [list(line.num_inputs) for _ in range(line.count)]
+        self._left = [len(line.devices)] * line.count
+        self._events: list[tuple[float, int, int, int]] = []
+        self._entered = self._oldest = 0
+
+    def step(self, window: int) -> bool:
+        """Let microbatches enter, start what can be started, and go on to the next event; whether
+        there was one."""
+        line = self.line
+        while self._entered < min(line.count, self._oldest + window):
+            for piece, inputs in enumerate(line.num_inputs):
+                if not inputs:
+                    self._arrived(self._entered, piece)
+            self._entered += 1
+        for rank, waiting in enumerate(self._ready):
+            if self._is_free[rank] and waiting:
+                microbatch, piece = heapq.heappop(waiting)
+                self._is_free[rank] = False
+                self.ranks[rank].append(Action(ActionKind.FORWARD, piece, microbatch))
+                end = self.now + line.seconds[piece]
+                heapq.heappush(self._events, (end, 0, microbatch, piece))
+        if not self._events:
+            return False
+        self.now = self._events[0][0]
+        while self._events and self._events[0][0] == self.now:
+            _, is_arrival, microbatch, piece = heapq.heappop(self._events)
+            if is_arrival:
+                self._missing[microbatch][piece] -= 1
+                if not self._missing[microbatch][piece]:
+                    self._arrived(microbatch, piece)
+            else:
+                self._ended(microbatch, piece)
+        return True
+
+    def _arrived(self, microbatch: int, piece: int) -> None:
+        heapq.heappush(self._ready[self.line.devices[piece]], (microbatch, piece))
+
+    def _ended(self, microbatch: int, piece: int) -> None:
+        self._is_free[self.line.devices[piece]] = True
+        for target, delay in self.line.after[piece]:
+            heapq.heappush(self._events, (self.now + delay, 1, microbatch, target))
+        self._left[microbatch] -= 1
+        while self._oldest < self.line.count and not self._left[self._oldest]:
+            self._oldest += 1
