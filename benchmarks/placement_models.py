@@ -1,10 +1,10 @@
 """Operators of real models placed on unequal devices: exact, as busy as predicted, and faster.
 
     python benchmarks/placement_models.py [--models inception,clip] [--threads 4,2,1]
-        [--devices CLUSTER] [--json out/placement_models.json]
+        [--devices cuda:1+cpu:1] [--dtype float64] [--json out/placement_models.json]
 
 Inception v3 and a CLIP of transformers, both with random values, stream microbatches through CPU
-workers with so many threads each (or the local devices of a cluster file, such as a GPU and a CPU).
+workers with so many threads each, or through other devices of this machine.
 Operators and messages are measured on every type of device, then placed for throughput. The plan is
 run in turns with the best contiguous split into equal numbers of operators: the model's operators
 in program order, as many in each part, parts on devices in the best order by the same figures.
@@ -52,6 +52,7 @@ from cutset.passes.placement.from_graph import state_workload  # noqa: E402
 
 WITHIN = 0.15
 SPEEDUP = 1.15
+TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
@@ -129,7 +130,11 @@ def _workers(threads: list[str]) -> Cluster:
 def _case(name: str, cluster: Cluster, options: argparse.Namespace) -> dict[str, Any]:
     count = options.microbatches
     torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
     model, args, kwargs = MODELS[name](count * options.rows)
+    model = model.to(dtype)
+    args = tuple(_cast(item, dtype) for item in args)
+    kwargs = {key: _cast(item, dtype) for key, item in kwargs.items()}
     planning = Planning(model, (args, kwargs), cluster, Mode.INFER, None, False, _say)
     captured = planning.captured(count)
     graph = captured.graph
@@ -168,7 +173,12 @@ def _case(name: str, cluster: Cluster, options: argparse.Namespace) -> dict[str,
         ours(*args, **kwargs)
         peaks = ours.peak_memory_bytes()
     error = relative_error(outputs, infer_reference(model, (args, kwargs), count))
-    return _row(name, (placed, equal), runs, error.value, len(graph.nodes)) | _memory(placed, peaks)
+    row = _row(name, (placed, equal), runs, error.value, len(graph.nodes), options.dtype)
+    return row | _memory(placed, peaks)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _equal_split(start: Plan, context: Context) -> Plan:
@@ -213,7 +223,7 @@ def _in_turns(
 
 
 def _row(
-    name: str, plans: tuple[Plan, Plan], runs: list[Run], error: float, nodes: int
+    name: str, plans: tuple[Plan, Plan], runs: list[Run], error: float, nodes: int, dtype: str
 ) -> dict[str, Any]:
     placed, equal = plans
     assert placed.prediction is not None and placed.certificate is not None
@@ -230,7 +240,7 @@ def _row(
         "gap": placed.certificate.gap,
         "solver_seconds": placed.certificate.solver_seconds,
         "max_relative_error": error,
-        "exact": error < 1e-5,
+        "exact": error < TOLERANCES[dtype],
         "predicted_loads": loads,
         "measured_loads": list(runs[0].busy),
         "busiest_predicted": loads[busiest],
@@ -306,7 +316,8 @@ def _parse() -> argparse.Namespace:
         default=_threads(),
         help="of each CPU worker (default: unequal, if cores allow)",
     )
-    parser.add_argument("--devices", metavar="CLUSTER", help="a cluster file, instead of workers")
+    parser.add_argument("--devices", help="e.g. cuda:1+cpu:1 or a cluster file, instead of workers")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCES), default="float32")
     parser.add_argument("--microbatches", type=int, default=24)
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
     parser.add_argument("--steps", type=int, default=5)

@@ -322,8 +322,9 @@ def parse_devices(
 
     Args:
         spec: a number of local workers (`4`, `"4"`), local workers of a kind (`"cpu:4"`,
-            `"cuda:2"`), a list of `torch.device`s, a preset (`"h100-node"`), a device type and
-            count (`"h100:64"`), the path of a `.toml` or `.json` cluster file, or a `Cluster`.
+            `"cuda:2"`, `"cuda:1+cpu:2"`), a list of `torch.device`s, a preset (`"h100-node"`), a
+            device type and count (`"h100:64"`), the path of a `.toml` or `.json` cluster file, or a
+            `Cluster`.
         memory_limit_bytes: lowers the memory a plan may use on every device.
 
     Raises:
@@ -358,6 +359,8 @@ def _parse_text(spec: str, limit: int | None) -> Cluster:
         return local_cluster(int(spec), limit)
     if spec.endswith((".toml", ".json")):
         return limit_memory(read_cluster(spec), limit)
+    if "+" in spec:
+        return _parse_mixed(spec, limit)
     kind, colon, count = spec.partition(":")
     if not colon:
         return limit_memory(preset(spec), limit)
@@ -372,6 +375,22 @@ def _parse_text(spec: str, limit: int | None) -> Cluster:
         return local_cuda_cluster(int(count), limit)
     base = next((entry[1] for entry in _PRESETS if entry[0] == kind), kind)
     return limit_memory(make_cluster(base, int(count)), limit)
+
+
+def _parse_mixed(spec: str, limit: int | None) -> Cluster:
+    """`cuda:1+cpu:2`: devices of this machine in the order of ranks."""
+    kinds: list[str] = []
+    for part in spec.split("+"):
+        match = re.fullmatch(r"(cuda|cpu):([1-9]\d*)", part)
+        if match is None:
+            raise ClusterError(
+                f"{part!r} in devices = {spec!r} names no devices of this machine",
+                ways_out=("write for example cuda:1+cpu:2", "describe a cluster in a file"),
+            )
+        kinds += [match[1]] * int(match[2])
+    if len(set(kinds)) == 1:
+        return _parse_text(f"{kinds[0]}:{len(kinds)}", limit)
+    return local_mixed_cluster(kinds, limit)
 
 
 def _parse_list(devices: Sequence[torch.device], limit: int | None) -> Cluster:
