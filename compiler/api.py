@@ -20,7 +20,8 @@ from ..cost_models import parse_devices
 from ..passes.context import PlanOptions
 from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
-from .batch import batch_size, contiguous, signature_of, take_rows
+from .batch import batch_size, signature_of, take_rows
+from .batch import contiguous as contiguous_call
 from .collector import collector_paused
 from .compare import STRATEGIES, StrategyFigures, compare
 from .constraints import layout_pins, stage_pins, together_groups
@@ -29,7 +30,7 @@ from .ir.errors import PlanFormatError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
 from .ir.mesh import Mesh
-from .ir.plan import OptimizerModel, Plan
+from .ir.plan import Objective, OptimizerModel, Plan
 from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
 from .planned import ModelPlan, PlannedModel, build_programs
@@ -60,6 +61,11 @@ def plan_model(
     recompute: str = "auto",
     offload: str = "auto",
     memory_limit_bytes: int | None = None,
+    objective: str = "step",
+    granularity: str = "operator",
+    contiguous: bool = False,
+    profile: str = "model",
+    placement_seconds: float = 20.0,
     constraints: Mapping[str, int | str] | None = None,
     together: Sequence[Sequence[str]] | None = None,
     clip_grad_norm: float | None = None,
@@ -87,7 +93,17 @@ def plan_model(
         offload: what lies in the memory of the host: `none`, `optimizer` (its states, which are
             updated there; ZeRO-Offload) or `auto` (its states if nothing fits otherwise).
         memory_limit_bytes: memory of every device, overriding the cluster's.
-        constraints: module path pattern -> stage that must hold it; or pattern of parameters ->
+        objective: what is kept small: `step`, the seconds of a step; or, for inference,
+            `throughput` or `latency`: operators are placed one by one, on devices that may differ
+            in all respects, so that the busiest has least to do in a stream of microbatches, or so
+            that one sample is done soonest.
+        granularity: what is placed: `operator`, or `block` (repeated blocks and modules whole).
+        contiguous: no device runs several disconnected pieces.
+        profile: where seconds of operators that are placed come from: `model` (roofline), or `ops`:
+            each distinct operator is measured on a worker of each type of device.
+        placement_seconds: wall time for placing operators.
+        constraints: module path pattern -> stage that must hold it (where operators are placed one
+            by one: the device); or pattern of parameters ->
             their layout over the tensor axis, as `tensor=S(1)` or `tensor=R`.
         together: groups of module path patterns; the modules that a group matches, and what lies
             between them, are in one stage.
@@ -108,7 +124,7 @@ def plan_model(
             where="auto_partition",
             ways_out=("pass example_inputs=(tensor, ...) and/or example_kwargs={...}",),
         )
-    call = contiguous((_as_tuple(example_inputs), dict(example_kwargs or {})))
+    call = contiguous_call((_as_tuple(example_inputs), dict(example_kwargs or {})))
     cluster = _cluster(devices, memory_limit_bytes)
     given = _given_plan(plan)
     rows = batch_size(*call)
@@ -120,20 +136,39 @@ def plan_model(
             where="plan: mode",
             ways_out=(f"pass mode={given.mode.value!r}", "plan again for this mode"),
         )
-    for name, number in (("num_stages", num_stages), ("clip_grad_norm", clip_grad_norm)):
+    for name, number in (
+        ("num_stages", num_stages),
+        ("clip_grad_norm", clip_grad_norm),
+        ("placement_seconds", placement_seconds),
+    ):
         _refuse_unless_positive(name, number)
+    goal = _objective(objective)
+    if goal is not Objective.STEP and given is None and under_torchrun():
+        raise UsageError(
+            f"objective={objective!r} is searched by the clock: the ranks of this job would find "
+            "different plans",
+            where="objective",
+            ways_out=("plan once, by `cutset plan ... -o plan.json`, and pass plan='plan.json'",),
+        )
+    pins = stage_pins(constraints)
     options = PlanOptions(
         num_stages=num_stages,
         num_microbatches=given.num_microbatches if given else num_microbatches,
         schedule=schedule,
         recompute=recompute,
         optimizer=optimizer_model or OptimizerModel("adamw", 2.0),
-        pins=stage_pins(constraints),
+        pins=pins if goal is Objective.STEP else (),
+        device_pins=() if goal is Objective.STEP else pins,
         layout_pins=layout_pins(constraints),
         together=together_groups(together),
         mesh=_mesh(mesh),
         zero=_zero(zero),
         offload=offload,
+        objective=goal,
+        granularity=granularity,
+        contiguous=contiguous,
+        profile=profile,
+        placement_seconds=placement_seconds,
     )
     planning = Planning(model, call, cluster, modes, loss_fn, check, say)
     with collector_paused():
@@ -293,6 +328,8 @@ def _early_workers(
     """
     cluster = _cluster(devices, planning.get("memory_limit_bytes"))
     is_meta = any(parameter.is_meta for parameter in model.parameters())
+    if planning.get("profile") == "ops":
+        return None  # they would start, and slow down, while others measure
     if under_torchrun() or (is_meta and not has_weights) or not cluster.local:
         return None
     plan = planning["plan"]
@@ -324,6 +361,17 @@ def optimizer_model_of(factory: OptimizerFactory, model: nn.Module) -> Optimizer
         ratio = num_bytes / (probe.numel() * probe.element_size())
         return OptimizerModel(kind.__name__.lower(), ratio)
     return OptimizerModel("unknown", 2.0)
+
+
+def _objective(name: str) -> Objective:
+    known = [objective.value for objective in Objective]
+    if name not in known:
+        raise UsageError(
+            f"unknown objective {name!r}",
+            where="objective",
+            ways_out=(f"one of: {', '.join(known)}",),
+        )
+    return Objective(name)
 
 
 def _mode(name: str) -> Mode:

@@ -25,8 +25,10 @@ from .explain_mesh import (
     offload_json,
     offload_text,
 )
+from .explain_placement import busiest, placement_json, placement_text
 from .ir.graph import Graph, ValueKind, producers, users
-from .ir.plan import MemoryPrediction, Plan, Stage
+from .ir.plan import MemoryPrediction, Objective, Plan, Stage
+from .ir.stage_edges import schedule_edges
 from .module_names import modules_of_stages
 from .timeline import ideal_simulation
 from .words import bytes_text, count_text, plural, seconds_text
@@ -139,7 +141,12 @@ def binding(plan: Plan) -> tuple[str, ...]:
     pairs = zip(prediction.stage_forward_seconds, prediction.stage_backward_seconds, strict=True)
     times = [forward + backward for forward, backward in pairs]
     sentences = []
-    if times:
+    load = busiest(plan)
+    if load is not None:
+        sentences.append(
+            f"the busiest device is {load.device}: {seconds_text(load.total_seconds)} a microbatch"
+        )
+    elif times:
         worst = max(range(len(times)), key=times.__getitem__)
         share = times[worst] * len(times) / sum(times) if sum(times) else 1.0
         sentences.append(
@@ -178,6 +185,8 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "cluster": {"name": plan.cluster.name, "num_devices": len(plan.cluster.devices)},
         "mesh": str(plan.mesh),
         "devices": mesh_json(plan),
+        "objective": plan.objective.value,
+        "placement": placement_json(plan, graph),
         "zero": plan.zero_level,
         "layouts": layouts_json(plan),
         "offload": offload_json(plan),
@@ -207,9 +216,15 @@ def explain(plan: Plan, graph: Graph | None = None) -> str:
     blocks = summarize_blocks(plan, graph) if graph is not None else ()
     seconds = plan.prediction.step_seconds if plan.prediction else 0.0
     told = blocks_text(blocks, seconds)
-    parts = [_head(plan), mesh_text(plan), _stages_text(plan, graph), told]
+    placed = plan.objective is not Objective.STEP
+    parts = [
+        _head(plan),
+        mesh_text(plan),
+        placement_text(plan, graph) if placed else _stages_text(plan, graph),
+        told,
+    ]
     if plan.schedule is not None:
-        parts.append(_schedule_text(plan))
+        parts.append(_schedule_text(plan, graph))
     parts.append(_figures_text(plan))
     if plan.warnings:
         parts.append("warnings\n" + "\n".join(f"  - {line}" for line in plan.warnings))
@@ -297,7 +312,7 @@ def _arrows(stage: int, sent: tuple[Boundary, ...], *, last: bool) -> list[str]:
     return [f"    |{_clip(note, _WIDTH - 6)}", "    v"]
 
 
-def _schedule_text(plan: Plan) -> str:
+def _schedule_text(plan: Plan, graph: Graph | None) -> str:
     assert plan.schedule is not None
     if plan.prediction is None:
         return str(plan.schedule)
@@ -305,6 +320,7 @@ def _schedule_text(plan: Plan) -> str:
         plan.schedule,
         plan.prediction.stage_forward_seconds,
         plan.prediction.stage_backward_seconds,
+        edges=schedule_edges(plan, graph),
     )
     shown = _beginning(simulation, cells=_WIDTH - 20)
     lanes = render_timeline(shown, _WIDTH - 20).splitlines()[1:]

@@ -1,7 +1,8 @@
 """What a partitioned run did: the figures and tensors that are compared with the reference.
 
 From a `Parallel` and one batch to a `ReferenceRun` of the same shape as `train_reference` makes,
-and the peak memory of every rank, measured in one more step after the weights were taken.
+and the peak memory of every rank, measured in one more step after the weights were taken; or, for
+inference, to its outputs and how long each rank was busy.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .reference import ReferenceRun, flatten_outputs, split_state
 if TYPE_CHECKING:
     from .parallel import Parallel
 
-__all__ = ["MeasuredRun", "measure_training"]
+__all__ = ["MeasuredInference", "MeasuredRun", "measure_inference", "measure_training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +84,51 @@ def measure_training(
         step_seconds=statistics.median(seconds[1:] or seconds),
     )
     return MeasuredRun(run, tuple(parallel.peak_memory_bytes()))
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredInference:
+    """Inference steps on one batch.
+
+    Args:
+        outputs: flattened and numbered.
+        step_seconds: median time of a step.
+        busy_seconds: of every rank, the median over steps of the time for which it worked, a
+            microbatch (see `Parallel.busy_seconds`).
+    """
+
+    outputs: Mapping[str, torch.Tensor]
+    step_seconds: float
+    busy_seconds: tuple[float, ...]
+    peak_memory_bytes: tuple[int, ...]
+
+
+def measure_inference(
+    parallel: Parallel,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    steps: int = 1,
+    progress: Callable[[str], None] = lambda line: None,
+) -> MeasuredInference:
+    """Infer `steps` times on one batch, after one time that does not count."""
+    named = dict(kwargs or {})
+    count = parallel.plan.num_microbatches
+    outputs = flatten_outputs(parallel(*args, **named))
+    seconds, busy = [], []
+    for step in range(steps):
+        parallel.record_trace()
+        begin = time.perf_counter()
+        parallel(*args, **named)
+        seconds.append(time.perf_counter() - begin)
+        busy.append([work / count for work in parallel.busy_seconds()])
+        progress(f"step {step}: {seconds[-1]:.3f} s")
+    progress("measure memory in one more step")
+    parallel.measure_memory()
+    parallel(*args, **named)
+    return MeasuredInference(
+        outputs=outputs,
+        step_seconds=statistics.median(seconds),
+        busy_seconds=tuple(statistics.median(column) for column in zip(*busy, strict=True)),
+        peak_memory_bytes=tuple(parallel.peak_memory_bytes()),
+    )

@@ -105,6 +105,7 @@ class Parallel:
         self._record = False
         self._peaks: list[int] = []
         self._events: tuple[TraceEvent, ...] = ()
+        self._busy: list[float] = []
 
     @property
     def planned(self) -> PlannedModel:
@@ -194,6 +195,7 @@ class Parallel:
             self._measure = False
         if self._record:
             self._events = tuple(event for reply in replies for event in reply["events"])
+            self._busy = [reply["busy_seconds"] for reply in replies]
             self._record = False
         return replies
 
@@ -392,6 +394,11 @@ class Parallel:
     def trace(self) -> tuple[TraceEvent, ...]:
         """What all ranks did in the last recorded step, each by its own clock."""
         return self._events
+
+    def busy_seconds(self) -> list[float]:
+        """Per rank, seconds for which it worked in the last recorded step, of computation and of
+        messages: on the CPU of its main thread's own time, so that other processes do not count."""
+        return self._busy
 
     def measure_memory(self) -> None:
         """Measure the peak memory of the next step (see `peak_memory_bytes`); it runs slower."""

@@ -36,7 +36,7 @@ __all__ = [
     "save_plan",
 ]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _PLAN_AGAIN = "write the plan again: cutset plan MODEL --devices ... -o plan.json"
 
 

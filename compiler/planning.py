@@ -7,6 +7,7 @@ were found, on a graph captured at that size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from torch import nn
 from ..passes.context import PlanOptions
 from ..passes.pinned import check_pinned, mesh_is_open
 from ..passes.pipeline import plan_graph
+from ..passes.place import check_placement
 from .batch import Call, batch_size, take_rows
 from .capture import Captured, capture
 from .capture.signature import LossFunction
@@ -22,11 +24,13 @@ from .ir.cluster import Cluster
 from .ir.counts import divisors
 from .ir.errors import CaptureError, UsageError
 from .ir.graph import Mode
-from .ir.plan import DATA, PIPELINE, Plan
+from .ir.plan import DATA, PIPELINE, Objective, Plan
+from .profile import measure
 
 __all__ = ["Planning"]
 
 _A_STAGE = 4  # microbatches
+_A_DEVICE = 8  # microbatches, in a stream
 
 
 @dataclass(slots=True)
@@ -81,6 +85,8 @@ class Planning:
         Raises:
             CaptureError, InfeasibleError, UsageError: see `plan_model`.
         """
+        if options.objective is not Objective.STEP:
+            return self._placed(options)
         check_pinned(self.cluster, self.mode, options)
         count = self.first_count(options)
         captured = self.captured(count)
@@ -90,6 +96,29 @@ class Planning:
         captured = self.captured(plan.num_microbatches)
         pinned = replace(options, num_microbatches=plan.num_microbatches, mesh=plan.mesh)
         return captured, _joined(plan, self._plan(captured, pinned))
+
+    def _placed(self, options: PlanOptions) -> tuple[Captured, Plan]:
+        """Operators placed one by one, at the microbatches asked for or guessed."""
+        check_placement(self.mode, options)
+        count = self.first_count(options)
+        captured = self.captured(count)
+        options = replace(options, num_microbatches=count)
+        if options.profile == "ops":
+            self.say("measure operators on every type of device")
+            options = replace(options, measured=measure(captured, self.cluster))
+        plan = self._plan(captured, options)
+        return captured, replace(plan, warnings=(*plan.warnings, *self._crowding()))
+
+    def _crowding(self) -> tuple[str, ...]:
+        """A warning where CPU workers have more threads than this machine has cores."""
+        threads = [self.cluster.type_of(device.index).threads for device in self.cluster.devices]
+        wanted, cores = sum(filter(None, threads)), os.cpu_count() or 1
+        if not self.cluster.local or wanted <= cores:
+            return ()
+        return (
+            f"workers have {wanted} threads on {cores} cores: they will wait for each other inside "
+            "operators, which no figure of this plan counts",
+        )
 
     def _plan(self, captured: Captured, options: PlanOptions) -> Plan:
         return plan_graph(
@@ -106,6 +135,10 @@ class Planning:
         wanted = options.num_microbatches
         if wanted is None:
             devices = len(self.cluster.devices)
+            if options.objective is Objective.LATENCY:
+                return 1
+            if options.objective is Objective.THROUGHPUT:
+                return max(count for count in legal if count <= _A_DEVICE * devices)
             target = devices * (8 if self.mode is Mode.TRAIN else 1)
             if options.mesh is not None:
                 data = options.mesh.axis(DATA).size

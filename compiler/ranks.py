@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..runtime.launcher import launch_local, spmd_session, under_torchrun
+from ..runtime.launcher import RANK_FACTORY, job_rank, launch_local, spmd_session, under_torchrun
 from ..runtime.session import Arguments, LocalSession, Session
 from .ir.cluster import Cluster
 from .ir.errors import UsageError
 
-__all__ = ["Ranks", "start_workers"]
+__all__ = ["Ranks", "message_backend", "place_of", "start_workers"]
 
 
 class Ranks:
@@ -75,7 +75,7 @@ class Ranks:
                 ways_out=("pass a number of local devices", "start the script under torchrun"),
             )
         if under_torchrun():
-            session: Session = spmd_session(timeout_seconds=self._timeout)
+            session = self._spmd()
             if session.num_ranks != self._num_ranks:
                 raise UsageError(
                     f"the plan is for {self._num_ranks} ranks, the job has {session.num_ranks}",
@@ -83,6 +83,18 @@ class Ranks:
                 )
             return session
         return start_workers(self._cluster, self._num_ranks, timeout_seconds=self._timeout)
+
+    def _spmd(self) -> Session:
+        """This job's session; where CUDA devices and CPUs are mixed, the cluster says which rank
+        computes where."""
+        backends = {self._cluster.type_of(d.index).backend for d in self._cluster.devices}
+        if len(backends) == 1 or job_rank() >= len(self._cluster.devices):
+            return spmd_session(timeout_seconds=self._timeout)
+        return spmd_session(
+            backend=message_backend(self._cluster, len(self._cluster.devices)),
+            device=place_of(self._cluster, job_rank()),
+            timeout_seconds=self._timeout,
+        )
 
     def close(self) -> None:
         """End the session if it was started for this model."""
@@ -92,19 +104,39 @@ class Ranks:
 
 
 def start_workers(
-    cluster: Cluster, num_ranks: int, *, timeout_seconds: float, wait: bool = True
+    cluster: Cluster,
+    num_ranks: int,
+    *,
+    timeout_seconds: float,
+    wait: bool = True,
+    factory: str = RANK_FACTORY,
 ) -> LocalSession:
-    """Workers on the first devices of a local cluster; see `launch_local`."""
-    backends = {cluster.type_of(rank).backend for rank in range(num_ranks)}
-    kind = "cuda" if backends == {"cuda"} else "cpu"
-    places = [
-        torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-        for rank in range(num_ranks)
-    ]
+    """Workers on the first devices of a local cluster; see `launch_local`.
+
+    CPU workers have the threads of their type.
+    """
+    types = [cluster.type_of(rank) for rank in range(num_ranks)]
     return launch_local(
         num_ranks,
-        backend="nccl" if kind == "cuda" else "gloo",
-        devices=places,
+        backend=message_backend(cluster, num_ranks),
+        devices=[place_of(cluster, rank) for rank in range(num_ranks)],
+        threads_per_rank=[entry.threads for entry in types],
         timeout_seconds=timeout_seconds,
         wait=wait,
+        factory=factory,
     )
+
+
+def message_backend(cluster: Cluster, num_ranks: int) -> str:
+    """The backend of a job: NCCL where two ranks can use it (others of the job use gloo)."""
+    on_cuda = sum(cluster.type_of(rank).backend == "cuda" for rank in range(num_ranks))
+    return "nccl" if on_cuda > 1 or on_cuda == num_ranks else "gloo"
+
+
+def place_of(cluster: Cluster, rank: int) -> torch.device:
+    """Where a rank computes: on the CPU, or on the next CUDA device of its node."""
+    if cluster.type_of(rank).backend != "cuda":
+        return torch.device("cpu")
+    node = cluster.devices[rank].node
+    before = (device.index for device in cluster.devices[:rank] if device.node == node)
+    return torch.device("cuda", sum(cluster.type_of(i).backend == "cuda" for i in before))

@@ -8,6 +8,8 @@ the programs and counts the rest.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from ..cost_models.simulator import Simulation, Span
 from .ir.errors import VerificationError
 from .ir.schedule import Action, ActionKind, Schedule
@@ -34,6 +36,7 @@ def ideal_simulation(
     forward_seconds: tuple[float, ...],
     backward_seconds: tuple[float, ...],
     input_shares: tuple[float, ...] | None = None,
+    edges: tuple[tuple[int, int], ...] | None = None,
 ) -> Simulation:
     """The course of one step; memory and links, which a schedule does not tell, are left empty.
 
@@ -42,10 +45,13 @@ def ideal_simulation(
         forward_seconds, backward_seconds: time of each stage for one microbatch.
         input_shares: of each stage, the part of a split backward that computes the gradients of
             its inputs; None: half of it.
+        edges: (stage, later stage that waits for it); None: a chain.
 
     Raises:
         VerificationError: the schedule waits for itself.
     """
+    chain = tuple((stage, stage + 1) for stage in range(schedule.num_stages - 1))
+    waits = _Waits(chain if edges is None else edges)
     next_action = [0] * len(schedule.ranks)
     free = [0.0] * len(schedule.ranks)
     busy = [0.0] * len(schedule.ranks)
@@ -57,7 +63,7 @@ def ideal_simulation(
         for rank, actions in enumerate(schedule.ranks):
             while next_action[rank] < len(actions):
                 action = actions[next_action[rank]]
-                ready = _ready(action, ends, schedule.num_stages)
+                ready = waits.ready(action, ends)
                 if ready is None:
                     break
                 begin = max(free[rank], ready)
@@ -104,22 +110,34 @@ def _span(rank: int, action: Action, begin: float, end: float) -> Span:
     return Span(rank, action.kind.value, action.stage, action.microbatch, begin, end)
 
 
-def _ready(action: Action, ends: dict[Action, float], num_stages: int) -> float | None:
-    """When the inputs of `action` exist; None: not yet known."""
-    stage, microbatch = action.stage, action.microbatch
-    times: list[float | None] = []
-    if action.kind is ActionKind.FORWARD:
-        if stage > 0:
-            times.append(ends.get(Action(ActionKind.FORWARD, stage - 1, microbatch)))
-    elif action.kind is ActionKind.BACKWARD_WEIGHT:
-        times.append(ends.get(Action(ActionKind.BACKWARD_INPUT, stage, microbatch)))
-    else:
-        times.append(ends.get(Action(ActionKind.FORWARD, stage, microbatch)))
-        if stage + 1 < num_stages:
-            later = (ends.get(Action(kind, stage + 1, microbatch)) for kind in _GRADIENT_KINDS)
-            times.append(next((time for time in later if time is not None), None))
-    known = [time for time in times if time is not None]
-    return max(known, default=0.0) if len(known) == len(times) else None
+class _Waits:
+    """Which actions an action waits for."""
+
+    def __init__(self, edges: tuple[tuple[int, int], ...]) -> None:
+        self._before: dict[int, list[int]] = defaultdict(list)
+        self._after: dict[int, list[int]] = defaultdict(list)
+        for source, target in edges:
+            self._before[target].append(source)
+            self._after[source].append(target)
+
+    def ready(self, action: Action, ends: dict[Action, float]) -> float | None:
+        """When the inputs of `action` exist; None: not yet known."""
+        stage, microbatch = action.stage, action.microbatch
+        times: list[float | None] = []
+        if action.kind is ActionKind.FORWARD:
+            times += [
+                ends.get(Action(ActionKind.FORWARD, before, microbatch))
+                for before in self._before[stage]
+            ]
+        elif action.kind is ActionKind.BACKWARD_WEIGHT:
+            times.append(ends.get(Action(ActionKind.BACKWARD_INPUT, stage, microbatch)))
+        else:
+            times.append(ends.get(Action(ActionKind.FORWARD, stage, microbatch)))
+            for after in self._after[stage]:
+                later = (ends.get(Action(kind, after, microbatch)) for kind in _GRADIENT_KINDS)
+                times.append(next((time for time in later if time is not None), None))
+        known = [time for time in times if time is not None]
+        return max(known, default=0.0) if len(known) == len(times) else None
 
 
 def _duration(

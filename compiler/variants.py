@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from ..passes.place import stream
 from ..passes.schedule import build_schedule
 from ..passes.transfer import transfer, transfer_layouts
 from .batch import Call, batch_size, signature_of, take_rows
@@ -21,8 +22,9 @@ from .ir.counts import divisors
 from .ir.errors import CaptureError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
-from .ir.plan import Plan
+from .ir.plan import Objective, Plan
 from .ir.program import Program
+from .ir.schedule import Schedule
 from .placement import Needs
 from .planned import PlannedModel, build_programs
 
@@ -112,15 +114,11 @@ class Variants:
             batch_size=rows,
             num_microbatches=count,
             stages=stages,
-            schedule=build_schedule(
-                first.schedule.name if mode is Mode.TRAIN and first.schedule else "forward",
-                num_stages=len(stages),
-                num_microbatches=count,
-                devices=tuple(stage.device for stage in stages),
-            ),
+            schedule=None,
             prediction=None,
             certificate=None,
         )
+        plan = replace(plan, schedule=_schedule(plan, captured, first))
         clip = self._clip_grad_norm if mode is Mode.TRAIN else None
         programs = build_programs(captured, plan, clip, len(planned.programs))
         return Variant(key, captured, plan, programs, Needs.of(programs))
@@ -142,6 +140,18 @@ class Variants:
         plan = self._planned.plan
         largest = max(1, plan.batch_size // plan.num_microbatches)
         return min(count for count in divisors(rows) if rows // count <= largest)
+
+
+def _schedule(plan: Plan, captured: Captured, first: Plan) -> Schedule:
+    """A schedule like that of `first`, for the stages and microbatches of `plan`."""
+    if plan.objective is not Objective.STEP:
+        return stream(plan, captured.graph)
+    return build_schedule(
+        first.schedule.name if plan.mode is Mode.TRAIN and first.schedule else "forward",
+        num_stages=len(plan.stages),
+        num_microbatches=plan.num_microbatches,
+        devices=tuple(stage.device for stage in plan.stages),
+    )
 
 
 class _Flags:

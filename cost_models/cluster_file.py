@@ -17,6 +17,12 @@ Quantities are strings with a unit, because a bare number is where cluster descr
     rates = { bf16 = "650 TFLOP/s", f32 = "50 TFLOP/s" }
     host = { latency = "10 us", bandwidth = "45 GB/s", memory = "200 GiB",
              memory_bandwidth = "50 GB/s" }    # one line; optional: a device's share of its host
+    unsupported_ops = ["aten.sort.default"]    # optional: operators that it cannot run
+
+    [types.big-worker]
+    backend = "cpu"
+    threads = 4    # optional: of a worker on this machine; default: an equal share of its cores
+    # memory, memory_bandwidth and rates as above
 
     [[devices]]
     type = "h100"
@@ -128,6 +134,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "rates",
         "unsupported_ops",
         "host",
+        "threads",
     ),
     "host": ("latency", "bandwidth", "memory", "memory_bandwidth"),
     "device": ("type", "node", "count"),
@@ -191,7 +198,27 @@ def _device_type(name: str, body: object, source: _Source) -> DeviceType:
         ),
         unsupported_ops=tuple(unsupported),
         host=_host(table, name, source),
+        threads=_threads(table, name, source),
     )
+
+
+def _threads(table: dict[str, object], name: str, source: _Source) -> int | None:
+    if "threads" not in table:
+        return None
+    threads = table["threads"]
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ClusterError(
+            f"threads = {threads!r} is not a number of threads",
+            where=source.where(name, "threads"),
+            ways_out=("give a whole number of at least 1", "leave the key out"),
+        )
+    if table["backend"] != "cpu":
+        raise ClusterError(
+            f"device type {name!r} has threads, but only CPU workers are given some",
+            where=source.where(name, "threads"),
+            ways_out=("leave the key out",),
+        )
+    return threads
 
 
 def _host(table: dict[str, object], name: str, source: _Source) -> Host | None:

@@ -46,6 +46,8 @@ def _render_type(entry: DeviceType) -> dict[str, object]:
         "rates": {dtype: f"{rate!r} FLOP/s" for dtype, rate in entry.flops_per_second},
         "unsupported_ops": list(entry.unsupported_ops),
     }
+    if entry.threads is not None:
+        body["threads"] = entry.threads
     if entry.host is not None:
         body["host"] = {
             **_render_path(entry.host.link),

@@ -27,6 +27,7 @@ __all__ = [
     "local_cluster",
     "local_cpu_cluster",
     "local_cuda_cluster",
+    "local_mixed_cluster",
     "make_cluster",
     "parse_devices",
     "preset",
@@ -250,9 +251,41 @@ def local_cuda_cluster(count: int, memory_limit_bytes: int | None = None) -> Clu
     base = next((entry for entry in known if entry.name in lowered), device_type("a100"))
     limit = int(properties.total_memory * 0.95)
     if base.host is not None:
-        share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _OF_HOST // available
+        share = _machine_memory() * _OF_HOST // available
         base = replace(base, host=replace(base.host, memory_bytes=int(share)))
     return _local("cuda", count, _with_memory(base, memory_limit_bytes or limit))
+
+
+def local_mixed_cluster(kinds: Sequence[str], memory_limit_bytes: int | None = None) -> Cluster:
+    """CUDA devices and CPU workers of this machine in one job, in the order of ranks.
+
+    CPU workers share the cores and the memory of the machine; all messages but those between two
+    CUDA devices are gloo over loopback.
+
+    Args:
+        kinds: `cuda` or `cpu` for each rank; the first `cuda` is device 0, and so on.
+
+    Raises:
+        ClusterError: this machine has fewer CUDA devices.
+    """
+    gpus = local_cuda_cluster(kinds.count("cuda"), memory_limit_bytes)
+    host = replace(
+        device_type("cpu-host"),
+        memory_bytes=int(_machine_memory() * _OF_HOST / max(1, kinds.count("cpu"))),
+    )
+    types = {"cuda": gpus.types[0], "cpu": _with_memory(host, memory_limit_bytes)}
+    nodes = {"cuda": "localhost", "cpu": "localhost-cpu"}
+    devices = tuple(
+        Device(index, types[kind].name, nodes[kind]) for index, kind in enumerate(kinds)
+    )
+    between_gpus = replace(gpus.links[0], a=nodes["cuda"], b=nodes["cuda"], same_node=True)
+    name = f"local-cudax{kinds.count('cuda')}-cpux{kinds.count('cpu')}"
+    links = (between_gpus, LinkRule(_LOOPBACK))
+    return Cluster(name, tuple(types.values()), devices, links, local=True)
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def local_cluster(count: int, memory_limit_bytes: int | None = None) -> Cluster:
@@ -289,8 +322,9 @@ def parse_devices(
 
     Args:
         spec: a number of local workers (`4`, `"4"`), local workers of a kind (`"cpu:4"`,
-            `"cuda:2"`), a list of `torch.device`s, a preset (`"h100-node"`), a device type and
-            count (`"h100:64"`), the path of a `.toml` or `.json` cluster file, or a `Cluster`.
+            `"cuda:2"`, `"cuda:1+cpu:2"`), a list of `torch.device`s, a preset (`"h100-node"`), a
+            device type and count (`"h100:64"`), the path of a `.toml` or `.json` cluster file, or a
+            `Cluster`.
         memory_limit_bytes: lowers the memory a plan may use on every device.
 
     Raises:
@@ -325,6 +359,8 @@ def _parse_text(spec: str, limit: int | None) -> Cluster:
         return local_cluster(int(spec), limit)
     if spec.endswith((".toml", ".json")):
         return limit_memory(read_cluster(spec), limit)
+    if "+" in spec:
+        return _parse_mixed(spec, limit)
     kind, colon, count = spec.partition(":")
     if not colon:
         return limit_memory(preset(spec), limit)
@@ -341,19 +377,42 @@ def _parse_text(spec: str, limit: int | None) -> Cluster:
     return limit_memory(make_cluster(base, int(count)), limit)
 
 
+def _parse_mixed(spec: str, limit: int | None) -> Cluster:
+    """`cuda:1+cpu:2`: devices of this machine in the order of ranks."""
+    kinds: list[str] = []
+    for part in spec.split("+"):
+        match = re.fullmatch(r"(cuda|cpu):([1-9]\d*)", part)
+        if match is None:
+            raise ClusterError(
+                f"{part!r} in devices = {spec!r} names no devices of this machine",
+                ways_out=("write for example cuda:1+cpu:2", "describe a cluster in a file"),
+            )
+        kinds += [match[1]] * int(match[2])
+    if len(set(kinds)) == 1:
+        return _parse_text(f"{kinds[0]}:{len(kinds)}", limit)
+    return local_mixed_cluster(kinds, limit)
+
+
 def _parse_list(devices: Sequence[torch.device], limit: int | None) -> Cluster:
     kinds = sorted({device.type for device in devices})
-    if len(kinds) != 1 or kinds[0] not in ("cpu", "cuda"):
+    if not kinds or not {"cpu", "cuda"}.issuperset(kinds):
         raise ClusterError(
             f"devices of kinds {kinds or 'none'} cannot form a local cluster",
-            ways_out=("give devices that are all cpu or all cuda", "describe them in a file"),
+            ways_out=("give devices that are cpu or cuda", "describe them in a file"),
         )
-    if kinds[0] == "cpu":
+    if kinds == ["cpu"]:
         return local_cpu_cluster(len(devices), limit)
-    indices = [device.index or 0 for device in devices]
+    indices = [device.index or 0 for device in devices if device.type == "cuda"]
     if sorted(indices) != list(range(len(indices))):
         raise ClusterError(
             f"CUDA devices {indices} are not 0 to {len(indices) - 1}, each once",
             ways_out=("choose devices with CUDA_VISIBLE_DEVICES and give a count",),
         )
+    if len(kinds) > 1:
+        if indices != sorted(indices):
+            raise ClusterError(
+                f"CUDA devices {indices} are not in ascending order",
+                ways_out=("give them in the order of their numbers",),
+            )
+        return local_mixed_cluster([device.type for device in devices], limit)
     return local_cuda_cluster(len(devices), limit)

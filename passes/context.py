@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..compiler.ir.cluster import Link
 from ..compiler.ir.graph import Graph
 from ..compiler.ir.mesh import Mesh, Placement
-from ..compiler.ir.plan import OptimizerModel, Plan
+from ..compiler.ir.plan import Objective, OptimizerModel, Plan
 from ..cost_models.collectives import Network
 from ..cost_models.parameters import ParameterFigures
 
-__all__ = ["Context", "LayoutPin", "Pass", "PlanOptions", "silent"]
+__all__ = ["Context", "LayoutPin", "Measured", "Pass", "PlanOptions", "silent"]
 
 ADAMW = OptimizerModel("adamw", 2.0)
 
@@ -32,6 +33,19 @@ class LayoutPin:
 
     def __str__(self) -> str:
         return f"{self.pattern!r}: '{self.axis}={self.placement}'"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured on a device of each type, by the type's name.
+
+    Args:
+        nodes: seconds of every node of the graph.
+        messages: seconds for which a device works on a message, sent or received, as a link.
+    """
+
+    nodes: Mapping[str, tuple[float, ...]]
+    messages: Mapping[str, Link]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +70,14 @@ class PlanOptions:
         zero: level of ZeRO over the data axis; None: the least that fits.
         offload: what lies in the memory of the host: `none`, `optimizer` (its states, which are
             updated there) or `auto` (its states if nothing fits otherwise).
+        objective: what is kept small: a step, or the busiest device or the latency of operators
+            that are placed one by one.
+        granularity: what is placed: `operator`, or `block` (repeated blocks and modules whole).
+        contiguous: a device runs one piece only.
+        profile: where seconds of operators come from: `model` (roofline) or `ops` (each is measured
+            on a device of each type).
+        measured: what was, where that is asked for.
+        placement_seconds: wall time for placing operators.
         time_limit_seconds: deterministic time for the integer programs.
         seed: of the solver.
         tolerance: gap at which a plan counts as optimal.
@@ -74,6 +96,12 @@ class PlanOptions:
     mesh: Mesh | None = None
     zero: int | None = None
     offload: str = "auto"
+    objective: Objective = Objective.STEP
+    granularity: str = "operator"
+    contiguous: bool = False
+    profile: str = "model"
+    measured: Measured | None = None
+    placement_seconds: float = 20.0
     time_limit_seconds: float = 4.0
     seed: int = 0
     tolerance: float = 1e-3

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Graph, Value, ValueKind, users
 from ..compiler.ir.mesh import Mesh, Placement, Replicate, Shard
+from ..compiler.ir.paths import matches
 from ..compiler.sharding.rules import strategies_of
 from .context import LayoutPin
-from .partition.pins import matches
 
 __all__ = ["can_hold", "held_placements"]
 

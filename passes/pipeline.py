@@ -8,17 +8,18 @@ from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import VerificationError
 from ..compiler.ir.fingerprint import fingerprint
 from ..compiler.ir.graph import Graph
-from ..compiler.ir.plan import Plan
+from ..compiler.ir.plan import Objective, Plan
 from ..compiler.ir.verify import verify_plan
 from .context import Context, Pass, PlanOptions, silent
 from .mesh import ChooseMesh
 from .microbatches import ChooseMicrobatches
+from .place import PlaceOperators
 from .predict import Predict
 from .recompute import ChooseRecompute
 from .schedule import BuildSchedule
 from .stages import PartitionStages
 
-__all__ = ["PASSES", "Context", "Pass", "PlanOptions", "plan_graph", "run_passes"]
+__all__ = ["PASSES", "PLACEMENT", "Context", "Pass", "PlanOptions", "plan_graph", "run_passes"]
 
 PASSES: tuple[Pass, ...] = (
     ChooseRecompute(),
@@ -28,6 +29,10 @@ PASSES: tuple[Pass, ...] = (
     BuildSchedule(),
     Predict(),
 )
+
+
+PLACEMENT: tuple[Pass, ...] = (PlaceOperators(),)
+"""Instead, where operators are placed one by one."""
 
 
 def plan_graph(
@@ -56,7 +61,8 @@ def plan_graph(
         batch_size=batch_size,
         optimizer=chosen.optimizer,
     )
-    return run_passes(start, Context(graph, chosen, progress))
+    passes = PASSES if chosen.objective is Objective.STEP else PLACEMENT
+    return run_passes(start, Context(graph, chosen, progress), passes)
 
 
 def run_passes(plan: Plan, context: Context, passes: tuple[Pass, ...] = PASSES) -> Plan:

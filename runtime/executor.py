@@ -77,11 +77,13 @@ class Step:
 @dataclass(slots=True)
 class StepResult:
     """What a rank has after a step: the weighted loss if it holds it, user outputs by target, and
-    what it did when, if that was recorded."""
+    what it did when, if that was recorded: with `busy_seconds` of all instructions by
+    `busy_clock`."""
 
     loss: Tensor | None = None
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     events: list[TraceEvent] = field(default_factory=list)
+    busy_seconds: float = 0.0
 
 
 class _Context:
@@ -255,6 +257,7 @@ class Executor:
         result, self.result = self.result, StepResult()
         if self._recorder is not None:
             result.events = self._recorder.events
+            result.busy_seconds = self._recorder.busy_seconds
         self._step = self._optimize = self._keep = None
         self._microbatches = {}
         self._registers.clear()
@@ -289,9 +292,9 @@ class Executor:
             self._execute(instruction)
         else:
             self._saw_end(awaited)
-            begin = recorder.now()
+            began = recorder.begin()
             self._execute(instruction)
-            recorder.executed(instruction, begin)
+            recorder.executed(instruction, began)
         self._position += 1
         return True
 

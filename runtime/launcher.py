@@ -45,7 +45,7 @@ def launch_local(
     *,
     backend: str = "gloo",
     devices: Sequence[torch.device] | None = None,
-    threads_per_rank: int | None = None,
+    threads_per_rank: int | Sequence[int | None] | None = None,
     timeout_seconds: float = 300.0,
     start_seconds: float = 120.0,
     master_port: int = 0,
@@ -58,8 +58,9 @@ def launch_local(
     Args:
         backend: `gloo`, or `nccl` for messages between CUDA devices.
         devices: of the ranks, in order; default: the CPU for all.
-        threads_per_rank: compute threads of a worker; default: cores shared evenly, and not more
-            than OMP_NUM_THREADS where that is set.
+        threads_per_rank: compute threads of a worker, for all alike or for each; default (and where
+            a rank has None): cores shared evenly, and not more than OMP_NUM_THREADS where that is
+            set.
         timeout_seconds: longest wait of a rank for another.
         start_seconds: longest time for all workers to be ready.
         master_port: TCP port where ranks find each other; 0: a free one.
@@ -78,10 +79,17 @@ def launch_local(
         raise UsageError(f"{len(places)} devices were given for {num_ranks} ranks")
     if backend not in ("gloo", "nccl"):
         raise UsageError(f"unknown backend {backend!r}", ways_out=("use 'gloo' or 'nccl'",))
-    threads = threads_per_rank or _threads(num_ranks)
+    each = (
+        threads_per_rank
+        if isinstance(threads_per_rank, Sequence)
+        else [threads_per_rank] * num_ranks
+    )
+    if len(each) != num_ranks:
+        raise UsageError(f"threads of {len(each)} ranks were given for {num_ranks} ranks")
+    threads = [number or _threads(num_ranks) for number in each]
     store = _store(master_port, timeout_seconds)
     processes = WorkerProcesses(
-        num_ranks, _environment(threads), (*preload, factory.partition(":")[0])
+        num_ranks, _environment(max(threads)), (*preload, factory.partition(":")[0])
     )
     specs = [
         WorkerSpec(
@@ -92,7 +100,7 @@ def launch_local(
             store_host=_HOST,
             store_port=store.port,
             timeout_seconds=timeout_seconds,
-            num_threads=threads,
+            num_threads=threads[rank],
             factory=factory,
         )
         for rank, device in enumerate(places)

@@ -37,7 +37,7 @@ from .parts import Part, view_of
 from .rng import make_key
 from .weights import StoredPart, WeightReader
 
-__all__ = ["Rank"]
+__all__ = ["Rank", "stage_functions"]
 
 
 class Rank:
@@ -113,7 +113,7 @@ class Rank:
         """
         began = time.perf_counter()
         parsed = parse_program(program)
-        functions = _functions(source, f"<cutset rank {self.rank} {key}>")
+        functions = stage_functions(source, f"<cutset rank {self.rank} {key}>")
         self._communicator.prepare(parsed)  # first: kernels may hold collectives
         kernels = {
             stage.index: self._kernels(functions[f"stage_{stage.index}"], stage, compile)
@@ -325,6 +325,7 @@ class Rank:
             "loss": None if result.loss is None else float(result.loss),
             "outputs": self._outputs(key, result.outputs),
             "events": result.events,
+            "busy_seconds": result.busy_seconds,
         }
 
     def _held_tensors(self) -> list[Tensor]:
@@ -457,8 +458,8 @@ def _failure_of_files(run: Callable[..., None], *arguments: Any) -> str | None:
     return None
 
 
-def _functions(source: str, filename: str) -> dict[str, Any]:
-    """Execute generated source; its lines stay visible in tracebacks."""
+def stage_functions(source: str, filename: str) -> dict[str, Any]:
+    """The functions of generated source, by name; its lines stay visible in tracebacks."""
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     namespace: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), namespace)

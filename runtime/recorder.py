@@ -9,6 +9,7 @@ import torch
 
 from ..compiler.ir.program import AllGather, AllReduce, Instruction, Recv, ReduceScatter, Send
 from ..compiler.ir.trace import Lane, TraceEvent, event_name
+from .clock import busy_clock
 from .communicator import Pending
 
 __all__ = ["Recorder"]
@@ -17,45 +18,48 @@ _COMMUNICATIONS = (Send, Recv, AllReduce, ReduceScatter, AllGather)
 
 
 class Recorder:
-    """Events of one step of one rank.
+    """Events of one step of one rank, and `busy_seconds` of all instructions by `busy_clock`.
 
     Args:
         rank: whose events.
-        device: on CUDA, an instruction ends when the stream that computes has done it. The device
-            as a whole is not waited for: a receive under way may need what is yet to be computed.
+        device: on CUDA, an instruction ends when the stream that computes has done it.
     """
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self.events: list[TraceEvent] = []
+        self.busy_seconds = 0.0
         self._rank = rank
-        self._device = device
+        self._clock = busy_clock(device)
         self._under_way: dict[int, tuple[Pending, str, float]] = {}
         self._origin = time.perf_counter()
 
-    def now(self) -> float:
-        """Seconds since the step began."""
+    def begin(self) -> tuple[float, float]:
+        """Seconds since the step began, and the busy clock: an instruction begins."""
+        return self._now(), self._clock()
+
+    def _now(self) -> float:
         return time.perf_counter() - self._origin
 
     def restart(self) -> None:
         """The step begins now."""
         self.events.clear()
+        self.busy_seconds = 0.0
         self._under_way.clear()
         self._origin = time.perf_counter()
 
-    def executed(self, instruction: Instruction, begin_seconds: float) -> None:
-        """An instruction that began at `begin_seconds` is over (communications: `started`)."""
+    def executed(self, instruction: Instruction, began: tuple[float, float]) -> None:
+        """An instruction is over; of a communication that has only started, see `started`."""
+        begin_seconds, work = began
+        self.busy_seconds += self._clock() - work
         name = event_name(instruction)
-        if name is None or isinstance(instruction, _COMMUNICATIONS):
-            return
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        self._add(Lane.COMPUTE, name, begin_seconds)
+        if name is not None and not isinstance(instruction, _COMMUNICATIONS):
+            self._add(Lane.COMPUTE, name, begin_seconds)
 
     def started(self, pending: Pending, instruction: Instruction) -> None:
         """A communication is under way."""
         name = event_name(instruction)
         if name is not None:
-            self._under_way[id(pending)] = (pending, name, self.now())
+            self._under_way[id(pending)] = (pending, name, self._now())
 
     def ended(self, pendings: Iterable[Pending]) -> None:
         """These communications were seen to have ended."""
@@ -66,4 +70,4 @@ class Recorder:
                 self._add(Lane.COMMUNICATION, name, begin_seconds)
 
     def _add(self, lane: Lane, name: str, begin_seconds: float) -> None:
-        self.events.append(TraceEvent(self._rank, lane, name, begin_seconds, self.now()))
+        self.events.append(TraceEvent(self._rank, lane, name, begin_seconds, self._now()))

@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +21,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..capture.signature import num_targets
 from ..ir.errors import CutsetError, UsageError
 
-__all__ = ["LoadedModel", "OptimizerFactory", "choose_optimizer", "load_model"]
+__all__ = [
+    "LoadedModel",
+    "OptimizerFactory",
+    "choose_optimizer",
+    "for_inference",
+    "load_model",
+]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -55,6 +62,12 @@ class LoadedModel:
         """Whether there are inputs without values."""
         inputs = pytree.tree_leaves((self.args, self.kwargs))
         return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in inputs)
+
+
+def for_inference(loaded: LoadedModel) -> LoadedModel:
+    """`loaded` without loss and targets, which inference does not take."""
+    count = len(loaded.args) - num_targets(loaded.loss_fn)
+    return replace(loaded, args=loaded.args[:count], loss_fn=None)
 
 
 def load_model(spec: str, *, seed: int = 0, dtype: str | None = None) -> LoadedModel:

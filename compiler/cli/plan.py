@@ -33,6 +33,34 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mode", choices=("train", "infer"), default="train")
     parser.add_argument(
+        "--objective",
+        choices=("step", "throughput", "latency"),
+        default="step",
+        help="what is kept small; throughput and latency place single operators, for inference",
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=("operator", "block"),
+        default="operator",
+        help="what an objective other than step places (default: operator)",
+    )
+    parser.add_argument(
+        "--contiguous", action="store_true", help="no device runs several disconnected pieces"
+    )
+    parser.add_argument(
+        "--profile",
+        choices=("model", "ops"),
+        default="model",
+        help="times of placed operators: by the cost model, or measured on each type of device",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=positive_float,
+        default=20.0,
+        metavar="SECONDS",
+        help="for placing operators (default: 20)",
+    )
+    parser.add_argument(
         "--microbatches", type=positive_int, metavar="M", help="default: chosen by the planner"
     )
     parser.add_argument("--schedule", metavar="NAME", help="1f1b or gpipe (default: chosen)")
@@ -78,6 +106,11 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
     limit = options.memory_limit
     return {
         "mode": options.mode,
+        "objective": options.objective,
+        "granularity": options.granularity,
+        "contiguous": options.contiguous,
+        "profile": options.profile,
+        "placement_seconds": options.time_limit,
         "num_microbatches": options.microbatches,
         "num_stages": options.stages,
         "schedule": options.schedule,
@@ -94,11 +127,13 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from ..compare import render_comparison
     from ..explain import explain, explain_json
     from ..plan_json import save_plan
-    from .model_loader import choose_optimizer, load_model
+    from .model_loader import choose_optimizer, for_inference, load_model
 
     console.progress(f"load {options.model}")
     loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
     factory = choose_optimizer(loaded, options.optimizer, options.lr)
+    if options.mode == "infer":
+        loaded = for_inference(loaded)
     planned, comparison = compare_strategies(
         loaded.model,
         int(options.devices) if options.devices.isdigit() else options.devices,
@@ -130,6 +165,7 @@ COMMAND = Command(
         "cutset plan model.py:build --devices cluster.toml --memory-limit 70 --json",
         "cutset plan model.py:build --devices h100:8 --mesh data=2,tensor=4 --zero 1",
         "cutset plan model.py:build --devices h100:8 --compare ddp,fsdp,tp,pp",
+        "cutset plan model.py:build --devices cluster.toml --mode infer --objective throughput",
         "cutset plan my.models:llama --devices 8 --microbatches 16 --schedule 1f1b -o plan.json",
     ),
     configure=_configure,

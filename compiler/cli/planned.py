@@ -22,10 +22,12 @@ def planned_from(options: argparse.Namespace, plan: Plan, console: Console) -> P
         VerificationError: a program of the plan must not run.
     """
     from ..api import plan_model
-    from .model_loader import load_model
+    from .model_loader import for_inference, load_model
 
     console.progress(f"load {options.model}")
     loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
+    if plan.mode.value == "infer":
+        loaded = for_inference(loaded)
     return plan_model(
         loaded.model,
         plan.cluster,

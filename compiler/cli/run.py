@@ -1,7 +1,8 @@
-"""`cutset run`: train a model with a plan, and compare it with the unpartitioned model.
+"""`cutset run`: run a model with a plan, and compare it with the unpartitioned model.
 
 With `--compare` the same steps are taken by plain eager autograd (`compiler/reference.py`), from
-the same values and under the same random streams.
+the same values and under the same random streams. A plan for inference is run by
+`run_inference.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", required=True, type=Path, metavar="PLAN")
     parser.add_argument("--steps", type=positive_int, default=3, metavar="N")
     parser.add_argument(
-        "--compare", action="store_true", help="also train the unpartitioned model; show the errors"
+        "--compare", action="store_true", help="also run the unpartitioned model; show the errors"
     )
     parser.add_argument(
         "--clip-grad-norm", type=positive_float, metavar="NORM", help="clip the global norm"
@@ -78,16 +79,15 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from ..checkpoint import refuse_existing
     from ..plan_json import load_plan
     from ..reference import train_reference
-    from .model_loader import choose_optimizer
+    from .model_loader import choose_optimizer, for_inference
+    from .run_inference import run_inference
 
     console.quiet = job_rank() > 0
     plan = load_plan(options.plan)
     if plan.mode.value != "train":
-        raise UsageError(
-            "this plan is for inference: there are no steps to train",
-            where=str(options.plan),
-            ways_out=("plan with --mode train",),
-        )
+        loaded = for_inference(_loaded(options, console))
+        run_inference(options, plan, _devices_here(plan), loaded, console)
+        return
     if options.save_checkpoint is not None:
         refuse_existing(options.save_checkpoint)  # not only after the last step
     loaded = _loaded(options, console)
@@ -177,10 +177,11 @@ def _measured(
 def _devices_here(plan: Plan) -> str | Cluster:
     """Devices of this machine like those of the plan, for it to be checked against."""
     cluster = plan.cluster
-    backends = {entry.backend for entry in cluster.types}
-    if not cluster.local or len(backends) > 1:
+    kinds = {(entry.backend, entry.threads, entry.unsupported_ops) for entry in cluster.types}
+    backend, *special = next(iter(kinds))
+    if not cluster.local or len(kinds) > 1 or any(special):
         return cluster
-    return f"{backends.pop()}:{len(cluster.devices)}"
+    return f"{backend}:{len(cluster.devices)}"
 
 
 def _loaded(options: argparse.Namespace, console: Console) -> LoadedModel:
@@ -268,7 +269,7 @@ def _as_text(measured: MeasuredRun, reference: ReferenceRun | None, predicted: f
 
 COMMAND = Command(
     name="run",
-    summary="train a model with a plan over local processes, or as ranks of torchrun",
+    summary="run a model with a plan over local processes, or as ranks of torchrun",
     examples=(
         "cutset run model.py:build --plan plan.json --steps 5",
         "cutset run model.py:build --plan plan.json --steps 3 --compare --dtype float64 --json",

@@ -66,6 +66,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
 def _from_plan_alone(plan: Plan) -> tuple[Simulation, tuple[int, ...]]:
     """The schedule at the plan's own stage times, and the memory that the plan predicts."""
     from ..ir.errors import UsageError
+    from ..ir.stage_edges import schedule_edges
     from ..timeline import ideal_simulation
 
     if plan.schedule is None or plan.prediction is None:
@@ -77,6 +78,7 @@ def _from_plan_alone(plan: Plan) -> tuple[Simulation, tuple[int, ...]]:
         plan.schedule,
         plan.prediction.stage_forward_seconds,
         plan.prediction.stage_backward_seconds,
+        edges=schedule_edges(plan, None),
     )
     return simulation, tuple(entry.total_bytes for entry in plan.prediction.memory)
 

@@ -1,9 +1,12 @@
 """Lower stage graphs and a schedule to one instruction list per rank.
 
 Before an action computes, the receives of the *next* action that has any are posted, so that data
-travels while the device computes; earlier where two ranks could else wait for each other (see
-`receives.py`). Results are sent at once after the action that makes them; input gradients leave
-before weight gradients are computed. Registers are freed after their last reader.
+travels while the device computes; on a rank with several stages those of as many actions, so that
+a whole round of them has its data on the way. They are posted earlier where two ranks could else
+wait for each other (see `receives.py`), and where another value that its sender sends later is
+needed before: between two ranks, transfers keep their order. Results are sent at once after the
+action that makes them; input gradients leave before weight gradients are computed. Registers are
+freed after their last reader.
 
 Every column of the in-stage mesh runs the same schedule. The sums of gradients and what follows the
 last action are in `tail.py`; the last weight gradients of a stage are computed in parts, after each
@@ -12,6 +15,7 @@ of which the sums start that it has made possible.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -30,7 +34,7 @@ from ..ir.program import (
     Send,
     StageProgram,
 )
-from ..ir.schedule import Action, ActionKind
+from ..ir.schedule import Action, ActionKind, Schedule
 from ..ir.types import TensorType
 from .columns import Column, make_columns
 from .copies import parameter_copies
@@ -81,6 +85,7 @@ def generate_programs(
     ]
     for column in columns:
         edges = _Edges(column.stages, column.ranks, plan.num_microbatches)
+        edges.order_by(plan.schedule)
         for rank in sorted(set(column.ranks)):
             programs[rank] = _with_column(programs[rank], column, plan, edges, tail)
     return post_receives_early(tuple(programs))
@@ -194,8 +199,21 @@ class _Edges:
         self._numbers = _numbered(stages, ranks)
         self._made: dict[tuple[ActionKind, int], list[_Edge]] = {}
         self._read: dict[tuple[ActionKind, int], list[_Edge]] = {}
+        self._sent: dict[tuple[int, Register], int] = {}  # (target, register) -> turn
         for stage in stages:
             self._add_stage(stage)
+
+    def order_by(self, schedule: Schedule) -> None:
+        """Note in which order ranks send."""
+        for row in schedule.ranks:
+            for action in row:
+                for edge in self.made_by(action):
+                    key = edge.target, edge.register(action.microbatch)
+                    self._sent.setdefault(key, len(self._sent))
+
+    def turn(self, target: int, register: Register) -> int:
+        """Place of a message among all that its sender sends."""
+        return self._sent[target, register]
 
     def made_by(self, action: Action) -> list[_Edge]:
         """Values that `action` defines, one entry per rank that reads it."""
@@ -280,6 +298,8 @@ def _instructions(
 ) -> Iterator[Instruction]:
     """`closing`: by position, of the actions that end a stage."""
     receives = _receives_by_action(actions, edges, rank)
+    ahead = len({action.stage for action in actions if edges.read_by(action)})
+    ahead = ahead if all(action.kind is ActionKind.FORWARD for action in actions) else 1
     last_read = {
         edge.register(action.microbatch): position
         for position, action in enumerate(actions)
@@ -287,14 +307,14 @@ def _instructions(
     }
     pending = [position for position, posts in enumerate(receives) if posts]
     pending.reverse()
-    posted_for = -1
     if pending and pending[-1] == 0:
-        posted_for = pending.pop()
-        yield from receives[posted_for]
+        yield from receives[pending.pop()]
+    posted: list[int] = []  # for actions to come
     for position, action in enumerate(actions):
-        if pending and posted_for <= position:
-            posted_for = pending.pop()
-            yield from receives[posted_for]
+        posted = [place for place in posted if place > position]
+        while pending and len(posted) < ahead:
+            posted.append(pending.pop())
+            yield from receives[posted[-1]]
         end = closing.get(position, _Closing((), False))
         yield from _compute(action, without_weights=end.in_parts)
         dead = []
@@ -312,7 +332,8 @@ def _instructions(
 
 
 def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -> list[list[Recv]]:
-    """Receives that each action needs and no earlier action of this rank has posted."""
+    """Receives that each action needs and no earlier action of this rank has posted, and before
+    them those of what the same ranks send before."""
     seen: set[Register] = set()
     table: list[list[Recv]] = []
     for action in actions:
@@ -324,7 +345,25 @@ def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -
                 tag = edge.first_tag + action.microbatch
                 posts.append(Recv(register, edge.source, tag, edge.type))
         table.append(posts)
-    return table
+    return _in_order_of_sends(table, edges, rank)
+
+
+def _in_order_of_sends(table: list[list[Recv]], edges: _Edges, rank: int) -> list[list[Recv]]:
+    waiting: dict[int, list[Recv]] = defaultdict(list)
+    for item in (item for posts in table for item in posts):
+        waiting[item.peer].append(item)
+    for items in waiting.values():
+        items.sort(key=lambda item: edges.turn(rank, item.register), reverse=True)
+    done: set[Register] = set()
+    ordered: list[list[Recv]] = []
+    for posts in table:
+        moved = []
+        for item in posts:
+            while item.register not in done:
+                moved.append(waiting[item.peer].pop())
+                done.add(moved[-1].register)
+        ordered.append(moved)
+    return ordered
 
 
 _INSTRUCTIONS: dict[ActionKind, Callable[[int, int], Instruction]] = {

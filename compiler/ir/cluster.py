@@ -56,6 +56,7 @@ class DeviceType:
         overhead_seconds: fixed cost of issuing one operator.
         unsupported_ops: names of ops that the device cannot run.
         host: where optimizer states can lie; None: nowhere but on the device.
+        threads: compute threads of a CPU worker; None: an equal share of the cores of its machine.
     """
 
     name: str
@@ -66,6 +67,7 @@ class DeviceType:
     overhead_seconds: float = 0.0
     unsupported_ops: tuple[str, ...] = ()
     host: Host | None = None
+    threads: int | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
         """Matrix rate for `dtype` in flops per second."""

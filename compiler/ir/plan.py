@@ -6,6 +6,7 @@ code is regenerated from plan and model, never read from a plan file.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from .cluster import Cluster
@@ -19,9 +20,11 @@ __all__ = [
     "TENSOR",
     "Alternative",
     "Certificate",
+    "DeviceLoad",
     "Fingerprint",
     "MemoryPrediction",
     "NodeLayout",
+    "Objective",
     "OptimizerModel",
     "ParameterLayout",
     "Plan",
@@ -39,6 +42,14 @@ DATA = "data"
 
 TENSOR = "tensor"
 """Name of the mesh axis over which tensors are split."""
+
+
+class Objective(enum.Enum):
+    """What a plan was made to keep small."""
+
+    STEP = "step"  # seconds of a step of so many microbatches
+    THROUGHPUT = "throughput"  # seconds a microbatch of the busiest device, in a stream of them
+    LATENCY = "latency"  # seconds until one sample is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,9 @@ class OptimizerModel:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A part of the graph on the devices of one in-stage mesh (one device if nothing is sharded).
+
+    Several stages may stand on one device: the pieces of the graph that it runs, between which
+    other devices have their turn.
 
     `devices` are in the order of the plan's `stage_mesh`, whose last axis varies fastest. The
     devices at one place of the mesh, one a stage, are a *column*: pipeline messages stay within it.
@@ -164,14 +178,33 @@ class MemoryPrediction:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLoad:
+    """Seconds that a device is busy with one microbatch: computing, and moving values in and out
+    (each value once, however many devices take it)."""
+
+    device: int
+    compute_seconds: float
+    communication_seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        return self.compute_seconds + self.communication_seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the cost model expects of one step."""
+    """What the cost model expects of one step.
+
+    Args:
+        loads: of every device, where operators were placed on devices one by one.
+    """
 
     step_seconds: float
     bubble_fraction: float
     stage_forward_seconds: tuple[float, ...]
     stage_backward_seconds: tuple[float, ...]
     memory: tuple[MemoryPrediction, ...]
+    loads: tuple[DeviceLoad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +212,7 @@ class Certificate:
     """How good the plan is, at most, within what was searched.
 
     Args:
-        objective: value of the plan in the planner's objective (seconds a step).
+        objective: value of the plan in its objective, in seconds (see `Objective`).
         lower_bound: no plan of `search_space` is better than this.
         gap: (objective - lower_bound) / objective.
         search_space: what was searched, in words.
@@ -227,6 +260,7 @@ class Plan:
     mode: Mode
     batch_size: int
     optimizer: OptimizerModel
+    objective: Objective = Objective.STEP
     num_microbatches: int = 0
     mesh: Mesh = Mesh(())
     stages: tuple[Stage, ...] = ()

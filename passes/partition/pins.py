@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Hashable
 
 from ...compiler.ir.errors import UsageError
 from ...compiler.ir.graph import Graph
+from ...compiler.ir.paths import matches
 from .problem import DeviceClass
 from .statement import Statement, unit_name
 
-__all__ = ["class_pins", "matches", "node_labels", "stage_pins", "together_nodes"]
+__all__ = ["class_pins", "node_labels", "stage_pins", "together_nodes"]
 
 
 def stage_pins(statement: Statement) -> tuple[tuple[int, int], ...]:
@@ -88,14 +88,6 @@ def together_nodes(
             nodes |= found
         table.append(tuple(sorted(nodes)))
     return tuple(table)
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a module path, or one of the modules around it, matches `pattern`."""
-    parts = path.split(".")
-    return any(
-        fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1)
-    )
 
 
 def node_labels(

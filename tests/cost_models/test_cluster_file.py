@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def _clusters(draw: st.DrawFn) -> Cluster:
     types = tuple(
         DeviceType(
             name,
-            draw(st.sampled_from(["cuda", "tpu", "npu"] if host else ["cpu", "cuda"])),
+            draw(st.sampled_from(["cuda", "tpu", "npu"] if host else ["cuda"])),
             draw(st.integers(1, 1 << 50)),
             draw(_positive),
             tuple((dtype, draw(_positive)) for dtype in draw(st.sets(_dtypes, min_size=1))),
@@ -86,6 +87,9 @@ def _clusters(draw: st.DrawFn) -> Cluster:
         )
         for name in names
     )
+    if host is None:
+        threads = draw(st.none() | st.integers(1, 256))
+        types = (*types[1:], replace(types[0], backend="cpu", threads=threads))
     devices = tuple(
         Device(index, draw(st.sampled_from(names)), draw(st.sampled_from(["n0", "n1", "ñ 2"])))
         for index in range(draw(st.integers(1, 6)))
@@ -120,6 +124,7 @@ def test_parsing_undoes_printing(cluster: Cluster, suffix: str) -> None:
         ('overhead = "5 us"', 'host = { bandwidth = "4 GB/s" }', "gpu.host.latency is missing",
          None, "add it"),
         ('overhead = "5 us"', 'host = { pages = 4 }', "unknown key 'pages'", 7, "keys of a host"),
+        ('overhead = "5 us"', "threads = 4", "has threads, but only CPU workers", 7, "leave"),
         ("count = 2", "count = 0", "count = 0", 13, "at least 1"),
         ('a = "box0"', 'a = "box9"', "link end a = 'box9' is not a node", 25, "box0, box1"),
         ('latency = "1.5 ms"', 'latency = "1.5 mW"', "is not a quantity", 27, "ms"),
@@ -138,6 +143,16 @@ def test_mistakes_are_named_with_line_and_remedy(
     if line is not None:
         assert caught.value.where == f"lab.toml:{line}"
     assert any(way_out in way for way in caught.value.ways_out), caught.value.ways_out
+
+
+@pytest.mark.parametrize("threads", ["0", "-2", "1.5", '"4"', "true"])
+def test_threads_are_a_whole_number(threads: str) -> None:
+    text = GOOD.replace('backend = "cuda"', f'backend = "cpu"\nthreads = {threads}')
+    with pytest.raises(ClusterError, match="is not a number of threads") as caught:
+        parse_cluster(text, name="lab.toml")
+    assert caught.value.where == "lab.toml:5"
+    cluster = parse_cluster(text.replace(f"threads = {threads}", "threads = 3"))
+    assert cluster.types[0].threads == 3
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_file_names_a_cluster(tmp_path: object) -> None:
         (-2, "-2 devices", "at least 1"),
         (True, "devices = True", "a count"),
         (2.5, "devices = 2.5", "a count"),
-        ([], "none cannot form", "all cpu or all cuda"),
+        ([], "none cannot form", "cpu or cuda"),
         ([torch.device("cpu"), torch.device("meta")], "'meta'", "describe them"),
     ],
 )
@@ -99,6 +99,21 @@ def test_what_names_no_devices_is_refused(spec: object, cause: str, way_out: str
 def test_more_cuda_devices_than_there_are() -> None:
     with pytest.raises(ClusterError, match="this machine has"):
         parse_devices("cuda:4096")
+
+
+def test_mixed_devices_of_this_machine() -> None:
+    assert parse_devices("cpu:1+cpu:2") == parse_devices("cpu:3")
+    with pytest.raises(ClusterError, match="names no devices of this machine"):
+        parse_devices("cuda:1+h100:2")
+    if not torch.cuda.is_available():
+        for spec in ("cuda:1+cpu:1", [torch.device("cpu"), torch.device("cuda", 0)]):
+            with pytest.raises(ClusterError, match="1 CUDA devices are wanted"):
+                parse_devices(spec)  # type: ignore[arg-type]
+        return
+    cluster = parse_devices("cpu:1+cuda:1+cpu:1")
+    assert [cluster.type_of(index).backend for index in range(3)] == ["cpu", "cuda", "cpu"]
+    assert cluster.local and cluster.link(0, 1) == cluster.link(0, 2)
+    assert parse_devices([torch.device(name) for name in ("cpu", "cuda:0", "cpu")]) == cluster
 
 
 def test_unlisted_dtypes_run_at_the_rate_of_f32() -> None:

@@ -23,9 +23,11 @@ from cutset.compiler.ir.ops import op_named
 from cutset.compiler.ir.plan import (
     Alternative,
     Certificate,
+    DeviceLoad,
     Fingerprint,
     MemoryPrediction,
     NodeLayout,
+    Objective,
     OptimizerModel,
     ParameterLayout,
     Plan,
@@ -234,6 +236,7 @@ device_types = st.builds(
     finite,
     st.lists(texts, max_size=2).map(tuple),
     st.none() | st.builds(Host, st.builds(Link, finite, finite), counts, finite),
+    st.none() | ids,
 )
 clusters = st.builds(
     Cluster,
@@ -274,6 +277,7 @@ predictions = st.builds(
     st.lists(finite, max_size=3).map(tuple),
     st.lists(finite, max_size=3).map(tuple),
     st.lists(memory, max_size=2).map(tuple),
+    st.lists(st.builds(DeviceLoad, ids, finite, finite), max_size=2).map(tuple),
 )
 plans = st.builds(
     Plan,
@@ -282,6 +286,7 @@ plans = st.builds(
     mode=st.sampled_from(Mode),
     batch_size=ids,
     optimizer=st.builds(OptimizerModel, texts, finite),
+    objective=st.sampled_from(Objective),
     num_microbatches=ids,
     mesh=meshes,
     stages=st.lists(

@@ -17,9 +17,13 @@ schedule 1f1b stages=2 microbatches=4
   0: F0.0 F0.1 ...
 prediction step_seconds=0.25 ...
 memory device=0 parameters_bytes=4096 ...
+load device=0 compute_seconds=0.01 ...
 certificate objective=0.25 lower_bound=0.25 ...
 alternative mesh="data=4" num_microbatches=2 zero=1 step_seconds=0.3 fits=true
 warning "..."
+
+What few plans have is written where it is so: `objective throughput` at the end of the first line,
+`threads 4` at the end of a type's, `offloaded` at the end of a parameter's.
 """
 
 from __future__ import annotations
@@ -35,9 +39,11 @@ from ..mesh import Layout, Mesh
 from ..plan import (
     Alternative,
     Certificate,
+    DeviceLoad,
     Fingerprint,
     MemoryPrediction,
     NodeLayout,
+    Objective,
     OptimizerModel,
     ParameterLayout,
     Plan,
@@ -91,9 +97,10 @@ def print_plan(plan: Plan) -> str:
 
 
 def _plan_lines(plan: Plan) -> Iterator[str]:
+    special = f" objective {plan.objective.value}" if plan.objective is not Objective.STEP else ""
     yield (
         f"plan {plan.mode.value} batch_size={plan.batch_size} "
-        f"num_microbatches={plan.num_microbatches} mesh={print_literal(str(plan.mesh))}"
+        f"num_microbatches={plan.num_microbatches} mesh={print_literal(str(plan.mesh))}{special}"
     )
     yield _record("model", plan.fingerprint)
     yield _record("optimizer", plan.optimizer)
@@ -128,8 +135,9 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         head, *rows = str(plan.schedule).splitlines()
         yield from [head, *(f"  {row}" for row in rows)]
     if plan.prediction is not None:
-        yield _record("prediction", plan.prediction, skip=("memory",))
+        yield _record("prediction", plan.prediction, skip=("memory", "loads"))
         yield from (_record("memory", entry) for entry in plan.prediction.memory)
+        yield from (_record("load", entry) for entry in plan.prediction.loads)
     if plan.certificate is not None:
         yield _record("certificate", plan.certificate)
     for other in plan.alternatives:
@@ -143,7 +151,8 @@ def print_cluster(cluster: Cluster) -> str:
     local = print_literal(cluster.local)
     lines = [f"cluster {print_text(cluster.name)} local={local} {{"]
     for entry in cluster.types:
-        lines.append(f"  {_record('type', entry, skip=('host',))}")
+        threads = "" if entry.threads is None else f" threads {entry.threads}"
+        lines.append(f"  {_record('type', entry, skip=('host', 'threads'))}{threads}")
         if entry.host is not None:
             link = _record("host", entry.host.link)
             lines.append(f"  {_record(link, entry.host, skip=('link',))}")
@@ -190,12 +199,14 @@ def parse_plan(text: str) -> Plan:
     num_microbatches = head.integer()
     head.expect("mesh", "=")
     mesh = Mesh.parse(head.string())
+    objective = read_enum(head, Objective) if head.accept("objective") else Objective.STEP
     head.end()
     plan = Plan(
         fingerprint=_read_line(scanner, "model", Fingerprint),
         optimizer=_read_line(scanner, "optimizer", OptimizerModel),
         cluster=_read_cluster(scanner),
         mode=mode,
+        objective=objective,
         batch_size=batch_size,
         num_microbatches=num_microbatches,
         mesh=mesh,
@@ -253,7 +264,12 @@ def _read_cluster(scanner: Scanner) -> Cluster:
 
 def _read_types(scanner: Scanner) -> Iterator[DeviceType]:
     while scanner.peek() == "type":
-        entry = _read_line(scanner, "type", DeviceType, host=None)
+        line = scanner.line()
+        line.expect("type")
+        entry = _read_record(line, DeviceType, host=None, threads=None)
+        if line.accept("threads"):
+            entry = replace(entry, threads=line.integer())
+        line.end()
         hosts = tuple(_read_all(scanner, "host", _read_host))
         yield replace(entry, host=hosts[0]) if hosts else entry
 
@@ -315,6 +331,8 @@ def _read_schedule(scanner: Scanner) -> Schedule:
 
 
 def _read_prediction(scanner: Scanner) -> Prediction:
-    figures = _read_line(scanner, "prediction", Prediction, memory=())
+    figures = _read_line(scanner, "prediction", Prediction, memory=(), loads=())
     rows = _read_all(scanner, "memory", lambda line: _read_record(line, MemoryPrediction))
-    return replace(figures, memory=tuple(rows))
+    memory = tuple(rows)
+    loads = _read_all(scanner, "load", lambda line: _read_record(line, DeviceLoad))
+    return replace(figures, memory=memory, loads=tuple(loads))

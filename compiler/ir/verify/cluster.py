@@ -60,6 +60,9 @@ def _verify_device_type(entry: DeviceType, here: str) -> None:
     for dtype, rate in entry.flops_per_second:
         check(dtype in DTYPES_BY_NAME, f"{dtype!r} is not a dtype", here)
         _positive(f"flops_per_second of {dtype}", rate, here)
+    if entry.threads is not None:
+        check(entry.threads >= 1, f"it has {entry.threads} threads", here)
+        check(entry.backend == "cpu", f"threads are of CPU workers, it is {entry.backend}", here)
     if entry.host is not None:
         place = f"host of {here}"
         _positive("memory_bytes", entry.host.memory_bytes, place)

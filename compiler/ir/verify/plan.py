@@ -9,6 +9,7 @@ from ..graph import Graph, Value, producers
 from ..mesh import Mesh, Partial, Shard, chunk_sizes
 from ..plan import ParameterLayout, Plan, Prediction
 from ..replicable import replicable_nodes
+from ..stage_edges import schedule_edges
 from .cluster import verify_cluster, verify_layout, verify_mesh
 from .recompute import verify_recomputed
 from .report import check, fail_node, first_repeated
@@ -51,7 +52,7 @@ def verify_plan(plan: Plan, graph: Graph | None = None) -> None:
     _verify_layouts(plan, graph)
     verify_recomputed(plan.recomputed, plan.mode, graph, "plan")
     if plan.schedule is not None:
-        _verify_plan_schedule(plan)
+        _verify_plan_schedule(plan, graph)
     if plan.prediction is not None:
         _verify_prediction(plan, plan.prediction)
     _verify_certificate(plan)
@@ -197,7 +198,7 @@ def _verify_node_layouts(plan: Plan, graph: Graph) -> None:
                     verify_layout(layout, graph.values[value].type, plan.stage_mesh, where=here)
 
 
-def _verify_plan_schedule(plan: Plan) -> None:
+def _verify_plan_schedule(plan: Plan, graph: Graph | None) -> None:
     schedule = plan.schedule
     assert schedule is not None
     here = f"schedule {schedule.name} of the plan"
@@ -212,7 +213,7 @@ def _verify_plan_schedule(plan: Plan) -> None:
         f"it has {len(schedule.ranks)} ranks, the cluster {num_devices} devices",
         here,
     )
-    verify_schedule(schedule, mode=plan.mode)
+    verify_schedule(schedule, mode=plan.mode, edges=schedule_edges(plan, graph))
     for rank, actions in enumerate(schedule.ranks):
         for action in actions:
             device = plan.stages[action.stage].device
@@ -262,6 +263,17 @@ def _verify_prediction(plan: Plan, prediction: Prediction) -> None:
             f"{room}",
             here,
         )
+    repeated = first_repeated(entry.device for entry in prediction.loads)
+    check(repeated is None, f"device {repeated} has two loads", here)
+    for load in prediction.loads:
+        check(
+            0 <= load.device < len(plan.cluster.devices),
+            f"load of device {load.device}, which the cluster does not have",
+            here,
+        )
+        figures = load.compute_seconds, load.communication_seconds
+        good = all(math.isfinite(figure) and figure >= 0 for figure in figures)
+        check(good, f"device {load.device} has a load of {figures} seconds", here)
     known = {entry.device for entry in prediction.memory}
     missing = sorted({stage.device for stage in plan.stages} - known)
     check(not (known and missing), f"devices {missing} have stages but no memory prediction", here)

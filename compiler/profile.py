@@ -1,0 +1,89 @@
+"""Measure the operators of a captured graph, and messages, on the devices that are to run it.
+
+One worker for each device, all at the same time, as they will run. Where devices are of one type
+the mean of their figures counts.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from ..passes.context import Measured
+from ..runtime.session import LocalSession
+from .capture import Captured
+from .codegen.cut import cut_stages
+from .codegen.python import emit_python
+from .ir.cluster import Cluster, Link
+from .ir.errors import UsageError
+from .ir.plan import Stage
+from .ir.program import Program
+from .ir.text import print_program
+from .ranks import start_workers
+
+__all__ = ["measure"]
+
+_FACTORY = "cutset.runtime.profiler:Profiler"
+_REPEATS = 7
+_TIMEOUT_SECONDS = 300.0
+
+
+def measure(captured: Captured, cluster: Cluster) -> Measured:
+    """Seconds of every node of the graph, and of messages.
+
+    Raises:
+        UsageError: the devices are not those of this machine.
+        RuntimeFailure: a worker failed.
+    """
+    if not cluster.local:
+        raise UsageError(
+            f"cluster {cluster.name!r} is not this machine: its devices cannot be measured",
+            where="profile",
+            ways_out=("pass profile='model'", "mark the cluster with local = true if it is"),
+        )
+    program = _program(captured)
+    arguments = {
+        "program": print_program(program),
+        "source": emit_python(program),
+        "repeats": _REPEATS,
+    }
+    session: LocalSession = start_workers(
+        cluster, len(cluster.devices), timeout_seconds=_TIMEOUT_SECONDS, factory=_FACTORY
+    )
+    try:
+        nodes = session.call("time_nodes", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+        messages = session.call("time_messages", timeout_seconds=_TIMEOUT_SECONDS)
+    finally:
+        session.close()
+    links = {
+        name: Link(latency, 1.0 / per_byte if per_byte > 0 else math.inf)
+        for name, (latency, per_byte) in _by_type(cluster, messages).items()
+    }
+    return Measured(_by_type(cluster, nodes), links)
+
+
+def _by_type(cluster: Cluster, rows: list[list[float]]) -> dict[str, tuple[float, ...]]:
+    """Means over the devices of each type."""
+    found: dict[str, list[list[float]]] = {}
+    for device, row in zip(cluster.devices, rows, strict=True):
+        found.setdefault(device.type, []).append(row)
+    return {
+        name: tuple(map(statistics.mean, zip(*own, strict=True))) for name, own in found.items()
+    }
+
+
+def _program(captured: Captured) -> Program:
+    """One node a stage, all on one rank."""
+    graph = captured.graph
+    stages = cut_stages(graph, tuple(Stage(n.id, (0,), (n.id,)) for n in graph.nodes))
+    return Program(
+        rank=0,
+        num_ranks=1,
+        mode=graph.mode,
+        num_microbatches=1,
+        stages=stages,
+        stage_ranks=(0,) * len(stages),
+        instructions=(),
+        plan_hash="",
+        memory_limit_bytes=0,
+    )

@@ -1,0 +1,159 @@
+"""Measures operators of a graph on the device of a worker: seconds of each, as a model runs them.
+
+The nodes of the graph run one after the other, each a function of its own on what those before it
+have made, so that operands have the strides and the caches the state that they have in the model.
+The values of parameters and inputs are made up: how long an operator takes follows from shapes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..compiler.ir.graph import Value, ValueKind
+from ..compiler.ir.program import StageProgram
+from ..compiler.ir.text import parse_program
+from ..compiler.ir.types import TensorType
+from .clock import busy_clock
+from .communicator import Communicator
+from .rank import stage_functions
+
+__all__ = ["Profiler"]
+
+_MESSAGE_BYTES = (4 << 10, 4 << 20)
+_MESSAGES = 15
+_Kernel = Callable[..., tuple[Tensor, ...]]
+
+
+class Profiler:
+    """What a worker that only measures has instead of a `Rank`; arguments as there."""
+
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+        communicator: Communicator,
+        timeout_seconds: float = 300.0,
+    ) -> None:
+        self._rank, self._num_ranks = rank, num_ranks
+        self._device = device
+        self._communicator = communicator
+        self._timeout = timeout_seconds
+
+    def reset(self) -> None:
+        """Nothing is kept between calls."""
+
+    def time_nodes(self, *, program: str, source: str, repeats: int) -> list[float]:
+        """Median seconds of every node.
+
+        Args:
+            program: text form of a program with one node a stage, in an order in which they run.
+            source: their stage functions.
+            repeats: runs that are timed, after one that is not.
+        """
+        stages = parse_program(program).stages
+        functions = stage_functions(source, f"<cutset profile of rank {self._rank}>")
+        run = _Run(stages, functions, self._device)
+        self._communicator.barrier(label="the start of measuring")
+        run.times()
+        rows = [run.times() for _ in range(repeats)]
+        return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+    def time_messages(self) -> tuple[float, float]:
+        """Seconds for which this rank works on a message, sent or received: on any, and on a byte.
+
+        Ranks send to the next one around a ring, all at the same time. Time on the way, in which a
+        rank may compute, is not counted.
+        """
+        if self._num_ranks == 1:
+            return 0.0, 0.0
+        small, large = (self._message_seconds(size) for size in _MESSAGE_BYTES)
+        per_byte = max(0.0, large - small) / (_MESSAGE_BYTES[1] - _MESSAGE_BYTES[0])
+        return max(0.0, small - per_byte * _MESSAGE_BYTES[0]), per_byte
+
+    def _message_seconds(self, size: int) -> float:
+        clock = busy_clock(self._device)
+        after, before = (self._rank + 1) % self._num_ranks, (self._rank - 1) % self._num_ranks
+        kind = TensorType((size,), torch.uint8)
+        tensor = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        seconds = []
+        for turn in range(_MESSAGES):
+            label = f"message {turn} of {size} bytes"
+            begin = clock()
+            arriving = self._communicator.recv(kind, before, turn, label=label)
+            leaving = self._communicator.send(tensor, after, turn, label=label)
+            seconds.append(clock() - begin)
+            for pending in (leaving, arriving):
+                pending.wait(self._timeout)
+        return statistics.median(seconds) / 2
+
+
+class _Run:
+    def __init__(
+        self,
+        stages: tuple[StageProgram, ...],
+        functions: dict[str, _Kernel],
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._clock = busy_clock(device)
+        self._key = torch.zeros((), dtype=torch.int64, device=device)
+        self._nodes = [(functions[f"stage_{stage.index}"], stage) for stage in stages]
+        self._given: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
+        for stage in stages:
+            for value in stage.graph.values:
+                named = value.kind not in (ValueKind.RESULT, ValueKind.BOUNDARY)
+                if named and value.name not in self._given:
+                    self._given[value.name] = _made_up(value, generator).to(device)
+        last = {
+            value.name: stage.index
+            for stage in stages
+            for value in stage.graph.values_of(ValueKind.BOUNDARY)
+        }
+        self._dead: list[list[str]] = [[] for _ in stages]
+        position = {stage.index: place for place, stage in enumerate(stages)}
+        for name, index in last.items():
+            self._dead[position[index]].append(name)
+
+    def times(self) -> list[float]:
+        """Seconds of every node in one run."""
+        made: dict[str, Tensor] = {}
+        seconds = []
+        with torch.no_grad():
+            for (function, stage), dead in zip(self._nodes, self._dead, strict=True):
+                graph = stage.graph
+                arguments = [
+                    made[value.name]
+                    if value.kind is ValueKind.BOUNDARY
+                    else self._given[value.name]
+                    for value in graph.values
+                    if value.kind is not ValueKind.RESULT
+                ]
+                begin = self._clock()
+                results = function(self._key, self._device, *arguments)
+                seconds.append(self._clock() - begin)
+                for output, tensor in zip(graph.outputs, results, strict=True):
+                    made[graph.values[output.value].name] = tensor
+                del arguments, results
+                for name in dead:
+                    made.pop(name, None)
+        return seconds
+
+
+def _made_up(value: Value, generator: torch.Generator) -> Tensor:
+    """Random numbers that neither grow nor vanish through layers; ones for vectors (variances),
+    zeros for integers (legal indices)."""
+    shape, dtype = value.type.shape, value.type.dtype
+    if not value.type.is_float or len(shape) < 2 and value.kind is not ValueKind.INPUT:
+        fill = torch.ones if value.type.is_float or dtype is torch.bool else torch.zeros
+        return fill(shape, dtype=dtype)
+    numbers = torch.randn(shape, generator=generator)
+    if value.kind is ValueKind.PARAMETER:
+        fan_in = max(1, value.type.numel // max(1, shape[0]))
+        numbers *= (2.0 / fan_in) ** 0.5
+    return numbers.to(dtype)
