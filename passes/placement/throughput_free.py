@@ -52,14 +52,14 @@ def any_placement(problem: PlacementProblem, best: Incumbent) -> list[int]:
     if packed is not None:
         return packed
     if not _small(problem):
-        raise no_packing(best.workload, problem, proven=False)
+        raise no_packing(best.workload, problem, contiguous=False, proven=False)
     finite = problem.times[problem.times < float("inf")]
     highest = float(finite.sum() + problem.fees.sum() + 1)
     answer = solve_assignment(
         problem, highest, precision=0.01, seconds=best.left(0.5), minimise=False
     )
     if answer.slot_of is None:
-        raise no_packing(best.workload, problem, proven=answer.infeasible)
+        raise no_packing(best.workload, problem, contiguous=False, proven=answer.infeasible)
     return list(answer.slot_of)
 
 
