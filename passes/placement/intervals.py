@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .feasibility import MEMORY_TOLERANCE
-from .problem import Floats, PlacementProblem
+from .problem import Floats, Integers, PlacementProblem
 
 __all__ = ["Pieces", "best_pieces"]
 
@@ -61,12 +61,12 @@ def _most_steps(problem: PlacementProblem) -> int:
     return 16 * problem.num_devices if problem.num_units > _MOST_BLOCKS else 3000
 
 
-def _blocks(problem: PlacementProblem, order: Sequence[int], count: int) -> Floats:
+def _blocks(problem: PlacementProblem, order: Sequence[int], count: int) -> Integers:
     """[units] block of every position of the order: one each, or `count` that end where least is
     open, of about the same work."""
     size = len(order)
     if count >= size:
-        return np.arange(size)
+        return np.arange(size, dtype=np.int64)
     position = np.empty(size, dtype=np.int64)
     position[list(order)] = np.arange(size)
     opened = np.zeros(size + 1)
@@ -84,11 +84,12 @@ def _blocks(problem: PlacementProblem, order: Sequence[int], count: int) -> Floa
     for begin, end in itertools.pairwise([*starts.tolist(), size]):
         if begin:
             ends[begin + int(np.argmin(opened[begin:end]))] = 1
-    return np.cumsum(ends)
+    blocks: Integers = np.cumsum(ends)
+    return blocks
 
 
 def _interval_loads(
-    problem: PlacementProblem, order: Sequence[int], block_of: Floats
+    problem: PlacementProblem, order: Sequence[int], block_of: Integers
 ) -> list[Floats]:
     """For every kind, [blocks + 1, blocks + 1] load of a device with blocks i to j - 1; inf where
     they do not fit, and for i >= j."""
@@ -112,13 +113,14 @@ def _interval_loads(
     return loads
 
 
-def _between(amounts: Floats) -> Floats:
+def _between(amounts: Floats | Integers) -> Floats:
     """[i, j] sum of amounts i to j - 1."""
     total = np.concatenate([[0.0], np.cumsum(amounts)])
-    return total[None, :] - total[:, None]
+    between: Floats = total[None, :] - total[:, None]
+    return between
 
 
-def _crossing_fees(problem: PlacementProblem, of_unit: Floats, size: int) -> list[Floats]:
+def _crossing_fees(problem: PlacementProblem, of_unit: Integers, size: int) -> list[Floats]:
     """For every kind, [i, j] fees of the nets with a pin in the blocks i to j - 1 and one outside.
 
     A net costs an interval nothing that has none of its pins (it lies between two neighbouring
@@ -174,9 +176,11 @@ def _over_all_counts(problem: PlacementProblem, loads: list[Floats]) -> tuple[fl
             np.minimum(value, _extend(best[before], loads[kind]), out=value)
         best[used] = value
     used = min(best, key=lambda one: (best[one][last], sum(one)))
-    value, stages, end = float(best[used][last]), [], last
-    if math.isinf(value):
-        return value, []
+    least = float(best[used][last])
+    stages: list[_Stage] = []
+    end = last
+    if math.isinf(least):
+        return least, stages
     while end:
         goal = best[used][end]
         for kind, before in _one_less(used):
@@ -188,7 +192,7 @@ def _over_all_counts(problem: PlacementProblem, loads: list[Floats]) -> tuple[fl
                 break
         else:
             raise AssertionError("the table has no predecessor for its own value")
-    return value, stages[::-1]
+    return least, stages[::-1]
 
 
 def _one_less(used: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -235,7 +239,7 @@ def _sequences(problem: PlacementProblem, seed: int) -> list[tuple[int, ...]]:
 
 
 def _decode(
-    problem: PlacementProblem, order: Sequence[int], block_of: Floats, stages: list[_Stage]
+    problem: PlacementProblem, order: Sequence[int], block_of: Integers, stages: list[_Stage]
 ) -> Pieces:
     """Slots in the order of stages; devices without a piece come last."""
     free = [

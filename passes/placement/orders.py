@@ -144,7 +144,7 @@ def _least_open(graph: _Arcs, problem: PlacementProblem, rank: list[float]) -> l
             continue
         order.append(unit)
         can_go[unit] = False
-        changed = set()
+        changed: set[int] = set()
         for net in problem.nets_of[unit]:
             left[net] -= 1
             if left[net] in (1, full[net] - 1):

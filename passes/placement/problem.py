@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from ...compiler.ir.workload import Workload
 
-__all__ = ["Floats", "PlacementProblem", "merge", "placement_problem"]
+__all__ = ["Floats", "Integers", "PlacementProblem", "merge", "placement_problem"]
 
 Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ def reduction_bound(
         high: the value of a placement.
         seconds_left: the bisection ends when this is 0.
     """
-    gap = high - low
+    gap, enough = high - low, _PRECISION * high
     # most problems gain nothing: look just above the start first
     probe = low + gap * _PRECISION
-    while gap > _PRECISION * high and seconds_left() > 0:
+    while gap > enough and seconds_left() > 0:
         if _impossible_below(problem, probe, contiguous=contiguous):
             low = probe
         else:

@@ -75,7 +75,7 @@ def _dual(problem: PlacementProblem) -> tuple[Floats, Floats]:
     kinds = len(problem.counts)
     if kinds == 1:
         return np.ones(1), np.zeros(1)
-    from ortools.linear_solver import pywraplp
+    from ortools.linear_solver import pywraplp  # type: ignore[attr-defined]
 
     rows = np.column_stack([problem.times, problem.sizes])
     types, number = np.unique(rows, axis=0, return_counts=True)

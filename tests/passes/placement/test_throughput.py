@@ -104,14 +104,14 @@ def test_colours_can_make_only_the_contiguous_problem_infeasible() -> None:
 
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_is_repeatable_and_tells_of_progress(contiguous: bool) -> None:
-    workload = layered(60, 3, seed=1)
+    workload = layered(30, 2, seed=1)
     told: list[tuple[float, float]] = []
     first, second = (
         place_throughput(
             workload,
             contiguous=contiguous,
             time_limit=60,
-            gap=0.03,
+            gap=0.04,
             progress=lambda value, bound: told.append((value, bound)),
         )
         for _ in range(2)
@@ -122,7 +122,7 @@ def test_is_repeatable_and_tells_of_progress(contiguous: bool) -> None:
         second.lower_bound,
         second.method,
     )
-    assert 0 <= first.gap <= 0.03
+    assert 0 <= first.gap <= 0.04
     half = told[: len(told) // 2]
     assert half[-1] == (first.value, first.lower_bound)
     assert told == half * 2
@@ -131,9 +131,9 @@ def test_is_repeatable_and_tells_of_progress(contiguous: bool) -> None:
 
 def test_free_is_never_worse_than_contiguous() -> None:
     for seed in range(4):
-        workload = layered(40, 3, seed=seed)
+        workload = layered(25, 2, seed=seed)
         pieces, free = (
-            place_throughput(workload, contiguous=contiguous, time_limit=20, gap=0.02)
+            place_throughput(workload, contiguous=contiguous, time_limit=20, gap=0.05)
             for contiguous in (True, False)
         )
         assert free.value <= pieces.value * (1 + 1e-9)
