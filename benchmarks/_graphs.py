@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import networkx as nx
+
 from cutset.compiler.ir.workload import DeviceKind, Operator, Workload
 
 __all__ = ["FAMILIES", "generate"]
@@ -17,20 +19,21 @@ def generate(family: str, num_operators: int, num_devices: int, seed: int = 0) -
     """A workload of a family, with about so many operators, accelerators and one CPU.
 
     Accelerators hold 1.6 times their share of all bytes; operators are about 10 times as fast on
-    them; one operator in 40 runs on the CPU only.
+    them; the first operators, one in 40, run on the CPU only, as lookups and decoding do.
     """
     rng = random.Random(f"{family}{num_operators}x{num_devices}:{seed}")
     count, edges = FAMILIES[family](rng, num_operators)
+    order = list(nx.lexicographical_topological_sort(nx.DiGraph(edges)))
+    cpu_only = set(order[: count // 40])
     operators = []
     for v in range(count):
         time = rng.lognormvariate(0.0, 1.0)
         size = float(int(rng.lognormvariate(0.0, 1.0) * _MIB))
-        supported = rng.random() >= 1 / 40
         cost = 0.2 * rng.lognormvariate(0.0, 1.0)
         operators.append(
             Operator(
                 f"{family}{v}",
-                (time * rng.uniform(5, 15), time if supported else None),
+                (time * rng.uniform(5, 15), None if v in cpu_only else time),
                 (0.0, cost),
                 size,
             )
