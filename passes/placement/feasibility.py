@@ -38,18 +38,21 @@ def require_feasible(workload: Workload, problem: PlacementProblem) -> None:
     _check_total_memory(workload, problem, allowed)
 
 
-def no_packing(workload: Workload, problem: PlacementProblem, *, proven: bool) -> InfeasibleError:
+def no_packing(
+    workload: Workload, problem: PlacementProblem, *, contiguous: bool, proven: bool
+) -> InfeasibleError:
     """The error for memory that suffices in total, but into which the units cannot be divided."""
     held, limit = problem.sizes.sum(), (problem.memory * np.array(problem.counts)).sum()
-    verb = "can be" if proven else "was found in the time given to be"
+    verb = "cannot be divided" if proven else "were not divided, in the time given,"
+    pieces = " in contiguous pieces" if contiguous else ""
     return InfeasibleError(
         f"memory: {held:.0f} bytes of operators in {problem.num_units} inseparable groups"
-        f" {'cannot be' if proven else 'could not be'} divided over {problem.num_devices} devices"
-        f" of {limit:.0f} bytes in total" + ("" if proven else f"; no division {verb} legal"),
+        f" {verb} over {problem.num_devices} devices of {limit:.0f} bytes in total{pieces}",
         where="devices",
         ways_out=(
             "more devices, or devices with more memory",
             "fewer operators of one colour",
+            *(("pieces that need not be contiguous",) if contiguous else ()),
             *(() if proven else ("a longer time limit",)),
         ),
     )

@@ -81,7 +81,7 @@ def _start(workload: Workload, problem: PlacementProblem, best: Incumbent) -> li
         pieces = prove_pieces(pieced, search_pieces(pieced, first), first)
     except InfeasibleError:
         slots = any_placement(problem, best)
-        best.offer(problem, slots, "CP-SAT over devices")
+        best.offer(problem, slots, "packing")
         return slots
     best.offer(pieced, pieces.slot_of, first.found_by)
     slot_of = {

@@ -101,9 +101,11 @@ def _pieces_below(
 
 def _any_pieces(problem: PlacementProblem, best: Incumbent) -> Pieces:
     """Pieces of any load, where no order's intervals fit into memory."""
+    if not _small(problem):
+        raise no_packing(best.workload, problem, contiguous=True, proven=False)
     finite = problem.times[problem.times < float("inf")]
     highest = float(finite.sum() + problem.fees.sum() + 1)
     answer = solve_stages(problem, highest, precision=0.01, seconds=best.left(0.5))
     if answer.pieces is None:
-        raise no_packing(best.workload, problem, proven=answer.infeasible)
+        raise no_packing(best.workload, problem, contiguous=True, proven=answer.infeasible)
     return answer.pieces

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from .anneal import anneal
 from .assignment_model import solve_assignment
 from .descent import SMALLEST_STEP, Answer, descend
-from .feasibility import no_packing
+from .feasibility import MEMORY_TOLERANCE, no_packing
 from .incumbent import Incumbent
 from .load_table import LoadTable
 from .neighbourhood import improve_few_devices
@@ -46,14 +48,36 @@ def any_placement(problem: PlacementProblem, best: Incumbent) -> list[int]:
     Raises:
         InfeasibleError: there is none, or none was found in the time given.
     """
+    packed = _largest_first(problem)
+    if packed is not None:
+        return packed
+    if not _small(problem):
+        raise no_packing(best.workload, problem, contiguous=False, proven=False)
     finite = problem.times[problem.times < float("inf")]
     highest = float(finite.sum() + problem.fees.sum() + 1)
     answer = solve_assignment(
         problem, highest, precision=0.01, seconds=best.left(0.5), minimise=False
     )
     if answer.slot_of is None:
-        raise no_packing(best.workload, problem, proven=answer.infeasible)
+        raise no_packing(best.workload, problem, contiguous=False, proven=answer.infeasible)
     return list(answer.slot_of)
+
+
+def _largest_first(problem: PlacementProblem) -> list[int] | None:
+    """Units by falling size, each where it ends first among the slots that can hold it."""
+    limits = problem.memory[list(problem.slots)] * (1 + MEMORY_TOLERANCE)
+    times = problem.times[:, list(problem.slots)]
+    load, used = np.zeros(problem.num_devices), np.zeros(problem.num_devices)
+    slots = [0] * problem.num_units
+    for unit in np.argsort(-problem.sizes, kind="stable").tolist():
+        ends = np.where(used + problem.sizes[unit] <= limits, load + times[unit], np.inf)
+        slot = int(np.argmin(ends))
+        if not np.isfinite(ends[slot]):
+            return None
+        slots[unit] = slot
+        load[slot] += times[unit, slot]
+        used[slot] += problem.sizes[unit]
+    return slots
 
 
 def _anneal_merged(problem: PlacementProblem, slots: list[int], best: Incumbent) -> list[int]:
