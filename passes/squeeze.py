@@ -21,6 +21,7 @@ __all__ = ["squeeze"]
 
 _RUNGS = 40
 _OTHERS = 6
+_EFFORT = 100_000  # of all walks of a search, which is seconds: then what was found has to do
 _LESS = 1.0 - 1e-4  # what solvers take for less
 
 
@@ -50,7 +51,8 @@ class _Walk:
             if self.fits(lean):
                 break
         for _ in range(_OTHERS):
-            seeks = self.unfit and not math.isinf(self.best)
+            is_spent = self.pricing.layouts.effort > _EFFORT
+            seeks = self.unfit and not math.isinf(self.best) and not is_spent
             choice = self.choice(memory) if seeks else None
             if choice is None or self.fits(choice):
                 break
@@ -59,6 +61,8 @@ class _Walk:
     def leaner(self, memory: Memory) -> Iterator[LayoutChoice]:
         """One after the other, while they may win."""
         for _ in range(_RUNGS):
+            if self.pricing.layouts.effort > _EFFORT:
+                return
             choice = self.pricing.layouts.choice_within(self.mesh, self.count, memory)
             if choice is None or self.seconds(choice) >= self.best:
                 return

@@ -38,6 +38,7 @@ class StageLayouts:
         self.rows = batch_rows(context.graph)
         self._fronts: dict[object, LayoutFront | None] = {}
         self._choices: dict[object, LayoutChoice | None] = {}
+        self.effort = 0  # spent on layouts for a limit of memory
 
     @functools.cached_property
     def facts(self) -> GraphFacts:
@@ -87,6 +88,8 @@ class StageLayouts:
         """The fastest layouts whose additive bound is within `memory`, and that are none of
         `others`."""
         front = self._front(mesh, count, late=late)
+        if front is not None:
+            self.effort += front.num_options**2
         return front.within(memory, others) if front is not None else None
 
     def sums_are_late(self, mesh: Mesh, count: int) -> bool:

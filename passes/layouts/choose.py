@@ -165,6 +165,11 @@ class LayoutFront:
         fastest = _legal(solve(stated.problem), facts.graph, mesh)
         return LayoutFront(facts.graph, mesh, stated, tuple(statistics), fastest)
 
+    @property
+    def num_options(self) -> int:
+        """Of all choices of the last axis: what solving takes grows with its square, or faster."""
+        return sum(len(choice.options) for choice in self.stated.problem.choices)
+
     def within(self, memory: Memory, others: Sequence[LayoutChoice] = ()) -> LayoutChoice | None:
         """The fastest layouts within `memory`, none of `others`; None if none were found."""
         problem = self._problem(memory)
