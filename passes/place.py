@@ -49,6 +49,7 @@ from .placement.throughput import place_throughput
 __all__ = ["PlaceOperators", "check_placement", "place_by_hand", "stream"]
 
 PROFILES = ("model", "ops")
+_WORTH_PIECES = 1.05  # times the time of more pieces
 _ROUNDS = 6  # of setting more memory aside
 
 
@@ -105,8 +106,7 @@ class PlaceOperators:
                 f"place {len(statement.units)} operators of {len(context.graph.nodes)} nodes on "
                 f"{len(statement.devices)} devices"
             )
-            result = _solve(plan, statement, context)
-            placed = _placed(plan, statement, result, contiguous=context.options.contiguous)
+            placed = _solved(plan, statement, context)
             excess = _excess(placed)
             if not excess:
                 return placed
@@ -162,7 +162,30 @@ def _statement(plan: Plan, context: Context, reserve: Mapping[str, int]) -> Plac
     )
 
 
-def _solve(plan: Plan, statement: PlacementStatement, context: Context) -> PlacementResult:
+def _solved(plan: Plan, statement: PlacementStatement, context: Context) -> Plan:
+    """The placed plan. One piece a device is preferred where more would be little faster, as each
+    message between pieces costs both ends work that the model does not know."""
+    contiguous = context.options.contiguous
+    result = _solve(plan, statement, context, contiguous=contiguous)
+    placed = _placed(plan, statement, result, contiguous=contiguous)
+    if contiguous or plan.objective is Objective.LATENCY or len(placed.stages) <= 1:
+        return placed
+    try:
+        whole = _solve(plan, statement, context, contiguous=True)
+    except InfeasibleError:
+        return placed
+    best = replace(whole, lower_bound=min(result.lower_bound, whole.value))
+    simple = _placed(plan, statement, best, contiguous=False)
+    assert placed.prediction is not None and simple.prediction is not None
+    if _excess(simple) or len(simple.stages) >= len(placed.stages):
+        return placed
+    seconds = placed.prediction.step_seconds
+    return simple if simple.prediction.step_seconds <= _WORTH_PIECES * seconds else placed
+
+
+def _solve(
+    plan: Plan, statement: PlacementStatement, context: Context, *, contiguous: bool
+) -> PlacementResult:
     solver = place_throughput if plan.objective is Objective.THROUGHPUT else place_latency
 
     def tell(value: float, bound: float) -> None:
@@ -170,7 +193,7 @@ def _solve(plan: Plan, statement: PlacementStatement, context: Context) -> Place
 
     result = solver(
         statement.workload,
-        contiguous=context.options.contiguous,
+        contiguous=contiguous,
         time_limit=context.options.placement_seconds,
         gap=context.options.tolerance,
         progress=tell,
