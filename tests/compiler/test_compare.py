@@ -68,7 +68,11 @@ PAIRS = [
     for cluster in CLUSTERS
     for is_slow in (model == "llama" or (model, cluster) == ("residual_net", "h100:8"),)
 ]
-TIGHT = [("mlp", "h100:8", 200), ("mlp", "cpu:4", 200), ("mlp", "slow links", 150)]
+TIGHT = [
+    ("mlp", "h100:8", 200),
+    ("mlp", "cpu:4", 200),
+    pytest.param("mlp", "slow links", 150, marks=pytest.mark.slow),
+]
 
 
 def compared(model: str, cluster: Cluster) -> dict[str, StrategyFigures]:
