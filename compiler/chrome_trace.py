@@ -1,7 +1,8 @@
 """Traces as files in Chrome's trace event format, which Perfetto (ui.perfetto.dev) shows.
 
-A rank is a process, its lanes are threads. Simulated and measured steps are written alike, so that
-both can be opened and compared event by event.
+A rank is a process, its lanes are threads; communications that overlap in time lie on threads of
+their own, as events of one thread have to nest. Simulated and measured steps are written alike, so
+that both can be opened and compared event by event.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ def chrome_trace(
         memory_curves: per rank, (seconds, bytes) whenever the level changes.
         title: what the trace shows (`simulated`, `measured`), in the names of the processes.
     """
-    found = sorted(events, key=lambda one: (one.rank, one.lane, one.begin_seconds))
+    found = sorted(events, key=lambda one: (one.rank, _LANES.index(one.lane), one.begin_seconds))
+    threads = _threads(found)
     ranks = sorted({event.rank for event in found})
-    entries = [entry for rank in ranks for entry in _names(rank, title)]
+    entries = [entry for rank in ranks for entry in _names(rank, title, found, threads)]
     entries += [
         {
             "ph": "X",
             "name": event.name,
             "cat": event.lane.value,
             "pid": event.rank,
-            "tid": _LANES.index(event.lane),
+            "tid": thread,
             "ts": event.begin_seconds * _MICRO,
             "dur": (event.end_seconds - event.begin_seconds) * _MICRO,
         }
-        for event in found
+        for event, thread in zip(found, threads, strict=True)
     ]
     entries += [
         {
@@ -71,8 +73,23 @@ def write_chrome_trace(path: Path, trace: dict[str, Any]) -> None:
     write_whole(path, json.dumps(trace), "trace")
 
 
-def _names(rank: int, title: str) -> list[dict[str, Any]]:
-    """What a rank and its lanes are called."""
+def _threads(events: Sequence[TraceEvent]) -> list[int]:
+    """The thread of each event: the lane's own, or the first after it that is free by then."""
+    ends: dict[tuple[int, int], float] = {}
+    chosen = []
+    for event in events:
+        thread = _LANES.index(event.lane)
+        while ends.get((event.rank, thread), 0.0) > event.begin_seconds:
+            thread += len(_LANES)
+        ends[event.rank, thread] = event.end_seconds
+        chosen.append(thread)
+    return chosen
+
+
+def _names(
+    rank: int, title: str, events: Sequence[TraceEvent], threads: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What a rank and its threads are called."""
     process = {
         "ph": "M",
         "name": "process_name",
@@ -84,9 +101,15 @@ def _names(rank: int, title: str) -> list[dict[str, Any]]:
             "ph": "M",
             "name": "thread_name",
             "pid": rank,
-            "tid": number,
+            "tid": thread,
             "args": {"name": lane.value},
         }
-        for number, lane in enumerate(_LANES)
+        for thread, lane in sorted(
+            {
+                (t, event.lane)
+                for event, t in zip(events, threads, strict=True)
+                if event.rank == rank
+            }
+        )
     ]
     return [process, *lanes]

@@ -191,7 +191,6 @@ class MemoryModel:
         return adjoint(context)
 
 
-@once_per_object
 def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu") -> MemoryModel:
     """Prepare memory prediction of `graph`.
 
@@ -199,6 +198,14 @@ def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "c
         batch_fraction: predict for this multiple of the microbatch it was captured at.
         backend: torch device type that runs it; kernels differ in what they save.
     """
+    return MemoryModel(graph, backend, *_memory_tables(graph, batch_fraction, backend))
+
+
+@once_per_object
+def _memory_tables(
+    graph: Graph, batch_fraction: float, backend: str
+) -> tuple[tuple[float, ...], Storages, tuple[Adjoint, ...], frozenset[int]]:
+    """The other fields of `MemoryModel`; they do not hold the graph, which would never die."""
     batched = batch_values(graph)
     sizes = tuple(
         value.type.num_bytes * (batch_fraction if value.id in batched else 1.0)
@@ -208,7 +215,7 @@ def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "c
     adjoints = tuple(
         adjoint(NodeContext(graph, node, storages, sizes, backend)) for node in graph.nodes
     )
-    return MemoryModel(graph, backend, sizes, storages, adjoints, weight_like_values(graph))
+    return sizes, storages, adjoints, weight_like_values(graph)
 
 
 def rerun_nodes(graph: Graph, recomputed: Collection[int]) -> frozenset[int]:

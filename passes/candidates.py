@@ -68,7 +68,10 @@ class Pricing:
         self._candidates: dict[tuple[Mesh, int, Way], Candidate | None] = {}
         self._unfit: dict[tuple[Mesh, Way], int] = {}  # with so many microbatches or fewer
         self._choices: dict[object, LayoutChoice | None] = {}  # with saving
-        self._short: dict[tuple[Mesh, float, bool], int] = {}  # likewise, of memory for layouts
+        self.effort = 0  # of walks through layouts for little memory (`squeeze.py`)
+        self._short: dict[
+            tuple[Mesh, float, bool, bool], int
+        ] = {}  # likewise, of memory for layouts
         self._columns: dict[object, Column] = {}
         self._recompute: dict[str, tuple[int, ...]] = {}
         self._statements: dict[object, Statement] = {}
@@ -174,7 +177,8 @@ class Pricing:
         """
         layouts = self.layouts
         in_flight = 0.0 if self.recomputed(way.recompute) else layouts.portion(count)
-        memory = replace(self.memory(mesh, count, way, 1.0), in_flight=in_flight)
+        memory = self.memory(mesh, count, way, 1.0, bounding=True)
+        memory = replace(memory, in_flight=in_flight)
         stages, inner = mesh.axis(PIPELINE).size, mesh.axis(DATA).size * mesh.axis(TENSOR).size
         rerun = self._rerun_seconds(way.recompute, count) / inner
         return layouts.lower_bound(mesh, count, memory) + (stages + count - 1) / stages * rerun
@@ -214,21 +218,25 @@ class Pricing:
         if not way.saving:
             return self.layouts.fastest(mesh, count, late=late)
         key = (mesh, count, way.saving, way.offload, late)
-        if count <= self._short.get((mesh, way.saving, way.offload), 0):
+        if count <= self._short.get((mesh, way.saving, way.offload, late), 0):
             return None  # fewer microbatches never need less memory
         if key not in self._choices:
             like = Way(0, way.saving, "none", way.offload)
             memory = self.memory(mesh, count, like, way.saving)
             self._choices[key] = self.layouts.choice_within(mesh, count, memory, late=late)
             if self._choices[key] is None:
-                self._short[mesh, way.saving, way.offload] = count
+                self._short[mesh, way.saving, way.offload, late] = count
         return self._choices[key]
 
-    def memory(self, mesh: Mesh, count: int, way: Way, share: float | None) -> Memory:
+    def memory(
+        self, mesh: Mesh, count: int, way: Way, share: float | None, *, bounding: bool = False
+    ) -> Memory:
         """A `share` of that of one device of each stage, all that layouts want if it is None, with
         bytes counted as ZeRO and offloading save them; recomputation is not counted."""
         limit = None if share is None else math.floor(share * self.layouts.memory_bytes)
-        return self.layouts.memory(mesh, count, limit, zero=way.zero, offload=way.offload)
+        return self.layouts.memory(
+            mesh, count, limit, zero=way.zero, offload=way.offload, bounding=bounding
+        )
 
     def plan_with(self, mesh: Mesh, count: int, way: Way, choice: LayoutChoice | None) -> Plan:
         """The plan before its stages with layouts `choice`, which is None on a mesh that needs

@@ -134,6 +134,7 @@ class _Search:
                 return self.smallest()
             self.context.progress("nothing fits: offload optimizer states to the hosts")
             self.offload, self.bounds = True, []
+            self.pricing.effort = 0
 
     def search(self, space: list[tuple[Mesh, int]]) -> None:
         """Price what may be better than the best so far.

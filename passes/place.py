@@ -9,6 +9,7 @@ and in the operators that they support, and may run several disconnected pieces.
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ __all__ = ["PlaceOperators", "check_placement", "place_by_hand", "stream"]
 
 PROFILES = ("model", "ops")
 _WORTH_PIECES = 1.05  # times the time of more pieces
+_CONTIGUOUS_SHARE = 0.25  # of the time, to place contiguously beside
+_LEAST_SECONDS = 2.0  # once memory had to be set aside
 _ROUNDS = 6  # of setting more memory aside
 
 
@@ -100,13 +103,14 @@ class PlaceOperators:
         assert count is not None, "the caller decides into how many microbatches a step is split"
         plan = replace(plan, objective=context.options.objective, num_microbatches=count)
         reserve: Counter[str] = Counter()
+        ends = time.monotonic() + context.options.placement_seconds
         for _ in range(_ROUNDS):
             statement = _statement(plan, context, reserve)
             context.progress(
                 f"place {len(statement.units)} operators of {len(context.graph.nodes)} nodes on "
                 f"{len(statement.devices)} devices"
             )
-            placed = _solved(plan, statement, context)
+            placed = _solved(plan, statement, context, ends)
             excess = _excess(placed)
             if not excess:
                 return placed
@@ -162,16 +166,19 @@ def _statement(plan: Plan, context: Context, reserve: Mapping[str, int]) -> Plac
     )
 
 
-def _solved(plan: Plan, statement: PlacementStatement, context: Context) -> Plan:
+def _solved(plan: Plan, statement: PlacementStatement, context: Context, ends: float) -> Plan:
     """The placed plan. One piece a device is preferred where more would be little faster, as each
     message between pieces costs both ends work that the model does not know."""
     contiguous = context.options.contiguous
-    result = _solve(plan, statement, context, contiguous=contiguous)
+    is_free = not contiguous and plan.objective is Objective.THROUGHPUT
+    left = max(ends - time.monotonic(), _LEAST_SECONDS)
+    share = 1.0 - _CONTIGUOUS_SHARE if is_free else 1.0
+    result = _solve(plan, statement, context, share * left, contiguous=contiguous)
     placed = _placed(plan, statement, result, contiguous=contiguous)
-    if contiguous or plan.objective is Objective.LATENCY or len(placed.stages) <= 1:
+    if not is_free or len(placed.stages) <= 1:
         return placed
     try:
-        whole = _solve(plan, statement, context, contiguous=True)
+        whole = _solve(plan, statement, context, _CONTIGUOUS_SHARE * left, contiguous=True)
     except InfeasibleError:
         return placed
     best = replace(whole, lower_bound=min(result.lower_bound, whole.value))
@@ -184,7 +191,12 @@ def _solved(plan: Plan, statement: PlacementStatement, context: Context) -> Plan
 
 
 def _solve(
-    plan: Plan, statement: PlacementStatement, context: Context, *, contiguous: bool
+    plan: Plan,
+    statement: PlacementStatement,
+    context: Context,
+    seconds: float,
+    *,
+    contiguous: bool,
 ) -> PlacementResult:
     solver = place_throughput if plan.objective is Objective.THROUGHPUT else place_latency
 
@@ -194,7 +206,7 @@ def _solve(
     result = solver(
         statement.workload,
         contiguous=contiguous,
-        time_limit=context.options.placement_seconds,
+        time_limit=seconds,
         gap=context.options.tolerance,
         progress=tell,
     )

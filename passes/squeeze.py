@@ -9,7 +9,7 @@ the same has a larger bound, so in a small graph such are looked through next, f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..compiler.ir.mesh import Mesh
@@ -51,8 +51,7 @@ class _Walk:
             if self.fits(lean):
                 break
         for _ in range(_OTHERS):
-            is_spent = self.pricing.layouts.effort > _EFFORT
-            seeks = self.unfit and not math.isinf(self.best) and not is_spent
+            seeks = self.unfit and not math.isinf(self.best) and not self.is_spent()
             choice = self.choice(memory) if seeks else None
             if choice is None or self.fits(choice):
                 break
@@ -60,10 +59,11 @@ class _Walk:
 
     def leaner(self, memory: Memory) -> Iterator[LayoutChoice]:
         """One after the other, while they may win."""
-        for _ in range(_RUNGS):
-            if self.pricing.layouts.effort > _EFFORT:
+        for rung in range(_RUNGS):
+            is_first = rung == 0 and math.isinf(self.best)  # as long as nothing fits
+            if self.is_spent() and not is_first:
                 return
-            choice = self.pricing.layouts.choice_within(self.mesh, self.count, memory)
+            choice = self.within(memory)
             if choice is None or self.seconds(choice) >= self.best:
                 return
             yield choice
@@ -73,9 +73,16 @@ class _Walk:
 
     def choice(self, memory: Memory) -> LayoutChoice | None:
         """The fastest that was not looked at, if it may win."""
-        layouts = self.pricing.layouts
-        choice = layouts.choice_within(self.mesh, self.count, memory, self.unfit)
+        choice = self.within(memory, self.unfit)
         return None if choice is None or self.seconds(choice) >= self.best else choice
+
+    def within(self, memory: Memory, others: Sequence[LayoutChoice] = ()) -> LayoutChoice | None:
+        layouts = self.pricing.layouts
+        self.pricing.effort += layouts.effort(self.mesh, self.count)
+        return layouts.choice_within(self.mesh, self.count, memory, others)
+
+    def is_spent(self) -> bool:
+        return self.pricing.effort > _EFFORT
 
     def seconds(self, choice: LayoutChoice) -> float:
         return self.pricing.layouts.least_seconds(self.mesh, self.count, choice)

@@ -38,7 +38,6 @@ class StageLayouts:
         self.rows = batch_rows(context.graph)
         self._fronts: dict[object, LayoutFront | None] = {}
         self._choices: dict[object, LayoutChoice | None] = {}
-        self.effort = 0  # spent on layouts for a limit of memory
 
     @functools.cached_property
     def facts(self) -> GraphFacts:
@@ -88,9 +87,12 @@ class StageLayouts:
         """The fastest layouts whose additive bound is within `memory`, and that are none of
         `others`."""
         front = self._front(mesh, count, late=late)
-        if front is not None:
-            self.effort += front.num_options**2
         return front.within(memory, others) if front is not None else None
+
+    def effort(self, mesh: Mesh, count: int) -> int:
+        """About what one `choice_within` takes, in no unit."""
+        front = self._front(mesh, count)
+        return 0 if front is None else front.num_options**2
 
     def sums_are_late(self, mesh: Mesh, count: int) -> bool:
         """Whether sums of gradients may take longer than the last backward, which takes about as
@@ -163,11 +165,12 @@ class StageLayouts:
         *,
         zero: int,
         offload: bool,
+        bounding: bool = False,
     ) -> Memory:
         """Of one device of each stage, `limit_bytes` each, as bytes count with ZeRO of level `zero`
-        and states that are to `offload`."""
+        and states that are to `offload`; for choices, or for `bounding` them."""
         stages = mesh.axis(PIPELINE).size
-        spread = self._spread(mesh, count, bounding=False)
+        spread = self._spread(mesh, count, bounding=bounding)
         return Memory(
             limit_bytes=None if limit_bytes is None else stages * limit_bytes,
             in_flight=min(stages, count) * self.portion(count),

@@ -419,6 +419,7 @@ class Executor:
         if isinstance(held, Tensor):
             return held
         tensor = held.wait(self._timeout)
+        self._saw_end([held])
         assert tensor is not None
         self._registers[register] = tensor
         return tensor

@@ -75,7 +75,7 @@ def _library() -> str:
 
 
 def _count(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else -1
     if not 0 <= number <= 100_000:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 100000")
     return number

@@ -199,9 +199,16 @@ def test_run_trains_the_same_weights_as_the_unpartitioned_model(
     assert max(levels) > min(levels) > 0
 
 
-def _what(events: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
-    """What a trace says each rank did with which lane, however long it took."""
-    return sorted((one["pid"], one["tid"], one["name"]) for one in events if one["ph"] == "X")
+def _what(events: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
+    """What a trace says each rank did with which lane, however long it took; events of one thread
+    do not overlap."""
+    spans = [one for one in events if one["ph"] == "X"]
+    for one in spans:
+        for other in spans:
+            if one is not other and (one["pid"], one["tid"]) == (other["pid"], other["tid"]):
+                ends = one["ts"] + one["dur"] - 1e-3, other["ts"] + other["dur"] - 1e-3
+                assert one["ts"] >= ends[1] or other["ts"] >= ends[0], (one, other)
+    return sorted((one["pid"], one["cat"], one["name"]) for one in spans)
 
 
 def test_run_goes_on_from_a_checkpoint(
