@@ -10,7 +10,16 @@ from typing import Any, NoReturn
 
 from .ir.errors import UsageError
 
-__all__ = ["Fields", "parse_object"]
+__all__ = ["Fields", "parse_object", "strict_json"]
+
+
+def strict_json(text: str) -> Any:
+    """What `text` says; NaN, infinities and repeated keys are refused.
+
+    Raises:
+        ValueError: it is no such JSON; JSONDecodeError, with the place, if it is no JSON at all.
+    """
+    return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
 
 
 def parse_object(text: str, source: str, what: str) -> dict[str, Any]:
@@ -21,7 +30,7 @@ def parse_object(text: str, source: str, what: str) -> dict[str, Any]:
     """
     ways_out = (f"give a {what} file in JSON, complete",)
     try:
-        document = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        document = strict_json(text)
     except json.JSONDecodeError as error:
         raise UsageError(
             f"not a complete JSON document: {error.msg}",

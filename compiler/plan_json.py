@@ -18,13 +18,14 @@ from typing import Any
 
 from .files import unusable, write_whole
 from .ir.cluster import Cluster
-from .ir.convert import Codec, Converter, JsonValue
+from .ir.convert import Codec, Converter
 from .ir.errors import PlanFormatError
 from .ir.mesh import Layout, Mesh
 from .ir.plan import Fingerprint, Plan
 from .ir.schedule import Action
 from .ir.text import format_ranges, parse_ranges
 from .ir.verify import verify_plan
+from .json_fields import strict_json
 
 __all__ = [
     "FORMAT_VERSION",
@@ -105,9 +106,7 @@ def plan_from_json(text: str, *, source: str = "plan") -> Plan:
 
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
-        document = json.loads(
-            text, object_pairs_hook=_distinct_keys, parse_constant=_refuse_constant
-        )
+        document = strict_json(text)
     except json.JSONDecodeError as error:
         raise PlanFormatError(
             f"not a complete JSON document: {error.msg}",
@@ -125,19 +124,6 @@ def _parse(text: str, source: str) -> dict[str, Any]:
             ways_out=(_PLAN_AGAIN,),
         )
     return document
-
-
-def _distinct_keys(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {repeated!r} is given twice in one object")
-    return table
-
-
-def _refuse_constant(name: str) -> JsonValue:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_version(document: dict[str, Any], source: str) -> None:

@@ -94,7 +94,7 @@ class Pricing:
         return self._candidates[key]
 
     def _estimated(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
-        found = self._priced(mesh, count, way)
+        found = self._priced(self.plan_on(mesh, count, way), way)
         if not self.layouts.sums_are_late(mesh, count):
             return found
         # layouts that sum less may be faster
@@ -104,7 +104,7 @@ class Pricing:
             share = min(found.share, late)
             scale = share / found.share if found.share else 0.0
             return replace(found, lower_bound=scale * found.lower_bound, share=share)
-        others = self._priced(mesh, count, way, late=True)
+        others = self._priced(plan, way, late=True)
         best = min(
             (item for item in (found, others) if item is not None),
             key=lambda item: item.seconds,
@@ -121,11 +121,11 @@ class Pricing:
         assert choice is not None
         return choice.lower_bound / choice.objective if choice.objective else 1.0
 
-    def _priced(self, mesh: Mesh, count: int, way: Way, *, late: bool = False) -> Candidate | None:
-        """With layouts for sums of gradients that backward hides, or hides in part (`late`)."""
-        plan = self.plan_on(mesh, count, way, late=late)
+    def _priced(self, plan: Plan | None, way: Way, *, late: bool = False) -> Candidate | None:
+        """`plan` has layouts for sums of gradients that backward hides, or in part (`late`)."""
         if plan is None:
             return None
+        mesh, count = plan.mesh, plan.num_microbatches
         share = 1.0
         if plan.stage_mesh.axes:
             choice = self._choice(mesh, count, way, late=late)

@@ -10,14 +10,14 @@ from ...cost_models.placement import device_loads, violations
 from .problem import PlacementProblem
 from .result import PlacementResult
 
-__all__ = ["Incumbent", "Progress"]
+__all__ = ["Incumbent", "Progress", "SearchState"]
 
 Progress = Callable[[float, float], None]
 """Called with the best value and the best bound when one of them improves."""
 
 
-class Incumbent:
-    """Keeps what a search has found; values are computed on the original graph.
+class SearchState:
+    """Best placement, best bound and clock, whatever the objective.
 
     Args:
         workload: the original graph.
@@ -51,6 +51,23 @@ class Incumbent:
         """The gap is closed as far as asked for."""
         return self.placement is not None and self.value - self.bound <= self.gap * self.value
 
+    def prove(self, bound: float, method: str) -> bool:
+        """Take a bound if it is higher; whether it was. It ends at the value, which is reached."""
+        bound = min(bound, self.value)
+        if bound <= self.bound:
+            return False
+        self.bound, self.proved_by = bound, method
+        self._tell()
+        return True
+
+    def _tell(self) -> None:
+        if self.progress is not None and self.placement is not None:
+            self.progress(self.value, min(self.bound, self.value))
+
+
+class Incumbent(SearchState):
+    """Keeps what a search for throughput has found; values are those of the original graph."""
+
     def offer(self, problem: PlacementProblem, slot_of: Sequence[int], method: str) -> bool:
         """Take a placement if it is better; whether it was.
 
@@ -64,15 +81,6 @@ class Incumbent:
         self._tell()
         return True
 
-    def prove(self, bound: float, method: str) -> bool:
-        """Take a bound if it is higher; whether it was. It ends at the value, which is reached."""
-        bound = min(bound, self.value)
-        if bound <= self.bound:
-            return False
-        self.bound, self.proved_by = bound, method
-        self._tell()
-        return True
-
     def result(self) -> PlacementResult:
         """What was found; there must be a placement."""
         assert self.placement is not None
@@ -83,7 +91,3 @@ class Incumbent:
             self.seconds,
             f"placement by {self.found_by}, bound by {self.proved_by}",
         )
-
-    def _tell(self) -> None:
-        if self.progress is not None and self.placement is not None:
-            self.progress(self.value, min(self.bound, self.value))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...compiler.ir.workload import Workload
 from ...cost_models.placement import latency, piece_latency, violations
-from .incumbent import Progress
+from .incumbent import Progress, SearchState
 from .latency_pieces import joined_pieces
 from .result import PlacementResult
 
@@ -30,7 +28,7 @@ class LatencyResult(PlacementResult):
     pieces: Pieces | None = None
 
 
-class LatencyIncumbent:
+class LatencyIncumbent(SearchState):
     """Keeps what a search has found; values are computed on the original graph.
 
     Args:
@@ -50,28 +48,9 @@ class LatencyIncumbent:
         gap: float,
         progress: Progress | None,
     ) -> None:
-        self.workload, self.contiguous = workload, contiguous
-        self.time_limit, self.gap, self.progress = time_limit, gap, progress
-        self.begin = time.monotonic()
-        self.placement: tuple[int, ...] | None = None
+        super().__init__(workload, time_limit=time_limit, gap=gap, progress=progress)
+        self.contiguous = contiguous
         self.pieces: Pieces | None = None
-        self.value = math.inf
-        self.bound = 0.0
-        self.found_by = self.proved_by = ""
-
-    @property
-    def seconds(self) -> float:
-        """Time since the search began."""
-        return time.monotonic() - self.begin
-
-    def left(self, share: float = 1.0) -> float:
-        """Seconds until a share of the time limit is over; at least 0."""
-        return max(0.0, share * self.time_limit - self.seconds)
-
-    @property
-    def done(self) -> bool:
-        """The gap is closed as far as asked for."""
-        return self.placement is not None and self.value - self.bound <= self.gap * self.value
 
     def offer(
         self, placement: Sequence[int], pieces: Sequence[Sequence[int]] | None, method: str
@@ -95,15 +74,6 @@ class LatencyIncumbent:
         self._tell()
         return True
 
-    def prove(self, bound: float, method: str) -> bool:
-        """Take a bound if it is higher; whether it was. It ends at the value, which is reached."""
-        bound = min(bound, self.value)
-        if bound <= self.bound:
-            return False
-        self.bound, self.proved_by = bound, method
-        self._tell()
-        return True
-
     def result(self) -> LatencyResult:
         """What was found; there must be a placement."""
         assert self.placement is not None
@@ -120,7 +90,3 @@ class LatencyIncumbent:
             f"placement by {self.found_by}, bound by {self.proved_by or 'nothing'}",
             self.pieces,
         )
-
-    def _tell(self) -> None:
-        if self.progress is not None and self.placement is not None:
-            self.progress(self.value, min(self.bound, self.value))
