@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from ..cost_models.memory import memory_profile
 from ..cost_models.ops import NodeCost, price
+from ..cost_models.slowest import slowest_type
 from ..passes.columns import Column, column_of
 from ..passes.context import Context, PlanOptions
-from ..passes.layouts.choose import slowest_type
 from ..passes.partition.problem import in_flight_microbatches
 from .explain_runner_up import BlockRunnerUp, RunnerUps, runner_up_text
 from .ir.blocks import find_blocks

@@ -37,7 +37,7 @@ __all__ = [
     "save_plan",
 ]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _PLAN_AGAIN = "write the plan again: cutset plan MODEL --devices ... -o plan.json"
 
 

@@ -5,7 +5,7 @@ Quantities are strings with a unit, because a bare number is where cluster descr
     memory              B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024)
     bandwidths          any of these per second: "3.35 TB/s", "50 GB/s", "46 GiB/s"
     latency, overhead   s, ms, us, ns
-    rates               FLOP/s, GFLOP/s, TFLOP/s, PFLOP/s (a multiply-add counts as two)
+    rates               FLOP/s, MFLOP/s, GFLOP/s, TFLOP/s, PFLOP/s (a multiply-add counts as two)
 
     name = "two-boxes"
 
@@ -34,6 +34,22 @@ Quantities are strings with a unit, because a bare number is where cluster descr
     latency = "8 us"
     bandwidth = "350 GB/s"
 
+What `cutset calibrate` measures besides, all optional:
+
+    [types.h100]
+    instruction = "40 us"    # of the host, for one instruction of a program beside its kernels
+    matmul_rates = { f32 = [["1 MFLOP", "20 GFLOP/s"], ["1 GFLOP", "60 GFLOP/s"]] }
+    attention_rates = { f32 = [["1 MFLOP", "9 GFLOP/s"]] }
+    memory_bandwidths = [["64 KiB", "20 GB/s"], ["64 MiB", "8 GB/s"]]
+    op_costs = { gelu = { passes = 3.2, kernels = 1.0, backward_passes = 2.0,
+                 backward_kernels = 1.0 } }    # one line; by operator or category
+
+    [[links]]
+    streams = 1.5            # messages of one node that go at once at full bandwidth
+    compute_share = 0.3      # of a device's rate that a transfer takes away while it runs
+    all_reduce = { latency = "90 us", bandwidth = "3 GB/s" }    # of one ring step
+    # all_gather, reduce_scatter, all_to_all likewise
+
 Links are rules, the first that matches a pair of devices counts; `a` and `b` name nodes. JSON has
 the same keys. A file that breaks a rule is refused with the line, the reason and the remedy.
 """
@@ -41,50 +57,30 @@ the same keys. A file that breaks a rule is refused with the line, the reason an
 from __future__ import annotations
 
 import json
-import math
-import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from ..compiler.ir.cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
+from ..compiler.ir.cluster import Cluster, Device, DeviceType, Host, LinkRule
 from ..compiler.ir.errors import ClusterError
-from ..compiler.ir.types import DTYPES_BY_NAME
+from .cluster_fields import (
+    BANDWIDTHS,
+    BYTES,
+    KEYS_HELP,
+    RATES,
+    TIMES,
+    Source,
+    as_table,
+    check_keys,
+    number,
+    quantity,
+    typed,
+)
+from .cluster_measured import check_dtype, collective_links, curves, link_of, op_costs
 from .cluster_text import render_cluster
-
-_T = TypeVar("_T")
 
 __all__ = ["parse_cluster", "read_cluster", "write_cluster"]
 
-_BYTES: dict[str, float] = {
-    **{f"{prefix}B": 1000.0**power for power, prefix in enumerate(("", "K", "M", "G", "T"))},
-    **{f"{prefix}iB": 1024.0**power for power, prefix in enumerate(("K", "M", "G", "T"), 1)},
-}
-_BANDWIDTHS = {f"{unit}/s": factor for unit, factor in _BYTES.items()}
-_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
-_RATES = {
-    f"{prefix}FLOP/s": 1000.0**power for power, prefix in ((0, ""), (3, "G"), (4, "T"), (5, "P"))
-}
 _BACKENDS = ("cpu", "cuda", "tpu", "npu")
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Text of a cluster file, to find the line of a mistake in."""
-
-    name: str
-    text: str
-
-    def where(self, *needles: str) -> str:
-        """`name:line` of the last of `needles` found, each searched after the one before it."""
-        position = -1
-        for needle in needles:
-            found = self.text.find(needle, max(position, 0))
-            position = found if found >= 0 else position
-        if position < 0:
-            return self.name
-        return f"{self.name}:{self.text.count(chr(10), 0, position) + 1}"
 
 
 def read_cluster(path: str | Path) -> Cluster:
@@ -106,7 +102,7 @@ def read_cluster(path: str | Path) -> Cluster:
 
 def parse_cluster(text: str, *, name: str = "cluster", format: str = "toml") -> Cluster:
     """The cluster described by `text` in `format` (`toml` or `json`); `name` is for messages."""
-    source = _Source(name, text)
+    source = Source.of(name, text, format)
     if format not in ("toml", "json"):
         raise ClusterError(
             f"a cluster file is .toml or .json, not {format!r}", ways_out=("rename the file",)
@@ -119,38 +115,19 @@ def parse_cluster(text: str, *, name: str = "cluster", format: str = "toml") -> 
         ) from error
     if not isinstance(table, dict):
         raise ClusterError(
-            "the file is not a table of keys", where=name, ways_out=(_KEYS_HELP["cluster"],)
+            "the file is not a table of keys", where=name, ways_out=(KEYS_HELP["cluster"],)
         )
     return _cluster(table, source)
 
 
-_KEYS: dict[str, tuple[str, ...]] = {
-    "cluster": ("name", "local", "types", "devices", "links"),
-    "type": (
-        "backend",
-        "memory",
-        "memory_bandwidth",
-        "overhead",
-        "rates",
-        "unsupported_ops",
-        "host",
-        "threads",
-    ),
-    "host": ("latency", "bandwidth", "memory", "memory_bandwidth"),
-    "device": ("type", "node", "count"),
-    "link": ("a", "b", "same_node", "latency", "bandwidth"),
-}
-_KEYS_HELP = {level: f"keys of a {level}: {', '.join(keys)}" for level, keys in _KEYS.items()}
-
-
-def _cluster(table: dict[str, object], source: _Source) -> Cluster:
-    _check_keys(table, "cluster", source, ())
-    raw_types = _typed(table, "types", dict, source, ())
+def _cluster(table: dict[str, object], source: Source) -> Cluster:
+    check_keys(table, "cluster", source, ())
+    raw_types = typed(table, "types", dict, source, ())
     types = tuple(_device_type(name, body, source) for name, body in raw_types.items())
     names = tuple(entry.name for entry in types)
     devices: list[Device] = []
-    for body in _typed(table, "devices", list, source, ()):
-        for kind, node in _devices(body, names, source):
+    for index, body in enumerate(typed(table, "devices", list, source, ())):
+        for kind, node in _devices(body, names, source.entry("devices", index)):
             devices.append(Device(len(devices), kind, node))
     if not devices:
         raise ClusterError(
@@ -159,7 +136,10 @@ def _cluster(table: dict[str, object], source: _Source) -> Cluster:
             ways_out=("add [[devices]] with type, node and count",),
         )
     nodes = tuple(dict.fromkeys(device.node for device in devices))
-    links = tuple(_link(body, nodes, source) for body in _typed(table, "links", list, source, ()))
+    links = tuple(
+        _link(body, nodes, source.entry("links", index))
+        for index, body in enumerate(typed(table, "links", list, source, ()))
+    )
     local = table.get("local", False)
     if not isinstance(local, bool):
         raise ClusterError("local is true or false", where=source.where("local"))
@@ -169,11 +149,11 @@ def _cluster(table: dict[str, object], source: _Source) -> Cluster:
     return cluster
 
 
-def _device_type(name: str, body: object, source: _Source) -> DeviceType:
-    table = _as_table(body, f"types.{name}", source)
+def _device_type(name: str, body: object, source: Source) -> DeviceType:
+    table = as_table(body, f"types.{name}", source)
     place = (name,)
-    _check_keys(table, "type", source, place)
-    backend = _typed(table, "backend", str, source, place)
+    check_keys(table, "type", source, place)
+    backend = typed(table, "backend", str, source, place)
     if backend not in _BACKENDS:
         raise ClusterError(
             f"unknown backend {backend!r} of device type {name!r}",
@@ -188,21 +168,28 @@ def _device_type(name: str, body: object, source: _Source) -> DeviceType:
     return DeviceType(
         name=name,
         backend=backend,
-        memory_bytes=int(_quantity(table, "memory", _BYTES, source, place)),
-        memory_bytes_per_second=_quantity(table, "memory_bandwidth", _BANDWIDTHS, source, place),
+        memory_bytes=int(quantity(table, "memory", BYTES, source, place)),
+        memory_bytes_per_second=quantity(table, "memory_bandwidth", BANDWIDTHS, source, place),
         flops_per_second=_rates(table, name, source),
         overhead_seconds=(
-            _quantity(table, "overhead", _TIMES, source, place, allow_zero=True)
+            quantity(table, "overhead", TIMES, source, place, allow_zero=True)
             if "overhead" in table
             else 0.0
         ),
         unsupported_ops=tuple(unsupported),
         host=_host(table, name, source),
         threads=_threads(table, name, source),
+        instruction_seconds=(
+            quantity(table, "instruction", TIMES, source, place, allow_zero=True)
+            if "instruction" in table
+            else 0.0
+        ),
+        curves=curves(table, name, source),
+        op_costs=op_costs(table, name, source),
     )
 
 
-def _threads(table: dict[str, object], name: str, source: _Source) -> int | None:
+def _threads(table: dict[str, object], name: str, source: Source) -> int | None:
     if "threads" not in table:
         return None
     threads = table["threads"]
@@ -221,12 +208,12 @@ def _threads(table: dict[str, object], name: str, source: _Source) -> int | None
     return threads
 
 
-def _host(table: dict[str, object], name: str, source: _Source) -> Host | None:
+def _host(table: dict[str, object], name: str, source: Source) -> Host | None:
     if "host" not in table:
         return None
-    body = _as_table(table["host"], f"host of {name}", source)
+    body = as_table(table["host"], f"host of {name}", source)
     place = (name, "host")
-    _check_keys(body, "host", source, place)
+    check_keys(body, "host", source, place)
     if table["backend"] == "cpu":
         raise ClusterError(
             f"device type {name!r} has a host, but a CPU is its own",
@@ -234,28 +221,16 @@ def _host(table: dict[str, object], name: str, source: _Source) -> Host | None:
             ways_out=("leave the key out",),
         )
     return Host(
-        link=_link_of(body, source, place),
-        memory_bytes=int(_quantity(body, "memory", _BYTES, source, place)),
-        memory_bytes_per_second=_quantity(body, "memory_bandwidth", _BANDWIDTHS, source, place),
+        link=link_of(body, source, place),
+        memory_bytes=int(quantity(body, "memory", BYTES, source, place)),
+        memory_bytes_per_second=quantity(body, "memory_bandwidth", BANDWIDTHS, source, place),
     )
 
 
-def _link_of(table: dict[str, object], source: _Source, place: tuple[str, ...]) -> Link:
-    return Link(
-        _quantity(table, "latency", _TIMES, source, place, allow_zero=True),
-        _quantity(table, "bandwidth", _BANDWIDTHS, source, place),
-    )
-
-
-def _rates(table: dict[str, object], name: str, source: _Source) -> tuple[tuple[str, float], ...]:
-    raw_rates = _as_table(table.get("rates"), f"rates of {name}", source)
+def _rates(table: dict[str, object], name: str, source: Source) -> tuple[tuple[str, float], ...]:
+    raw_rates = as_table(table.get("rates"), f"rates of {name}", source)
     for dtype in raw_rates:
-        if dtype not in DTYPES_BY_NAME:
-            raise ClusterError(
-                f"unknown dtype {dtype!r} among the rates of {name!r}",
-                where=source.where(name, "rates", dtype),
-                ways_out=(f"one of: {', '.join(DTYPES_BY_NAME)}",),
-            )
+        check_dtype(dtype, f"rates of {name!r}", source, (name, "rates"))
     if not raw_rates:
         raise ClusterError(
             f"device type {name!r} has no rates",
@@ -263,14 +238,14 @@ def _rates(table: dict[str, object], name: str, source: _Source) -> tuple[tuple[
             ways_out=('add rates = { f32 = "50 TFLOP/s" }',),
         )
     return tuple(
-        (dtype, _quantity(raw_rates, dtype, _RATES, source, (name, "rates"))) for dtype in raw_rates
+        (dtype, quantity(raw_rates, dtype, RATES, source, (name, "rates"))) for dtype in raw_rates
     )
 
 
-def _devices(body: object, types: tuple[str, ...], source: _Source) -> tuple[tuple[str, str], ...]:
-    table = _as_table(body, "devices", source)
-    _check_keys(table, "device", source, ("devices",))
-    kind = _typed(table, "type", str, source, ("devices",))
+def _devices(body: object, types: tuple[str, ...], source: Source) -> tuple[tuple[str, str], ...]:
+    table = as_table(body, "devices", source)
+    check_keys(table, "device", source, ("devices",))
+    kind = typed(table, "type", str, source, ("devices",))
     if kind not in types:
         raise ClusterError(
             f"unknown device type {kind!r}",
@@ -280,7 +255,7 @@ def _devices(body: object, types: tuple[str, ...], source: _Source) -> tuple[tup
                 f"describe it under [types.{kind}]",
             ),
         )
-    node = _typed(table, "node", str, source, ("devices",))
+    node = typed(table, "node", str, source, ("devices",))
     count = table.get("count", 1)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ClusterError(
@@ -291,9 +266,9 @@ def _devices(body: object, types: tuple[str, ...], source: _Source) -> tuple[tup
     return ((kind, node),) * count
 
 
-def _link(body: object, nodes: tuple[str, ...], source: _Source) -> LinkRule:
-    table = _as_table(body, "links", source)
-    _check_keys(table, "link", source, ("links",))
+def _link(body: object, nodes: tuple[str, ...], source: Source) -> LinkRule:
+    table = as_table(body, "links", source)
+    check_keys(table, "link", source, ("links",))
     ends = []
     for key in ("a", "b"):
         end = table.get(key, "*")
@@ -311,84 +286,19 @@ def _link(body: object, nodes: tuple[str, ...], source: _Source) -> LinkRule:
             where=source.where("links", "same_node"),
             ways_out=("leave the key out for links of both kinds",),
         )
-    return LinkRule(_link_of(table, source, ("links",)), ends[0], ends[1], same_node)
+    place = ("links",)
+    return LinkRule(
+        link_of(table, source, place),
+        ends[0],
+        ends[1],
+        same_node,
+        collective_links(table, source, place),
+        number(table, "streams", source, place, allow_zero=False) if "streams" in table else None,
+        number(table, "compute_share", source, place, below=1) if "compute_share" in table else 0.0,
+    )
 
 
-def _quantity(
-    table: dict[str, object],
-    key: str,
-    units: dict[str, float],
-    source: _Source,
-    place: tuple[str, ...],
-    *,
-    allow_zero: bool = False,
-) -> float:
-    """The value of `table[key]`, a string `number unit`, in base units."""
-    where = source.where(*place, key)
-    legal = f"write a number and one of the units {', '.join(units)}"
-    if key not in table:
-        raise ClusterError(
-            f"{'.'.join((*place, key))} is missing", where=where, ways_out=(f"add it: {legal}",)
-        )
-    raw = table[key]
-    where = source.where(*place, key, str(raw))
-    match = re.fullmatch(r"\s*([-+]?[0-9.]+(?:[eE][-+]?\d+)?)\s*(\S*)\s*", str(raw))
-    if not isinstance(raw, str) or match is None or match[2] not in units:
-        raise ClusterError(
-            f"{key} = {raw!r} is not a quantity of this kind", where=where, ways_out=(legal,)
-        )
-    try:
-        value = float(match[1]) * units[match[2]]
-    except ValueError as error:
-        raise ClusterError(
-            f"{key} = {raw!r}: {match[1]!r} is not a number", where=where, ways_out=(legal,)
-        ) from error
-    if value < 0 or (value == 0 and not allow_zero) or not math.isfinite(value):
-        raise ClusterError(
-            f"{key} = {raw!r} must be positive",
-            where=where,
-            ways_out=("measure it with `cutset calibrate`, or take a preset's figure",),
-        )
-    return value
-
-
-def _as_table(body: object, title: str, source: _Source) -> dict[str, object]:
-    if not isinstance(body, dict):
-        raise ClusterError(
-            f"{title} is not a table of keys",
-            where=source.where(title.split(".")[-1]),
-            ways_out=tuple(_KEYS_HELP.values()),
-        )
-    return body
-
-
-def _typed(
-    table: dict[str, object], key: str, kind: type[_T], source: _Source, place: tuple[str, ...]
-) -> _T:
-    value = table.get(key)
-    if not isinstance(value, kind):
-        reason = "is missing" if value is None else f"= {value!r} is not a {kind.__name__}"
-        raise ClusterError(
-            f"{'.'.join((*place, key))} {reason}",
-            where=source.where(*place, key),
-            ways_out=(f"add {key!r} (docs/cost-models.md shows the format)",),
-        )
-    return value
-
-
-def _check_keys(
-    table: dict[str, object], level: str, source: _Source, place: tuple[str, ...]
-) -> None:
-    for key in table:
-        if key not in _KEYS[level]:
-            raise ClusterError(
-                f"unknown key {key!r}",
-                where=source.where(*place, key),
-                ways_out=(_KEYS_HELP[level],),
-            )
-
-
-def _check_links(cluster: Cluster, source: _Source) -> None:
+def _check_links(cluster: Cluster, source: Source) -> None:
     """Every two devices that differ must have a link (checked once per pair of nodes)."""
     representatives: dict[str, list[int]] = {}
     for device in cluster.devices:

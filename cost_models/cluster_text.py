@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..compiler.ir.cluster import Cluster, DeviceType, Link, LinkRule
+from ..compiler.ir.cluster import Cluster, DeviceType, Link, LinkRule, RateCurve
 from ..compiler.ir.errors import ClusterError
 
 __all__ = ["render_cluster"]
@@ -48,6 +48,24 @@ def _render_type(entry: DeviceType) -> dict[str, object]:
     }
     if entry.threads is not None:
         body["threads"] = entry.threads
+    if entry.instruction_seconds:
+        body["instruction"] = f"{entry.instruction_seconds!r} s"
+    for kind, key in (("matmul", "matmul_rates"), ("attention", "attention_rates")):
+        by_dtype = {c.dtype: _points(c, "FLOP") for c in entry.curves if c.kind == kind}
+        if by_dtype:
+            body[key] = by_dtype
+    if (memory := entry.curve("memory")) is not None:
+        body["memory_bandwidths"] = _points(memory, "B")
+    if entry.op_costs:
+        body["op_costs"] = {
+            cost.name: {
+                "passes": cost.passes,
+                "kernels": cost.kernels,
+                "backward_passes": cost.backward_passes,
+                "backward_kernels": cost.backward_kernels,
+            }
+            for cost in entry.op_costs
+        }
     if entry.host is not None:
         body["host"] = {
             **_render_path(entry.host.link),
@@ -55,6 +73,10 @@ def _render_type(entry: DeviceType) -> dict[str, object]:
             "memory_bandwidth": f"{entry.host.memory_bytes_per_second!r} B/s",
         }
     return body
+
+
+def _points(curve: RateCurve, unit: str) -> list[object]:
+    return [[f"{size!r} {unit}", f"{rate!r} {unit}/s"] for size, rate in curve.points]
 
 
 def _device_groups(cluster: Cluster) -> list[dict[str, object]]:
@@ -72,7 +94,12 @@ def _render_link(rule: LinkRule) -> dict[str, object]:
     body: dict[str, object] = {"a": rule.a, "b": rule.b}
     if rule.same_node is not None:
         body["same_node"] = rule.same_node
-    return body | _render_path(rule.link)
+    body |= _render_path(rule.link)
+    if rule.streams is not None:
+        body["streams"] = rule.streams
+    if rule.compute_share:
+        body["compute_share"] = rule.compute_share
+    return body | {name: _render_path(own) for name, own in rule.collectives}
 
 
 def _render_path(link: Link) -> dict[str, object]:

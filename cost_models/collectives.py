@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..compiler.ir.cluster import Cluster, DeviceType, Link
+from ..compiler.ir.cluster import COLLECTIVES, Cluster, DeviceType, Link
 from ..compiler.ir.graph import Node
 from ..compiler.ir.mesh import Mesh
 from .links import (
@@ -38,11 +38,12 @@ class Network:
         """torch device type of the devices that meet along `axis`."""
         return self.cluster.type_of(self.group(axis)[0]).backend
 
-    def ring(self, axis: str) -> tuple[int, Link | None]:
-        """Size and link of the ring along `axis`: all that its collectives' prices follow from."""
+    def ring(self, axis: str) -> tuple[int, tuple[Link, ...]]:
+        """Size and links of the ring along `axis`: all that its collectives' prices follow from."""
         group = self.group(axis)
         size = len(set(group))
-        return size, group_link(self.cluster, group) if size > 1 else None
+        kinds = (None, *COLLECTIVES) if size > 1 else ()
+        return size, tuple(group_link(self.cluster, group, kind) for kind in kinds)
 
     def sum_bytes_seconds(self, axis: str, num_bytes: float) -> float:
         """All-reduce of `num_bytes` that travel in a bucket with others: no latency of its own."""

@@ -3,7 +3,7 @@
 A message of n bytes takes `latency + n / bandwidth`. A ring of p devices runs at the pace of its
 slowest link: all-reduce makes 2 (p - 1) steps of n / p bytes, reduce-scatter, all-gather and
 all-to-all p - 1 steps (Thakur, Rabenseifner and Gropp, 2005), broadcast and reduce one pipelined
-pass over n bytes.
+pass over n bytes. A link may have latency and bandwidth of its own for the steps of a collective.
 """
 
 from __future__ import annotations
@@ -29,58 +29,67 @@ def transfer_seconds(cluster: Cluster, source: int, target: int, num_bytes: floa
     return 0.0 if source == target else cluster.link(source, target).seconds(num_bytes)
 
 
+_Key = tuple[str | None, tuple[int, ...]]
+
+
 @once_per_object
-def _ring_links(cluster: Cluster) -> dict[tuple[int, ...], Link]:
-    """Links of the rings of `cluster` that were asked for, by devices; `group_link` fills it."""
+def _ring_links(cluster: Cluster) -> dict[_Key, Link]:
+    """Links of the rings of `cluster` that were asked for, by collective and devices; `group_link`
+    fills it."""
     return {}
 
 
-def _ring_link(cluster: Cluster, devices: Sequence[int]) -> Link:
+def _ring_link(cluster: Cluster, devices: Sequence[int], collective: str | None) -> Link:
     pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
-    links = [cluster.link(first, second) for first, second in pairs if first != second]
+    links = [cluster.link(first, second, collective) for first, second in pairs if first != second]
     return Link(
         max(link.latency_seconds for link in links), min(link.bytes_per_second for link in links)
     )
 
 
-def group_link(cluster: Cluster, devices: Sequence[int]) -> Link:
-    """The worst latency and bandwidth around the ring of `devices` (ordered by node)."""
+def group_link(cluster: Cluster, devices: Sequence[int], collective: str | None = None) -> Link:
+    """The worst latency and bandwidth around the ring of `devices` (ordered by node), for messages
+    or for the steps of `collective`."""
     links = _ring_links(cluster)
-    key = tuple(devices)
+    key = collective, tuple(devices)
     if key not in links:
         ordered = sorted(set(devices), key=lambda index: (cluster.devices[index].node, index))
-        links[key] = _ring_link(cluster, ordered)
+        links[key] = _ring_link(cluster, ordered, collective)
     return links[key]
 
 
 def _ring_seconds(
-    cluster: Cluster, devices: Sequence[int], rounds_per_hop: float, num_bytes: float
+    cluster: Cluster,
+    devices: Sequence[int],
+    collective: str,
+    num_bytes: float,
+    rounds_per_hop: float = 1.0,
 ) -> float:
     size = len(set(devices))
     if size < 2:
         return 0.0
-    link = group_link(cluster, devices)
+    link = group_link(cluster, devices, collective)
     return rounds_per_hop * (size - 1) * link.seconds(num_bytes / size)
 
 
 def all_reduce_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
     """Ring all-reduce of a tensor of `num_bytes` held by each of `devices`."""
-    return _ring_seconds(cluster, devices, 2.0, num_bytes)
+    return _ring_seconds(cluster, devices, "all_reduce", num_bytes, 2.0)
 
 
 def reduce_scatter_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
     """Ring reduce-scatter; `num_bytes` is the size of the whole tensor on each device before."""
-    return _ring_seconds(cluster, devices, 1.0, num_bytes)
+    return _ring_seconds(cluster, devices, "reduce_scatter", num_bytes)
 
 
 def all_gather_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
     """Ring all-gather; `num_bytes` is the size of the whole tensor on each device after."""
-    return _ring_seconds(cluster, devices, 1.0, num_bytes)
+    return _ring_seconds(cluster, devices, "all_gather", num_bytes)
 
 
 def all_to_all_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
     """All-to-all; `num_bytes` is what each device holds, of which 1/p stays."""
-    return _ring_seconds(cluster, devices, 1.0, num_bytes)
+    return _ring_seconds(cluster, devices, "all_to_all", num_bytes)
 
 
 def broadcast_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:

@@ -6,14 +6,33 @@ rates floating-point operations per second (one multiply-add counts as two).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from .errors import ClusterError
 from .types import dtype_name
 
-__all__ = ["Cluster", "Device", "DeviceType", "Host", "Link", "LinkRule"]
+__all__ = [
+    "COLLECTIVES",
+    "CURVES",
+    "Cluster",
+    "Device",
+    "DeviceType",
+    "Host",
+    "Link",
+    "LinkRule",
+    "OpCost",
+    "RateCurve",
+]
+
+CURVES = ("matmul", "attention", "memory")
+"""What a `RateCurve` may be of."""
+
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+"""Collectives that a link may have figures of its own for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +62,55 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
+class RateCurve:
+    """A rate that grows or falls with the size of the work.
+
+    Args:
+        kind: one of `CURVES`.
+        dtype: short dtype name; empty for `memory`.
+        points: (size, rate) with sizes that ascend: operations and operations per second of one
+            product, or bytes that one operator moves and bytes per second.
+    """
+
+    kind: str
+    dtype: str
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, size: float) -> float:
+        """The rate at `size`: straight in both logarithms between points, level beyond them.
+
+        >>> RateCurve("memory", "", ((1e3, 1e9), (1e5, 1e10))).at(1e4) / 1e9
+        3.162...
+        """
+        points = self.points
+        if size <= points[0][0]:
+            return points[0][1]
+        for (low, slow), (high, fast) in pairwise(points):
+            if size <= high:
+                share = math.log(size / low) / math.log(high / low)
+                return slow * math.exp(share * math.log(fast / slow))
+        return points[-1][1]
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """How operators of one kind run beside one pass over operands and results, in one kernel.
+
+    Args:
+        name: packet of the operators (`gelu`) or their category (`norm`); a packet goes before
+            the category.
+        passes, backward_passes: how many times their bytes count.
+        kernels, backward_kernels: how many times the overhead of one operator counts.
+    """
+
+    name: str
+    passes: float
+    kernels: float
+    backward_passes: float
+    backward_kernels: float
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceType:
     """One model of device.
 
@@ -57,6 +125,9 @@ class DeviceType:
         unsupported_ops: names of ops that the device cannot run.
         host: where optimizer states can lie; None: nowhere but on the device.
         threads: compute threads of a CPU worker; None: an equal share of the cores of its machine.
+        instruction_seconds: time of the host for one instruction of a program, beside its kernels.
+        curves: rates by the size of the work, where they are known; they go before the above.
+        op_costs: of kinds of operators that were measured.
     """
 
     name: str
@@ -68,11 +139,41 @@ class DeviceType:
     unsupported_ops: tuple[str, ...] = ()
     host: Host | None = None
     threads: int | None = None
+    instruction_seconds: float = 0.0
+    curves: tuple[RateCurve, ...] = ()
+    op_costs: tuple[OpCost, ...] = ()
 
-    def rate(self, dtype: torch.dtype) -> float:
-        """Matrix rate for `dtype` in flops per second."""
+    def curve(self, kind: str, dtype: str = "") -> RateCurve | None:
+        """The curve of `kind` for `dtype`, if it is known."""
+        for curve in self.curves:
+            if curve.kind == kind and curve.dtype == dtype:
+                return curve
+        return None
+
+    def rate(
+        self, dtype: torch.dtype, flops: float = math.inf, *, attention: bool = False
+    ) -> float:
+        """Rate in flops per second of a product of `dtype` with `flops` operations.
+
+        Attention without a curve of its own runs at the rate of products.
+        """
+        name = dtype_name(dtype)
+        curve = self.curve("attention", name) if attention else None
+        curve = curve or self.curve("matmul", name)
+        if curve is not None:
+            return curve.at(flops)
         rates = dict(self.flops_per_second)
-        return rates.get(dtype_name(dtype), rates.get("f32", min(rates.values())))
+        return rates.get(name, rates.get("f32", min(rates.values())))
+
+    def memory_rate(self, num_bytes: float) -> float:
+        """Bytes per second at which an operator moves `num_bytes`, read and written together."""
+        curve = self.curve("memory")
+        return self.memory_bytes_per_second if curve is None else curve.at(num_bytes)
+
+    def op_cost(self, packet: str, category: str) -> OpCost | None:
+        """The cost of operators called `packet`, else of their category, if it was measured."""
+        found = {entry.name: entry for entry in self.op_costs}
+        return found.get(packet, found.get(category))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +189,26 @@ class Device:
 class LinkRule:
     """The link between two devices: the first rule of the cluster that matches is used.
 
-    `a` and `b` are node names, or `*`; `same_node` True / False restricts to pairs inside one
-    node / across nodes, None matches both.
+    Args:
+        link: of one message from one device to another.
+        a, b: node names, or `*`.
+        same_node: True / False restricts to pairs inside one node / across nodes; None matches
+            both.
+        collectives: (one of `COLLECTIVES`, link of one step of its ring), where it was measured;
+            others run at the pace of `link`.
+        streams: how many messages of one node go at once at full bandwidth, collectives counting
+            as one: k of them have `min(1, streams / k)` of it each. None: any number.
+        compute_share: of the rate at which a device at either end computes, what a transfer
+            takes away while it runs.
     """
 
     link: Link
     a: str = "*"
     b: str = "*"
     same_node: bool | None = None
+    collectives: tuple[tuple[str, Link], ...] = ()
+    streams: float | None = None
+    compute_share: float = 0.0
 
     def matches(self, source: Device, target: Device) -> bool:
         if self.same_node is not None and self.same_node != (source.node == target.node):
@@ -103,6 +216,12 @@ class LinkRule:
         return any(
             self.a in ("*", first.node) and self.b in ("*", second.node)
             for first, second in ((source, target), (target, source))
+        )
+
+    def link_of(self, collective: str | None = None) -> Link:
+        """The link of one message, or of a ring step of `collective`."""
+        return (
+            self.link if collective is None else dict(self.collectives).get(collective, self.link)
         )
 
 
@@ -128,12 +247,20 @@ class Cluster:
             ways_out=(f"known types: {', '.join(entry.name for entry in self.types)}",),
         )
 
-    def link(self, source: int, target: int) -> Link:
-        """The link between two device indices. Raises ClusterError when no rule matches."""
+    def link(self, source: int, target: int, collective: str | None = None) -> Link:
+        """The link between two device indices, for a message or a ring step of `collective`.
+
+        Raises:
+            ClusterError: no rule matches.
+        """
+        return self.rule(source, target).link_of(collective)
+
+    def rule(self, source: int, target: int) -> LinkRule:
+        """The rule for two device indices. Raises ClusterError when no rule matches."""
         pair = self.devices[source], self.devices[target]
         for rule in self.links:
             if rule.matches(*pair):
-                return rule.link
+                return rule
         raise ClusterError(
             f"no link between device {source} (node {pair[0].node}) and {target} "
             f"(node {pair[1].node})",

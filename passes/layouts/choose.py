@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...compiler.ir.cluster import Cluster, DeviceType
+from ...compiler.ir.cluster import Cluster
 from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.graph import Graph, Mode, ValueKind
 from ...compiler.ir.mesh import Layout, Mesh, Partial, Replicate
 from ...compiler.ir.plan import NodeLayout, ParameterLayout, ValueLayout
 from ...compiler.sharding.strategy import replicated
 from ...cost_models.collectives import mesh_network
+from ...cost_models.slowest import slowest_type
 from .facts import GraphFacts
 from .from_graph import StatedProblem, state_layouts
 from .pricing import Pricer, stacked
@@ -36,7 +37,6 @@ __all__ = [
     "parameter_layout",
     "plan_layouts",
     "pricer_of",
-    "slowest_type",
 ]
 
 
@@ -286,28 +286,6 @@ def _whole(graph: Graph, decided: Decided) -> Decided:
         if value.kind is not ValueKind.RESULT
     }
     return Decided(strategies, held, decided.deferred)
-
-
-def slowest_type(cluster: Cluster, devices: Sequence[int]) -> DeviceType:
-    """The type of `devices`; of several types one that is as slow as the slowest in everything, as
-    parts are equal and ranks wait for each other."""
-    kinds = list(dict.fromkeys(cluster.type_of(device) for device in devices))
-    if len(kinds) == 1:
-        return kinds[0]
-    dtypes = dict.fromkeys(name for kind in kinds for name, _ in kind.flops_per_second)
-    rates = [dict(kind.flops_per_second) for kind in kinds]
-    return DeviceType(
-        name="+".join(kind.name for kind in kinds),
-        backend=kinds[0].backend,
-        memory_bytes=min(kind.memory_bytes for kind in kinds),
-        memory_bytes_per_second=min(kind.memory_bytes_per_second for kind in kinds),
-        flops_per_second=tuple(
-            (name, min(table.get(name, table.get("f32", min(table.values()))) for table in rates))
-            for name in dtypes
-        ),
-        overhead_seconds=max(kind.overhead_seconds for kind in kinds),
-        unsupported_ops=tuple(dict.fromkeys(op for kind in kinds for op in kind.unsupported_ops)),
-    )
 
 
 def _choice(

@@ -4,10 +4,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
+from cutset.compiler.ir.cluster import (
+    COLLECTIVES,
+    Cluster,
+    Device,
+    DeviceType,
+    Host,
+    Link,
+    LinkRule,
+    OpCost,
+    RateCurve,
+)
 from cutset.compiler.ir.errors import ClusterError
 from cutset.cost_models.cluster_file import parse_cluster, read_cluster, write_cluster
 from cutset.cost_models.cluster_text import render_cluster
@@ -69,6 +80,22 @@ _names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), 
 _positive = st.floats(min_value=1e-12, max_value=1e18)
 
 
+_points = st.dictionaries(_positive, _positive, min_size=1, max_size=3).map(
+    lambda table: tuple(sorted(table.items()))
+)
+_op_costs = st.lists(
+    st.builds(OpCost, _names, _positive, _positive, _positive, st.just(0.0)),
+    max_size=2,
+    unique_by=lambda cost: cost.name,
+).map(tuple)
+
+
+@st.composite
+def _curves(draw: st.DrawFn) -> tuple[RateCurve, ...]:
+    wanted = [("matmul", "f32"), ("matmul", "bf16"), ("attention", "f32"), ("memory", "")]
+    return tuple(RateCurve(*key, draw(_points)) for key in wanted if draw(st.booleans()))
+
+
 @st.composite
 def _clusters(draw: st.DrawFn) -> Cluster:
     names = draw(st.lists(_names, min_size=1, max_size=3, unique=True))
@@ -84,6 +111,10 @@ def _clusters(draw: st.DrawFn) -> Cluster:
             draw(st.just(0.0) | _positive),
             tuple(draw(st.lists(_names, max_size=2))),
             host,
+            None,
+            draw(st.just(0.0) | _positive),
+            draw(_curves()),
+            draw(_op_costs),
         )
         for name in names
     )
@@ -95,7 +126,13 @@ def _clusters(draw: st.DrawFn) -> Cluster:
         for index in range(draw(st.integers(1, 6)))
     )
     rule = LinkRule(Link(draw(_positive), draw(_positive)), "*", "*", None)
-    inner = LinkRule(Link(0.0, draw(_positive)), same_node=draw(st.booleans()))
+    inner = LinkRule(
+        Link(0.0, draw(_positive)),
+        same_node=draw(st.booleans()),
+        collectives=tuple((name, link) for name in COLLECTIVES if draw(st.booleans())),
+        streams=draw(st.none() | _positive),
+        compute_share=draw(st.just(0.0) | st.floats(0.01, 0.99)),
+    )
     return Cluster(draw(_names), types, devices, (inner, rule), draw(st.booleans()))
 
 
@@ -145,6 +182,93 @@ def test_mistakes_are_named_with_line_and_remedy(
     assert any(way_out in way for way in caught.value.ways_out), caught.value.ways_out
 
 
+MEASURED = """\
+# bandwidth = "9 GB/s"  latency: comments name no lines
+[types.worker]
+backend = "cpu"
+memory = "4 GiB"
+memory_bandwidth = "8 GB/s"
+overhead = "3 us"
+instruction = "40 us"
+rates = { f32 = "60 GFLOP/s" }
+matmul_rates = { f32 = [["1 MFLOP", "20 GFLOP/s"], ["1 GFLOP", "60 GFLOP/s"]] }
+attention_rates = { f32 = [["2 MFLOP", "9 GFLOP/s"]] }
+memory_bandwidths = [["64 KiB", "20 GB/s"], ["64 MiB", "8 GB/s"]]
+op_costs = { gelu = { passes = 3.5, kernels = 1, backward_passes = 2, backward_kernels = 1 } }
+
+[[devices]]
+type = "worker"
+node = "here"
+count = 2
+
+[[links]]
+same_node = true
+latency = "100 us"
+bandwidth = "2 GB/s"
+streams = 1.5
+compute_share = 0.25
+all_reduce = { latency = "90 us", bandwidth = "3 GB/s" }
+
+[[links]]
+latency = "100 us"
+bandwidth = "2 GB/s"
+"""
+
+
+def test_what_calibration_writes() -> None:
+    cluster = parse_cluster(MEASURED)
+    (kind,) = cluster.types
+    assert kind.instruction_seconds == pytest.approx(4e-5)
+    assert kind.rate(torch.float32, 1e6) == 20e9 and kind.rate(torch.float32) == 60e9
+    assert kind.rate(torch.float32, 10**7.5) == pytest.approx((20e9 * 60e9) ** 0.5)
+    assert kind.rate(torch.float32, 1e12, attention=True) == 9e9
+    assert kind.rate(torch.float64, 1.0) == 60e9
+    assert kind.memory_rate(1.0) == 20e9 and kind.memory_rate(1 << 26) == 8e9
+    assert kind.op_cost("gelu", "elementwise") == OpCost("gelu", 3.5, 1.0, 2.0, 1.0)
+    assert kind.op_cost("relu", "elementwise") is None
+    rule = cluster.rule(0, 1)
+    assert (rule.streams, rule.compute_share) == (1.5, 0.25)
+    own = cluster.link(0, 1, "all_reduce")
+    assert (own.latency_seconds, own.bytes_per_second) == (pytest.approx(90e-6), 3e9)
+    assert cluster.link(0, 1, "all_gather") == cluster.link(0, 1) == rule.link
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cause", "line", "way_out"),
+    [
+        ('"40 us"', '"40 GB"', "instruction = '40 GB' is not a quantity", 7, "us"),
+        ('["1 MFLOP", "20 ', '["1 MFLOP", "0 ', "'0 GFLOP/s' must be positive", 9, "calibrate"),
+        ('["1 GFLOP", "60', '["1 KFLOP", "60', "f32 = '1 KFLOP' is not a quantity", 9, "MFLOP"),
+        ('["1 GFLOP", "60', '["1 FLOP", "60', "do not ascend: '1 FLOP' follows", 9, "order"),
+        ('{ f32 = [["2 MFLOP", "9 GFLOP/s"]] }', '{ f99 = [["2 MFLOP", "9 GFLOP/s"]] }',
+         "unknown dtype 'f99' among the attention_rates", 10, "f32"),
+        ('[["2 MFLOP", "9 GFLOP/s"]]', '"9 GFLOP/s"', "is not a list of pairs", 10, "1 MFLOP"),
+        ('["64 MiB", "8 GB/s"]', '["64 MiB"]', "memory_bandwidths is not a list of", 11, "64"),
+        ('["64 MiB", "8 GB/s"]', '["64 MiB", "8 GB"]', "'8 GB' is not a quantity", 11, "GB/s"),
+        ("passes = 3.5", 'passes = "3.5"', "passes = '3.5' is not a number", 12, "without a unit"),
+        ("passes = 3.5", "passes = -1", "passes = -1 is not a number", 12, "at least 0"),
+        ("passes = 3.5, ", "", "worker.op_costs.gelu.passes is missing", 12, "number"),
+        ("kernels = 1,", "kernel = 1,", "unknown key 'kernel'", 12, "keys of a op cost"),
+        ("streams = 1.5", "streams = 0", "streams = 0 is not a number above 0", 23, "above 0"),
+        ("compute_share = 0.25", "compute_share = 1.5", "of at least 0 and below 1", 24, "below 1"),
+        ("all_reduce =", "all_reduction =", "unknown key 'all_reduction'", 25, "all_reduce"),
+        ('"3 GB/s"', '"0 GB/s"', "bandwidth = '0 GB/s' must be positive", 25, "calibrate"),
+        ('latency = "90 us", ', "", "links.all_reduce.latency is missing", 25, "add it"),
+        ('\n\n[[links]]\nlatency = "100 us"\nbandwidth = "2 GB/s"',
+         '\n\n[[links]]\nlatency = "100 us"\nbandwidth = "2 GiB"', "'2 GiB' is not a", 29, "GiB/s"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_what_was_measured(
+    old: str, new: str, cause: str, line: int, way_out: str
+) -> None:
+    assert old in MEASURED
+    with pytest.raises(ClusterError) as caught:
+        parse_cluster(MEASURED.replace(old, new), name="here.toml")
+    assert cause in caught.value.cause
+    assert caught.value.where == f"here.toml:{line}"
+    assert any(way_out in way for way in caught.value.ways_out), caught.value.ways_out
+
+
 @pytest.mark.parametrize("threads", ["0", "-2", "1.5", '"4"', "true"])
 def test_threads_are_a_whole_number(threads: str) -> None:
     text = GOOD.replace('backend = "cuda"', f'backend = "cpu"\nthreads = {threads}')
@@ -153,6 +277,17 @@ def test_threads_are_a_whole_number(threads: str) -> None:
     assert caught.value.where == "lab.toml:5"
     cluster = parse_cluster(text.replace(f"threads = {threads}", "threads = 3"))
     assert cluster.types[0].threads == 3
+
+
+def test_mistakes_in_json_are_named_too() -> None:
+    text = render_cluster(parse_cluster(MEASURED), format="json")
+    with pytest.raises(ClusterError) as caught:
+        parse_cluster(
+            text.replace('"60000000000.0 FLOP/s"', '"6 GB"', 1), name="a.json", format="json"
+        )
+    assert caught.value.where.startswith("a.json:")
+    lines = text.splitlines()
+    assert "60000000000.0 FLOP/s" in lines[int(caught.value.where.split(":")[1]) - 1]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -7,7 +7,16 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
+from cutset.compiler.ir.cluster import (
+    Cluster,
+    Device,
+    DeviceType,
+    Host,
+    Link,
+    LinkRule,
+    OpCost,
+    RateCurve,
+)
 from cutset.compiler.ir.graph import (
     Graph,
     Mode,
@@ -225,6 +234,7 @@ programs = st.builds(
     memory_limit_bytes=counts,
 )
 
+points = st.lists(st.tuples(finite, finite), max_size=2).map(tuple)
 rates = st.lists(st.tuples(st.sampled_from(["f32", "bf16"]), finite), max_size=2).map(tuple)
 device_types = st.builds(
     DeviceType,
@@ -237,18 +247,27 @@ device_types = st.builds(
     st.lists(texts, max_size=2).map(tuple),
     st.none() | st.builds(Host, st.builds(Link, finite, finite), counts, finite),
     st.none() | ids,
+    finite,
+    st.lists(st.builds(RateCurve, texts, texts, points), max_size=2).map(tuple),
+    st.lists(st.builds(OpCost, texts, finite, finite, finite, finite), max_size=2).map(tuple),
+)
+links = st.builds(Link, finite, finite)
+link_rules = st.builds(
+    LinkRule,
+    links,
+    texts,
+    texts,
+    st.none() | st.booleans(),
+    st.lists(st.tuples(texts, links), max_size=2).map(tuple),
+    st.none() | finite,
+    finite,
 )
 clusters = st.builds(
     Cluster,
     texts,
     st.lists(device_types, max_size=2).map(tuple),
     st.lists(st.builds(Device, ids, texts, texts), max_size=4).map(tuple),
-    st.lists(
-        st.builds(
-            LinkRule, st.builds(Link, finite, finite), texts, texts, st.none() | st.booleans()
-        ),
-        max_size=2,
-    ).map(tuple),
+    st.lists(link_rules, max_size=2).map(tuple),
     st.booleans(),
 )
 actions = st.builds(Action, st.sampled_from(ActionKind), ids, ids)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cutset.compiler.ir.cluster import Cluster, Device, Link, LinkRule
+from cutset.compiler.ir.cluster import Cluster, Device, Link, LinkRule, OpCost, RateCurve
 from cutset.compiler.ir.errors import VerificationError
 from cutset.compiler.ir.mesh import Layout, Mesh
 from cutset.compiler.ir.types import TensorType
@@ -27,6 +27,10 @@ def two_nodes(*links: LinkRule) -> Cluster:
 def kind(**changes: object) -> Cluster:
     right = cluster(2)
     return replace(right, types=(replace(right.types[0], **changes),))
+
+
+def linked(**changes: object) -> Cluster:
+    return replace(cluster(2), links=(replace(LinkRule(Link(0.0, 1e9)), **changes),))
 
 
 def test_right_clusters_pass() -> None:
@@ -51,6 +55,19 @@ def test_right_clusters_pass() -> None:
         (lambda: kind(flops_per_second=()), "it has no rate"),
         (lambda: kind(flops_per_second=(("f33", 1.0),)), "'f33' is not a dtype"),
         (lambda: kind(flops_per_second=(("f32", float("inf")),)), "is inf, not positive"),
+        (lambda: kind(instruction_seconds=-1.0), "instruction_seconds is -1.0"),
+        (lambda: kind(curves=(RateCurve("tensor", "f32", ((1.0, 1.0),)),)), "no such kind"),
+        (lambda: kind(curves=(RateCurve("memory", "f32", ((1.0, 1.0),)),)), "not its dtype"),
+        (lambda: kind(curves=(RateCurve("memory", "", ()),)), "has no points"),
+        (lambda: kind(curves=(RateCurve("memory", "", ((1.0, 0.0),)),)), "rate of curve memory"),
+        (lambda: kind(curves=(RateCurve("memory", "", ((2.0, 1.0), (2.0, 1.0))),)), "not ascend"),
+        (lambda: kind(curves=(RateCurve("memory", "", ((2.0, 1.0),)),) * 2), "two curves"),
+        (lambda: kind(op_costs=(OpCost("gelu", -1.0, 1.0, 1.0, 1.0),)), "passes of gelu is -1"),
+        (lambda: kind(op_costs=(OpCost("gelu", 1.0, 1.0, 1.0, 1.0),) * 2), "gelu has two costs"),
+        (lambda: linked(streams=0.0), "streams is 0.0"),
+        (lambda: linked(compute_share=1.0), "compute_share is 1.0"),
+        (lambda: linked(collectives=(("gather", Link(0.0, 1.0)),)), "'gather' is not one of"),
+        (lambda: linked(collectives=(("all_reduce", Link(0.0, 0.0)),)), "bytes_per_second is 0.0"),
         (lambda: replace(cluster(2), links=(LinkRule(Link(-1.0, 1.0)),)), "latency_seconds is -1"),
         (lambda: replace(cluster(2), links=(LinkRule(Link(0.0, 0.0)),)), "bytes_per_second is 0.0"),
         (lambda: two_nodes(INSIDE), "no link between device 0 (node node0) and 1"),

@@ -23,17 +23,19 @@ alternative mesh="data=4" num_microbatches=2 zero=1 step_seconds=0.3 fits=true
 warning "..."
 
 What few plans have is written where it is so: `objective throughput` at the end of the first line,
-`threads 4` at the end of a type's, `offloaded` at the end of a parameter's.
+`threads 4` and `instruction_seconds 4e-05` at the end of a type's, `streams 1.5` and `compute_share
+0.25` at the end of a link's, `offloaded` at the end of a parameter's; after a type lines `host`,
+`curve` and `op_cost`, after a link lines `collective`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from ..cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
+from ..cluster import Cluster, Device, DeviceType, Host, Link, LinkRule, OpCost, RateCurve
 from ..graph import Mode
 from ..mesh import Layout, Mesh
 from ..plan import (
@@ -64,6 +66,14 @@ __all__ = [
 
 _Record = TypeVar("_Record")
 _MOST_IDS = 10_000_000
+_OF_FEW_TYPES: dict[str, Any] = {
+    "host": None,
+    "threads": None,
+    "instruction_seconds": 0.0,
+    "curves": (),
+    "op_costs": (),
+}
+_OF_FEW_LINKS: dict[str, Any] = {"collectives": (), "streams": None, "compute_share": 0.0}
 
 
 def format_ranges(ids: tuple[int, ...]) -> str:
@@ -151,11 +161,15 @@ def print_cluster(cluster: Cluster) -> str:
     local = print_literal(cluster.local)
     lines = [f"cluster {print_text(cluster.name)} local={local} {{"]
     for entry in cluster.types:
-        threads = "" if entry.threads is None else f" threads {entry.threads}"
-        lines.append(f"  {_record('type', entry, skip=('host', 'threads'))}{threads}")
+        rare = "" if entry.threads is None else f" threads {entry.threads}"
+        if entry.instruction_seconds:
+            rare += f" instruction_seconds {print_literal(entry.instruction_seconds)}"
+        lines.append(f"  {_record('type', entry, skip=_OF_FEW_TYPES)}{rare}")
         if entry.host is not None:
             link = _record("host", entry.host.link)
             lines.append(f"  {_record(link, entry.host, skip=('link',))}")
+        lines += [f"  {_record('curve', curve)}" for curve in entry.curves]
+        lines += [f"  {_record('op_cost', cost)}" for cost in entry.op_costs]
     runs: list[list[Device]] = []
     for device in cluster.devices:
         if runs and replace(runs[-1][-1], index=device.index) == device:
@@ -167,11 +181,16 @@ def print_cluster(cluster: Cluster) -> str:
         lines.append(f"  {_record(f'devices {indices}', run[0], skip=('index',))}")
     for rule in cluster.links:
         link = _record("link", rule.link)
-        lines.append(f"  {_record(link, rule, skip=('link',))}")
+        rare = "" if rule.streams is None else f" streams {print_literal(rule.streams)}"
+        if rule.compute_share:
+            rare += f" compute_share {print_literal(rule.compute_share)}"
+        lines.append(f"  {_record(link, rule, skip=('link', *_OF_FEW_LINKS))}{rare}")
+        for name, own in rule.collectives:
+            lines.append(f"  {_record(f'collective {print_literal(name)}', own)}")
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _record(head: str, record: Any, *, skip: tuple[str, ...] = ()) -> str:
+def _record(head: str, record: Any, *, skip: Collection[str] = ()) -> str:
     """`head field=literal ...` for the fields of a flat dataclass."""
     names = (field.name for field in fields(record) if field.name not in skip)
     return " ".join([head, *(f"{name}={print_literal(getattr(record, name))}" for name in names)])
@@ -257,7 +276,7 @@ def _read_cluster(scanner: Scanner) -> Cluster:
     head.expect("{")
     types = tuple(_read_types(scanner))
     devices = [item for run in _read_all(scanner, "devices", _read_devices) for item in run]
-    links = tuple(_read_all(scanner, "link", _read_link))
+    links = tuple(_read_links(scanner))
     scanner.line().expect("}")
     return Cluster(name, types, tuple(devices), links, local)
 
@@ -266,12 +285,25 @@ def _read_types(scanner: Scanner) -> Iterator[DeviceType]:
     while scanner.peek() == "type":
         line = scanner.line()
         line.expect("type")
-        entry = _read_record(line, DeviceType, host=None, threads=None)
+        entry: DeviceType = _read_record(line, DeviceType, **_OF_FEW_TYPES)
         if line.accept("threads"):
             entry = replace(entry, threads=line.integer())
+        if line.accept("instruction_seconds"):
+            entry = replace(entry, instruction_seconds=_number(line))
         line.end()
-        hosts = tuple(_read_all(scanner, "host", _read_host))
-        yield replace(entry, host=hosts[0]) if hosts else entry
+        for host in _read_all(scanner, "host", _read_host):
+            entry = replace(entry, host=host)
+        curves = _read_all(scanner, "curve", lambda line: _read_record(line, RateCurve))
+        entry = replace(entry, curves=tuple(curves))
+        costs = _read_all(scanner, "op_cost", lambda line: _read_record(line, OpCost))
+        yield replace(entry, op_costs=tuple(costs))
+
+
+def _number(line: Line) -> float:
+    value = line.literal()
+    if not isinstance(value, float):
+        raise line.error(f"{value!r} is not a number")
+    return value
 
 
 def _read_host(line: Line) -> Host:
@@ -284,8 +316,21 @@ def _read_devices(line: Line) -> list[Device]:
     return [replace(first, index=index) for index in indices]
 
 
-def _read_link(line: Line) -> LinkRule:
-    return _read_record(line, LinkRule, link=_read_record(line, Link))
+def _read_links(scanner: Scanner) -> Iterator[LinkRule]:
+    while scanner.peek() == "link":
+        line = scanner.line()
+        line.expect("link")
+        link = _read_record(line, Link)
+        rule: LinkRule = _read_record(line, LinkRule, link=link, **_OF_FEW_LINKS)
+        if line.accept("streams"):
+            rule = replace(rule, streams=_number(line))
+        if line.accept("compute_share"):
+            rule = replace(rule, compute_share=_number(line))
+        line.end()
+        own = _read_all(
+            scanner, "collective", lambda line: (line.string(), _read_record(line, Link))
+        )
+        yield replace(rule, collectives=tuple(own))
 
 
 def _read_stage(line: Line) -> Stage:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
-from ..cluster import Cluster, DeviceType
+from ..cluster import COLLECTIVES, CURVES, Cluster, DeviceType, LinkRule, RateCurve
 from ..errors import ClusterError, VerificationError
 from ..mesh import Layout, Mesh, Shard
 from ..types import DTYPES_BY_NAME, TensorType
@@ -34,8 +35,7 @@ def verify_cluster(cluster: Cluster) -> None:
         check(device.index == position, f"its index is {device.index}, not {position}", place)
         check(device.type in known, f"it is of unknown type {device.type!r}", place)
     for rule in cluster.links:
-        _positive("bytes_per_second", rule.link.bytes_per_second, f"link {rule} of {here}")
-        _not_negative("latency_seconds", rule.link.latency_seconds, f"link {rule} of {here}")
+        _verify_rule(rule, f"link {rule} of {here}")
     _verify_links(cluster)
 
 
@@ -45,6 +45,20 @@ def _positive(name: str, figure: float, here: str) -> None:
 
 def _not_negative(name: str, figure: float, here: str) -> None:
     check(math.isfinite(figure) and figure >= 0, f"{name} is {figure}, negative or no number", here)
+
+
+def _verify_rule(rule: LinkRule, here: str) -> None:
+    for link in (rule.link, *(own for _, own in rule.collectives)):
+        _positive("bytes_per_second", link.bytes_per_second, here)
+        _not_negative("latency_seconds", link.latency_seconds, here)
+    names = [name for name, _ in rule.collectives]
+    for name in names:
+        check(name in COLLECTIVES, f"{name!r} is not one of {', '.join(COLLECTIVES)}", here)
+    check(first_repeated(names) is None, f"{first_repeated(names)} is there twice", here)
+    if rule.streams is not None:
+        _positive("streams", rule.streams, here)
+    share = rule.compute_share
+    check(0 <= share < 1, f"compute_share is {share}, not a share from 0 up to 1", here)
 
 
 def _verify_device_type(entry: DeviceType, here: str) -> None:
@@ -63,12 +77,36 @@ def _verify_device_type(entry: DeviceType, here: str) -> None:
     if entry.threads is not None:
         check(entry.threads >= 1, f"it has {entry.threads} threads", here)
         check(entry.backend == "cpu", f"threads are of CPU workers, it is {entry.backend}", here)
+    _not_negative("instruction_seconds", entry.instruction_seconds, here)
+    for curve in entry.curves:
+        _verify_curve(curve, here)
+    twice = first_repeated((curve.kind, curve.dtype) for curve in entry.curves)
+    check(twice is None, f"two curves are of {twice}", here)
+    for cost in entry.op_costs:
+        for name in ("passes", "kernels", "backward_passes", "backward_kernels"):
+            _not_negative(f"{name} of {cost.name}", getattr(cost, name), here)
+    repeated = first_repeated(cost.name for cost in entry.op_costs)
+    check(repeated is None, f"{repeated} has two costs", here)
     if entry.host is not None:
         place = f"host of {here}"
         _positive("memory_bytes", entry.host.memory_bytes, place)
         _positive("memory_bytes_per_second", entry.host.memory_bytes_per_second, place)
         _positive("bytes_per_second", entry.host.link.bytes_per_second, place)
         _not_negative("latency_seconds", entry.host.link.latency_seconds, place)
+
+
+def _verify_curve(curve: RateCurve, here: str) -> None:
+    title = f"curve {curve.kind} {curve.dtype}".rstrip()
+    check(curve.kind in CURVES, f"{title}: no such kind, one of {', '.join(CURVES)}", here)
+    of_memory = curve.kind == "memory"
+    known = not curve.dtype if of_memory else curve.dtype in DTYPES_BY_NAME
+    check(known, f"{title}: {curve.dtype!r} is not its dtype", here)
+    check(bool(curve.points), f"{title} has no points", here)
+    for size, rate in curve.points:
+        _positive(f"size of {title}", size, here)
+        _positive(f"rate of {title}", rate, here)
+    rising = all(low < high for (low, _), (high, _) in pairwise(curve.points))
+    check(rising, f"{title}: its sizes do not ascend", here)
 
 
 def _verify_links(cluster: Cluster) -> None:

@@ -1,0 +1,136 @@
+"""The parts of a cluster file that calibration writes: rates by size, costs of kinds of operators,
+and what links do beside single messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..compiler.ir.cluster import COLLECTIVES, Link, OpCost, RateCurve
+from ..compiler.ir.errors import ClusterError
+from ..compiler.ir.types import DTYPES_BY_NAME
+from .cluster_fields import (
+    BANDWIDTHS,
+    BYTES,
+    FLOPS,
+    RATES,
+    TIMES,
+    Source,
+    as_table,
+    check_keys,
+    number,
+    quantity,
+    quantity_of,
+)
+
+__all__ = ["check_dtype", "collective_links", "curves", "link_of", "op_costs"]
+
+_CURVE_KEYS = (("matmul", "matmul_rates"), ("attention", "attention_rates"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Units:
+    size: dict[str, float]
+    rate: dict[str, float]
+    example: str
+
+
+_OF_PRODUCTS = _Units(FLOPS, RATES, '[["1 MFLOP", "20 GFLOP/s"], ["1 GFLOP", "60 GFLOP/s"]]')
+_OF_MEMORY = _Units(BYTES, BANDWIDTHS, '[["64 KiB", "20 GB/s"], ["64 MiB", "8 GB/s"]]')
+
+
+def curves(table: Mapping[str, object], name: str, source: Source) -> tuple[RateCurve, ...]:
+    """The rates by size of device type `name`."""
+    return tuple(_curves(table, name, source))
+
+
+def _curves(table: Mapping[str, object], name: str, source: Source) -> Iterator[RateCurve]:
+    for kind, key in _CURVE_KEYS:
+        if key in table:
+            by_dtype = as_table(table[key], f"{name}.{key}", source)
+            for dtype, raw in by_dtype.items():
+                check_dtype(dtype, f"{key} of {name!r}", source, (name, key))
+                points = _points(raw, _OF_PRODUCTS, source, (name, key, dtype))
+                yield RateCurve(kind, dtype, points)
+    key = "memory_bandwidths"
+    if key in table:
+        yield RateCurve("memory", "", _points(table[key], _OF_MEMORY, source, (name, key)))
+
+
+def check_dtype(dtype: str, among: str, source: Source, place: tuple[str, ...]) -> None:
+    """Refuse what is no dtype."""
+    if dtype not in DTYPES_BY_NAME:
+        raise ClusterError(
+            f"unknown dtype {dtype!r} among the {among}",
+            where=source.where(*place, dtype),
+            ways_out=(f"one of: {', '.join(DTYPES_BY_NAME)}",),
+        )
+
+
+def _points(
+    raw: object, units: _Units, source: Source, place: tuple[str, ...]
+) -> tuple[tuple[float, float], ...]:
+    ways_out = (f"write pairs of size and rate, for example {units.example}",)
+    pairs = raw if isinstance(raw, list) else []
+    if not pairs or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ClusterError(
+            f"{'.'.join(place)} is not a list of pairs",
+            where=source.where(*place),
+            ways_out=ways_out,
+        )
+    points = tuple(
+        (
+            quantity_of(size, units.size, source, place),
+            quantity_of(rate, units.rate, source, (*place, str(size))),
+        )
+        for size, rate in pairs
+    )
+    for place_, ((low, _), (high, _)) in enumerate(pairwise(points), 1):
+        if low >= high:
+            size = pairs[place_][0]
+            raise ClusterError(
+                f"the sizes of {'.'.join(place)} do not ascend: {size!r} follows "
+                f"{pairs[place_ - 1][0]!r}",
+                where=source.where(*place, str(size)),
+                ways_out=("order the pairs by size, each size once",),
+            )
+    return points
+
+
+def op_costs(table: Mapping[str, object], name: str, source: Source) -> tuple[OpCost, ...]:
+    """The costs of kinds of operators on device type `name`."""
+    if "op_costs" not in table:
+        return ()
+    found = []
+    for kind, raw in as_table(table["op_costs"], f"{name}.op_costs", source).items():
+        place = (name, "op_costs", kind)
+        body = as_table(raw, ".".join(place), source)
+        check_keys(body, "op_cost", source, place)
+        figures = {
+            key: number(body, key, source, place)
+            for key in ("passes", "kernels", "backward_passes", "backward_kernels")
+        }
+        found.append(OpCost(kind, **figures))
+    return tuple(found)
+
+
+def link_of(table: Mapping[str, object], source: Source, place: tuple[str, ...]) -> Link:
+    """Latency and bandwidth in `table`."""
+    return Link(
+        quantity(table, "latency", TIMES, source, place, allow_zero=True),
+        quantity(table, "bandwidth", BANDWIDTHS, source, place),
+    )
+
+
+def collective_links(
+    table: Mapping[str, object], source: Source, place: tuple[str, ...]
+) -> tuple[tuple[str, Link], ...]:
+    """The collectives for which the link in `table` has figures of their own."""
+    found = []
+    for name in COLLECTIVES:
+        if name in table:
+            body = as_table(table[name], ".".join((*place, name)), source)
+            check_keys(body, "collective", source, (*place, name))
+            found.append((name, link_of(body, source, (*place, name))))
+    return tuple(found)
