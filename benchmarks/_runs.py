@@ -1,0 +1,227 @@
+"""A model under a plan: planned, simulated, run on workers, and how long its steps really took.
+
+Planning takes seconds a plan and a core; `plan_all` spreads it over processes, before anything is
+measured. Workers are started once for each number of ranks, and forget one model before the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gpu_llama
+import torch
+from _workloads import ON_CPU, ON_CUDA, Workload
+from torch import nn
+
+from cutset.compiler.api import plan_model
+from cutset.compiler.ir.cluster import Cluster
+from cutset.compiler.ir.errors import CutsetError
+from cutset.compiler.ir.trace import TraceEvent
+from cutset.compiler.parallel import Parallel, RunOptions
+from cutset.compiler.planned import PlannedModel
+from cutset.compiler.ranks import start_workers
+from cutset.cost_models import simulate
+from cutset.cost_models.simulator import Simulation
+from cutset.runtime.session import LocalSession
+
+__all__ = [
+    "Case",
+    "Measured",
+    "Planned",
+    "Workers",
+    "measure_memory",
+    "measure_steps",
+    "narrowed",
+    "phase_seconds",
+    "plan_all",
+    "record_trace",
+]
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model and a plan by its name: a mesh or `auto`, then pinned decisions.
+
+    `data=2`, `data=2,pipeline=2:zero=1`, `pipeline=4:microbatches=8:schedule=gpipe`, `auto`.
+    """
+
+    model: str
+    devices: int
+    plan: str
+
+    def pinned(self) -> dict[str, Any]:
+        """Arguments of `plan_model`."""
+        mesh, *decisions = self.plan.split(":")
+        found: dict[str, Any] = {} if mesh == "auto" else {"mesh": mesh}
+        for decision in decisions:
+            name, _, value = decision.partition("=")
+            name = "num_microbatches" if name == "microbatches" else name
+            found[name] = int(value) if value.isdigit() else value
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.model} on {self.devices}, {self.plan}"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A case with its plan and its simulated step; or, of one that has none, why."""
+
+    case: Case
+    planned: PlannedModel | None
+    simulation: Simulation | None
+    seconds: float
+    error: str = ""
+
+
+def workload(name: str, backend: str) -> Workload:
+    """The model called `name`, the same values each time."""
+    torch.manual_seed(0)
+    return (ON_CPU if backend == "cpu" else ON_CUDA)[name]()
+
+
+def optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW, in one kernel for all parameters on CUDA."""
+    listed = list(parameters)
+    on_cuda = listed[0].dtype is torch.bfloat16
+    return torch.optim.AdamW(listed, lr=1e-4, fused=on_cuda or None)
+
+
+def narrowed(cluster: Cluster, devices: int) -> Cluster:
+    """The first `devices` of a cluster."""
+    return replace(cluster, devices=cluster.devices[:devices])
+
+
+def plan_one(case: Case, cluster: Cluster, profile: str) -> Planned:
+    """Plan and simulate."""
+    began = time.perf_counter()
+    backend = cluster.types[0].backend
+    work = workload(case.model, backend)
+    extra = {} if profile == "off" else {"profile": profile}
+    try:
+        planned = plan_model(
+            work.model,
+            narrowed(cluster, case.devices),
+            example_inputs=work.args,
+            example_kwargs=work.kwargs,
+            loss_fn=work.loss_fn,
+            check=False,
+            **case.pinned(),
+            **extra,
+        )
+    except CutsetError as error:
+        return Planned(case, None, None, time.perf_counter() - began, str(error))
+    simulation = simulate(
+        planned.programs, cluster=planned.plan.cluster, optimizer=planned.plan.optimizer
+    )
+    return Planned(case, planned, simulation, time.perf_counter() - began)
+
+
+def plan_all(
+    cases: Sequence[Case], cluster: Cluster, *, profile: str, jobs: int
+) -> Iterator[Planned]:
+    """`plan_one` of each case, in their order, by `jobs` processes."""
+    if jobs < 2:
+        for case in cases:
+            yield plan_one(case, cluster, profile)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _one_thread) as pool:
+        count = len(cases)
+        yield from pool.map(plan_one, cases, [cluster] * count, [profile] * count)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Workers(contextlib.ExitStack):
+    """Sessions on the first devices of a cluster, by number of ranks; end with the context."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__()
+        self._cluster = replace(
+            cluster, types=tuple(_of_one_thread(entry) for entry in cluster.types), local=True
+        )
+        self._sessions: dict[int, LocalSession] = {}
+
+    def session(self, num_ranks: int) -> LocalSession:
+        """Workers of one thread each; others, if one of those has failed."""
+        found = self._sessions.get(num_ranks)
+        if found is None or not found.is_open:
+            found = start_workers(self._cluster, num_ranks, timeout_seconds=120.0)
+            self._sessions[num_ranks] = found
+            self.callback(found.close)
+        return found
+
+    def parallel(self, planned: PlannedModel, **options: Any) -> Parallel:
+        """`planned`, ready to train."""
+        weights = gpu_llama.initial if _is_on_meta(planned.model) else None
+        run = RunOptions(loss_fn=planned.loss_fn, optimizer=optimizer, weights=weights, **options)
+        return Parallel(planned, run, self.session(len(planned.programs)))
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _of_one_thread(entry: Any) -> Any:
+    return replace(entry, threads=1) if entry.backend == "cpu" else entry
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of warm steps, as the caller of `train_step` sees them."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def measure_steps(parallel: Parallel, planned: PlannedModel, steps: int) -> Measured:
+    """Train; the first steps, which allocate and connect, do not count."""
+    args, kwargs = planned.call
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        began = time.perf_counter()
+        parallel.train_step(*args, **kwargs)
+        seconds.append(time.perf_counter() - began)
+    return Measured(tuple(seconds[WARM_UP:]))
+
+
+def measure_memory(parallel: Parallel, planned: PlannedModel) -> list[int]:
+    """Peak bytes of every rank in one more step, by the allocator's events."""
+    args, kwargs = planned.call
+    parallel.measure_memory()
+    parallel.train_step(*args, **kwargs)
+    return parallel.peak_memory_bytes()
+
+
+def record_trace(parallel: Parallel, planned: PlannedModel) -> tuple[TraceEvent, ...]:
+    """What the ranks did in one more step."""
+    args, kwargs = planned.call
+    parallel.record_trace()
+    parallel.train_step(*args, **kwargs)
+    return parallel.trace()
+
+
+def phase_seconds(events: Iterable[TraceEvent], num_ranks: int) -> dict[str, float]:
+    """Seconds a rank by what is done: `F`, `I`, `W`, `OptimizerStep`, `send`, `AllReduce`, ..."""
+    found: dict[str, float] = defaultdict(float)
+    for event in events:
+        kind = re.split(r"[ .]", event.name)[0]
+        found[kind] += (event.end_seconds - event.begin_seconds) / num_ranks
+    return dict(found)
