@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.mesh import chunk_sizes
@@ -23,9 +24,44 @@ from .buffers import bucket_gather_bytes, bucket_scatter_bytes, scatter_bytes
 from .held import held_memory
 from .memory import ActionMemory, action_memory, memory_model, optimizer_temporaries
 
-__all__ = ["MemoryCurve"]
+__all__ = ["MemoryCurve", "MemoryPeak"]
 
 _NORM_BYTES = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPeak:
+    """What a rank holds at the moment at which it holds the most, in bytes.
+
+    Args:
+        seconds: since the step began.
+        moment: the instruction that runs then, as `event_name` calls it.
+        saved_bytes: kept from forwards for their backwards.
+        transients_bytes: what lives only while the instruction runs.
+        messages_bytes: boundary values and gradients of them, sends under way, buckets of
+            collectives, the user's inputs.
+    """
+
+    rank: int
+    seconds: float
+    moment: str
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    transients_bytes: int
+    messages_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return (
+            self.parameters_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.saved_bytes
+            + self.transients_bytes
+            + self.messages_bytes
+        )
 
 
 class MemoryCurve:
@@ -39,10 +75,10 @@ class MemoryCurve:
 
     def __init__(self, program: Program, optimizer: OptimizerModel, backend: str) -> None:
         self.held = held_memory(program, optimizer, backend)
+        self._rank = program.rank
         self._types = {name: value.type for name, value in program.trained().items()}
         self._updated = {n: type.num_bytes for n, type in program.update_types().items()}
         self._closing = optimizer_temporaries(optimizer, self.held.updated_bytes, backend)
-        self._level = float(self.held.total_bytes)
         self._backend = backend
         self._actions: dict[int, ActionMemory] = {
             stage.index: action_memory(
@@ -55,11 +91,16 @@ class MemoryCurve:
             for stage in program.stages
         }
         self._registers: dict[Register, float] = {}
-        self._points: list[tuple[float, float]] = [(0.0, self._level)]
+        self._saved = 0.0
+        self._messages = float(_input_bytes(program))
+        self._points: list[tuple[float, float]] = []
+        self._peak: MemoryPeak | None = None
+        self._note(0.0, "the start of the step")
 
     @property
-    def peak_bytes(self) -> int:
-        return math.ceil(max(level for _, level in self._points))
+    def peak(self) -> MemoryPeak:
+        assert self._peak is not None
+        return self._peak
 
     def message_bytes(self, item: Collective) -> float:
         """Bytes of the tensors that a collective joins or sums, whole."""
@@ -72,22 +113,25 @@ class MemoryCurve:
     def points(self) -> tuple[tuple[float, int], ...]:
         return tuple((seconds, math.ceil(level)) for seconds, level in self._points)
 
-    def define(self, register: Register, type: TensorType, seconds: float) -> None:
+    def define(self, register: Register, type: TensorType, seconds: float, moment: str) -> None:
         """A register occupies memory from now on."""
         if register not in self._registers:
             self._registers[register] = type.num_bytes
-            self._change(seconds, type.num_bytes)
+            self._messages += type.num_bytes
+            self._note(seconds, moment)
 
-    def free(self, registers: Iterable[Register], seconds: float) -> None:
-        freed = sum(self._registers.pop(register, 0.0) for register in registers)
-        self._change(seconds, -freed)
+    def free(self, registers: Iterable[Register], seconds: float, moment: str) -> None:
+        self._messages -= sum(self._registers.pop(register, 0.0) for register in registers)
+        self._note(seconds, moment)
 
-    def start(self, item: Collective, seconds: float) -> None:
+    def start(self, item: Collective, seconds: float, moment: str) -> None:
         """The buffers of a collective occupy memory from now on."""
-        self._change(seconds, self._buffer_bytes(item))
+        self._messages += self._buffer_bytes(item)
+        self._note(seconds, moment)
 
-    def end(self, item: Collective, seconds: float) -> None:
-        self._change(seconds, -self._buffer_bytes(item))
+    def end(self, item: Collective, seconds: float, moment: str) -> None:
+        self._messages -= self._buffer_bytes(item)
+        self._note(seconds, moment)
 
     def _buffer_bytes(self, item: Collective) -> float:
         if item.targets == (GRADIENT_NORM,):
@@ -106,7 +150,9 @@ class MemoryCurve:
             for name, dim in zip(item.targets, item.dims, strict=True)
         )
 
-    def action(self, kind: str, stage: int, part: int | None, begin: float, end: float) -> None:
+    def action(
+        self, kind: str, stage: int, part: int | None, begin: float, end: float, moment: str
+    ) -> None:
         """A computation: its transients while it runs, what it saves or frees afterwards.
 
         Boundary values are registers already; a saved one counts twice until it is freed.
@@ -118,25 +164,52 @@ class MemoryCurve:
         if part is not None:
             piece = memory.weight_parts[part]
             before = memory.weight_parts[part - 1].left_bytes if part else memory.left_bytes
-            self._points.append((begin, self._level + piece.peak_bytes))
-            self._change(end, piece.left_bytes - before)
-            return
-        peak, change = {
-            "F": (memory.forward_bytes - memory.received_bytes, memory.saved_bytes),
-            "I": (memory.backward_input_bytes, memory.left_bytes - memory.saved_bytes),
-            "W": (memory.backward_weight_bytes, -memory.left_bytes),
-            "B": (memory.backward_bytes, -memory.saved_bytes),
-        }[kind]
-        self._points.append((begin, self._level + peak))
-        self._change(end, change)
+            self._note(begin, moment, piece.peak_bytes)
+            self._saved += piece.left_bytes - before
+        elif kind == "F":
+            self._saved += memory.saved_bytes
+            peak = memory.forward_bytes - memory.received_bytes
+            self._note(begin, moment, peak - memory.saved_bytes)
+        else:
+            peak, change = {
+                "I": (memory.backward_input_bytes, memory.left_bytes - memory.saved_bytes),
+                "W": (memory.backward_weight_bytes, -memory.left_bytes),
+                "B": (memory.backward_bytes, -memory.saved_bytes),
+            }[kind]
+            self._note(begin, moment, peak)
+            self._saved += change
+        self._note(end, moment)
 
-    def optimizer_step(self, begin: float, end: float) -> None:
-        self._points.append((begin, self._level + self._closing))
-        self._points.append((end, self._level))
+    def optimizer_step(self, begin: float, end: float, moment: str) -> None:
+        self._note(begin, moment, self._closing)
+        self._note(end, moment)
 
-    def _change(self, seconds: float, size: float) -> None:
-        self._level += size
-        self._points.append((seconds, self._level))
+    def _note(self, seconds: float, moment: str, transients: float = 0.0) -> None:
+        level = self.held.total_bytes + self._saved + self._messages + transients
+        self._points.append((seconds, level))
+        if self._peak is None or level > self._peak.total_bytes:
+            self._peak = MemoryPeak(
+                self._rank,
+                seconds,
+                moment,
+                self.held.parameters_bytes,
+                self.held.gradients_bytes,
+                math.ceil(self.held.optimizer_bytes),
+                math.ceil(self._saved),
+                math.ceil(transients),
+                math.ceil(self._messages),
+            )
+
+
+def _input_bytes(program: Program) -> int:
+    """Bytes of the user's inputs of a step."""
+    inputs = {
+        value.origin: value.type.num_bytes
+        * (program.num_microbatches if value.batch_dim is not None else 1)
+        for stage in program.stages
+        for value in stage.graph.values_of(ValueKind.INPUT)
+    }
+    return sum(inputs.values())
 
 
 def _summed_early(stage: StageProgram, backend: str) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from .console import Console
 
 if TYPE_CHECKING:
     from ...cost_models import Simulation
-    from ..ir.plan import Plan
+    from ..ir.plan import MemoryPrediction, Plan
 
 __all__ = ["COMMAND"]
 
@@ -33,6 +34,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace, console: Console) -> None:
     from ...cost_models import render_timeline, simulate
+    from ..explain_memory import peak_text
     from ..plan_json import load_plan
     from .planned import planned_from
 
@@ -43,6 +45,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         peaks = simulation.peak_memory_bytes
     else:
         simulation, peaks = _from_plan_alone(plan)
+    ranks = simulation.ranks
     if options.trace is not None:
         from ..chrome_trace import chrome_trace, write_chrome_trace
 
@@ -52,7 +55,9 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         "step_seconds": simulation.step_seconds,
         "bubble_fraction": simulation.bubble_fraction,
         "busy_fraction": list(simulation.busy_fraction),
+        "ranks": [{**asdict(entry), "hidden_seconds": entry.hidden_seconds} for entry in ranks],
         "peak_memory_bytes": list(peaks),
+        "peaks": [{**asdict(peak), "total_bytes": peak.total_bytes} for peak in simulation.peaks],
         "link_bytes": [
             {"source": source, "target": target, "num_bytes": num_bytes}
             for (source, target), num_bytes in simulation.link_bytes
@@ -60,7 +65,13 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         "counts_communication": bool(options.model),
         "predicted_step_seconds": plan.prediction.step_seconds if plan.prediction else None,
     }
-    console.result(data, f"{render_timeline(simulation)}\n{_figures(data)}")
+    bounds = {entry.device: entry.total_bytes for entry in _memory(plan)}
+    told = [peak_text(peak, bounds.get(peak.rank)) for peak in simulation.peaks]
+    console.result(data, f"{render_timeline(simulation)}\n{_figures(simulation, data, told)}")
+
+
+def _memory(plan: Plan) -> tuple[MemoryPrediction, ...]:
+    return plan.prediction.memory if plan.prediction else ()
 
 
 def _from_plan_alone(plan: Plan) -> tuple[Simulation, tuple[int, ...]]:
@@ -83,12 +94,16 @@ def _from_plan_alone(plan: Plan) -> tuple[Simulation, tuple[int, ...]]:
     return simulation, tuple(entry.total_bytes for entry in plan.prediction.memory)
 
 
-def _figures(data: dict[str, Any]) -> str:
-    lines = [f"step {data['step_seconds']:.4g} s, idle {data['bubble_fraction']:.1%}"]
-    lines.extend(
+def _figures(simulation: Simulation, data: dict[str, Any], peaks: list[str]) -> str:
+    lines = [
+        f"step {simulation.step_seconds:.4g} s; ranks do not compute for "
+        f"{simulation.bubble_fraction:.1%} of it"
+    ]
+    lines.extend(_seconds_table(simulation))
+    lines += peaks or [
         f"rank {rank}: peak memory {peak / _MIB:.1f} MiB"
         for rank, peak in enumerate(data["peak_memory_bytes"])
-    )
+    ]
     lines.extend(
         f"link {link['source']} -> {link['target']}: {link['num_bytes'] / _MIB:.2f} MiB a step"
         for link in data["link_bytes"]
@@ -96,6 +111,38 @@ def _figures(data: dict[str, Any]) -> str:
     if not data["counts_communication"]:
         lines.append("(stage times alone; add --model to count communication and the optimizer)")
     return "\n".join(lines)
+
+
+def _seconds_table(simulation: Simulation) -> list[str]:
+    """Shares of the step; see `cost_models/simulation.py` for what is counted where."""
+    if not simulation.ranks or not simulation.step_seconds:
+        return []
+    lines = [
+        "rank  computes   exposed      host      idle | communicates    hidden  gradients  exposed"
+        "  optimizer"
+    ]
+    for entry in simulation.ranks:
+        shares = [
+            seconds / simulation.step_seconds
+            for seconds in (
+                entry.busy_seconds,
+                entry.exposed_seconds,
+                entry.host_seconds,
+                entry.idle_seconds,
+                entry.communication_seconds,
+                entry.hidden_seconds,
+                entry.sync_seconds,
+                entry.exposed_sync_seconds,
+                entry.optimizer_seconds,
+            )
+        ]
+        first = "".join(f"{share:>9.1%} " for share in shares[:4])
+        widths = (12, 9, 10, 8, 10)
+        second = " ".join(
+            f"{share:>{width}.1%}" for share, width in zip(shares[4:], widths, strict=True)
+        )
+        lines.append(f"{entry.rank:>4} {first}| {second}".rstrip())
+    return lines
 
 
 COMMAND = Command(

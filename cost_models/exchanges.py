@@ -1,0 +1,298 @@
+"""What ranks send each other in collectives: bytes on every edge, and seconds within an action.
+
+Over each of its p edges, a ring moves 2 (p - 1) / p of the bytes of an all-reduce, and (p - 1) / p
+of those of a reduce-scatter or an all-gather (Thakur, Rabenseifner and Gropp, 2005). What the
+runtime makes of messages moves 1 / p of the bytes from each rank to each other: all-to-alls, and
+over gloo reduce-scatters and all-gathers, too. Parts count as equal.
+
+`stage_costs` divides the seconds of a stage's actions into computation and exchanges with the
+other ranks of the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..compiler.ir.cluster import Cluster, DeviceType
+from ..compiler.ir.graph import Graph, Mode, Node, ValueKind
+from ..compiler.ir.ops import Category
+from ..compiler.ir.program import StageProgram
+from .collectives import Network
+from .links import (
+    all_gather_seconds,
+    all_reduce_seconds,
+    all_to_all_seconds,
+    reduce_scatter_seconds,
+)
+from .ops import price
+from .stages import StageSeconds, stage_seconds
+
+__all__ = ["ActionCost", "Exchange", "StageCosts", "edge_bytes", "exchange", "ring", "stage_costs"]
+
+Seconds = Callable[[Cluster, Sequence[int], float], float]
+_SECONDS: dict[str, Seconds] = {
+    "all_reduce": all_reduce_seconds,
+    "reduce_scatter": reduce_scatter_seconds,
+    "all_gather": all_gather_seconds,
+    "all_to_all": all_to_all_seconds,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Collectives over one group of ranks, one after the other.
+
+    Args:
+        ranks: who meets, in the order of parts.
+        collective: the kind; that of most bytes, where they are of several kinds.
+        latency_seconds, wire_seconds: on idle wires.
+        edges: ((source, target), bytes).
+        count: how many.
+    """
+
+    ranks: tuple[int, ...]
+    collective: str
+    latency_seconds: float
+    wire_seconds: float
+    edges: tuple[tuple[tuple[int, int], float], ...]
+    count: float = 1.0
+
+    @property
+    def seconds(self) -> float:
+        return self.latency_seconds + self.wire_seconds
+
+    def scaled(self, share: float) -> Exchange:
+        """A part of it."""
+        return replace(
+            self,
+            latency_seconds=self.latency_seconds * share,
+            wire_seconds=self.wire_seconds * share,
+            edges=tuple((edge, size * share) for edge, size in self.edges),
+            count=self.count * share,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ActionCost:
+    """One action of a stage: what it computes, and what it waits for or does not wait for."""
+
+    compute_seconds: float
+    exposed: tuple[Exchange, ...] = ()
+    hidden: tuple[Exchange, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """On idle wires."""
+        return self.compute_seconds + sum(entry.seconds for entry in self.exposed)
+
+    def scaled(self, share: float) -> ActionCost:
+        """A part of it."""
+        return ActionCost(
+            self.compute_seconds * share,
+            tuple(entry.scaled(share) for entry in self.exposed),
+            tuple(entry.scaled(share) for entry in self.hidden),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StageCosts:
+    """The actions of one stage on one rank."""
+
+    forward: ActionCost
+    backward_input: ActionCost
+    backward_weight: ActionCost
+
+
+def ring(cluster: Cluster, ranks: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Edges of the ring of `ranks`, ordered by node; none of a single one."""
+    ordered = sorted(set(ranks), key=lambda index: (cluster.devices[index].node, index))
+    if len(ordered) < 2:
+        return ()
+    return tuple(zip(ordered, (*ordered[1:], ordered[0]), strict=True))
+
+
+def edge_bytes(
+    cluster: Cluster, collective: str, ranks: Sequence[int], num_bytes: float
+) -> tuple[tuple[tuple[int, int], float], ...]:
+    """Bytes that a collective over `ranks` moves: ((source, target), bytes).
+
+    Args:
+        num_bytes: of the whole tensor (an all-to-all: what each rank holds).
+    """
+    count = len(set(ranks))
+    on_host = any(cluster.type_of(rank).backend == "cpu" for rank in ranks)
+    if collective == "all_to_all" or (on_host and collective != "all_reduce"):
+        pairs = [(source, target) for source in ranks for target in ranks if source != target]
+        return tuple((pair, num_bytes / count) for pair in sorted(pairs))
+    share = (2 if collective == "all_reduce" else 1) * (count - 1) / count
+    return tuple((edge, share * num_bytes) for edge in ring(cluster, ranks))
+
+
+def exchange(cluster: Cluster, collective: str, ranks: Sequence[int], num_bytes: float) -> Exchange:
+    """One collective; `num_bytes` as in `edge_bytes`."""
+    seconds = _SECONDS[collective]
+    latency = seconds(cluster, ranks, 0.0)
+    return Exchange(
+        ranks=tuple(ranks),
+        collective=collective,
+        latency_seconds=latency,
+        wire_seconds=seconds(cluster, ranks, num_bytes) - latency,
+        edges=edge_bytes(cluster, collective, ranks, num_bytes),
+    )
+
+
+def stage_costs(
+    stage: StageProgram, device_type: DeviceType, network: Network, measured: StageSeconds | None
+) -> StageCosts:
+    """Costs of the actions of `stage`.
+
+    Args:
+        measured: seconds of the actions with all that they wait for; None: as predicted.
+    """
+    graph = stage.graph
+    costs = price(graph, device_type, network=network)
+    seconds = stage_seconds(graph, device_type, recomputed=stage.recomputed, network=network)
+    found = _Found(graph, network)
+    forward = found.forward()
+    whole = sum(cost.forward_seconds for cost in costs)
+    hidden = max(whole - seconds.forward, 0.0)
+    first, second = found.backward(stage.recomputed)
+    early = _summed_early(stage, network)
+    if measured is None:
+        wait = sum(entry.seconds for entry in early)
+        times = replace(seconds, backward_weight=seconds.backward_weight + wait)
+    else:
+        times = measured
+    again = hidden if stage.recomputed else 0.0
+    return StageCosts(
+        _divided(times.forward, forward, hidden),
+        _divided(times.backward_input, first, 0.0),
+        _divided(times.backward_weight, [*second, *early], again),
+    )
+
+
+def _divided(seconds: float, exchanges: Iterable[Exchange], hidden: float) -> ActionCost:
+    """An action of `seconds`, of whose exchanges so many seconds are hidden."""
+    joined = _joined(exchanges)
+    total = sum(entry.seconds for entry in joined)
+    if not total:
+        return ActionCost(seconds, hidden=joined)
+    share = min(hidden / total, 1.0)
+    exposed = min((1.0 - share) * total, seconds)
+    return ActionCost(
+        seconds - exposed,
+        tuple(entry.scaled(exposed / total) for entry in joined) if exposed else (),
+        tuple(entry.scaled(1.0 - exposed / total) for entry in joined) if exposed < total else (),
+    )
+
+
+def _joined(exchanges: Iterable[Exchange]) -> tuple[Exchange, ...]:
+    """One for each group of ranks."""
+    groups: dict[tuple[int, ...], list[Exchange]] = {}
+    for entry in exchanges:
+        groups.setdefault(entry.ranks, []).append(entry)
+    return tuple(_sum(groups[ranks]) for ranks in sorted(groups))
+
+
+def _sum(entries: Sequence[Exchange]) -> Exchange:
+    edges: dict[tuple[int, int], float] = {}
+    for entry in entries:
+        for edge, size in entry.edges:
+            edges[edge] = edges.get(edge, 0.0) + size
+    return Exchange(
+        ranks=entries[0].ranks,
+        collective=max(entries, key=lambda entry: entry.wire_seconds).collective,
+        latency_seconds=sum(entry.latency_seconds for entry in entries),
+        wire_seconds=sum(entry.wire_seconds for entry in entries),
+        edges=tuple(sorted(edges.items())),
+        count=sum(entry.count for entry in entries),
+    )
+
+
+def _summed_early(stage: StageProgram, network: Network) -> list[Exchange]:
+    """Gradients of which backward keeps a part, summed over ranks once a microbatch."""
+    types = {value.origin: value.type for value in stage.graph.values_of(ValueKind.PARAMETER)}
+    return [
+        exchange(
+            network.cluster, "reduce_scatter", network.group(part.axis), types[part.name].num_bytes
+        )
+        for part in stage.kept
+        if part.summed
+    ]
+
+
+class _Found:
+    """The collectives of a stage's graph and of its adjoint."""
+
+    def __init__(self, graph: Graph, network: Network) -> None:
+        self._graph = graph
+        self._network = network
+        self._nodes = [
+            node for node in graph.nodes if node.op.category is Category.COLLECTIVE and node.outputs
+        ]
+
+    def forward(self, nodes: Iterable[int] | None = None) -> list[Exchange]:
+        chosen = None if nodes is None else set(nodes)
+        return [
+            made
+            for node in self._nodes
+            if chosen is None or node.id in chosen
+            for made in self._exchange(node, _FORWARD)
+        ]
+
+    def backward(self, recomputed: Sequence[int]) -> tuple[list[Exchange], list[Exchange]]:
+        """Those with the input gradients, and those with the weight gradients."""
+        if self._graph.mode is not Mode.TRAIN:
+            return [], []
+        values = self._graph.values
+        reached = {v.id for v in self._graph.values_of(ValueKind.BOUNDARY) if v.requires_grad}
+        returns = bool(reached)
+        for node in self._graph.nodes:
+            if any(value in reached for value in node.inputs):
+                reached.update(node.outputs)
+        first: list[Exchange] = []
+        second: list[Exchange] = []
+        (first if returns else second).extend(self.forward(recomputed) if recomputed else ())
+        for node in reversed(self._nodes):
+            wanted = any(values[i].requires_grad for i in node.inputs)
+            if wanted and any(values[i].requires_grad for i in node.outputs):
+                early = any(value in reached for value in node.inputs)
+                (first if early else second).extend(self._exchange(node, _ADJOINT))
+        return first, second
+
+    def _exchange(self, node: Node, table: _Table) -> Iterable[Exchange]:
+        found = table.get(node.op.packet)
+        if table is _ADJOINT and node.op.packet == "all_gather" and not _is_sum(node):
+            found = None
+        if found is not None:
+            collective, of_result = found
+            value = node.outputs[0] if of_result else node.inputs[0]
+            axis = node.args[1]
+            assert isinstance(axis, str)
+            size = float(self._graph.values[value].type.num_bytes)
+            group = self._network.group(axis)
+            if len(set(group)) > 1:
+                yield exchange(self._network.cluster, collective, group, size)
+
+
+# packet -> (collective, whether the result is what it moves), as `collectives.py` prices them
+_Table = Mapping[str, tuple[str, bool]]
+_FORWARD: _Table = {
+    "all_reduce": ("all_reduce", False),
+    "all_gather": ("all_gather", True),
+    "reduce_scatter": ("reduce_scatter", False),
+    "all_to_all": ("all_to_all", False),
+}
+_ADJOINT: _Table = {
+    "sum_gradient": ("all_reduce", False),
+    "shard": ("all_gather", False),
+    "all_gather": ("reduce_scatter", True),
+    "reduce_scatter": ("all_gather", False),
+    "all_to_all": ("all_to_all", False),
+}
+
+
+def _is_sum(node: Node) -> bool:
+    """Whether the gradient of a gather is a term on each rank."""
+    return node.args[5] is True

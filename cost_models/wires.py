@@ -1,0 +1,137 @@
+"""How transfers that are under way at once share wires: max-min time sharing, fluid in time.
+
+Every device has a port out and a port in for what stays in its node, and others for what leaves
+it; CPU workers of one node share the node's. A transfer that has a port for itself runs at the
+speed of its link, n transfers in a port at 1/n of it each. A ring's transfer loads a port by the
+bandwidth of the ring over that of the port's link. Where a rule of the cluster says how many
+`streams` a node carries at full speed, k of them in a node run at `streams / k`. The speed of a
+transfer is the least that any of its places allows, and changes when others come and go. Latencies
+take no bandwidth.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+
+from ..compiler.ir.cluster import Cluster
+from .discrete_events import Clock, Process, Work
+
+__all__ = ["Flow", "Wires"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One transfer, or the ring of a collective.
+
+    Args:
+        edges: (source, target) devices between which it travels at once.
+        latency_seconds, wire_seconds: how long it takes alone.
+        collective: which, as links name them; None: a message.
+    """
+
+    edges: tuple[tuple[int, int], ...]
+    latency_seconds: float
+    wire_seconds: float
+    collective: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a flow runs: load of every place, and what it takes from the devices that compute."""
+
+    loads: tuple[tuple[Hashable, float], ...]
+    devices: tuple[int, ...]
+    compute_share: float
+
+
+class Wires:
+    """Transfers under way in a cluster.
+
+    Args:
+        slowed: told a device and the share of its computing rate that transfers now take.
+    """
+
+    def __init__(
+        self, clock: Clock, cluster: Cluster, slowed: Callable[[int, float], None]
+    ) -> None:
+        self._clock = clock
+        self._cluster = cluster
+        self._slowed = slowed
+        self._capacity: dict[Hashable, float] = {}
+        self._load: dict[Hashable, float] = defaultdict(float)
+        self._flows: dict[Hashable, dict[Work, _Places]] = defaultdict(dict)  # by place
+        self._taken: dict[int, dict[Work, float]] = defaultdict(dict)  # by device
+        self._places: dict[tuple[tuple[tuple[int, int], ...], str | None], _Places] = {}
+
+    def carry(self, flow: Flow) -> Process:
+        """Carry `flow` from now to its end."""
+        yield self._clock.later(flow.latency_seconds)
+        if flow.wire_seconds <= 0.0:
+            return
+        key = flow.edges, flow.collective
+        if key not in self._places:
+            self._places[key] = self._places_of(flow)
+        places = self._places[key]
+        work = Work(flow.wire_seconds)
+        for place, load in places.loads:
+            self._load[place] += load
+            self._flows[place][work] = places
+        self._settle(places)
+        yield work.end
+        for place, load in places.loads:
+            del self._flows[place][work]
+            self._load[place] = self._load[place] - load if self._flows[place] else 0.0
+        for device in places.devices:
+            self._taken[device].pop(work, None)
+        self._settle(places)
+
+    def _settle(self, changed: _Places) -> None:
+        """New speeds for all that shares a place with what has come or gone."""
+        touched = {
+            work: places
+            for place, _ in changed.loads
+            for work, places in self._flows[place].items()
+        }
+        devices = set(changed.devices)
+        for work, places in touched.items():
+            speed = min(self._share(place) for place, _ in places.loads)
+            self._clock.set_speed(work, speed)
+            if places.compute_share:
+                for device in places.devices:
+                    self._taken[device][work] = places.compute_share * speed
+                devices.update(places.devices)
+        for device in sorted(devices):
+            self._slowed(device, sum(self._taken[device].values()))
+
+    def _share(self, place: Hashable) -> float:
+        load = self._load[place]
+        capacity = self._capacity[place]
+        return 1.0 if load <= capacity else capacity / load
+
+    def _places_of(self, flow: Flow) -> _Places:
+        links = [self._cluster.link(*edge, flow.collective) for edge in flow.edges]
+        slowest = min(link.bytes_per_second for link in links)
+        loads: dict[Hashable, float] = {}
+        share = 0.0
+        for edge, link in zip(flow.edges, links, strict=True):
+            for place in self._ports(edge):
+                self._capacity[place] = 1.0
+                loads[place] = max(loads.get(place, 0.0), slowest / link.bytes_per_second)
+            rule = self._cluster.rule(*edge)
+            share = max(share, rule.compute_share)
+            if rule.streams is not None:
+                for device in edge:
+                    place = (self._cluster.devices[device].node, rule)
+                    self._capacity[place] = rule.streams
+                    loads[place] = 1.0
+        devices = tuple(sorted({device for edge in flow.edges for device in edge}))
+        return _Places(tuple(loads.items()), devices, share)
+
+    def _ports(self, edge: tuple[int, int]) -> Iterable[Hashable]:
+        source, target = (self._cluster.devices[device] for device in edge)
+        inside = source.node == target.node
+        for direction, device in (("out", source), ("in", target)):
+            shared = not inside and self._cluster.type_of(device.index).backend == "cpu"
+            yield direction, device.node if shared else device.index, inside
