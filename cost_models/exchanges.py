@@ -25,6 +25,7 @@ from .links import (
     all_to_all_seconds,
     reduce_scatter_seconds,
 )
+from .memory import rerun_nodes
 from .ops import price
 from .stages import StageSeconds, stage_seconds
 
@@ -253,7 +254,8 @@ class _Found:
                 reached.update(node.outputs)
         first: list[Exchange] = []
         second: list[Exchange] = []
-        (first if returns else second).extend(self.forward(recomputed) if recomputed else ())
+        again = rerun_nodes(self._graph, recomputed)
+        (first if returns else second).extend(self.forward(again))
         for node in reversed(self._nodes):
             wanted = any(values[i].requires_grad for i in node.inputs)
             if wanted and any(values[i].requires_grad for i in node.outputs):
