@@ -405,8 +405,8 @@ class _Run:
         yield from self.wires.carry(flow)
         end = self.clock.now
         self.link_bytes[pair] += size
-        for rank, item in zip(pair, (message.send, message.recv), strict=True):
-            self._communicated(rank, event_name(item) or "", begin, end)
+        self._communicated(pair[0], event_name(message.send) or "", begin, end)
+        self._communicated(pair[1], event_name(message.recv) or "", begin, end)
         self.clock.happen(message.left)
         self.clock.happen(message.arrived)
 
