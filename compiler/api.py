@@ -22,6 +22,7 @@ from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
 from .batch import batch_size, signature_of, take_rows
 from .batch import contiguous as contiguous_call
+from .block_times import ProfileOptions
 from .collector import collector_paused
 from .compare import STRATEGIES, StrategyFigures, compare
 from .constraints import layout_pins, stage_pins, together_groups
@@ -35,6 +36,7 @@ from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
 from .planned import ModelPlan, PlannedModel, build_programs
 from .planning import Planning
+from .profile_parts import PROFILES
 from .ranks import start_workers
 from .weights import Weights
 
@@ -64,7 +66,10 @@ def plan_model(
     objective: str = "step",
     granularity: str = "operator",
     contiguous: bool = False,
-    profile: str = "model",
+    profile: str = "off",
+    profile_seconds: float = 60.0,
+    compile: bool = False,
+    cuda_graphs: bool = True,
     placement_seconds: float = 20.0,
     constraints: Mapping[str, int | str] | None = None,
     together: Sequence[Sequence[str]] | None = None,
@@ -99,8 +104,12 @@ def plan_model(
             that one sample is done soonest.
         granularity: what is placed: `operator`, or `block` (repeated blocks and modules whole).
         contiguous: no device runs several disconnected pieces.
-        profile: where seconds of operators that are placed come from: `model` (roofline), or `ops`:
-            each distinct operator is measured on a worker of each type of device.
+        profile: what is measured on the devices, which must be here, before the plan is final:
+            `off` (nothing: times follow from the cluster's rates), `blocks` (each distinct block of
+            the plan and of what comes close to it) or `ops` (each distinct operator). Times are
+            kept in the user's cache directory.
+        profile_seconds: of measuring, at most.
+        compile, cuda_graphs: how stages will run, for what is measured.
         placement_seconds: wall time for placing operators.
         constraints: module path pattern -> stage that must hold it (where operators are placed one
             by one: the device); or pattern of parameters ->
@@ -140,6 +149,7 @@ def plan_model(
         ("num_stages", num_stages),
         ("clip_grad_norm", clip_grad_norm),
         ("placement_seconds", placement_seconds),
+        ("profile_seconds", profile_seconds),
     ):
         _refuse_unless_positive(name, number)
     goal = _objective(objective)
@@ -148,6 +158,13 @@ def plan_model(
             f"objective={objective!r} is searched by the clock: the ranks of this job would find "
             "different plans",
             where="objective",
+            ways_out=("plan once, by `cutset plan ... -o plan.json`, and pass plan='plan.json'",),
+        )
+    measured = _profile(profile, profile_seconds, compile, cuda_graphs)
+    if measured is not None and given is None and under_torchrun():
+        raise UsageError(
+            f"profile={profile!r} measures: the ranks of this job would find different plans",
+            where="profile",
             ways_out=("plan once, by `cutset plan ... -o plan.json`, and pass plan='plan.json'",),
         )
     pins = stage_pins(constraints)
@@ -167,10 +184,9 @@ def plan_model(
         objective=goal,
         granularity=granularity,
         contiguous=contiguous,
-        profile=profile,
         placement_seconds=placement_seconds,
     )
-    planning = Planning(model, call, cluster, modes, loss_fn, check, say)
+    planning = Planning(model, call, cluster, modes, loss_fn, check, say, measured)
     with collector_paused():
         if given is not None:
             captured = planning.captured(planning.first_count(options))
@@ -287,6 +303,8 @@ def auto_partition(
             loss_fn=loss_fn,
             mode=mode,
             clip_grad_norm=clip_grad_norm,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
             optimizer_model=planning.pop("optimizer_model", None)
             or optimizer_model_of(factory, model),
             **planning,
@@ -310,6 +328,16 @@ def auto_partition(
     return parallel
 
 
+def _profile(kind: str, seconds: float, compile: bool, cuda_graphs: bool) -> ProfileOptions | None:
+    if kind not in PROFILES:
+        raise UsageError(
+            f"profile = {kind!r} is unknown",
+            where="profile",
+            ways_out=(f"one of: {', '.join(PROFILES)}",),
+        )
+    return None if kind == "off" else ProfileOptions(kind, seconds, compile, cuda_graphs)
+
+
 def _cluster(devices: Devices, memory_limit_bytes: int | None) -> Cluster:
     spec = Path(devices) if isinstance(devices, PathLike) else devices
     return parse_devices(spec, memory_limit_bytes)
@@ -328,7 +356,7 @@ def _early_workers(
     """
     cluster = _cluster(devices, planning.get("memory_limit_bytes"))
     is_meta = any(parameter.is_meta for parameter in model.parameters())
-    if planning.get("profile") == "ops":
+    if planning.get("profile", "off") != "off":
         return None  # they would start, and slow down, while others measure
     if under_torchrun() or (is_meta and not has_weights) or not cluster.local:
         return None

@@ -26,6 +26,7 @@ from .explain_mesh import (
     offload_text,
 )
 from .explain_placement import busiest, placement_json, placement_text
+from .explain_profile import profile_json, profile_text
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Objective, Plan, Stage
 from .ir.stage_edges import schedule_edges
@@ -199,6 +200,7 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "constraint": constraint(plan),
         "blocks": [asdict(block) for block in summarize_blocks(plan, graph)] if graph else None,
         "alternatives": alternatives_json(plan),
+        "profile": profile_json(plan),
         "certificate": asdict(plan.certificate) if plan.certificate else None,
         "warnings": list(plan.warnings),
     }
@@ -225,7 +227,7 @@ def explain(plan: Plan, graph: Graph | None = None) -> str:
     ]
     if plan.schedule is not None:
         parts.append(_schedule_text(plan, graph))
-    parts.append(_figures_text(plan))
+    parts += [_figures_text(plan), profile_text(plan)]
     if plan.warnings:
         parts.append("warnings\n" + "\n".join(f"  - {line}" for line in plan.warnings))
     return "\n\n".join(part for part in parts if part) + "\n"

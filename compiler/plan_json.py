@@ -19,6 +19,7 @@ from typing import Any
 from .files import unusable, write_whole
 from .ir.cluster import Cluster
 from .ir.convert import Codec, Converter
+from .ir.corrections import Correction
 from .ir.errors import PlanFormatError
 from .ir.mesh import Layout, Mesh
 from .ir.plan import Fingerprint, Plan
@@ -53,6 +54,7 @@ _CONVERTER = Converter(
     {
         Mesh: Codec(str, Mesh.parse),
         Layout: Codec(str, Layout.parse),
+        Correction: Codec(str, Correction.parse),
         tuple[Action, ...]: Codec(_write_actions, _read_actions),
         tuple[int, ...]: Codec(format_ranges, parse_ranges),
     }

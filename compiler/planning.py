@@ -2,7 +2,8 @@
 
 A graph is captured at the size of one microbatch, and what that is, is a decision. So a plan is
 searched on a first guess, and searched again, under the mesh and the number of microbatches that
-were found, on a graph captured at that size.
+were found, on a graph captured at that size. Where times are to be measured, that is repeated
+(`replan.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from ..passes.context import PlanOptions
 from ..passes.pinned import check_pinned, mesh_is_open
 from ..passes.pipeline import plan_graph
 from ..passes.place import check_placement
+from ..runtime.launcher import cache_directory
 from .batch import Call, batch_size, take_rows
+from .block_times import BlockTimes, BlockWorkers, Measurer, ProfileOptions
 from .capture import Captured, capture
 from .capture.signature import LossFunction
 from .ir.cluster import Cluster
@@ -26,6 +29,8 @@ from .ir.errors import CaptureError, UsageError
 from .ir.graph import Mode
 from .ir.plan import DATA, PIPELINE, Objective, Plan
 from .profile import measure
+from .profile_database import ProfileDatabase
+from .replan import search_measured
 
 __all__ = ["Planning"]
 
@@ -41,6 +46,8 @@ class Planning:
         call: with the global batch.
         check: compare captured gradients with the model's own.
         say: receives one line a phase.
+        profile: what is measured; None: nothing.
+        measurer: what measures.
     """
 
     model: nn.Module
@@ -50,6 +57,8 @@ class Planning:
     loss_fn: LossFunction | None
     check: bool
     say: Callable[[str], None]
+    profile: ProfileOptions | None = None
+    measurer: Callable[[Cluster, ProfileOptions], Measurer] = BlockWorkers
     graphs: dict[int, Captured] = field(default_factory=dict)
 
     @property
@@ -85,6 +94,20 @@ class Planning:
         Raises:
             CaptureError, InfeasibleError, UsageError: see `plan_model`.
         """
+        profile = self.profile
+        if profile is None or self._measures_nodes(options):
+            return self.search_once(options)
+        measurer = self.measurer(self.cluster, profile)
+        times = BlockTimes(
+            self.cluster, profile, ProfileDatabase(cache_directory()), measurer, self.say
+        )
+        try:
+            return search_measured(self, options, times)
+        finally:
+            times.close()
+
+    def search_once(self, options: PlanOptions) -> tuple[Captured, Plan]:
+        """As `search`, by the times that the cluster says."""
         if options.objective is not Objective.STEP:
             return self._placed(options)
         check_pinned(self.cluster, self.mode, options)
@@ -103,11 +126,16 @@ class Planning:
         count = self.first_count(options)
         captured = self.captured(count)
         options = replace(options, num_microbatches=count)
-        if options.profile == "ops":
+        if self._measures_nodes(options):
             self.say("measure operators on every type of device")
             options = replace(options, measured=measure(captured, self.cluster))
         plan = self._plan(captured, options)
         return captured, replace(plan, warnings=(*plan.warnings, *self._crowding()))
+
+    def _measures_nodes(self, options: PlanOptions) -> bool:
+        """Whether every node is measured in its place, as for placing single operators."""
+        wanted = self.profile is not None and self.profile.kind == "ops"
+        return wanted and options.objective is not Objective.STEP
 
     def _crowding(self) -> tuple[str, ...]:
         """A warning where CPU workers have more threads than this machine has cores."""

@@ -39,7 +39,7 @@ def measure(captured: Captured, cluster: Cluster) -> Measured:
         raise UsageError(
             f"cluster {cluster.name!r} is not this machine: its devices cannot be measured",
             where="profile",
-            ways_out=("pass profile='model'", "mark the cluster with local = true if it is"),
+            ways_out=("pass profile='off'", "mark the cluster with local = true if it is"),
         )
     program = _program(captured)
     arguments = {

@@ -5,6 +5,7 @@ Patterson (Roofline, 2009). Bytes are those of operands and results; views cost 
 is the adjoint of each op: one product per operand that requires a gradient. Gradients of values
 computed from parameters alone are `backward_weight`, all others `backward_input`; values that
 require no gradient have none. Collectives of a rank's local graph are priced by `collectives.py`.
+What was measured on the device type corrects all that (`corrections.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.ops import Category
 from .analysis import batch_values, weight_like_values
 from .collectives import Network, collective_seconds
+from .corrections import FactorTable, factors_of, signature_of
 from .flops import forward_flops, is_product
 
 __all__ = ["NodeCost", "gradient_sum_seconds", "price", "price_once"]
@@ -93,7 +95,33 @@ def price(
         num_terms=num_terms,
         network=network,
     )
-    return tuple(_node_cost(pricing, node) for node in graph.nodes)
+    costs = tuple(_node_cost(pricing, node) for node in graph.nodes)
+    if device_type.corrections is None:
+        return costs
+    table = factors_of(device_type.corrections)
+    return tuple(
+        _corrected(pricing, table, node, cost)
+        for node, cost in zip(graph.nodes, costs, strict=True)
+    )
+
+
+def _corrected(pricing: _Pricing, table: FactorTable, node: Node, cost: NodeCost) -> NodeCost:
+    """`cost` as measurements correct it; collectives keep theirs, which are the links'."""
+    if node.op.category is Category.COLLECTIVE or not cost.total_seconds:
+        return cost
+    signature = signature_of(
+        pricing.graph,
+        node,
+        batch_fraction=pricing.batch_fraction,
+        batched=pricing.batched,
+        weights=pricing.weights,
+    )
+    forward, backward_input, backward_weight = table.factors(signature)
+    return NodeCost(
+        forward * cost.forward_seconds,
+        backward_input * cost.backward_input_seconds,
+        backward_weight * cost.backward_weight_seconds,
+    )
 
 
 price_once = once_per_object(price)

@@ -21,7 +21,7 @@ from .ops import NodeCost, price
 from .prefetch import overlapped_seconds
 from .recompute import with_reruns
 
-__all__ = ["StageSeconds", "optimizer_seconds", "part_shares", "stage_seconds"]
+__all__ = ["StageSeconds", "in_weights", "optimizer_seconds", "part_shares", "stage_seconds"]
 
 _OPTIMIZER_KERNELS = 12  # launches of one update of AdamW
 # where a cluster does not say: PCIe 4.0 x16, and memory of one socket
@@ -61,7 +61,7 @@ def stage_seconds(
     forward = overlapped_seconds([cost.forward_seconds for cost in costs], _gathered(graph))
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
-    second = sum(_in_weights(graph, costs))
+    second = sum(in_weights(graph, costs))
     first = sum(cost.backward_seconds for cost in costs) - second
     plain = StageSeconds(forward, first, second)
     if not recomputed:
@@ -72,7 +72,7 @@ def stage_seconds(
     return replace(again, backward_weight=again.backward_weight - hidden)
 
 
-def _in_weights(graph: Graph, costs: Sequence[NodeCost]) -> list[float]:
+def in_weights(graph: Graph, costs: Sequence[NodeCost]) -> list[float]:
     """By node, the seconds of its backward that are in W."""
     reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
     table = []
@@ -96,7 +96,7 @@ def part_shares(
     if not count:
         return ()
     costs = with_reruns(price(graph, device_type, network=network), stage.recomputed)
-    seconds = _in_weights(graph, costs)
+    seconds = in_weights(graph, costs)
     first_use: dict[int, int] = {}
     for node in reversed(graph.nodes):
         first_use.update(dict.fromkeys(node.inputs, node.id))

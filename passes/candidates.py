@@ -14,6 +14,7 @@ from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
 from ..compiler.sharding.sharding import make_sharding
 from ..compiler.sharding.zero import zero_layouts
+from ..cost_models.corrections import least
 from ..cost_models.memory import rerun_nodes
 from ..cost_models.ops import NodeCost, price
 from .columns import Column, column_of, layouts_key, parameters_of
@@ -190,8 +191,11 @@ class Pricing:
         return sum(costs[node].forward_seconds for node in nodes)
 
     def _node_costs(self, count: int) -> tuple[NodeCost, ...]:
-        """Of one of `count` microbatches on one device, launches not counted."""
+        """Of one of `count` microbatches on one device, launches not counted; no part of it is
+        priced less anywhere, even where prices were measured."""
         kind = replace(self.plan.cluster.type_of(0), overhead_seconds=0.0)
+        if kind.corrections is not None:
+            kind = replace(kind, corrections=least(kind.corrections))
         return price(self.context.graph, kind, batch_fraction=self.layouts.portion(count))
 
     # -- layouts -----------------------------------------------------------------------------------

@@ -74,9 +74,7 @@ class PlanOptions:
             that are placed one by one.
         granularity: what is placed: `operator`, or `block` (repeated blocks and modules whole).
         contiguous: a device runs one piece only.
-        profile: where seconds of operators come from: `model` (roofline) or `ops` (each is measured
-            on a device of each type).
-        measured: what was, where that is asked for.
+        measured: seconds of operators that are placed, where they were measured for that.
         placement_seconds: wall time for placing operators.
         time_limit_seconds: deterministic time for the integer programs.
         seed: of the solver.
@@ -99,7 +97,6 @@ class PlanOptions:
     objective: Objective = Objective.STEP
     granularity: str = "operator"
     contiguous: bool = False
-    profile: str = "model"
     measured: Measured | None = None
     placement_seconds: float = 20.0
     time_limit_seconds: float = 4.0

@@ -49,7 +49,6 @@ from .placement.throughput import place_throughput
 
 __all__ = ["PlaceOperators", "check_placement", "place_by_hand", "stream"]
 
-PROFILES = ("model", "ops")
 _WORTH_PIECES = 1.05  # times the time of more pieces
 _CONTIGUOUS_SHARE = 0.25  # of the time, to place contiguously beside
 _LEAST_SECONDS = 2.0  # once memory had to be set aside
@@ -64,16 +63,12 @@ def check_placement(mode: Mode, options: PlanOptions) -> None:
             where="objective",
             ways_out=("pass mode='infer'", "leave objective out to plan training"),
         )
-    for name, chosen, known in (
-        ("granularity", options.granularity, GRANULARITIES),
-        ("profile", options.profile, PROFILES),
-    ):
-        if chosen not in known:
-            raise UsageError(
-                f"{name} = {chosen!r} is unknown",
-                where=name,
-                ways_out=(f"one of: {', '.join(known)}",),
-            )
+    if options.granularity not in GRANULARITIES:
+        raise UsageError(
+            f"granularity = {options.granularity!r} is unknown",
+            where="granularity",
+            ways_out=(f"one of: {', '.join(GRANULARITIES)}",),
+        )
     for name, given in (
         ("mesh", options.mesh),
         ("zero", options.zero),

@@ -23,7 +23,16 @@ from .spmd import SpmdSession
 from .stores import HostedStore, Store, environment_store, host_store, join_group, join_store
 from .torch_communicator import TorchCommunicator
 
-__all__ = ["PRELOAD", "RANK_FACTORY", "job_rank", "launch_local", "spmd_session", "under_torchrun"]
+__all__ = [
+    "PRELOAD",
+    "RANK_FACTORY",
+    "cache_directory",
+    "fair_threads",
+    "job_rank",
+    "launch_local",
+    "spmd_session",
+    "under_torchrun",
+]
 
 RANK_FACTORY = "cutset.runtime.rank:Rank"
 PRELOAD = ("torch._dynamo",)  # the first optimizer or make_fx of a process imports it (1.7 s)
@@ -38,6 +47,16 @@ def under_torchrun() -> bool:
 def job_rank() -> int:
     """This process's rank in its job; 0 outside of one."""
     return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
+def cache_directory() -> Path:
+    """Where cutset keeps what it may lose: CUTSET_CACHE, else the user's directory for such."""
+    own = os.environ.get("CUTSET_CACHE")
+    if own:
+        return Path(own)
+    common = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(common) if os.path.isabs(common) else Path(os.path.expanduser("~")) / ".cache"
+    return base / "cutset"
 
 
 def launch_local(
@@ -86,7 +105,7 @@ def launch_local(
     )
     if len(each) != num_ranks:
         raise UsageError(f"threads of {len(each)} ranks were given for {num_ranks} ranks")
-    threads = [number or _threads(num_ranks) for number in each]
+    threads = [number or fair_threads(num_ranks) for number in each]
     store = _store(master_port, timeout_seconds)
     processes = WorkerProcesses(
         num_ranks, _environment(max(threads)), (*preload, factory.partition(":")[0])
@@ -196,8 +215,9 @@ def _store(port: int, timeout_seconds: float) -> HostedStore:
         ) from error
 
 
-def _threads(num_ranks: int) -> int:
-    """Fair share of the cores that this process may use."""
+def fair_threads(num_ranks: int) -> int:
+    """Compute threads of each of `num_ranks` CPU workers, unless others are asked for: a fair share
+    of the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, (cores or 1) // num_ranks)
     wanted = os.environ.get("OMP_NUM_THREADS", "")

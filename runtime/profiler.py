@@ -1,8 +1,14 @@
-"""Measures operators of a graph on the device of a worker: seconds of each, as a model runs them.
+"""Measures parts of a graph on the device of a worker: operators one after the other, or blocks.
 
-The nodes of the graph run one after the other, each a function of its own on what those before it
-have made, so that operands have the strides and the caches the state that they have in the model.
-The values of parameters and inputs are made up: how long an operator takes follows from shapes.
+Of a graph whose operators are placed one by one, the nodes run one after the other, each a function
+of its own on what those before it have made, so that operands have the strides and the caches the
+state that they have in the model. The values of parameters and inputs are made up: how long an
+operator takes follows from shapes.
+
+A block is measured by the kernels that a stage of it would run: F, B and W of `kernels.py`,
+compiled or as CUDA graphs if that is asked for, with stand-ins for collectives. A block that occurs
+several times runs on as many sets of tensors in turn, forward and then backward, so that caches
+hold of each what they hold in the model.
 """
 
 from __future__ import annotations
@@ -13,12 +19,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..compiler.ir.graph import Value, ValueKind
+from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.program import StageProgram
 from ..compiler.ir.text import parse_program
 from ..compiler.ir.types import TensorType
 from .clock import busy_clock
 from .communicator import Communicator
+from .profile_block import BlockRun, block_kernels, made_up
 from .rank import stage_functions
 
 __all__ = ["Profiler"]
@@ -62,6 +69,25 @@ class Profiler:
         run.times()
         rows = [run.times() for _ in range(repeats)]
         return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+    def time_block(
+        self, *, program: str, source: str, copies: int, compile: bool, cuda_graphs: bool
+    ) -> tuple[float, float, float]:
+        """Median seconds of F, B and W of the one stage of `program`.
+
+        Args:
+            program: text form.
+            source: its stage function.
+            copies: sets of tensors that it runs on in turn.
+            compile, cuda_graphs: see `Rank.load`.
+        """
+        parsed = parse_program(program)
+        (stage,) = parsed.stages
+        functions = stage_functions(source, f"<cutset profile of rank {self._rank}>")
+        kernels = block_kernels(functions[f"stage_{stage.index}"], stage, self._device, compile)
+        run = BlockRun(stage, kernels, self._device, copies, cuda_graphs)
+        self._communicator.barrier(label="the start of measuring")
+        return run.median_seconds()
 
     def time_messages(self) -> tuple[float, float]:
         """Seconds for which this rank works on a message, sent or received: on any, and on a byte.
@@ -109,7 +135,7 @@ class _Run:
             for value in stage.graph.values:
                 named = value.kind not in (ValueKind.RESULT, ValueKind.BOUNDARY)
                 if named and value.name not in self._given:
-                    self._given[value.name] = _made_up(value, generator).to(device)
+                    self._given[value.name] = made_up(value, generator).to(device)
         last = {
             value.name: stage.index
             for stage in stages
@@ -143,17 +169,3 @@ class _Run:
                 for name in dead:
                     made.pop(name, None)
         return seconds
-
-
-def _made_up(value: Value, generator: torch.Generator) -> Tensor:
-    """Random numbers that neither grow nor vanish through layers; ones for vectors (variances),
-    zeros for integers (legal indices)."""
-    shape, dtype = value.type.shape, value.type.dtype
-    if not value.type.is_float or len(shape) < 2 and value.kind is not ValueKind.INPUT:
-        fill = torch.ones if value.type.is_float or dtype is torch.bool else torch.zeros
-        return fill(shape, dtype=dtype)
-    numbers = torch.randn(shape, generator=generator)
-    if value.kind is ValueKind.PARAMETER:
-        fan_in = max(1, value.type.numel // max(1, shape[0]))
-        numbers *= (2.0 / fan_in) ** 0.5
-    return numbers.to(dtype)

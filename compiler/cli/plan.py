@@ -49,9 +49,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--profile",
-        choices=("model", "ops"),
-        default="model",
-        help="times of placed operators: by the cost model, or measured on each type of device",
+        choices=("off", "blocks", "ops"),
+        default="off",
+        help="measure the plan's distinct blocks, or operators, on the devices here and plan again",
+    )
+    parser.add_argument(
+        "--profile-seconds",
+        type=positive_float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for measuring (default: 60)",
     )
     parser.add_argument(
         "--time-limit",
@@ -110,6 +117,7 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "granularity": options.granularity,
         "contiguous": options.contiguous,
         "profile": options.profile,
+        "profile_seconds": options.profile_seconds,
         "placement_seconds": options.time_limit,
         "num_microbatches": options.microbatches,
         "num_stages": options.stages,
@@ -164,6 +172,7 @@ COMMAND = Command(
         "cutset plan model.py:build --devices 4 -o plan.json",
         "cutset plan model.py:build --devices cluster.toml --memory-limit 70 --json",
         "cutset plan model.py:build --devices h100:8 --mesh data=2,tensor=4 --zero 1",
+        "cutset plan model.py:build --devices 2 --profile blocks -o plan.json",
         "cutset plan model.py:build --devices h100:8 --compare ddp,fsdp,tp,pp",
         "cutset plan model.py:build --devices cluster.toml --mode infer --objective throughput",
         "cutset plan my.models:llama --devices 8 --microbatches 16 --schedule 1f1b -o plan.json",

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from .corrections import Corrections
 from .errors import ClusterError
 from .types import dtype_name
 
@@ -128,6 +129,7 @@ class DeviceType:
         instruction_seconds: time of the host for one instruction of a program, beside its kernels.
         curves: rates by the size of the work, where they are known; they go before the above.
         op_costs: of kinds of operators that were measured.
+        corrections: of what the rates predict, by measurement.
     """
 
     name: str
@@ -142,6 +144,7 @@ class DeviceType:
     instruction_seconds: float = 0.0
     curves: tuple[RateCurve, ...] = ()
     op_costs: tuple[OpCost, ...] = ()
+    corrections: Corrections | None = None
 
     def curve(self, kind: str, dtype: str = "") -> RateCurve | None:
         """The curve of `kind` for `dtype`, if it is known."""

@@ -47,7 +47,9 @@ def fingerprint(graph: Graph, model_name: str) -> Fingerprint:
 
 
 def plan_hash(plan: Plan) -> str:
-    """Identity of `plan`; the seconds that its solver took do not count."""
+    """Identity of `plan`; how long it was searched, and what was measured on the way, do not
+    count."""
+    plan = replace(plan, profile=None)
     if plan.certificate is not None:
         plan = replace(plan, certificate=replace(plan.certificate, solver_seconds=0.0))
     return _sha256(print_plan(plan))

@@ -29,6 +29,8 @@ __all__ = [
     "ParameterLayout",
     "Plan",
     "Prediction",
+    "ProfileReport",
+    "ProfiledBlock",
     "Stage",
     "ValueLayout",
 ]
@@ -246,6 +248,55 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfiledBlock:
+    """A part of a rank's graph that was measured: a repeated block, what lies between such, or one
+    operator.
+
+    Args:
+        path: module path of the first place where it occurs.
+        num_nodes: operators in it.
+        count: how often it occurs in the graph of one rank.
+        predicted: seconds of forward, input and weight gradients by the device's rates.
+        measured: the same, as they ran.
+    """
+
+    path: str
+    device_type: str
+    num_nodes: int
+    count: int
+    predicted: tuple[float, float, float]
+    measured: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileReport:
+    """What measuring changed; how the plan's devices were corrected stands in the cluster.
+
+    Args:
+        kind: what was measured: `blocks` or `ops`.
+        rounds: how often it was planned again.
+        num_measured, num_known: parts that were measured now, and that the database had.
+        seconds: that measuring took; differs between identical runs.
+        ended: why no further round was made.
+        changed: what of the plan is another one than before.
+        first: the plan before anything was measured, as it was predicted then.
+        first_seconds: what a plan on its mesh takes by what was measured.
+        blocks: of the plan that was chosen.
+    """
+
+    kind: str
+    rounds: int
+    num_measured: int
+    num_known: int
+    seconds: float
+    ended: str
+    changed: tuple[str, ...]
+    first: Alternative
+    first_seconds: float
+    blocks: tuple[ProfiledBlock, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All decisions. Passes fill in fields one after the other; see `passes/pipeline.py`.
 
@@ -253,6 +304,7 @@ class Plan:
         mesh: all axes, `pipeline` among them if there are several stages.
         recomputed: nodes whose results backward computes again instead of keeping them.
         alternatives: what other meshes would have given, best first; those that fit come first.
+        profile: of what was measured to find it, if anything was.
     """
 
     fingerprint: Fingerprint
@@ -272,6 +324,7 @@ class Plan:
     prediction: Prediction | None = None
     certificate: Certificate | None = None
     alternatives: tuple[Alternative, ...] = ()
+    profile: ProfileReport | None = None
     warnings: tuple[str, ...] = ()
 
     @property

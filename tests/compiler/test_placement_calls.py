@@ -47,7 +47,11 @@ def test_ranks_of_a_job_are_given_a_plan_that_was_searched_once(
         ({"objective": "latency", "placement_seconds": 0.0}, "placement_seconds = 0.0"),
         ({"objective": "latency", "constraints": {"9": 0}}, "matches no module"),
         ({"objective": "latency", "constraints": {"*.weight": "tensor=R"}}, "layouts is not for"),
+        ({"objective": "latency", "profile": "guess"}, "profile = 'guess' is unknown"),
         ({"objective": "latency", "profile": "ops"}, "its devices cannot be measured"),
+        ({"objective": "latency", "profile": "blocks"}, "its devices cannot be measured"),
+        ({"profile": "blocks"}, "its devices cannot be measured"),
+        ({"profile": "blocks", "profile_seconds": -1.0}, "profile_seconds = -1.0"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, object], cause: str) -> None:

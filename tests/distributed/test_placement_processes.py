@@ -160,7 +160,7 @@ def test_workers_start_with_the_threads_of_their_type_and_are_measured(objective
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("profile", ["model", "ops"])
+@pytest.mark.parametrize("profile", ["off", "ops"])
 def test_embeddings_on_the_cpu_beside_a_gpu(profile: str) -> None:
     torch.manual_seed(1)
     model = Reader().double().eval()

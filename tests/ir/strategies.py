@@ -17,6 +17,7 @@ from cutset.compiler.ir.cluster import (
     OpCost,
     RateCurve,
 )
+from cutset.compiler.ir.corrections import Correction, Corrections, Signature
 from cutset.compiler.ir.graph import (
     Graph,
     Mode,
@@ -41,6 +42,8 @@ from cutset.compiler.ir.plan import (
     ParameterLayout,
     Plan,
     Prediction,
+    ProfiledBlock,
+    ProfileReport,
     Stage,
     ValueLayout,
 )
@@ -236,6 +239,24 @@ programs = st.builds(
 
 points = st.lists(st.tuples(finite, finite), max_size=2).map(tuple)
 rates = st.lists(st.tuples(st.sampled_from(["f32", "bf16"]), finite), max_size=2).map(tuple)
+factors = st.none() | st.floats(1e-3, 1e3).map(lambda number: float(f"{number:.4g}"))
+corrections = st.lists(
+    st.builds(
+        Correction,
+        st.builds(
+            Signature,
+            st.sampled_from(["aten.mm.default", "aten.add.Tensor"]),
+            st.sampled_from(["", "(%0, %1)", '(%0, "a b", ((1, 2),)) random']),
+            st.lists(st.sampled_from(["f32[2,3]", "f32[]^", "bf16[4]^w"]), max_size=2).map(tuple),
+            st.just(("f32[1]",)),
+        ),
+        factors,
+        factors,
+        factors,
+    ),
+    min_size=1,
+    max_size=3,
+).map(lambda entries: Corrections(tuple(entries)))
 device_types = st.builds(
     DeviceType,
     texts,
@@ -250,6 +271,7 @@ device_types = st.builds(
     finite,
     st.lists(st.builds(RateCurve, texts, texts, points), max_size=2).map(tuple),
     st.lists(st.builds(OpCost, texts, finite, finite, finite, finite), max_size=2).map(tuple),
+    st.none() | corrections,
 )
 links = st.builds(Link, finite, finite)
 link_rules = st.builds(
@@ -298,6 +320,7 @@ predictions = st.builds(
     st.lists(memory, max_size=2).map(tuple),
     st.lists(st.builds(DeviceLoad, ids, finite, finite), max_size=2).map(tuple),
 )
+phases = st.tuples(finite, finite, finite)
 plans = st.builds(
     Plan,
     fingerprint=st.builds(Fingerprint, texts, texts, texts, counts, counts),
@@ -337,5 +360,21 @@ plans = st.builds(
     alternatives=st.lists(
         st.builds(Alternative, meshes, ids, ids, finite, st.booleans()), max_size=2
     ).map(tuple),
+    profile=st.none()
+    | st.builds(
+        ProfileReport,
+        texts,
+        ids,
+        ids,
+        ids,
+        finite,
+        texts,
+        st.lists(texts, max_size=2).map(tuple),
+        st.builds(Alternative, meshes, ids, ids, finite, st.booleans()),
+        finite,
+        st.lists(st.builds(ProfiledBlock, texts, texts, ids, ids, phases, phases), max_size=2).map(
+            tuple
+        ),
+    ),
     warnings=st.lists(texts, max_size=2).map(tuple),
 )

@@ -122,7 +122,6 @@ def test_what_fits_nowhere_is_refused_with_figures() -> None:
     ("options", "cause"),
     [
         ({"granularity": "layer"}, "granularity = 'layer' is unknown"),
-        ({"profile": "guess"}, "profile = 'guess' is unknown"),
         ({"mesh": Mesh.parse("pipeline=2")}, "mesh is not for objective='throughput'"),
         ({"num_stages": 2}, "num_stages is not for"),
         ({"schedule": "1f1b"}, "schedule is not for"),

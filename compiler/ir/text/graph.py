@@ -30,7 +30,7 @@ from .scan import (
     read_strings,
 )
 
-__all__ = ["parse_graph", "print_graph", "print_node", "read_graph"]
+__all__ = ["parse_graph", "print_attributes", "print_graph", "print_node", "read_graph"]
 
 
 def print_graph(graph: Graph, *, sources: bool = True) -> str:
@@ -117,6 +117,17 @@ class _Printer:
         if output.batch_dim is not None:
             words.append(f"batch={output.batch_dim}")
         return " ".join(words)
+
+
+def print_attributes(node: Node) -> str:
+    """The arguments of `node` without its operands: equal for calls that differ in those alone."""
+    call = [print_literal(item, _numbered) for item in node.args]
+    call += [f"{print_text(key)}={print_literal(item, _numbered)}" for key, item in node.kwargs]
+    return f"({', '.join(call)})"
+
+
+def _numbered(item: Operand) -> str:
+    return f"%{item.index}"
 
 
 def parse_graph(text: str) -> Graph:

@@ -20,12 +20,15 @@ memory device=0 parameters_bytes=4096 ...
 load device=0 compute_seconds=0.01 ...
 certificate objective=0.25 lower_bound=0.25 ...
 alternative mesh="data=4" num_microbatches=2 zero=1 step_seconds=0.3 fits=true
+profile kind="blocks" rounds=2 ...
+first mesh="data=4" num_microbatches=2 zero=1 step_seconds=0.2 fits=true
+profiled path="layers.0" device_type="cpu" num_nodes=17 ... measured=(0.01, 0.01, 0.02)
 warning "..."
 
 What few plans have is written where it is so: `objective throughput` at the end of the first line,
 `threads 4` and `instruction_seconds 4e-05` at the end of a type's, `streams 1.5` and `compute_share
 0.25` at the end of a link's, `offloaded` at the end of a parameter's; after a type lines `host`,
-`curve` and `op_cost`, after a link lines `collective`.
+`curve`, `op_cost` and `correction`, after a link lines `collective`.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from ..cluster import Cluster, Device, DeviceType, Host, Link, LinkRule, OpCost, RateCurve
+from ..corrections import Correction, Corrections
 from ..graph import Mode
 from ..mesh import Layout, Mesh
 from ..plan import (
@@ -50,6 +54,8 @@ from ..plan import (
     ParameterLayout,
     Plan,
     Prediction,
+    ProfiledBlock,
+    ProfileReport,
     Stage,
     ValueLayout,
 )
@@ -72,6 +78,7 @@ _OF_FEW_TYPES: dict[str, Any] = {
     "instruction_seconds": 0.0,
     "curves": (),
     "op_costs": (),
+    "corrections": None,
 }
 _OF_FEW_LINKS: dict[str, Any] = {"collectives": (), "streams": None, "compute_share": 0.0}
 
@@ -153,6 +160,12 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     for other in plan.alternatives:
         mesh = print_literal(str(other.mesh))
         yield _record(f"alternative mesh={mesh}", other, skip=("mesh",))
+    if plan.profile is not None:
+        first = plan.profile.first
+        yield _record("profile", plan.profile, skip=("first", "blocks"))
+        mesh = print_literal(str(first.mesh))
+        yield _record(f"first mesh={mesh}", first, skip=("mesh",))
+        yield from (_record("profiled", block) for block in plan.profile.blocks)
     yield from (f"warning {print_literal(text)}" for text in plan.warnings)
 
 
@@ -170,6 +183,8 @@ def print_cluster(cluster: Cluster) -> str:
             lines.append(f"  {_record(link, entry.host, skip=('link',))}")
         lines += [f"  {_record('curve', curve)}" for curve in entry.curves]
         lines += [f"  {_record('op_cost', cost)}" for cost in entry.op_costs]
+        known = () if entry.corrections is None else entry.corrections.entries
+        lines += [f"  correction {print_literal(str(item))}" for item in known]
     runs: list[list[Device]] = []
     for device in cluster.devices:
         if runs and replace(runs[-1][-1], index=device.index) == device:
@@ -245,6 +260,8 @@ def parse_plan(text: str) -> Plan:
     if scanner.peek() == "certificate":
         plan = replace(plan, certificate=_read_line(scanner, "certificate", Certificate))
     plan = replace(plan, alternatives=tuple(_read_all(scanner, "alternative", _read_alternative)))
+    if scanner.peek() == "profile":
+        plan = replace(plan, profile=_read_profile(scanner))
     plan = replace(plan, warnings=tuple(_read_all(scanner, "warning", Line.string)))
     scanner.end()
     return plan
@@ -296,7 +313,13 @@ def _read_types(scanner: Scanner) -> Iterator[DeviceType]:
         curves = _read_all(scanner, "curve", lambda line: _read_record(line, RateCurve))
         entry = replace(entry, curves=tuple(curves))
         costs = _read_all(scanner, "op_cost", lambda line: _read_record(line, OpCost))
-        yield replace(entry, op_costs=tuple(costs))
+        entry = replace(entry, op_costs=tuple(costs))
+        known = tuple(_read_all(scanner, "correction", _read_correction))
+        yield replace(entry, corrections=Corrections(known) if known else None)
+
+
+def _read_correction(line: Line) -> Correction:
+    return Correction.parse(line.string())
 
 
 def _number(line: Line) -> float:
@@ -357,6 +380,16 @@ def _read_parameter(line: Line) -> ParameterLayout:
 def _read_alternative(line: Line) -> Alternative:
     line.expect("mesh", "=")
     return _read_record(line, Alternative, mesh=Mesh.parse(line.string()))
+
+
+def _read_profile(scanner: Scanner) -> ProfileReport:
+    report = _read_line(scanner, "profile", ProfileReport, first=None, blocks=())
+    line = scanner.line()
+    line.expect("first")
+    first = _read_alternative(line)
+    line.end()
+    blocks = tuple(_read_all(scanner, "profiled", lambda line: _read_record(line, ProfiledBlock)))
+    return replace(report, first=first, blocks=blocks)
 
 
 def _read_nodes(line: Line) -> NodeLayout:

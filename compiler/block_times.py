@@ -1,0 +1,351 @@
+"""Times of the parts of local graphs: read from the database or measured, and as corrections.
+
+Each distinct part (`profile_parts.py`) is measured once, on a worker of every device of the cluster
+at the same time, as they will run; where devices are of one type the mean counts. The operators of
+a part share the factor between what it took and what it is predicted to take by the rates,
+collectives apart; an operator in several parts has their mean.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from ..cost_models.analysis import weight_like_values
+from ..cost_models.collectives import Network
+from ..cost_models.corrections import Share, fit_corrections, signature_of
+from ..cost_models.ops import NodeCost, price
+from ..cost_models.stages import in_weights
+from ..runtime.session import LocalSession
+from .codegen.python import emit_python
+from .hardware import hardware_of
+from .ir.cluster import Cluster
+from .ir.errors import UsageError
+from .ir.graph import Graph
+from .ir.mesh import Mesh
+from .ir.ops import Category
+from .ir.plan import ProfiledBlock
+from .ir.program import Program
+from .ir.text import print_program
+from .profile_database import BlockKey, ProfileDatabase, Record
+from .profile_parts import Part, parts_of
+from .ranks import start_workers
+from .words import plural, seconds_text
+
+__all__ = ["BlockTimes", "BlockWorkers", "Measurer", "Phases", "ProfileOptions"]
+
+_FACTORY = "cutset.runtime.profiler:Profiler"
+_TIMEOUT_SECONDS = 300.0
+_MOST_COPIES = 4
+_COPY_BYTES = 1 << 28  # of the arguments of all copies
+Phases = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileOptions:
+    """What is measured, and how it will run.
+
+    Args:
+        kind: `blocks` or `ops`.
+        seconds: of measuring, at most.
+        compile, cuda_graphs: as for `auto_partition`.
+    """
+
+    kind: str
+    seconds: float = 60.0
+    compile: bool = False
+    cuda_graphs: bool = True
+
+
+class Measurer(Protocol):
+    """Runs parts; see `BlockWorkers`."""
+
+    def measure(self, part: Part) -> list[Phases]:
+        """Seconds of forward, input gradients and weight gradients on every device."""
+        ...
+
+    def close(self) -> None:
+        """End what was started."""
+        ...
+
+
+class BlockWorkers:
+    """Workers on all devices of a local cluster, started when there is something to measure."""
+
+    def __init__(self, cluster: Cluster, options: ProfileOptions) -> None:
+        if not cluster.local:
+            raise UsageError(
+                f"cluster {cluster.name!r} is not this machine: its devices cannot be measured",
+                where="profile",
+                ways_out=("pass profile='off'", "mark the cluster with local = true if it is"),
+            )
+        self._cluster = cluster
+        self._options = options
+        self._session: LocalSession | None = None
+
+    def measure(self, part: Part) -> list[Phases]:
+        """Raises RuntimeFailure: a worker failed."""
+        program = _program(part)
+        if self._session is None:
+            self._session = start_workers(
+                self._cluster,
+                len(self._cluster.devices),
+                timeout_seconds=_TIMEOUT_SECONDS,
+                factory=_FACTORY,
+            )
+        arguments = {
+            "program": print_program(program),
+            "source": emit_python(program),
+            "copies": copies_of(part),
+            "compile": self._options.compile,
+            "cuda_graphs": self._options.cuda_graphs,
+        }
+        found = self._session.call("time_block", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+        return [(row[0], row[1], row[2]) for row in found]
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+
+def copies_of(part: Part) -> int:
+    """Sets of tensors that a part is measured on: as many as it occurs, within reason."""
+    given = {value for node in part.stage.graph.nodes for value in node.inputs}
+    size = sum(part.stage.graph.values[value].type.num_bytes for value in given)
+    return max(1, min(part.count, _MOST_COPIES, _COPY_BYTES // max(1, size)))
+
+
+def _program(part: Part) -> Program:
+    return Program(
+        rank=0,
+        num_ranks=1,
+        mode=part.stage.graph.mode,
+        num_microbatches=1,
+        stages=(part.stage,),
+        stage_ranks=(0,),
+        instructions=(),
+        plan_hash="",
+        memory_limit_bytes=0,
+    )
+
+
+class BlockTimes:
+    """What is known of a cluster's devices; grows as graphs are looked at.
+
+    Args:
+        cluster: without corrections.
+        database: where times are looked up and kept.
+        measurer: of what is not known.
+        say: receives progress.
+        clock: of the budget.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        options: ProfileOptions,
+        database: ProfileDatabase,
+        measurer: Measurer,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cluster = cluster
+        self._options = options
+        self._database = database
+        self._measurer = measurer
+        self._say = say
+        self._clock = clock
+        self._types = {device.type: device.index for device in reversed(cluster.devices)}
+        self._seconds: dict[tuple[str, str], Phases] = {}  # by digest and type
+        self._shares: dict[tuple[str, str], tuple[Share, ...]] = {}
+        self.spent_seconds = 0.0
+        self.num_measured = 0
+        self.num_known = 0
+
+    @property
+    def kind(self) -> str:
+        """What is measured: `blocks` or `ops`."""
+        return self._options.kind
+
+    @property
+    def num_parts(self) -> int:
+        """Parts whose times are known."""
+        return len({digest for digest, _ in self._seconds})
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the budget is."""
+        return self.spent_seconds >= self._options.seconds
+
+    def learn(self, graph: Graph, mesh: Mesh, network: Network | None) -> bool:
+        """Get the times of all parts of `graph`; False if the budget ended before.
+
+        Args:
+            mesh: the axes of its collectives.
+            network: who meets there.
+        """
+        parts = parts_of(graph, mesh, self._options.kind)
+        missing = [part for part in parts if not self._look_up(part)]
+        if missing and not self.is_spent:
+            self._say(
+                f"measure {plural(len(missing), self._noun, 's')} of {len(parts)} on "
+                f"{plural(len(self._cluster.devices), 'worker', 's')}"
+            )
+        for number, part in enumerate(missing, 1):
+            if self.is_spent:
+                break
+            self._measure(part, f"{number} of {len(missing)}")
+        self._share(graph, network, parts)
+        return all((part.digest, name) in self._seconds for part in parts for name in self._types)
+
+    @property
+    def _noun(self) -> str:
+        return "block" if self._options.kind == "blocks" else "operator"
+
+    def _key(self, part: Part, name: str) -> BlockKey:
+        return BlockKey(
+            content=part.digest,
+            mode=part.stage.graph.mode.value,
+            device=hardware_of(self._cluster, self._types[name]),
+            copies=copies_of(part),
+            compiled=self._options.compile,
+            cuda_graphs=self._options.cuda_graphs and self._is_cuda(name),
+            torch=torch.__version__,
+        )
+
+    def _is_cuda(self, name: str) -> bool:
+        return self._cluster.type_of(self._types[name]).backend == "cuda"
+
+    def _look_up(self, part: Part) -> bool:
+        if all((part.digest, name) in self._seconds for name in self._types):
+            return True
+        found = {name: self._database.get(self._key(part, name)) for name in self._types}
+        if not all(found.values()):
+            return False
+        for name, record in found.items():
+            assert record is not None
+            self._seconds[part.digest, name] = record.seconds
+        self.num_known += 1
+        return True
+
+    def _measure(self, part: Part, progress: str) -> None:
+        began = self._clock()
+        rows = self._measurer.measure(part)
+        self.spent_seconds += self._clock() - began
+        self.num_measured += 1
+        for name in self._types:
+            own = [
+                row
+                for device, row in zip(self._cluster.devices, rows, strict=True)
+                if device.type == name
+            ]
+            first, second, third = (sum(column) / len(own) for column in zip(*own, strict=True))
+            seconds = first, second, third
+            self._seconds[part.digest, name] = seconds
+            self._say(f"{self._noun} {progress}, {_told(part)}: {_listed(seconds)} on {name}")
+            count = len(part.stage.graph.nodes)
+            key = self._key(part, name)
+            self._database.put(Record(key, part.path, count, seconds, time.time()))
+
+    # -- corrections -------------------------------------------------------------------------------
+
+    def corrected(self) -> Cluster:
+        """The cluster with all that is known."""
+        types = []
+        for entry in self._cluster.types:
+            shares = (
+                s for (_, name), own in self._shares.items() if name == entry.name for s in own
+            )
+            types.append(replace(entry, corrections=fit_corrections(shares)))
+        return replace(self._cluster, types=tuple(types))
+
+    def _share(self, graph: Graph, network: Network | None, parts: tuple[Part, ...]) -> None:
+        for name, index in self._types.items():
+            costs = price(graph, self._cluster.type_of(index), network=network)
+            for part in parts:
+                key = part.digest, name
+                if key in self._seconds and key not in self._shares:
+                    self._shares[key] = _shares(graph, part, costs, self._seconds[key])
+
+    def blocks(
+        self, graph: Graph, mesh: Mesh, network: Network | None
+    ) -> tuple[ProfiledBlock, ...]:
+        """The parts of `graph` whose times are known, on every type of device."""
+        table = []
+        for name, index in sorted(self._types.items()):
+            costs = price(graph, self._cluster.type_of(index), network=network)
+            for part in parts_of(graph, mesh, self._options.kind):
+                if (part.digest, name) not in self._seconds:
+                    continue
+                table.append(
+                    ProfiledBlock(
+                        path=part.path,
+                        device_type=name,
+                        num_nodes=len(part.nodes),
+                        count=part.count,
+                        predicted=_phases(part, costs),
+                        measured=self._seconds[part.digest, name],
+                    )
+                )
+        return tuple(table)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._measurer.close()
+
+
+def _predicted(part: Part, costs: Sequence[NodeCost]) -> tuple[list[NodeCost], list[float]]:
+    """Of each node of `part`: the price, that of collectives being nothing, and how much of its
+    backward the stage computes with weight gradients."""
+    own = [
+        NodeCost(0.0, 0.0, 0.0) if node.op.category is Category.COLLECTIVE else costs[number]
+        for node, number in zip(part.stage.graph.nodes, part.nodes, strict=True)
+    ]
+    return own, in_weights(part.stage.graph, own)
+
+
+def _phases(part: Part, costs: Sequence[NodeCost]) -> Phases:
+    """Seconds of the whole part."""
+    own, late = _predicted(part, costs)
+    second = sum(cost.backward_seconds for cost in own) - sum(late)
+    return sum(cost.forward_seconds for cost in own), max(0.0, second), sum(late)
+
+
+def _shares(
+    graph: Graph, part: Part, costs: Sequence[NodeCost], measured: Phases
+) -> tuple[Share, ...]:
+    """What each operator of `part` has of the times that were measured."""
+    weights = weight_like_values(graph)
+    forward, inputs, late = (
+        seconds / predicted if seconds > 0.0 and predicted > 0.0 else None
+        for seconds, predicted in zip(measured, _phases(part, costs), strict=True)
+    )
+    table = []
+    for number, cost, in_last in zip(part.nodes, *_predicted(part, costs), strict=True):
+        is_late = in_last == cost.backward_seconds
+        table.append(
+            Share(
+                signature=signature_of(graph, graph.nodes[number], weights=weights),
+                predicted=(
+                    cost.forward_seconds,
+                    cost.backward_input_seconds,
+                    cost.backward_weight_seconds,
+                ),
+                ratios=(forward, late if is_late else inputs, late),
+                weight=part.count,
+            )
+        )
+    return tuple(table)
+
+
+def _told(part: Part) -> str:
+    only = part.stage.graph.nodes[0].op.name if len(part.nodes) == 1 else ""
+    return " ".join(filter(None, [only, part.path])) or "operators of no module"
+
+
+def _listed(seconds: Phases) -> str:
+    return " + ".join(map(seconds_text, seconds))
