@@ -5,8 +5,9 @@
     python benchmarks/placement.py --scale                          # 1,000 to 20,000 operators
 
 A graph is a workload file, a folder of them, or FAMILY:OPERATORSxDEVICES, made by a generator:
-series-parallel, layered, transformer, inception. Each run has a process of its own and starts from
-nothing; seconds are those of the search, peak memory that of the process.
+series-parallel, layered, transformer, inception; or FILE.json@LAYERSxDEVICES, a public file of
+operators with one of its layers repeated (`_repeat.py`). Each run has a process of its own and
+starts from nothing; seconds are those of the search, peak memory that of the process.
 """
 
 from __future__ import annotations
@@ -100,13 +101,19 @@ def _in_own_process(run: Run) -> dict[str, Any]:
 def _place(run: Run) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from _graphs import generate
+    from _repeat import with_layers
 
     from cutset.compiler.ir.errors import CutsetError
-    from cutset.compiler.workload_json import WorkloadFile, load_workload
+    from cutset.compiler.workload_json import WorkloadFile, load_workload, workload_from_json
     from cutset.passes.placement.methods import place
 
     made = re.fullmatch(r"([a-z-]+):(\d+)x(\d+)", run.graph)
-    if made:
+    deeper = re.fullmatch(r"(.+\.json)@(\d+)x(\d+)", run.graph)
+    if deeper:
+        document = json.loads(Path(deeper[1]).read_text(encoding="utf-8"))
+        document = with_layers(document, int(deeper[2]), int(deeper[3]))
+        file = workload_from_json(json.dumps(document), source=run.graph)
+    elif made:
         file = WorkloadFile(run.graph, generate(made[1], int(made[2]), int(made[3])), public=False)
     else:
         file = load_workload(run.graph)
@@ -149,7 +156,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("graphs", nargs="*", metavar="GRAPH", help="file, folder, or FAMILY:NxK")
+    parser.add_argument("graphs", nargs="*", metavar="GRAPH", help="see above")
     parser.add_argument("--methods", default="auto,greedy,interval-dp,local-search,balanced-cut")
     parser.add_argument("--objectives", default="throughput,latency")
     parser.add_argument("--pieces", default="one,many", help="one a device, many, or both")

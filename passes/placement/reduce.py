@@ -1,9 +1,10 @@
 """What must hold of every placement below a value: kinds that drop out, units that are together.
 
 A net whose fee does not fit beside the work of one of its pins cannot be cut, so that its pins
-share a device. Large results make placement problems much smaller like this. The reduced problem
-has all placements below the value that the given one has, and no others that are not placements
-of the given one.
+share a device. Large results make placement problems much smaller like this. Where pieces must be
+contiguous, a net whose pins have too much work between them is cut in any case: both pins have its
+fee to bear, which leaves less room for others. The reduced problem has all placements below the
+value that the given one has, and no others that are not placements of the given one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import numpy as np
 
 from .feasibility import MEMORY_TOLERANCE
 from .problem import PlacementProblem, merge
+from .windows import reaches
 
-__all__ = ["Reduced", "below"]
+__all__ = ["MOST_TO_REDUCE", "Reduced", "below"]
+
+MOST_TO_REDUCE = 5000  # units; larger problems are not reduced again and again
+_MOST_FOR_PATHS = 2000  # units; paths need the transitive closure
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class Reduced:
         """Slots of the given problem's units."""
         return [slot_of[unit] for unit in self.label]
 
+    def merged(self, groups: list[list[int]]) -> Reduced:
+        """The same with groups of units merged, which cover all units once."""
+        problem = merge(self.problem, groups)
+        label = _relabelled(list(self.label), self.problem, problem)
+        return Reduced(problem, tuple(label))
+
 
 def below(problem: PlacementProblem, value: float, *, contiguous: bool) -> Reduced | None:
     """The problem reduced to placements of less than a value; None: there are none.
@@ -38,6 +49,8 @@ def below(problem: PlacementProblem, value: float, *, contiguous: bool) -> Reduc
     """
     label = list(range(problem.num_units))
     while True:
+        if contiguous and problem.num_units <= _MOST_FOR_PATHS:
+            problem = _with_sure_cuts(problem, value)
         problem = _without_slow_kinds(problem, value)
         if not np.isfinite(problem.times).any(axis=1).all():
             return None
@@ -47,6 +60,37 @@ def below(problem: PlacementProblem, value: float, *, contiguous: bool) -> Reduc
         before = problem
         problem = merge(before, groups)
         label = _relabelled(label, before, problem)
+
+
+def _with_sure_cuts(problem: PlacementProblem, value: float) -> PlacementProblem:
+    """Nets of two pins that cannot be on one device become work of both.
+
+    On a device with both are all units on paths between them; it must support and bear those.
+    """
+    pairs = [net for net, pins in enumerate(problem.pins) if len(pins) == 2]
+    if not pairs:
+        return problem
+    reach = reaches(problem)
+    first, second = np.array([problem.pins[net] for net in pairs]).T
+    between = (reach[first] | reach[second]) & (reach[:, first] | reach[:, second]).T
+    between[np.arange(len(pairs)), first] = between[np.arange(len(pairs)), second] = True
+    supported = np.isfinite(problem.times)
+    work = between @ np.where(supported, problem.times, 0.0)
+    possible = (work < value) & ((between @ ~supported) == 0)
+    possible &= between @ problem.sizes[:, None] <= problem.memory * (1 + MEMORY_TOLERANCE)
+    sure = {net for net, row in zip(pairs, possible, strict=True) if not row.any()}
+    if not sure:
+        return problem
+    times = problem.times.copy()
+    for net in sure:
+        times[list(problem.pins[net])] += problem.fees[net]
+    kept = [net for net in range(len(problem.pins)) if net not in sure]
+    return replace(
+        problem,
+        times=times,
+        pins=tuple(problem.pins[net] for net in kept),
+        fees=problem.fees[kept],
+    )
 
 
 def _without_slow_kinds(problem: PlacementProblem, value: float) -> PlacementProblem:

@@ -6,12 +6,15 @@ Placement of DNN Graph Operators" (NeurIPS 2020), for any number of kinds of dev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.workload import Workload
+from .arrangements import search_arrangements
 from .feasibility import require_feasible
 from .incumbent import Incumbent, Progress
 from .problem import PlacementProblem, placement_problem
-from .reduction_bound import reduction_bound
+from .reduction_bound import bound_by_reduction
 from .result import PlacementResult
 from .throughput_contiguous import prove_pieces, search_pieces
 from .throughput_free import any_placement, search_and_prove
@@ -19,8 +22,8 @@ from .work_bound import work_bound
 
 __all__ = ["place_throughput"]
 
-_REDUCTION_SHARE = 0.5  # of the time limit; it takes much less on all but the largest graphs
 _START_SHARE = 0.2  # of the time limit, for the contiguous placement that a free search starts from
+_ORDERS_SHARE = 0.4  # of the time limit, until which a free search tries intervals
 
 
 def place_throughput(
@@ -48,45 +51,44 @@ def place_throughput(
     require_feasible(workload, problem)
     best.prove(work_bound(problem).value, "work alone")
     if contiguous:
-        pieces = search_pieces(problem, best)
-        _bound_by_reduction(problem, best, contiguous=True)
-        prove_pieces(problem, pieces, best)
+        prove_pieces(problem, search_pieces(problem, best), best)
     else:
-        slots = _start(workload, problem, best)
-        _bound_by_reduction(problem, best, contiguous=False)
-        search_and_prove(problem, slots, best)
+        search_and_prove(problem, _start(workload, problem, best), best)
     return best.result()
 
 
-def _bound_by_reduction(problem: PlacementProblem, best: Incumbent, *, contiguous: bool) -> None:
-    if not best.done:
-        bound = reduction_bound(
-            problem,
-            best.bound,
-            best.value,
-            contiguous=contiguous,
-            seconds_left=lambda: best.left(_REDUCTION_SHARE),
-        )
-        best.prove(bound, "what cannot be cut")
-
-
 def _start(workload: Workload, problem: PlacementProblem, best: Incumbent) -> list[int]:
-    """Slots of the best contiguous placement that is found in a share of the time, if there is one;
-    else of any placement."""
+    """Slots of the best contiguous placement that is found in a share of the time, if there is one,
+    or of better intervals of its orders; else of any placement."""
     first = Incumbent(workload, time_limit=_START_SHARE * best.time_limit, gap=best.gap)
     first.prove(best.bound, best.proved_by)
+    pieced = placement_problem(workload, contiguous=True)
     try:
-        pieced = placement_problem(workload, contiguous=True)
         require_feasible(workload, pieced)
-        pieces = prove_pieces(pieced, search_pieces(pieced, first), first)
+        pieces = search_pieces(pieced, first)
     except InfeasibleError:
         slots = any_placement(problem, best)
         best.offer(problem, slots, "packing")
-        return slots
+        bound_by_reduction(problem, best, contiguous=False)
+        return search_arrangements(problem, pieced, slots, best, share=_ORDERS_SHARE)
     best.offer(pieced, pieces.slot_of, first.found_by)
-    slot_of = {
+    bound_by_reduction(problem, best, contiguous=False)
+    slots = _slots(pieced, pieces.slot_of, problem)
+    slots = search_arrangements(problem, pieced, slots, best, share=_ORDERS_SHARE)
+    if not best.done and first.bound < best.value:
+        pieces = prove_pieces(pieced, pieces, first)
+        if best.offer(pieced, pieces.slot_of, first.found_by):
+            slots = _slots(pieced, pieces.slot_of, problem)
+    return slots
+
+
+def _slots(
+    pieced: PlacementProblem, slot_of: Sequence[int], problem: PlacementProblem
+) -> list[int]:
+    """Slots of a problem's units from those of the contiguous problem's."""
+    of_operator = {
         operator: slot
-        for members, slot in zip(pieced.members, pieces.slot_of, strict=True)
+        for members, slot in zip(pieced.members, slot_of, strict=True)
         for operator in members
     }
-    return [slot_of[members[0]] for members in problem.members]
+    return [of_operator[members[0]] for members in problem.members]

@@ -1,8 +1,9 @@
 """Contiguous placement for throughput: good pieces of many orders, then proof by CP-SAT.
 
-Pieces come from dynamic programming over intervals of topological orders (`orders`, `intervals`);
-then CP-SAT is asked for pieces whose largest load is less by the gap that is allowed. Where there
-are none, that is the proof; else the answer is the next value to beat (`stage_model`).
+Pieces come from dynamic programming over intervals of topological orders (`orders`, `intervals`),
+and are annealed; a bound without search (`reduction_bound`) often ends that. Then CP-SAT is asked
+for pieces whose largest load is less by the gap that is allowed. Where there are none, that is the
+proof; else the answer is the next value to beat (`stage_model`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from .incumbent import Incumbent
 from .intervals import Pieces, best_pieces
 from .orders import topological_orders
 from .problem import PlacementProblem
-from .reduce import below
+from .reduce import MOST_TO_REDUCE, below
+from .reduction_bound import bound_by_reduction
 from .stage_model import solve_stages
 
 __all__ = ["prove_pieces", "search_pieces"]
@@ -22,32 +24,36 @@ __all__ = ["prove_pieces", "search_pieces"]
 _METHOD = "CP-SAT over stages"
 _MOST_ORDERS = 40
 _MOST_VARIABLES = 60_000
-_ORDERS_SHARE, _ANNEAL_SHARE = 0.25, 0.4  # of the time limit, at most
+_ORDERS_SHARE = 0.25  # of the time limit, at most
+_ANNEAL_SHARE, _ANNEAL_SHARE_OF_SMALL = 0.4, 0.05  # of the time limit
 
 
 def search_pieces(problem: PlacementProblem, best: Incumbent) -> Pieces:
-    """Good pieces without proof; all improvements are offered.
+    """Good pieces, and the bound without search; all improvements are offered.
 
     Raises:
         InfeasibleError: no pieces fit into the devices' memory.
     """
     pieces = None
-    value = float("inf")
     for number, order in enumerate(topological_orders(problem, count=_MOST_ORDERS)):
         found = best_pieces(problem, order, seed=number)
         if found is not None and best.offer(problem, found.slot_of, "interval programming"):
-            pieces, value = found, best.value
+            if pieces is None:
+                bound_by_reduction(problem, best, contiguous=True)
+            pieces = found
         if best.done or best.left(_ORDERS_SHARE) <= 0:
             break
     if pieces is None:
         pieces = _any_pieces(problem, best)
         best.offer(problem, pieces.slot_of, "CP-SAT")
-    if not best.done and not _small(problem):
-        better, value = anneal_pieces(
+        bound_by_reduction(problem, best, contiguous=True)
+    if not best.done:
+        share = _ANNEAL_SHARE_OF_SMALL if _small(problem) else _ANNEAL_SHARE
+        better, _ = anneal_pieces(
             problem,
             pieces,
-            seconds=_ANNEAL_SHARE * best.time_limit,
-            at_most=best.left(_ORDERS_SHARE + _ANNEAL_SHARE),
+            seconds=share * best.time_limit,
+            at_most=best.left(_ORDERS_SHARE + share),
         )
         if best.offer(problem, better.slot_of, "annealing"):
             pieces = better
@@ -56,7 +62,7 @@ def search_pieces(problem: PlacementProblem, best: Incumbent) -> Pieces:
 
 def prove_pieces(problem: PlacementProblem, pieces: Pieces, best: Incumbent) -> Pieces:
     """Close the gap as far as time allows; the best pieces at the end."""
-    if not _small(problem):
+    if problem.num_units > MOST_TO_REDUCE:
         return pieces
     kept = pieces
 
@@ -90,6 +96,8 @@ def _pieces_below(
     reduced = below(problem, limit * (1 + 1e-9), contiguous=True)
     if reduced is None:
         return Answer(None, none_exists=True)
+    if not _small(reduced.problem):
+        return Answer(None, none_exists=False)
     answer = solve_stages(
         reduced.problem, limit, precision=max(gap, SMALLEST_STEP) / 20, seconds=seconds
     )

@@ -20,7 +20,7 @@ from .incumbent import Incumbent
 from .load_table import LoadTable
 from .neighbourhood import improve_few_devices
 from .problem import PlacementProblem
-from .reduce import below
+from .reduce import MOST_TO_REDUCE, below
 
 __all__ = ["any_placement", "search_and_prove"]
 
@@ -35,11 +35,10 @@ def search_and_prove(
 ) -> list[int]:
     """Improve a placement and its bound as far as time allows; the best slots at the end."""
     slots = _anneal_merged(problem, list(slot_of), best)
-    if not _small(problem):
+    if problem.num_units > MOST_TO_REDUCE:
         return slots
     slots = _ask_below(problem, slots, best, share=0.7)
-    slots = improve_few_devices(problem, slots, best, share=1.0)
-    return slots
+    return improve_few_devices(problem, slots, best, share=1.0)
 
 
 def any_placement(problem: PlacementProblem, best: Incumbent) -> list[int]:
@@ -145,6 +144,8 @@ def _placement_below(
     reduced = below(problem, limit * (1 + 1e-9), contiguous=False)
     if reduced is None:
         return Answer(None, none_exists=True)
+    if not _small(reduced.problem):
+        return Answer(None, none_exists=False)
     answer = solve_assignment(
         reduced.problem,
         limit,

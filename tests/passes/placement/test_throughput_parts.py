@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 
+from cutset.compiler.ir.workload import DeviceKind, Operator, Workload
 from cutset.cost_models.placement import device_loads
 from cutset.passes.placement.anneal import anneal, anneal_pieces
 from cutset.passes.placement.intervals import best_pieces
@@ -17,7 +18,9 @@ from cutset.passes.placement.orders import topological_orders
 from cutset.passes.placement.problem import PlacementProblem, placement_problem
 from cutset.passes.placement.reduce import below
 from cutset.passes.placement.reduction_bound import reduction_bound
-from cutset.passes.placement.stage_model import windows
+from cutset.passes.placement.throughput import place_throughput
+from cutset.passes.placement.unit_bound import least_load
+from cutset.passes.placement.windows import windows
 from cutset.passes.placement.work_bound import work_bound
 
 from .brute import optimum, random_workload
@@ -129,6 +132,52 @@ def test_reduction_keeps_what_is_below_the_value(seed: int, contiguous: bool) ->
             if table.legal and acyclic:
                 values.append(table.value)
     assert min(values) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_core_is_what_a_unit_shares_a_device_with_at_least_load(seed: int) -> None:
+    problem = placement_problem(random_workload(seed, most_operators=7), contiguous=False)
+    for unit, kind in itertools.product(range(problem.num_units), range(len(problem.devices))):
+        if not math.isfinite(problem.times[unit, kind]):
+            continue
+        others = [other for other in range(problem.num_units) if other != unit]
+        best = min(
+            load_of(problem, {unit, *chosen}, kind)
+            for number in range(len(others) + 1)
+            for chosen in itertools.combinations(others, number)
+        )
+        load, core = least_load(problem, unit, kind, best or 1.0)
+        assert load == pytest.approx(best, rel=1e-6)
+        assert load <= best * (1 + 1e-12)
+        assert unit in core
+        assert load_of(problem, set(core), kind) == pytest.approx(best, rel=1e-6)
+
+
+def load_of(problem: PlacementProblem, units: set[int], kind: int) -> float:
+    """Load of a device that holds these units and no others."""
+    cut = (
+        fee
+        for pins, fee in zip(problem.pins, problem.fees[:, kind].tolist(), strict=True)
+        if 0 < len(units & set(pins)) < len(pins)
+    )
+    return sum(problem.times[unit, kind] for unit in units) + sum(cut)
+
+
+def test_a_net_that_must_be_cut_is_borne_by_both_ends() -> None:
+    """Two heavy ends of a long way, with a result from the one to the other."""
+    operators = [
+        Operator(f"v{v}", (time,), (fee,))
+        for v, (time, fee) in enumerate([(1.0, 3.0), (5.0, 0.5), (5.0, 0.5), (6.0, 0.5)])
+    ]
+    workload = Workload(
+        (DeviceKind("device", 4),), tuple(operators), ((0, 1), (0, 3), (1, 2), (2, 3))
+    )
+    problem = placement_problem(workload, contiguous=True)
+    assert reduction_bound(
+        problem, 0.0, 12.0, contiguous=True, seconds_left=lambda: 10.0
+    ) == pytest.approx(9.5, rel=1e-3)
+    result = place_throughput(workload, contiguous=True, time_limit=10, gap=0)
+    assert result.value == pytest.approx(9.5)
 
 
 @pytest.mark.parametrize("seed", range(20))
