@@ -19,6 +19,7 @@ from typing import Any
 
 import gpu_llama
 import torch
+from _cores import pin_workers, separate_cores
 from _workloads import ON_CPU, ON_CUDA, Workload
 from torch import nn
 
@@ -147,29 +148,41 @@ def _one_thread() -> None:
 
 
 class Workers(contextlib.ExitStack):
-    """Sessions on the first devices of a cluster, by number of ranks; end with the context."""
+    """Sessions on the first devices of a cluster; they end with the context.
+
+    CPU workers have one thread, and a core of their own where there are enough.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__()
         self._cluster = replace(
             cluster, types=tuple(_of_one_thread(entry) for entry in cluster.types), local=True
         )
-        self._sessions: dict[int, LocalSession] = {}
+        self._sessions: dict[tuple[int, int], LocalSession] = {}
+        on_cpu = all(entry.backend == "cpu" for entry in cluster.types)
+        self.cores = separate_cores(len(cluster.devices)) if on_cpu else ()
 
-    def session(self, num_ranks: int) -> LocalSession:
-        """Workers of one thread each; others, if one of those has failed."""
-        found = self._sessions.get(num_ranks)
+    def session(self, num_ranks: int, number: int = 0) -> LocalSession:
+        """Workers for so many ranks, the same for the same `number`; others, if one has failed."""
+        found = self._sessions.get((num_ranks, number))
         if found is None or not found.is_open:
-            found = start_workers(self._cluster, num_ranks, timeout_seconds=120.0)
-            self._sessions[num_ranks] = found
+            found = start_workers(self._cluster, num_ranks, timeout_seconds=120.0, wait=False)
+            self._sessions[num_ranks, number] = found
             self.callback(found.close)
         return found
 
-    def parallel(self, planned: PlannedModel, **options: Any) -> Parallel:
-        """`planned`, ready to train."""
+    def parallel(self, planned: PlannedModel, number: int = 0, **options: Any) -> Parallel:
+        """`planned`, warm: values, kernels and connections are there."""
         weights = gpu_llama.initial if _is_on_meta(planned.model) else None
         run = RunOptions(loss_fn=planned.loss_fn, optimizer=optimizer, weights=weights, **options)
-        return Parallel(planned, run, self.session(len(planned.programs)))
+        session = self.session(len(planned.programs), number)
+        parallel = Parallel(planned, run, session)
+        args, kwargs = planned.call
+        for step in range(WARM_UP):
+            if step == 1 and self.cores:
+                pin_workers(session.process_ids, self.cores)
+            parallel.train_step(*args, **kwargs)
+        return parallel
 
 
 def _is_on_meta(model: nn.Module) -> bool:
@@ -192,14 +205,14 @@ class Measured:
 
 
 def measure_steps(parallel: Parallel, planned: PlannedModel, steps: int) -> Measured:
-    """Train; the first steps, which allocate and connect, do not count."""
+    """Train."""
     args, kwargs = planned.call
     seconds = []
-    for _ in range(WARM_UP + steps):
+    for _ in range(steps):
         began = time.perf_counter()
         parallel.train_step(*args, **kwargs)
         seconds.append(time.perf_counter() - began)
-    return Measured(tuple(seconds[WARM_UP:]))
+    return Measured(tuple(seconds))
 
 
 def measure_memory(parallel: Parallel, planned: PlannedModel) -> list[int]:
