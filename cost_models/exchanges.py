@@ -63,6 +63,10 @@ class Exchange:
     def seconds(self) -> float:
         return self.latency_seconds + self.wire_seconds
 
+    def without(self, seconds: float) -> Exchange:
+        """Over so much earlier, as far as it travels for so long."""
+        return replace(self, wire_seconds=max(self.wire_seconds - seconds, 0.0))
+
     def scaled(self, share: float) -> Exchange:
         """A part of it."""
         return replace(

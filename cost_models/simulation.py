@@ -37,7 +37,7 @@ class RankSeconds:
 
     Args:
         busy_seconds: computing: F, B, I, W without the collectives in them, gradient norm and
-            clipping, optimizer.
+            clipping, optimizer; on CPUs what the thread that computes does for messages, too.
         communication_seconds: with a transfer or a collective of its own under way.
         exposed_seconds: of these, those in which it does not compute; the others are hidden.
         host_seconds: of the host's time for instructions, those in which the rank does neither.

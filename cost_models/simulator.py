@@ -55,6 +55,7 @@ from ..compiler.ir.types import TensorType
 from .collectives import Network
 from .discrete_events import Clock, Event, Process, Work
 from .exchanges import ActionCost, Exchange, StageCosts, exchange, stage_costs
+from .host_messages import HostSeconds, bucket_seconds, send_seconds
 from .memory_curve import MemoryCurve
 from .simulation import RankSeconds, Simulation, Span, covered_seconds, joined
 from .stages import StageSeconds, optimizer_seconds, part_shares
@@ -132,6 +133,7 @@ class _Meeting:
     is_sync: bool
     reached: int = 0
     end: Event = field(default_factory=Event)
+    host: dict[int, HostSeconds] = field(default_factory=dict)  # by rank
 
 
 @dataclass(slots=True, eq=False)
@@ -261,7 +263,7 @@ class _Run:
                 for register in instruction.registers:
                     self._release(rank, register)
             case AllReduce() | ReduceScatter() | AllGather():
-                self._start(rank, instruction, name)
+                yield from self._start(rank, instruction, name)
             case GradientNorm() | ClipGradients():
                 held = rank.memory.held
                 moved = sum((*held.updated_bytes, *held.offloaded_bytes))
@@ -336,6 +338,8 @@ class _Run:
         message.send = send
         sends.append((send.register, message))
         self.clock.happen(message.sent)
+        size = send.type.num_bytes
+        yield from self._work(rank, send_seconds(self.cluster, rank.index, send.peer, size))
 
     def _drain(self, rank: _Rank) -> None:
         """Give up what has been sent, where that can be seen (not over gloo)."""
@@ -421,13 +425,17 @@ class _Run:
 
     # -- collectives ---------------------------------------------------------------------------
 
-    def _start(self, rank: _Rank, item: Collective, name: str) -> None:
+    def _start(self, rank: _Rank, item: Collective, name: str) -> Process:
         """`rank` reaches a collective, and goes on."""
         size = rank.memory.message_bytes(item)
         entry = exchange(self.cluster, _COLLECTIVES[type(item)], item.ranks, size)
-        meeting = self._meet(rank, entry, name, "program")
-        rank.meetings.append((item, meeting))
+        host = bucket_seconds(self.cluster, rank.index, entry, size, len(item.targets))
         rank.memory.start(item, self.clock.now, name)
+        yield from self._work(rank, host.before)
+        meeting = self._meet(rank, entry.without(host.finishing), name, "program")
+        meeting.host[rank.index] = host
+        rank.meetings.append((item, meeting))
+        yield from self._work(rank, host.sending)
 
     def _meet(self, rank: _Rank, entry: Exchange, name: str, channel: str) -> _Meeting:
         """`rank` reaches its next meeting with the ranks of `entry` in `channel`."""
@@ -466,6 +474,8 @@ class _Run:
             yield meeting.end
             if self.clock.now > begin:
                 self.spans.append(Span(rank.index, "sync", -1, -1, begin, self.clock.now))
+            host = meeting.host[rank.index]
+            yield from self._work(rank, host.finishing + host.after)
             rank.memory.end(item, self.clock.now, meeting.name)
             rank.meetings.remove((item, meeting))
 

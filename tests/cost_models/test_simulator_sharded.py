@@ -64,7 +64,8 @@ def test_sums_are_hidden_behind_the_backward_that_completes_them() -> None:
     waited, seconds = exposed(planned.programs)
     assert 0.0 < waited <= 0.25 * total
     late = tuple(replace(p, instructions=_sums_last(p)) for p in planned.programs)
-    assert exposed(late)[0] >= 0.95 * total
+    # the thread that computes lays down one bucket while the one before travels
+    assert exposed(late)[0] >= 0.7 * total
     assert planned.plan.prediction is not None
     assert abs(planned.plan.prediction.step_seconds / seconds - 1) <= 0.05
 

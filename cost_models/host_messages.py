@@ -1,0 +1,79 @@
+"""What messages take of the thread that computes, where that is the CPU itself.
+
+Gloo sends from the thread that asks for it: the message is copied into a socket, at the bandwidth
+of the link, before anything else goes on. Its all-reduces run in threads of their own. All other
+collectives are messages of each rank to each other (`runtime/torch_messages.py`), and a rank copies
+its own part and adds up what it receives; small ones
+take no longer than it takes to ask for them. What a program starts travels in buckets
+(`runtime/parts.py`): tensors are laid down before and copied out after. CUDA devices do all of this
+beside the kernels.
+
+With n bytes of the whole tensor and p ranks, bytes moved in memory and through sockets:
+
+                    lay down   own part   sockets         add up                  copy out
+    all_reduce      2 n                                                           2 n
+    reduce_scatter  2 n        2 n / p    n (p - 1) / p   2 n / p + 3 n (p - 1) / p   2 n / p
+    all_gather      2 n / p    2 n / p    n (p - 1) / p                           2 n (p - 1) / p
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compiler.ir.cluster import Cluster
+from .exchanges import Exchange
+
+__all__ = ["HostSeconds", "bucket_seconds", "send_seconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class HostSeconds:
+    """Seconds of the thread that computes for one collective: before it is under way, while it
+    is, at its end (which is part of its time), and after that."""
+
+    before: float = 0.0
+    sending: float = 0.0
+    finishing: float = 0.0
+    after: float = 0.0
+
+
+def send_seconds(cluster: Cluster, source: int, target: int, num_bytes: float) -> float:
+    """Of one message."""
+    if cluster.type_of(source).backend != "cpu":
+        return 0.0
+    return num_bytes / cluster.link(source, target).bytes_per_second
+
+
+def bucket_seconds(
+    cluster: Cluster, rank: int, entry: Exchange, num_bytes: float, num_tensors: int
+) -> HostSeconds:
+    """Of a collective that a program starts, of `num_tensors` with `num_bytes` in all."""
+    count = len(set(entry.ranks))
+    device = cluster.type_of(rank)
+    if device.backend != "cpu" or count < 2:
+        return HostSeconds()
+
+    def moving(moved: float) -> float:
+        return moved / device.memory_rate(moved)
+
+    share = num_bytes / count
+    others = num_bytes - share
+    if entry.collective == "all_reduce":
+        in_place = num_tensors == 1
+        copied = 0.0 if in_place else moving(2 * num_bytes)
+        return HostSeconds(before=copied, after=copied)
+    asking = entry.latency_seconds
+    neighbour = next(other for other in entry.ranks if other != rank)
+    sent = others / cluster.link(rank, neighbour).bytes_per_second
+    if entry.collective == "reduce_scatter":
+        return HostSeconds(
+            before=moving(2 * num_bytes),
+            sending=asking + moving(2 * share) + sent,
+            finishing=moving(2 * share + 3 * others),
+            after=moving(2 * share),
+        )
+    return HostSeconds(
+        before=moving(2 * share),
+        sending=asking + moving(2 * share) + sent,
+        after=moving(2 * others),
+    )

@@ -1,0 +1,49 @@
+import pytest
+
+from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
+from cutset.cost_models.exchanges import exchange
+from cutset.cost_models.host_messages import HostSeconds, bucket_seconds, send_seconds
+
+MEMORY, WIRE = 10.0, 4.0  # bytes per second
+LATENCY = 0.5
+
+
+def cluster(backend: str, count: int = 4) -> Cluster:
+    kind = DeviceType("one", backend, 1 << 30, MEMORY, (("f32", 1.0),), 0.0)
+    devices = tuple(Device(index, "one", "here") for index in range(count))
+    return Cluster("test", (kind,), devices, (LinkRule(Link(LATENCY, WIRE)),))
+
+
+def bucket(name: str, *, backend: str = "cpu", tensors: int = 2) -> HostSeconds:
+    where = cluster(backend)
+    entry = exchange(where, name, (0, 1, 2, 3), 80.0)
+    return bucket_seconds(where, 1, entry, 80.0, tensors)
+
+
+def test_a_message_is_copied_into_its_socket_by_the_thread_that_sends_it() -> None:
+    assert send_seconds(cluster("cpu"), 0, 1, 8.0) == 8.0 / WIRE
+    assert send_seconds(cluster("cuda"), 0, 1, 8.0) == 0.0
+
+
+def test_an_all_reduce_takes_copies_of_a_bucket_only() -> None:
+    assert bucket("all_reduce") == HostSeconds(before=160 / MEMORY, after=160 / MEMORY)
+    assert bucket("all_reduce", tensors=1) == HostSeconds()
+
+
+def test_a_reduce_scatter_is_laid_down_sent_added_up_and_copied_out() -> None:
+    found = bucket("reduce_scatter")
+    assert found.before == pytest.approx(160 / MEMORY)
+    assert found.sending == pytest.approx(3 * LATENCY + 40 / MEMORY + 60 / WIRE)
+    assert found.finishing == pytest.approx((40 + 180) / MEMORY)
+    assert found.after == pytest.approx(40 / MEMORY)
+
+
+def test_an_all_gather_sends_its_part_and_copies_the_others_out() -> None:
+    found = bucket("all_gather")
+    assert found.before == pytest.approx(40 / MEMORY)
+    assert found.sending == pytest.approx(3 * LATENCY + 40 / MEMORY + 60 / WIRE)
+    assert (found.finishing, found.after) == (0.0, pytest.approx(120 / MEMORY))
+
+
+def test_cuda_devices_do_it_beside_their_kernels() -> None:
+    assert bucket("reduce_scatter", backend="cuda") == HostSeconds()
