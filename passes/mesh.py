@@ -116,6 +116,7 @@ class _Search:
         self.squeezed: set[tuple[Mesh, int, bool]] = set()
         self.offload = context.options.offload == "optimizer"
         self.close: dict[Mesh, dict[int, float]] = {}  # bounds by layouts, by microbatches
+        self.could_rise: set[tuple[Mesh, int]] = set()  # those of them that were enough as they are
         self.raised = math.inf  # least share of a bound by layouts to that by division
 
     def run(self) -> Plan:
@@ -152,10 +153,10 @@ class _Search:
                 if entry.bound < best and entry.mesh not in self.close:
                     counts = (n for mesh, n in space if mesh == entry.mesh)
                     may_win = (n for n in counts if self.bound(entry.mesh, n) < best)
-                    self.layout_bound(entry.mesh, min(may_win, default=entry.count))
+                    self.layout_bound(entry.mesh, min(may_win, default=entry.count), best)
                 bound = max(entry.bound, self.inferred(entry.mesh, entry.count))
                 if bound < best:
-                    bound = self.layout_bound(entry.mesh, entry.count)
+                    bound = self.layout_bound(entry.mesh, entry.count, best)
                     heapq.heappush(near, self.entry(bound, entry.item, is_close=True))
                 else:
                     self.bounds.append(bound)
@@ -176,12 +177,18 @@ class _Search:
         about = round(about) if about < math.inf else about
         return _Entry((about, -count if is_close else count, str(mesh)), bound, item)
 
-    def layout_bound(self, mesh: Mesh, count: int) -> float:
+    def layout_bound(self, mesh: Mesh, count: int, enough: float = math.inf) -> float:
+        """One of at least `enough` need not be as high as it can be."""
         found = self.close.setdefault(mesh, {})
-        if count in found:
+        if count in found and (found[count] >= enough or (mesh, count) not in self.could_rise):
             return found[count]
         by_division = self.bound(mesh, count)
-        bound = found[count] = max(by_division, self.pricing.layouts.lower_bound(mesh, count))
+        by_layouts = self.pricing.layouts.lower_bound(mesh, count, enough=enough)
+        bound = found[count] = max(by_division, by_layouts)
+        if enough <= bound:
+            self.could_rise.add((mesh, count))
+        else:
+            self.could_rise.discard((mesh, count))
         if by_division and bound < math.inf:
             self.raised = min(self.raised, bound / by_division)
         return bound

@@ -94,12 +94,12 @@ class StageLayouts:
         front = self._front(mesh, count)
         return 0 if front is None else front.num_options**2
 
-    def sums_are_late(self, mesh: Mesh, count: int) -> bool:
+    def sums_are_late(self, mesh: Mesh, count: int, *, bounding: bool = False) -> bool:
         """Whether sums of gradients may take longer than the last backward, which takes about as
-        long as forward, or longer."""
+        long as forward, or longer; in the fastest layouts, or those for `bounding`."""
         if self.plan.mode is Mode.INFER or all(axis.name == PIPELINE for axis in mesh.axes):
             return False
-        choice = self.fastest(mesh, count)
+        choice = self.fastest(mesh, count, bounding=bounding)
         if choice is None:
             return False
         backward = choice.seconds / 2 * self.portion(count) / self._like(count)
@@ -191,7 +191,14 @@ class StageLayouts:
 
     # -- bounds ------------------------------------------------------------------------------------
 
-    def lower_bound(self, mesh: Mesh, count: int, memory: Memory | None = None) -> float:
+    def lower_bound(
+        self,
+        mesh: Mesh,
+        count: int,
+        memory: Memory | None = None,
+        *,
+        enough: float = math.inf,
+    ) -> float:
         """No plan on `mesh` with `count` microbatches is faster, whatever its layouts; with
         `memory`, none whose bytes from forward to backward are within it.
 
@@ -201,11 +208,18 @@ class StageLayouts:
         cannot hide, and a part in any case (`cost_models/overlap.py`); each gives a bound. Layouts
         are chosen for t of as many rows or more, which take no more time a row, and for the share
         of the update that is left with ZeRO. Recomputation, and ZeRO beyond that, only add.
+
+        Args:
+            enough: a bound of so much need not be raised any further.
         """
         if not any(axis.name != PIPELINE for axis in mesh.axes):
             return 0.0
-        least = 0.0
-        for late in (False, True) if self.sums_are_late(mesh, count) else (False,):
+        least, rounds = 0.0, self._of_step(mesh, count)
+        for late in (False, True):
+            if late and (
+                rounds * least >= enough or not self.sums_are_late(mesh, count, bounding=True)
+            ):
+                break
             choice = self.fastest(mesh, count, bounding=True, late=late)
             front = self._front(mesh, count, bounding=True, late=late)
             if choice is None or front is None:
@@ -213,7 +227,7 @@ class StageLayouts:
             least = max(least, choice.lower_bound)
             if memory is not None:
                 least = max(least, front.lower_bound(memory))
-        return self._of_step(mesh, count) * least
+        return rounds * least
 
     def least_seconds(self, mesh: Mesh, count: int, choice: LayoutChoice) -> float:
         """No stages of a plan with the layouts `choice` take less, likewise."""

@@ -266,10 +266,9 @@ def pricer_of(
     network = mesh_network(cluster, mesh, devices)
     kind = slowest_type(cluster, devices)
     rings = tuple(network.ring(axis.name) for axis in inner.axes)
-    shares = options.batch_fraction, options.backward_share
-    key = inner, rings, kind, shares
+    key = inner, rings, kind, options.batch_fraction
     if key not in facts.pricers:
-        facts.pricers[key] = Pricer(facts, inner, kind, network, *shares)
+        facts.pricers[key] = Pricer(facts, inner, kind, network, options.batch_fraction)
     pricer: Pricer = facts.pricers[key]
     return pricer
 

@@ -20,7 +20,7 @@ from ...compiler.sharding.strategy import OpStrategy
 from ...cost_models.stages import optimizer_seconds
 from .facts import GraphFacts
 from .pricing import Pricer
-from .problem import Choice, Flow, LayoutProblem, Option, Use
+from .problem import Choice, Flow, LayoutProblem, Option, Use, with_backward_share
 from .statement import Decided, LayoutStatement
 
 __all__ = ["StatedProblem", "state_layouts"]
@@ -122,8 +122,8 @@ class _Work:
 def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
     """The problem of `statement`; `pricer` is for its graph and mesh.
 
-    Statements that differ in numbers of microbatches, memory and optimizer share all but what it
-    costs to hold tensors.
+    Statements that differ in numbers of microbatches, memory, optimizer and what counts of backward
+    share all but what it costs to hold tensors.
     """
     key = _frame_key(statement, pricer.facts)
     if key not in pricer.frames:
@@ -137,6 +137,7 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
         memory_bytes=options.memory_bytes,
         in_flight=options.in_flight,
     )
+    problem = with_backward_share(problem, options.backward_share)
     return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
 
 
@@ -209,6 +210,7 @@ def _add_nodes(work: _Work, members: tuple[int, ...]) -> None:
         options.append(
             Option(
                 seconds=figures.seconds,
+                backward_seconds=figures.backward_seconds,
                 saved_bytes=figures.saved_bytes,
                 transient_bytes=figures.transient_bytes,
             )
@@ -423,16 +425,15 @@ def _add_flow(
     kept = _Kept(list(dict.fromkeys(layouts)))
     sums = {layout: pricer.sum_seconds(value, layout) for layout in kept.layouts}
     shared = [replace(form, saves=False) for form in forms]
+    pairs = [[_pair_seconds(work, value, state, form, sums) for form in forms] for state in states]
     work.flows.append(
         Flow(
             name=value.name,
             maker=maker,
             states=tuple(states.index(state) for state in made),
             uses=tuple(uses),
-            pair_seconds=tuple(
-                tuple(_pair_seconds(work, value, state, form, sums) for form in forms)
-                for state in states
-            ),
+            pair_seconds=tuple(tuple(whole for whole, _ in row) for row in pairs),
+            pair_backward=tuple(tuple(backward for _, backward in row) for row in pairs),
             conversions=tuple(shared.index(form) for form in shared),
             use_seconds=tuple(sums[form.layout] if form.carries else 0.0 for form in forms),
             made_seconds=tuple(-sums[state.layout] if adds else 0.0 for state in states),
@@ -481,18 +482,20 @@ def _uses(work: _Work, value: Value, forms: dict[_Form, int]) -> list[Use]:
 
 def _pair_seconds(
     work: _Work, value: Value, state: _State, form: _Form, sums: Mapping[Layout, float]
-) -> float:
+) -> tuple[float, float]:
     """Of the conversion, and what it changes in adding up gradients: the users of one form add up
-    theirs in that form, and the conversion returns one. `sums`: of adding one, by layout."""
+    theirs in that form, and the conversion returns one; and of both what backward takes. `sums`: of
+    adding one, by layout."""
     axis = work.statement.axis
     partial = form.partial
     if state.deferred:
         if form.carries and axis not in partial and not form.passes_terms:
-            return math.inf  # a whole gradient cannot be added to terms
+            return math.inf, 0.0  # a whole gradient cannot be added to terms
         partial -= {axis}
     elif form.passes_terms:
-        return math.inf
-    seconds = work.pricer.conversion(value, state.layout, form.layout, partial)
+        return math.inf, 0.0
+    seconds, backward = work.pricer.conversion(value, state.layout, form.layout, partial)
     if (state.layout == form.layout and not partial) or not form.carries:
-        return seconds
-    return seconds + sums[state.layout] - sums[form.layout]
+        return seconds, backward
+    added, left = sums[state.layout], sums[form.layout]
+    return seconds + added - left, backward + added - left

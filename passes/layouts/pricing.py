@@ -36,11 +36,13 @@ class NodeFigures:
 
     Args:
         seconds: of forward and backward, without adding up gradients over the users of a value.
+        backward_seconds: of backward alone.
         saved_bytes: made for the backward beside operands and results, at the size captured.
         saves_inputs, saves_outputs: which of those the backward reads.
     """
 
     seconds: float
+    backward_seconds: float
     saved_bytes: int
     transient_bytes: int
     saves_inputs: tuple[bool, ...]
@@ -57,9 +59,8 @@ class Pricer:
     """Prices for one graph on one mesh; equal questions are answered once.
 
     Seconds are those of `batch_fraction` times the rows that the graph was captured at: of what is
-    priced, all that is computed from activations counts as growing with them. Of backward,
-    `backward_share` counts. Bytes are the graph's own. `frames` are what `from_graph.py` has stated
-    with these prices.
+    priced, all that is computed from activations counts as growing with them. Bytes are the graph's
+    own. `frames` are what `from_graph.py` has stated with these prices.
     """
 
     facts: GraphFacts
@@ -67,10 +68,9 @@ class Pricer:
     device_type: DeviceType
     network: Network
     batch_fraction: float = 1.0
-    backward_share: float = 1.0
     _kinds: tuple[ValueKind, ...] = ()
     _nodes: dict[object, NodeFigures] = field(default_factory=dict)
-    _conversions: dict[object, float] = field(default_factory=dict)
+    _conversions: dict[object, tuple[float, float]] = field(default_factory=dict)
     _looks: dict[int, int] = field(default_factory=dict)
     _numbers: dict[object, int] = field(default_factory=dict)
     frames: dict[object, Any] = field(default_factory=dict)
@@ -101,13 +101,15 @@ class Pricer:
             return 0.0
         scale = 1.0 if value.id in self.facts.weight_like else self.batch_fraction
         size = self.local_bytes(value.type, layout)
-        return self.backward_share * gradient_sum_seconds(self.device_type, scale * size)
+        return gradient_sum_seconds(self.device_type, scale * size)
 
-    def _seconds(self, costs: Sequence[NodeCost]) -> float:
+    def _seconds(self, costs: Sequence[NodeCost]) -> tuple[float, float]:
+        """Of forward and backward, and of backward alone."""
         forward = sum(cost.forward_seconds for cost in costs)
         if self.graph.mode is not Mode.TRAIN:
-            return forward
-        return forward + self.backward_share * sum(cost.backward_seconds for cost in costs)
+            return forward, 0.0
+        backward = sum(cost.backward_seconds for cost in costs)
+        return forward + backward, backward
 
     def _price(self, part: Graph) -> tuple[NodeCost, ...]:
         return price(
@@ -131,7 +133,7 @@ class Pricer:
     def _price_node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
         part, results = self._lower(node, strategies)
         count = len(node.inputs)
-        costs = self._price(part)
+        seconds, backward_seconds = self._seconds(self._price(part))
         trains = part.mode is Mode.TRAIN
         model = memory_model(
             part, batch_fraction=self.batch_fraction, backend=self.device_type.backend
@@ -145,7 +147,8 @@ class Pricer:
             if storage >= count and storage not in made
         )
         return NodeFigures(
-            seconds=self._seconds(costs),
+            seconds=seconds,
+            backward_seconds=backward_seconds,
             saved_bytes=math.ceil(others / self.batch_fraction) if trains else 0,
             transient_bytes=max(transient, default=0),
             saves_inputs=tuple(trains and i in steps.saved for i in range(count)),
@@ -202,9 +205,10 @@ class Pricer:
 
     def conversion(
         self, value: Value, made: Layout, wanted: Layout, partial: frozenset[int]
-    ) -> float:
-        """Seconds of bringing `value` from one layout to another, gradient included; infinite if
-        there is no way. `partial`: axes on which each rank has a term of the gradient."""
+    ) -> tuple[float, float]:
+        """Seconds of bringing `value` from one layout to another, gradient included, and of the
+        gradient alone; infinite if there is no way. `partial`: axes on which each rank has a term
+        of the gradient."""
         key = (self._look(value), made, wanted, partial)
         if key not in self._conversions:
             self._conversions[key] = self._price_conversion(value, made, wanted, partial)
@@ -220,10 +224,10 @@ class Pricer:
 
     def _price_conversion(
         self, value: Value, made: Layout, wanted: Layout, partial: frozenset[int]
-    ) -> float:
+    ) -> tuple[float, float]:
         pairs = zip(made.placements, wanted.placements, strict=True)
         if not all(can_convert(old, new) for old, new in pairs):
-            return math.inf
+            return math.inf, 0.0
         local = LocalGraph(self.mesh, self.coordinate)
         ref = self._operand(local, value, made)
         convert(

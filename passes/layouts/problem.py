@@ -18,9 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["Choice", "Figures", "Flow", "LayoutProblem", "Option", "Use", "figures", "flow_seconds"]
+__all__ = [
+    "Choice",
+    "Figures",
+    "Flow",
+    "LayoutProblem",
+    "Option",
+    "Use",
+    "figures",
+    "flow_seconds",
+    "with_backward_share",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,7 @@ class Option:
 
     Args:
         seconds: of forward and backward of one microbatch.
+        backward_seconds: of backward alone.
         step_seconds: once a step: sum of gradients as far as it counts, update.
         sum_seconds: once a step: sum of gradients.
         static_bytes: held throughout.
@@ -37,6 +48,7 @@ class Option:
     """
 
     seconds: float = 0.0
+    backward_seconds: float = 0.0
     step_seconds: float = 0.0
     sum_seconds: float = 0.0
     static_bytes: int = 0
@@ -75,9 +87,10 @@ class Flow:
     Args:
         states: by option of the maker, index of the state made.
         pair_seconds: [state][form], of the conversion; infinite where there is none.
+        pair_backward: [state][form], of that, what backward takes.
         conversions: by form; forms of one number share their conversions.
-        use_seconds: by form, what each use adds.
-        made_seconds: by state.
+        use_seconds: by form, what each use adds; all in backward.
+        made_seconds: by state; all in backward.
         kept: [state][form], number of the tensor that the backward of the user reads, -1 if none.
         own_kept: by state, likewise for the backward of the maker.
         tensor_bytes: by those numbers.
@@ -89,6 +102,7 @@ class Flow:
     states: tuple[int, ...]
     uses: tuple[Use, ...]
     pair_seconds: tuple[tuple[float, ...], ...]
+    pair_backward: tuple[tuple[float, ...], ...]
     conversions: tuple[int, ...]
     use_seconds: tuple[float, ...]
     made_seconds: tuple[float, ...]
@@ -129,9 +143,11 @@ class LayoutProblem:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a choice of options costs; `seconds` of one microbatch, without the step's."""
+    """What a choice of options costs; `seconds` of one microbatch, without the step's, of them
+    `backward_seconds` of backward."""
 
     seconds: float
+    backward_seconds: float
     step_seconds: float
     sum_seconds: float
     static_bytes: int
@@ -153,6 +169,45 @@ class Figures:
         return fits and math.isfinite(self.seconds)
 
 
+def with_backward_share(problem: LayoutProblem, share: float) -> LayoutProblem:
+    """`problem` with `share` of the seconds of backward, and all of the others."""
+    if share == 1.0:
+        return problem
+    return replace(
+        problem,
+        choices=tuple(_option_shares(choice, share) for choice in problem.choices),
+        flows=tuple(_flow_share(flow, share) for flow in problem.flows),
+    )
+
+
+def _option_shares(choice: Choice, share: float) -> Choice:
+    if not any(option.backward_seconds for option in choice.options):
+        return choice
+    options = (
+        replace(
+            option,
+            seconds=option.seconds - (1.0 - share) * option.backward_seconds,
+            backward_seconds=share * option.backward_seconds,
+        )
+        for option in choice.options
+    )
+    return replace(choice, options=tuple(options))
+
+
+def _flow_share(flow: Flow, share: float) -> Flow:
+    pairs = (
+        tuple(whole - (1.0 - share) * part for whole, part in zip(*rows, strict=True))
+        for rows in zip(flow.pair_seconds, flow.pair_backward, strict=True)
+    )
+    return replace(
+        flow,
+        pair_seconds=tuple(pairs),
+        pair_backward=tuple(tuple(share * item for item in row) for row in flow.pair_backward),
+        use_seconds=tuple(share * item for item in flow.use_seconds),
+        made_seconds=tuple(share * item for item in flow.made_seconds),
+    )
+
+
 def figures(problem: LayoutProblem, picks: Sequence[int]) -> Figures:
     """Figures of the plan in which choice i takes option `picks[i]`."""
     taken = [
@@ -160,15 +215,18 @@ def figures(problem: LayoutProblem, picks: Sequence[int]) -> Figures:
         for choice, pick in zip(problem.choices, picks, strict=True)
     ]
     seconds = sum(count * option.seconds for count, option in taken)
+    backward = sum(count * option.backward_seconds for count, option in taken)
     saved = sum(count * option.saved_bytes for count, option in taken)
     families: dict[int, int] = {}
     for flow in problem.flows:
         seconds += flow.count * flow_seconds(flow, picks)
+        backward += flow.count * _adjoint_seconds(flow, picks)
         kept = flow.count * _saved_bytes(flow, picks)
         families[flow.family] = max(families.get(flow.family, 0), kept)
     saved += sum(families.values())
     return Figures(
         seconds=seconds,
+        backward_seconds=backward,
         step_seconds=sum(count * option.step_seconds for count, option in taken),
         sum_seconds=sum(count * option.sum_seconds for count, option in taken),
         static_bytes=sum(count * option.static_bytes for count, option in taken),
@@ -179,9 +237,18 @@ def figures(problem: LayoutProblem, picks: Sequence[int]) -> Figures:
 
 def flow_seconds(flow: Flow, picks: Sequence[int]) -> float:
     """Of one of `flow`: conversions and sums of gradients."""
+    return _with_conversions(flow, picks, flow.pair_seconds)
+
+
+def _adjoint_seconds(flow: Flow, picks: Sequence[int]) -> float:
+    """Of that, what backward takes."""
+    return _with_conversions(flow, picks, flow.pair_backward)
+
+
+def _with_conversions(flow: Flow, picks: Sequence[int], pairs: Sequence[Sequence[float]]) -> float:
     state = flow.states[picks[flow.maker]]
     wanted = [(use.forms[picks[use.choice]], use.count) for use in flow.uses]
-    conversions = {flow.conversions[form]: flow.pair_seconds[state][form] for form, _ in wanted}
+    conversions = {flow.conversions[form]: pairs[state][form] for form, _ in wanted}
     added = sum(count * flow.use_seconds[form] for form, count in wanted)
     return sum(conversions.values()) + added + flow.made_seconds[state]
 

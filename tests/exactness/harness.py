@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,8 +68,7 @@ class Subject:
         clip_grad_norm: float | None = None,
         device: str = "cpu",
     ) -> None:
-        # cuDNN's fastest gradients of convolutions are sums in no fixed order
-        torch.backends.cudnn.deterministic = True
+        _compute_exactly()
         torch.manual_seed(SEED)
         made = make()
         self.numerics = numerics
@@ -236,6 +236,18 @@ def spread(plan: Plan, mesh: Mesh, layouts: Layouts) -> Plan:
         prediction=None,
         certificate=None,
     )
+
+
+def _compute_exactly() -> None:
+    """In this process, and in workers that it starts from now on.
+
+    On CUDA, convolutions of float32 tensors multiply in TF32, of ten bits, and cuDNN's fastest
+    gradients of convolutions are sums in no fixed order.
+    """
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read by cuDNN and cuBLAS, where flags do not reach
 
 
 def _cast(item: Any, dtype: torch.dtype) -> Any:

@@ -141,6 +141,7 @@ def _flows(draw: st.DrawFn, choices: tuple[Choice, ...], maker: int) -> Flow:
         Use(user, draw(_indices(len(choices[user].options), forms)), draw(_COUNT)) for user in users
     )
     cost = st.sampled_from((0.0, 0.0, 1.0, 4.0, 9.0, -1.0, math.inf))
+    part = st.sampled_from((0.0, 0.5, 1.0))
     number = st.integers(-1, 1)
     return Flow(
         name=f"f{maker}",
@@ -148,6 +149,7 @@ def _flows(draw: st.DrawFn, choices: tuple[Choice, ...], maker: int) -> Flow:
         states=draw(_indices(len(choices[maker].options), states)),
         uses=uses,
         pair_seconds=tuple(tuple(draw(cost) for _ in range(forms)) for _ in range(states)),
+        pair_backward=tuple(tuple(draw(part) for _ in range(forms)) for _ in range(states)),
         conversions=tuple(range(forms)),
         use_seconds=tuple(draw(_SMALL.map(float)) for _ in range(forms)),
         made_seconds=tuple(-draw(_SMALL.map(float)) for _ in range(states)),

@@ -15,10 +15,11 @@ from cutset.compiler.sharding.sharding import make_sharding
 from cutset.cost_models.collectives import mesh_network
 from cutset.cost_models.ops import price
 from cutset.passes.layouts import from_graph
-from cutset.passes.layouts.choose import LayoutChoice, plan_layouts, pricer_of
+from cutset.passes.layouts.choose import LayoutChoice, LayoutFront, plan_layouts, pricer_of
 from cutset.passes.layouts.facts import GraphFacts
 from cutset.passes.layouts.from_graph import StatedProblem, state_layouts
 from cutset.passes.layouts.pricing import Pricer
+from cutset.passes.layouts.problem import figures
 from cutset.passes.layouts.program import solve
 from cutset.passes.layouts.statement import Decided, LayoutOptions, LayoutStatement
 from tests.ir.builders import mlp
@@ -115,6 +116,32 @@ def test_what_differs_in_how_tensors_are_held_is_stated_once(
     assert len(made) == alone + len(mesh.axes)
 
 
+def test_what_counts_of_backward_is_stated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of backward scales its seconds, and nothing else of a problem."""
+    graph, mesh, machine = mlp(), Mesh.parse("tensor=2"), cluster(2, 1e9)
+    made: list[object] = []
+    plain = from_graph._frame
+
+    def counted(statement: LayoutStatement, pricer: Pricer) -> object:
+        made.append(statement)
+        return plain(statement, pricer)
+
+    monkeypatch.setattr(from_graph, "_frame", counted)
+    facts = GraphFacts.of(graph)
+    whole = LayoutFront.of(facts, mesh, machine, range(2), LayoutOptions())
+    found = figures(whole.stated.problem, whole.fastest.picks)
+    assert 0.0 < found.backward_seconds < found.seconds
+    for share in (0.25, 0.0):
+        options = LayoutOptions(backward_share=share)
+        front = LayoutFront.of(facts, mesh, machine, range(2), options)
+        other = figures(front.stated.problem, whole.fastest.picks)
+        expected = found.seconds - (1.0 - share) * found.backward_seconds
+        assert other.seconds == pytest.approx(expected, rel=1e-12)
+        assert other.backward_seconds == pytest.approx(share * found.backward_seconds)
+        assert other.step_seconds == found.step_seconds
+    assert len(made) == 1
+
+
 def test_equal_links_have_equal_prices() -> None:
     graph, machine, options = mlp(), cluster(4, 1e9), LayoutOptions()
     other = cluster(4, 1e8)
@@ -124,5 +151,5 @@ def test_equal_links_have_equal_prices() -> None:
     assert pricer_of(facts, both, one, machine, (0, 1, 2, 3), options) is first
     assert pricer_of(facts, both, both, machine, (0, 1, 2, 3), options) is not first
     assert pricer_of(facts, one, one, other, (0, 1), options) is not first
-    for others in (LayoutOptions(batch_fraction=0.25), LayoutOptions(backward_share=0.5)):
-        assert pricer_of(facts, one, one, machine, (0, 1), others) is not first
+    smaller = LayoutOptions(batch_fraction=0.25)
+    assert pricer_of(facts, one, one, machine, (0, 1), smaller) is not first

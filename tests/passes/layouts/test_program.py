@@ -77,6 +77,7 @@ def test_shared_conversion_is_paid_once() -> None:
         states=(0, 1),
         uses=(Use(1, (0,)), Use(2, (0,))),
         pair_seconds=((2.0,), (0.0,)),
+        pair_backward=((1.0,), (0.0,)),
         conversions=(0,),
         use_seconds=(0.0,),
         made_seconds=(0.0, 0.0),
