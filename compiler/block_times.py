@@ -40,8 +40,8 @@ __all__ = ["BlockTimes", "BlockWorkers", "Measurer", "Phases", "ProfileOptions"]
 
 _FACTORY = "cutset.runtime.profiler:Profiler"
 _TIMEOUT_SECONDS = 300.0
-_MOST_COPIES = 4
-_COPY_BYTES = 1 << 28  # of the arguments of all copies
+_MOST_COPIES = 16
+_WORKING_SET_BYTES = 32 << 20  # of all copies: more than one worker has of the caches
 Phases = tuple[float, float, float]
 
 
@@ -113,10 +113,10 @@ class BlockWorkers:
 
 
 def copies_of(part: Part) -> int:
-    """Sets of tensors that a part is measured on: as many as it occurs, within reason."""
-    given = {value for node in part.stage.graph.nodes for value in node.inputs}
-    size = sum(part.stage.graph.values[value].type.num_bytes for value in given)
-    return max(1, min(part.count, _MOST_COPIES, _COPY_BYTES // max(1, size)))
+    """Sets of tensors that a part is measured on: so many that backward does not find in caches
+    what forward has left, nor a microbatch the weights that the one before has used."""
+    size = sum(value.type.num_bytes for value in part.stage.graph.values)
+    return max(1, min(_MOST_COPIES, -(-_WORKING_SET_BYTES // max(1, size))))
 
 
 def _program(part: Part) -> Program:

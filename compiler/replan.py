@@ -26,7 +26,7 @@ from .capture import Captured
 from .ir.errors import InfeasibleError
 from .ir.graph import Graph
 from .ir.mesh import Mesh
-from .ir.plan import Alternative, Objective, Plan, ProfileReport
+from .ir.plan import Alternative, Certificate, Objective, Plan, ProfileReport
 from .words import seconds_text
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def search_measured(planning: Planning, options: PlanOptions, times: BlockTimes)
         first_seconds=_seconds_on_mesh_of(planning, first[1], plan, options),
         blocks=times.blocks(*_local(found, options)),
     )
-    return captured, replace(plan, profile=report)
+    return captured, replace(plan, profile=report, certificate=_named(plan, times))
 
 
 def _leading(planning: Planning, found: _Found, options: PlanOptions) -> Iterator[_Found]:
@@ -115,6 +115,13 @@ def _local(found: _Found, options: PlanOptions) -> tuple[Graph, Mesh, Network | 
 
 def _learn(found: _Found, options: PlanOptions, times: BlockTimes) -> bool:
     return times.learn(*_local(found, options))
+
+
+def _named(plan: Plan, times: BlockTimes) -> Certificate:
+    """The certificate of `plan`, which says by what prices."""
+    assert plan.certificate is not None
+    space = f"{plan.certificate.search_space}; by the times of {times.kind} that were measured"
+    return replace(plan.certificate, search_space=space)
 
 
 def _summary(plan: Plan) -> Alternative:

@@ -61,6 +61,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="for measuring (default: 60)",
     )
     parser.add_argument(
+        "--compile", action="store_true", help="measure for stages that will run compiled"
+    )
+    parser.add_argument(
         "--time-limit",
         type=positive_float,
         default=20.0,
@@ -118,6 +121,7 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "contiguous": options.contiguous,
         "profile": options.profile,
         "profile_seconds": options.profile_seconds,
+        "compile": options.compile,
         "placement_seconds": options.time_limit,
         "num_microbatches": options.microbatches,
         "num_stages": options.stages,

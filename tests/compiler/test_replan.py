@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from cutset.compiler.api import plan_model
 from cutset.compiler.block_times import BlockTimes, Measurer, Phases, ProfileOptions
 from cutset.compiler.explain import explain, explain_json
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
+from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.graph import Mode
 from cutset.compiler.ir.ops import Category
-from cutset.compiler.ir.plan import Plan, ProfileReport
+from cutset.compiler.ir.plan import Objective, Plan, ProfileReport
 from cutset.compiler.plan_json import plan_from_json, plan_to_json
 from cutset.compiler.planned import build_programs
 from cutset.compiler.planning import Planning
@@ -27,7 +29,8 @@ from cutset.cost_models.collectives import Network
 from cutset.cost_models.ops import NodeCost, price
 from cutset.cost_models.stages import in_weights
 from cutset.passes.context import PlanOptions
-from tests.exactness.placed import cpu_type
+from cutset.runtime.launcher import cache_directory
+from tests.exactness.placed import cpu_type, cpu_workers
 
 WORKER = cpu_type("worker")
 Slower = Callable[[Part], float]
@@ -213,6 +216,53 @@ def test_explain_says_what_changed(tmp_path: Path) -> None:
     assert "1.00 times" in text or "5.00 times" in text
     data = explain_json(plan)["profile"]
     assert isinstance(data, dict) and data["first"]["mesh"] == str(report.first.mesh)
+
+
+def test_operators_that_are_placed_have_the_times_of_their_blocks(tmp_path: Path) -> None:
+    fast, slow = cpu_type("fast"), cpu_type("slow")
+    search = planning(cpu_workers(fast, slow))
+    search.mode, search.loss_fn = Mode.INFER, None
+    search.call = (torch.randn(32, 128),), {}
+
+    class OneIsSlow(MadeUp):
+        def measure(self, part: Part) -> list[Phases]:
+            rows = super().measure(part)
+            return [rows[0], (9 * rows[0][0], 0.0, 0.0)]
+
+    times = BlockTimes(
+        search.cluster,
+        ProfileOptions("blocks"),
+        ProfileDatabase(tmp_path),
+        OneIsSlow(lambda part: 1.0),
+        search.say,
+    )
+    options = PlanOptions(objective=Objective.THROUGHPUT, placement_seconds=2.0)
+    plan = search_measured(search, options, times)[1]
+    nodes = dict.fromkeys((0, 1), 0)
+    for stage in plan.stages:
+        nodes[stage.device] += len(stage.nodes)
+    first = report_of(plan).first
+    assert report_of(plan).first_seconds == pytest.approx(plan.prediction.step_seconds)
+    assert first.step_seconds < report_of(plan).first_seconds
+    assert nodes[0] > 2 * nodes[1]
+
+
+def test_ranks_of_a_job_do_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UsageError, match="the ranks of this job would find different plans"):
+        plan_model(net(), 2, example_inputs=(torch.randn(8, 128),), mode="infer", profile="blocks")
+
+
+def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTSET_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "common"))
+    assert cache_directory() == tmp_path / "own"
+    monkeypatch.delenv("CUTSET_CACHE")
+    assert cache_directory() == tmp_path / "common" / "cutset"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")  # which the standard says to ignore
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "cutset"
 
 
 def test_workers_end_when_planning_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
