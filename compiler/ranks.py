@@ -11,7 +11,9 @@ from ..runtime.session import Arguments, LocalSession, Session
 from .ir.cluster import Cluster
 from .ir.errors import UsageError
 
-__all__ = ["Ranks", "message_backend", "place_of", "start_workers"]
+__all__ = ["Ranks", "calibration_session", "message_backend", "place_of", "start_workers"]
+
+CALIBRATOR_FACTORY = "cutset.runtime.calibrator:Calibrator"
 
 
 class Ranks:
@@ -140,3 +142,21 @@ def place_of(cluster: Cluster, rank: int) -> torch.device:
     node = cluster.devices[rank].node
     before = (device.index for device in cluster.devices[:rank] if device.node == node)
     return torch.device("cuda", sum(cluster.type_of(i).backend == "cuda" for i in before))
+
+
+def calibration_session(cluster: Cluster, *, timeout_seconds: float) -> Session:
+    """Workers that measure the devices of `cluster`, or this job's ranks under `torchrun`."""
+    if not under_torchrun():
+        return start_workers(
+            cluster,
+            len(cluster.devices),
+            timeout_seconds=timeout_seconds,
+            factory=CALIBRATOR_FACTORY,
+        )
+    session = spmd_session(timeout_seconds=timeout_seconds, factory=CALIBRATOR_FACTORY)
+    if session.num_ranks != len(cluster.devices):
+        raise UsageError(
+            f"{len(cluster.devices)} devices are to be measured, the job has {session.num_ranks}",
+            ways_out=(f"pass --devices {session.num_ranks}", "start as many processes"),
+        )
+    return session

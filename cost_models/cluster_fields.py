@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from ..compiler.ir.cluster import PHASES
 from ..compiler.ir.errors import ClusterError
 
 __all__ = [
@@ -55,10 +56,12 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "memory_bandwidths",
         "matmul_rates",
         "attention_rates",
+        "convolution_rates",
         "op_costs",
     ),
     "host": ("latency", "bandwidth", "memory", "memory_bandwidth"),
-    "op_cost": ("passes", "kernels", "backward_passes", "backward_kernels"),
+    "op_cost": PHASES,
+    "phase": ("kernels", "rates"),
     "device": ("type", "node", "count"),
     "link": (
         "a",

@@ -41,8 +41,9 @@ What `cutset calibrate` measures besides, all optional:
     matmul_rates = { f32 = [["1 MFLOP", "20 GFLOP/s"], ["1 GFLOP", "60 GFLOP/s"]] }
     attention_rates = { f32 = [["1 MFLOP", "9 GFLOP/s"]] }
     memory_bandwidths = [["64 KiB", "20 GB/s"], ["64 MiB", "8 GB/s"]]
-    op_costs = { gelu = { passes = 3.2, kernels = 1.0, backward_passes = 2.0,
-                 backward_kernels = 1.0 } }    # one line; by operator or category
+    [types.h100.op_costs.gelu]    # by operator or category
+    forward = { kernels = 1.0, rates = [["64 KiB", "4 GB/s"], ["64 MiB", "3 GB/s"]] }
+    # backward_input, backward_weight likewise; kernels count the overhead
 
     [[links]]
     streams = 1.5            # messages of one node that go at once at full bandwidth

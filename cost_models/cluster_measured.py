@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..compiler.ir.cluster import COLLECTIVES, Link, OpCost, RateCurve
+from ..compiler.ir.cluster import COLLECTIVES, CURVES, Link, OpCost, RateCurve
 from ..compiler.ir.errors import ClusterError
 from ..compiler.ir.types import DTYPES_BY_NAME
 from .cluster_fields import (
@@ -26,7 +26,7 @@ from .cluster_fields import (
 
 __all__ = ["check_dtype", "collective_links", "curves", "link_of", "op_costs"]
 
-_CURVE_KEYS = (("matmul", "matmul_rates"), ("attention", "attention_rates"))
+_CURVE_KEYS = tuple((kind, f"{kind}_rates") for kind in CURVES if kind != "memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +105,16 @@ def op_costs(table: Mapping[str, object], name: str, source: Source) -> tuple[Op
     found = []
     for kind, raw in as_table(table["op_costs"], f"{name}.op_costs", source).items():
         place = (name, "op_costs", kind)
-        body = as_table(raw, ".".join(place), source)
-        check_keys(body, "op_cost", source, place)
-        figures = {
-            key: number(body, key, source, place)
-            for key in ("passes", "kernels", "backward_passes", "backward_kernels")
-        }
-        found.append(OpCost(kind, **figures))
+        phases = as_table(raw, ".".join(place), source)
+        check_keys(phases, "op_cost", source, place)
+        for phase, figures in phases.items():
+            inner = (*place, phase)
+            body = as_table(figures, ".".join(inner), source)
+            check_keys(body, "phase", source, inner)
+            kernels = number(body, "kernels", source, inner)
+            rates = body.get("rates", [])
+            points = _points(rates, _OF_MEMORY, source, (*inner, "rates")) if rates else ()
+            found.append(OpCost(kind, phase, kernels, points))
     return tuple(found)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from ..compiler.ir.cluster import Cluster, DeviceType, Link, LinkRule, RateCurve
+from ..compiler.ir.cluster import CURVES, Cluster, DeviceType, Link, LinkRule
 from ..compiler.ir.errors import ClusterError
+from .cluster_fields import BANDWIDTHS, BYTES, FLOPS, RATES, TIMES
 
 __all__ = ["render_cluster"]
 
@@ -40,43 +41,61 @@ def render_cluster(cluster: Cluster, *, format: str = "toml") -> str:
 def _render_type(entry: DeviceType) -> dict[str, object]:
     body: dict[str, object] = {
         "backend": entry.backend,
-        "memory": f"{entry.memory_bytes} B",
-        "memory_bandwidth": f"{entry.memory_bytes_per_second!r} B/s",
-        "overhead": f"{entry.overhead_seconds!r} s",
-        "rates": {dtype: f"{rate!r} FLOP/s" for dtype, rate in entry.flops_per_second},
+        "memory": _with_unit(entry.memory_bytes, BYTES),
+        "memory_bandwidth": _with_unit(entry.memory_bytes_per_second, BANDWIDTHS),
+        "overhead": _with_unit(entry.overhead_seconds, TIMES),
+        "rates": {dtype: _with_unit(rate, RATES) for dtype, rate in entry.flops_per_second},
         "unsupported_ops": list(entry.unsupported_ops),
     }
     if entry.threads is not None:
         body["threads"] = entry.threads
     if entry.instruction_seconds:
-        body["instruction"] = f"{entry.instruction_seconds!r} s"
-    for kind, key in (("matmul", "matmul_rates"), ("attention", "attention_rates")):
-        by_dtype = {c.dtype: _points(c, "FLOP") for c in entry.curves if c.kind == kind}
+        body["instruction"] = _with_unit(entry.instruction_seconds, TIMES)
+    for kind in CURVES[:-1]:
+        by_dtype = {c.dtype: _points(c.points, FLOPS) for c in entry.curves if c.kind == kind}
         if by_dtype:
-            body[key] = by_dtype
+            body[f"{kind}_rates"] = by_dtype
     if (memory := entry.curve("memory")) is not None:
-        body["memory_bandwidths"] = _points(memory, "B")
+        body["memory_bandwidths"] = _points(memory.points, BYTES)
     if entry.op_costs:
-        body["op_costs"] = {
-            cost.name: {
-                "passes": cost.passes,
-                "kernels": cost.kernels,
-                "backward_passes": cost.backward_passes,
-                "backward_kernels": cost.backward_kernels,
-            }
-            for cost in entry.op_costs
-        }
+        body["op_costs"] = _op_costs(entry)
     if entry.host is not None:
         body["host"] = {
             **_render_path(entry.host.link),
-            "memory": f"{entry.host.memory_bytes} B",
-            "memory_bandwidth": f"{entry.host.memory_bytes_per_second!r} B/s",
+            "memory": _with_unit(entry.host.memory_bytes, BYTES),
+            "memory_bandwidth": _with_unit(entry.host.memory_bytes_per_second, BANDWIDTHS),
         }
     return body
 
 
-def _points(curve: RateCurve, unit: str) -> list[object]:
-    return [[f"{size!r} {unit}", f"{rate!r} {unit}/s"] for size, rate in curve.points]
+def _op_costs(entry: DeviceType) -> dict[str, object]:
+    table: dict[str, dict[str, object]] = {}
+    for cost in entry.op_costs:
+        figures: dict[str, object] = {"kernels": cost.kernels}
+        if cost.points:
+            figures["rates"] = _points(cost.points, BYTES)
+        table.setdefault(cost.name, {})[cost.phase] = figures
+    return dict(table)
+
+
+def _points(points: tuple[tuple[float, float], ...], units: dict[str, float]) -> list[object]:
+    rates = {f"{unit}/s": factor for unit, factor in units.items()}
+    return [[_with_unit(size, units), _with_unit(rate, rates)] for size, rate in points]
+
+
+def _with_unit(value: float, units: dict[str, float]) -> str:
+    """`value` in the largest unit that it has one of, if that says exactly as much."""
+    fitting = [item for item in units.items() if "i" not in item[0] and item[1] <= value]
+    unit, factor = max(fitting, key=lambda item: item[1], default=min(units.items(), key=_factor))
+    text = f"{value / factor:.6g}"
+    if float(text) * factor == value:
+        return f"{text} {unit}"
+    base = next(unit for unit, factor in units.items() if factor == 1.0)
+    return f"{value!r} {base}"
+
+
+def _factor(item: tuple[str, float]) -> float:
+    return item[1]
 
 
 def _device_groups(cluster: Cluster) -> list[dict[str, object]]:
@@ -104,8 +123,8 @@ def _render_link(rule: LinkRule) -> dict[str, object]:
 
 def _render_path(link: Link) -> dict[str, object]:
     return {
-        "latency": f"{link.latency_seconds!r} s",
-        "bandwidth": f"{link.bytes_per_second!r} B/s",
+        "latency": _with_unit(link.latency_seconds, TIMES),
+        "bandwidth": _with_unit(link.bytes_per_second, BANDWIDTHS),
     }
 
 

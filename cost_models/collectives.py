@@ -102,8 +102,8 @@ class _Call:
         return all_to_all_seconds(self.network.cluster, self.group, self.operand_bytes)
 
     def copy(self, num_bytes: float) -> float:
-        moved = 2 * num_bytes / self.device_type.memory_bytes_per_second
-        return moved + self.device_type.overhead_seconds
+        moved = 2 * num_bytes
+        return moved / self.device_type.memory_rate(moved) + self.device_type.overhead_seconds
 
 
 def collective_seconds(

@@ -1,7 +1,8 @@
 """Roofline price of every op of a graph on a device type, forward and backward.
 
-seconds = max(flops / rate, bytes / memory bandwidth) + overhead, after Williams, Waterman and
-Patterson (Roofline, 2009). Bytes are those of operands and results; views cost nothing. Backward
+seconds = max(flops / rate, passes x bytes / memory bandwidth) + kernels x overhead, after Williams,
+Waterman and Patterson (Roofline, 2009). Rates may depend on the size of the product, bandwidth on
+the bytes that one op moves. Bytes are those of operands and results; views cost nothing. Backward
 is the adjoint of each op: one product per operand that requires a gradient. Gradients of values
 computed from parameters alone are `backward_weight`, all others `backward_input`; values that
 require no gradient have none. Collectives of a rank's local graph are priced by `collectives.py`.
@@ -10,9 +11,10 @@ What was measured on the device type corrects all that (`corrections.py`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from ..compiler.ir.cluster import DeviceType
+from ..compiler.ir.cluster import PHASES, DeviceType
 from ..compiler.ir.graph import Graph, Node, Value, users
 from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.ops import Category
@@ -25,10 +27,21 @@ __all__ = ["NodeCost", "gradient_sum_seconds", "price", "price_once"]
 
 # Ops that run as several kernels, or whose kernels pass over memory more than once (reordering of
 # convolutions on CPU, statistics of norms, hashing of counter-based random numbers): how many
-# times the overhead and the bytes count. Fitted on CPU; compilers fuse most of it.
-_KERNELS = {Category.CONVOLUTION: 4.0, Category.NORM: 2.0, Category.LOSS: 3.0}
-_PASSES = {Category.CONVOLUTION: 3.0, Category.NORM: 2.0, Category.LOSS: 3.0}
-_RANDOM_KERNELS, _RANDOM_PASSES = 26.0, 16.0
+# times the bytes and the overhead count where a device type does not say. Fitted on CPU; compilers
+# fuse most of it.
+_TYPICAL = {
+    Category.CONVOLUTION: (3.0, 4.0),
+    Category.NORM: (2.0, 2.0),
+    Category.LOSS: (3.0, 3.0),
+}
+_TYPICAL_BACKWARD = {
+    **_TYPICAL,
+    # a zero tensor of the operand's size is made, then rows are added to it
+    Category.EMBEDDING: (1.0, 2.0),
+    Category.INDEXING: (1.0, 2.0),
+}
+_DRAWING = (16.0, 26.0)
+_CURVES = {Category.ATTENTION: "attention", Category.CONVOLUTION: "convolution"}
 _PARTS = frozenset("slice select split chunk unbind narrow split_with_sizes unfold".split())
 
 
@@ -130,7 +143,8 @@ price_once = once_per_object(price)
 
 def gradient_sum_seconds(device_type: DeviceType, num_bytes: float) -> float:
     """Adding one more term to a gradient of `num_bytes`: two are read, one is written."""
-    return 3 * num_bytes / device_type.memory_bytes_per_second + device_type.overhead_seconds
+    moved = 3 * num_bytes
+    return moved / device_type.memory_rate(moved) + device_type.overhead_seconds
 
 
 def _is_differentiable(graph: Graph, node: Node) -> bool:
@@ -154,7 +168,7 @@ def _node_cost(pricing: _Pricing, node: Node) -> NodeCost:
         return NodeCost(0.0, backward, 0.0)
     scaled = any(index in pricing.batched for index in (*node.inputs, *node.outputs))
     flops = forward_flops(pricing.graph, node) * (pricing.batch_fraction if scaled else 1.0)
-    forward = _seconds(pricing, node, flops, _forward_bytes(pricing, node), drawing=True)
+    forward = _seconds(pricing, node, flops, _forward_bytes(pricing, node))
     if not differentiable:
         return NodeCost(forward, 0.0, 0.0)
     backward_by_kind = {True: 0.0, False: 0.0}
@@ -162,7 +176,8 @@ def _node_cost(pricing: _Pricing, node: Node) -> NodeCost:
     for is_weight in (False, True):
         group = [value for value in wanted if (value.id in pricing.weights) is is_weight]
         if group:
-            seconds = _adjoint_seconds(pricing, node, group, flops, arriving)
+            phase = PHASES[1 + is_weight]
+            seconds = _adjoint_seconds(pricing, node, group, flops, arriving, phase)
             backward_by_kind[is_weight] = seconds + _summing_seconds(pricing, group)
     return NodeCost(forward, backward_by_kind[False], backward_by_kind[True])
 
@@ -190,7 +205,7 @@ def _view_adjoint_seconds(pricing: _Pricing, node: Node, wanted: list[Value]) ->
     seconds = _summing_seconds(pricing, wanted)
     if node.op.packet in _PARTS:
         size = sum(pricing.num_bytes(value) for value in wanted)
-        seconds += size / pricing.device_type.memory_bytes_per_second + _overhead(pricing)
+        seconds += size / pricing.device_type.memory_rate(size) + _overhead(pricing)
     return seconds
 
 
@@ -221,9 +236,9 @@ def _gathers(node: Node) -> bool:
 
 
 def _adjoint_seconds(
-    pricing: _Pricing, node: Node, group: list[Value], flops: float, arriving: float
+    pricing: _Pricing, node: Node, group: list[Value], flops: float, arriving: float, phase: str
 ) -> float:
-    """Seconds of the gradients of the operands `group` of `node`.
+    """Seconds of the gradients of the operands `group` of `node`, which belong to `phase`.
 
     A product's adjoint reads the arriving gradient and the other operand and writes the operand's
     gradient, at the forward's flops per matrix operand (a bias is a sum). Attention computes the
@@ -235,7 +250,8 @@ def _adjoint_seconds(
     written = sum(pricing.num_bytes(value) for value in group)
     if node.op.category is Category.ATTENTION:
         operands = sum(pricing.num_bytes(values[index]) for index in node.inputs)
-        return _seconds(pricing, node, 2.5 * flops, operands + 2 * arriving + written)
+        moved = operands + 2 * arriving + written
+        return _seconds(pricing, node, 2.5 * flops, moved, phase)
     if is_product(node):
         seconds = 0.0
         for value in group:
@@ -246,29 +262,43 @@ def _adjoint_seconds(
                 if index != value.id and matrix
             )
             moved = arriving + others + pricing.num_bytes(value)
-            seconds += _seconds(pricing, node, flops if matrix else 0.0, moved)
+            seconds += _seconds(pricing, node, flops if matrix else 0.0, moved, phase)
         return seconds
     if node.op.category in (Category.EMBEDDING, Category.INDEXING):
-        # the gradient is a zero tensor of the operand's size, then rows are added to it
-        return _seconds(pricing, node, flops, written + 2 * arriving) + _overhead(pricing)
+        return _seconds(pricing, node, flops, written + 2 * arriving, phase)
     reads = arriving if node.op.category is Category.COPY else arriving + written
-    return _seconds(pricing, node, 2 * flops, reads + written)
+    return _seconds(pricing, node, 2 * flops, reads + written, phase)
 
 
 def _seconds(
-    pricing: _Pricing, node: Node, flops: float, moved: float, *, drawing: bool = False
+    pricing: _Pricing, node: Node, flops: float, moved: float, phase: str = PHASES[0]
 ) -> float:
-    """Roofline of one op; `drawing`: random numbers are drawn on the way."""
+    """Seconds of one op or of gradients of it; forward may draw random numbers on the way."""
     device = pricing.device_type
-    dtype = pricing.graph.values[node.outputs[0]].type.dtype
-    kernels, passes = _KERNELS.get(node.op.category, 1.0), _PASSES.get(node.op.category, 1.0)
-    if drawing and node.random_draw is not None:
-        kernels, passes = kernels + _RANDOM_KERNELS, passes + _RANDOM_PASSES
+    seconds = 0.0
+    if phase == PHASES[0] and node.random_draw is not None:
         moved += _score_bytes(pricing, node)
-    return (
-        max(flops / device.rate(dtype), passes * moved / device.memory_bytes_per_second)
-        + kernels * device.overhead_seconds
-    )
+        seconds = _drawing_seconds(device, moved)
+    cost = device.op_cost(node.op.packet, node.op.category.value, phase)
+    if cost is not None:
+        moving, kernels = moved / device.op_rate(cost, moved), cost.kernels
+    else:
+        typical = _TYPICAL if phase == PHASES[0] else _TYPICAL_BACKWARD
+        passes, kernels = typical.get(node.op.category, (1.0, 1.0))
+        moving = passes * moved / device.memory_rate(moved)
+    dtype = pricing.graph.values[node.outputs[0]].type.dtype
+    size = flops if is_product(node) else math.inf
+    rate = device.rate(dtype, size, _CURVES.get(node.op.category, "matmul"))
+    return seconds + max(flops / rate, moving) + kernels * device.overhead_seconds
+
+
+def _drawing_seconds(device: DeviceType, moved: float) -> float:
+    """Of random numbers for an op that moves `moved` bytes."""
+    cost = device.op_cost("random", "random", PHASES[0])
+    if cost is not None:
+        return moved / device.op_rate(cost, moved) + cost.kernels * device.overhead_seconds
+    passes, kernels = _DRAWING
+    return passes * moved / device.memory_rate(moved) + kernels * device.overhead_seconds
 
 
 def _score_bytes(pricing: _Pricing, node: Node) -> float:

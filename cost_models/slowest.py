@@ -48,16 +48,15 @@ def _slowest_curves(kinds: Sequence[DeviceType]) -> tuple[RateCurve, ...]:
 
 
 def _dearest_costs(kinds: Sequence[DeviceType]) -> tuple[OpCost, ...]:
-    """Costs of the kinds of operators that all types have."""
-    tables = [{cost.name: cost for cost in kind.op_costs} for kind in kinds]
-    shared = [name for name in tables[0] if all(name in table for table in tables)]
-    return tuple(
-        OpCost(
-            name,
-            max(table[name].passes for table in tables),
-            max(table[name].kernels for table in tables),
-            max(table[name].backward_passes for table in tables),
-            max(table[name].backward_kernels for table in tables),
-        )
-        for name in shared
-    )
+    """Costs of the kinds of operators that all types have, at the sizes of all."""
+    tables = [{(cost.name, cost.phase): cost for cost in kind.op_costs} for kind in kinds]
+    found = []
+    for key in tables[0]:
+        if all(key in table for table in tables):
+            pairs = [(kind, table[key]) for kind, table in zip(kinds, tables, strict=True)]
+            sizes = sorted({size for _, cost in pairs for size, _ in cost.points})
+            points = tuple(
+                (size, min(kind.op_rate(cost, size) for kind, cost in pairs)) for size in sizes
+            )
+            found.append(OpCost(*key, max(cost.kernels for _, cost in pairs), points))
+    return tuple(found)

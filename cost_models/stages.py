@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from ..compiler.ir.cluster import DeviceType, Host, Link
+from ..compiler.ir.cluster import PHASES, DeviceType, Host, Link
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.ops import Category
 from ..compiler.ir.plan import OptimizerModel
@@ -171,8 +171,8 @@ def optimizer_seconds(
         return away
     moved = parameter_bytes * passes
     launches = num_parameters if device_type.backend == "cpu" else min(num_parameters, 1)
-    return (
-        away
-        + moved / device_type.memory_bytes_per_second
-        + launches * _OPTIMIZER_KERNELS * device_type.overhead_seconds
-    )
+    each = moved / max(1, launches)
+    cost = device_type.op_cost(optimizer.name, "optimizer", PHASES[0])
+    kernels: float = _OPTIMIZER_KERNELS if cost is None else cost.kernels
+    rate = device_type.memory_rate(each) if cost is None else device_type.op_rate(cost, each)
+    return away + moved / rate + launches * kernels * device_type.overhead_seconds

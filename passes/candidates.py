@@ -191,9 +191,9 @@ class Pricing:
         return sum(costs[node].forward_seconds for node in nodes)
 
     def _node_costs(self, count: int) -> tuple[NodeCost, ...]:
-        """Of one of `count` microbatches on one device, launches not counted; no part of it is
-        priced less anywhere, even where prices were measured."""
-        kind = replace(self.plan.cluster.type_of(0), overhead_seconds=0.0)
+        """Of one of `count` microbatches on one device at its best; no part of it is priced less
+        anywhere, even where prices were measured."""
+        kind = self.plan.cluster.type_of(0).at_its_best()
         if kind.corrections is not None:
             kind = replace(kind, corrections=least(kind.corrections))
         return price(self.context.graph, kind, batch_fraction=self.layouts.portion(count))

@@ -7,7 +7,7 @@ rates floating-point operations per second (one multiply-add counts as two).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -26,11 +26,15 @@ __all__ = [
     "Link",
     "LinkRule",
     "OpCost",
+    "PHASES",
     "RateCurve",
 ]
 
-CURVES = ("matmul", "attention", "memory")
+CURVES = ("matmul", "attention", "convolution", "memory")
 """What a `RateCurve` may be of."""
+
+PHASES = ("forward", "backward_input", "backward_weight")
+"""What an `OpCost` may be of: results, gradients of activations, gradients of parameters."""
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 """Collectives that a link may have figures of its own for."""
@@ -62,6 +66,24 @@ class Host:
     memory_bytes_per_second: float
 
 
+Points = tuple[tuple[float, float], ...]
+
+
+def _rate_at(points: Points, size: float) -> float:
+    """The rate at `size`: straight in both logarithms between points, level beyond them."""
+    if size <= points[0][0]:
+        return points[0][1]
+    for (low, slow), (high, fast) in pairwise(points):
+        if size <= high:
+            share = math.log(size / low) / math.log(high / low)
+            return slow * math.exp(share * math.log(fast / slow))
+    return points[-1][1]
+
+
+def _at_best(points: Points) -> Points:
+    return ((1.0, max(rate for _, rate in points)),) if points else ()
+
+
 @dataclass(frozen=True, slots=True)
 class RateCurve:
     """A rate that grows or falls with the size of the work.
@@ -80,35 +102,30 @@ class RateCurve:
     def at(self, size: float) -> float:
         """The rate at `size`: straight in both logarithms between points, level beyond them.
 
-        >>> RateCurve("memory", "", ((1e3, 1e9), (1e5, 1e10))).at(1e4) / 1e9
-        3.162...
+        >>> round(RateCurve("memory", "", ((1e3, 1e9), (1e5, 1e10))).at(1e4) / 1e9, 3)
+        3.162
         """
-        points = self.points
-        if size <= points[0][0]:
-            return points[0][1]
-        for (low, slow), (high, fast) in pairwise(points):
-            if size <= high:
-                share = math.log(size / low) / math.log(high / low)
-                return slow * math.exp(share * math.log(fast / slow))
-        return points[-1][1]
+        return _rate_at(self.points, size)
 
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
-    """How operators of one kind run beside one pass over operands and results, in one kernel.
+    """What operators of one kind take in one phase, beside the overhead of one kernel each and one
+    pass over memory.
 
     Args:
         name: packet of the operators (`gelu`) or their category (`norm`); a packet goes before
             the category.
-        passes, backward_passes: how many times their bytes count.
-        kernels, backward_kernels: how many times the overhead of one operator counts.
+        phase: one of `PHASES`.
+        kernels: how many times the overhead of one operator counts.
+        points: (bytes that one operator moves, bytes per second) as in a `RateCurve`; empty: those
+            of memory.
     """
 
     name: str
-    passes: float
+    phase: str
     kernels: float
-    backward_passes: float
-    backward_kernels: float
+    points: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +170,13 @@ class DeviceType:
                 return curve
         return None
 
-    def rate(
-        self, dtype: torch.dtype, flops: float = math.inf, *, attention: bool = False
-    ) -> float:
+    def rate(self, dtype: torch.dtype, flops: float = math.inf, kind: str = "matmul") -> float:
         """Rate in flops per second of a product of `dtype` with `flops` operations.
 
-        Attention without a curve of its own runs at the rate of products.
+        A `kind` without a curve of its own runs at the rate of `matmul`.
         """
         name = dtype_name(dtype)
-        curve = self.curve("attention", name) if attention else None
-        curve = curve or self.curve("matmul", name)
+        curve = self.curve(kind, name) or self.curve("matmul", name)
         if curve is not None:
             return curve.at(flops)
         rates = dict(self.flops_per_second)
@@ -173,10 +187,31 @@ class DeviceType:
         curve = self.curve("memory")
         return self.memory_bytes_per_second if curve is None else curve.at(num_bytes)
 
-    def op_cost(self, packet: str, category: str) -> OpCost | None:
+    def at_its_best(self) -> DeviceType:
+        """A type on which nothing takes longer: no overhead, and every rate at its highest."""
+        return replace(
+            self,
+            overhead_seconds=0.0,
+            instruction_seconds=0.0,
+            curves=tuple(replace(curve, points=_at_best(curve.points)) for curve in self.curves),
+            op_costs=tuple(replace(cost, points=_at_best(cost.points)) for cost in self.op_costs),
+        )
+
+    def op_cost(self, packet: str, category: str, phase: str) -> OpCost | None:
         """The cost of operators called `packet`, else of their category, if it was measured."""
-        found = {entry.name: entry for entry in self.op_costs}
-        return found.get(packet, found.get(category))
+        found = None
+        for entry in self.op_costs:
+            if entry.phase == phase and entry.name in (packet, category):
+                if entry.name == packet:
+                    return entry
+                found = entry
+        if found is None and phase == "backward_weight":
+            return self.op_cost(packet, category, "backward_input")
+        return found
+
+    def op_rate(self, cost: OpCost, num_bytes: float) -> float:
+        """Bytes per second of an operator of kind `cost` that moves `num_bytes`."""
+        return _rate_at(cost.points, num_bytes) if cost.points else self.memory_rate(num_bytes)
 
 
 @dataclass(frozen=True, slots=True)

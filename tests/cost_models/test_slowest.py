@@ -20,7 +20,7 @@ QUICK = DeviceType(
     1e-6,
     instruction_seconds=1e-5,
     curves=(RateCurve("memory", "", ((1e3, 4e9), (1e5, 2e9))),),
-    op_costs=(OpCost("gelu", 2.0, 1.0, 3.0, 1.0), OpCost("norm", 2.0, 1.0, 3.0, 1.0)),
+    op_costs=(OpCost("gelu", "forward", 2.0, ((1e3, 5e9),)), OpCost("norm", "forward", 2.0)),
 )
 LAME = DeviceType(
     "lame",
@@ -32,7 +32,7 @@ LAME = DeviceType(
     ("aten.sort.default",),
     instruction_seconds=2e-5,
     curves=(RateCurve("memory", "", ((1e4, 3e9),)), RateCurve("matmul", "f32", ((1e6, 1e9),))),
-    op_costs=(OpCost("gelu", 1.0, 2.0, 4.0, 0.0),),
+    op_costs=(OpCost("gelu", "forward", 1.0),),
 )
 
 
@@ -51,7 +51,7 @@ def test_of_two_types_the_worse_figure_counts_each_time() -> None:
     assert both.flops_per_second == (("f32", 1e9), ("bf16", 1e9))
     assert (both.overhead_seconds, both.instruction_seconds) == (2e-6, 2e-5)
     assert both.unsupported_ops == ("aten.sort.default",)
-    assert both.op_costs == (OpCost("gelu", 2.0, 2.0, 4.0, 1.0),)
+    assert both.op_costs == (OpCost("gelu", "forward", 2.0, ((1e3, 3e9),)),)
     (memory,) = both.curves
     assert [size for size, _ in memory.points] == [1e3, 1e4, 1e5]
     assert memory.at(1e3) == 3e9 and memory.at(1e5) == 2e9

@@ -270,7 +270,7 @@ device_types = st.builds(
     st.none() | ids,
     finite,
     st.lists(st.builds(RateCurve, texts, texts, points), max_size=2).map(tuple),
-    st.lists(st.builds(OpCost, texts, finite, finite, finite, finite), max_size=2).map(tuple),
+    st.lists(st.builds(OpCost, texts, texts, finite, points), max_size=2).map(tuple),
     st.none() | corrections,
 )
 links = st.builds(Link, finite, finite)

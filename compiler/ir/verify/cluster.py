@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from ..cluster import COLLECTIVES, CURVES, Cluster, DeviceType, LinkRule, RateCurve
+from ..cluster import COLLECTIVES, CURVES, PHASES, Cluster, DeviceType, LinkRule, RateCurve
 from ..errors import ClusterError, VerificationError
 from ..mesh import Layout, Mesh, Shard
 from ..types import DTYPES_BY_NAME, TensorType
@@ -83,10 +83,12 @@ def _verify_device_type(entry: DeviceType, here: str) -> None:
     twice = first_repeated((curve.kind, curve.dtype) for curve in entry.curves)
     check(twice is None, f"two curves are of {twice}", here)
     for cost in entry.op_costs:
-        for name in ("passes", "kernels", "backward_passes", "backward_kernels"):
-            _not_negative(f"{name} of {cost.name}", getattr(cost, name), here)
-    repeated = first_repeated(cost.name for cost in entry.op_costs)
-    check(repeated is None, f"{repeated} has two costs", here)
+        title = f"{cost.phase} of {cost.name}"
+        check(cost.phase in PHASES, f"{title}: no such phase, one of {', '.join(PHASES)}", here)
+        _not_negative(f"kernels of {title}", cost.kernels, here)
+        _verify_points(title, cost.points, here)
+    double = first_repeated((cost.name, cost.phase) for cost in entry.op_costs)
+    check(double is None, f"two costs are of {double}", here)
     if entry.host is not None:
         place = f"host of {here}"
         _positive("memory_bytes", entry.host.memory_bytes, place)
@@ -102,10 +104,14 @@ def _verify_curve(curve: RateCurve, here: str) -> None:
     known = not curve.dtype if of_memory else curve.dtype in DTYPES_BY_NAME
     check(known, f"{title}: {curve.dtype!r} is not its dtype", here)
     check(bool(curve.points), f"{title} has no points", here)
-    for size, rate in curve.points:
+    _verify_points(title, curve.points, here)
+
+
+def _verify_points(title: str, points: tuple[tuple[float, float], ...], here: str) -> None:
+    for size, rate in points:
         _positive(f"size of {title}", size, here)
         _positive(f"rate of {title}", rate, here)
-    rising = all(low < high for (low, _), (high, _) in pairwise(curve.points))
+    rising = all(low < high for (low, _), (high, _) in pairwise(points))
     check(rising, f"{title}: its sizes do not ascend", here)
 
 

@@ -1,0 +1,339 @@
+"""Measure the devices and links at hand, and describe them as a cluster.
+
+All devices are measured at the same time, as they run: they share memory and cores of their
+machine. Compute is timed by the kernels of stages (`probes.py`), links by the communicator of the
+runtime (`runtime/link_probes.py`); `cost_models/calibration.py` turns times into figures.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..cost_models.calibration import (
+    OpTime,
+    calls,
+    fitted_curve,
+    fitted_link,
+    fitted_op_costs,
+    fitted_optimizer,
+    rounded,
+    with_curves,
+)
+from ..cost_models.fits import Quality, Sample
+from ..runtime.optimizer import describe_optimizer
+from ..runtime.session import Session
+from .calibrate_links import measured_links
+from .codegen.python import emit_python
+from .ir.cluster import PHASES, Cluster, DeviceType, Host, OpCost, RateCurve
+from .ir.errors import UsageError
+from .ir.text import print_program
+from .probes import Probe, instruction_program, op_probes, rate_probes, tiny_probe, work_of
+from .ranks import calibration_session
+
+__all__ = ["Calibration", "calibrate"]
+
+_TIMEOUT_SECONDS = 300.0
+_MANY = 33  # operators with nothing to do, against one
+_MICROBATCHES = 16
+_SLOW_SECONDS = 0.2  # of a probe: the next larger one of its curve is left out
+_OF_MEMORY = {"cpu": 0.7, "cuda": 0.95}
+_DTYPES = {"cpu": ("f32", "f64", "bf16"), "cuda": ("f32", "bf16", "f16")}
+_QUICK = {"cpu": ("f32",), "cuda": ("f32", "bf16")}
+_OPTIMIZERS: tuple[tuple[str, Callable[..., torch.optim.Optimizer], float], ...] = (
+    ("adamw", lambda group: torch.optim.AdamW(group, lr=1e-3), 2.0),
+    ("sgd", lambda group: torch.optim.SGD(group, lr=1e-3, momentum=0.9), 1.0),
+)
+_OPTIMIZED = ((1 << 8, 16), (1 << 14, 8), (1 << 18, 4), (1 << 21, 2))  # (elements, tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured.
+
+    Args:
+        cluster: the devices with figures as they were measured.
+        qualities: of the fits of each device type, and of the links, by title.
+        seconds: that it took.
+    """
+
+    cluster: Cluster
+    qualities: tuple[tuple[str, tuple[Quality, ...]], ...]
+    seconds: float
+
+
+def calibrate(
+    cluster: Cluster, *, quick: bool = False, progress: Callable[[str], None] = print
+) -> Calibration:
+    """Measure the devices of `cluster`, which are those of this machine or this job.
+
+    Args:
+        cluster: names, nodes and threads are kept, figures are replaced.
+        quick: fewer element types and sizes.
+        progress: is told what is being measured.
+
+    Raises:
+        UsageError: the devices are not here.
+        RuntimeFailure: a worker failed.
+    """
+    if not cluster.local:
+        raise UsageError(
+            f"cluster {cluster.name!r} is not this machine: its devices cannot be measured",
+            where="devices",
+            ways_out=("pass a number of local devices, cpu:2 or cuda:2",),
+        )
+    began = time.monotonic()
+    progress(f"starting {len(cluster.devices)} workers")
+    session = calibration_session(cluster, timeout_seconds=_TIMEOUT_SECONDS)
+    try:
+        found = _Measuring(session, cluster, quick, progress).run()
+    finally:
+        session.close()
+    return replace(found, seconds=time.monotonic() - began)
+
+
+@dataclass(slots=True)
+class _Type:
+    """What is known of one device type so far."""
+
+    kind: DeviceType
+    ranks: tuple[int, ...]
+    call_seconds: float = 0.0
+    times: list[OpTime] | None = None
+    qualities: list[Quality] | None = None
+
+
+class _Measuring:
+    """One calibration: every method measures something on all devices at once."""
+
+    def __init__(
+        self, session: Session, cluster: Cluster, quick: bool, progress: Callable[[str], None]
+    ) -> None:
+        self._session = session
+        self._cluster = cluster
+        self._quick = quick
+        self._progress = progress
+        self._types = [
+            _Type(
+                entry,
+                tuple(d.index for d in cluster.devices if d.type == entry.name),
+                qualities=[],
+            )
+            for entry in cluster.types
+        ]
+
+    def run(self) -> Calibration:
+        self._memory()
+        self._overhead()
+        self._curves()
+        self._ops()
+        self._instructions()
+        self._optimizers()
+        self._hosts()
+        kinds = tuple(entry.kind for entry in self._types)
+        cluster = replace(self._cluster, types=kinds)
+        qualities = [(entry.kind.name, tuple(entry.qualities or ())) for entry in self._types]
+        if len(cluster.devices) > 1:
+            rules, found = measured_links(self._session, cluster, self._progress, quick=self._quick)
+            cluster = replace(cluster, links=rules)
+            qualities.append(("links", found))
+        return Calibration(cluster, tuple(qualities), 0.0)
+
+    def _call(self, method: str, arguments: Any = ()) -> list[Any]:
+        return self._session.call(method, arguments, timeout_seconds=_TIMEOUT_SECONDS)
+
+    def _on_cuda(self, entry: _Type) -> bool:
+        return entry.kind.backend == "cuda"
+
+    # -- device --------------------------------------------------------------------------------
+
+    def _memory(self) -> None:
+        """What a plan may use of the memory of each device; CPU workers of a node share its."""
+        rows = self._call("describe")
+        for entry in self._types:
+            share = []
+            for rank in entry.ranks:
+                node = rows[rank]["node"]
+                on_cpu = [
+                    device.index
+                    for device in self._cluster.devices
+                    if rows[device.index]["node"] == node
+                    and self._cluster.type_of(device.index).backend == "cpu"
+                ]
+                sharing = 1 if self._on_cuda(entry) else len(on_cpu)
+                share.append(rows[rank]["memory_bytes"] / sharing)
+            memory = int(_OF_MEMORY[entry.kind.backend] * min(share)) >> 20 << 20
+            entry.kind = replace(entry.kind, memory_bytes=memory)
+
+    def _overhead(self) -> None:
+        self._progress("issuing operators")
+        one, many = (self._times([tiny_probe(count)] * len(self._types)) for count in (1, _MANY))
+        for entry, first, second in zip(self._types, one, many, strict=True):
+            overhead, entry.call_seconds = calls(first[0], second[0], _MANY)
+            entry.kind = replace(entry.kind, overhead_seconds=overhead, curves=(), op_costs=())
+
+    def _curves(self) -> None:
+        curves: list[list[RateCurve]] = [[] for _ in self._types]
+        for kind in ("memory", "matmul", "attention", "convolution"):
+            self._progress(f"rates of {kind}" + (" by element type" if kind == "matmul" else ""))
+            for position in range(3):
+                found = self._measure([self._curve_probes(e, kind, position) for e in self._types])
+                for entry, own, rows in zip(self._types, curves, found, strict=True):
+                    if rows:
+                        own.append(self._fit_curve(entry, kind, rows))
+        for entry, own in zip(self._types, curves, strict=True):
+            entry.kind = with_curves(entry.kind, own)
+
+    def _curve_probes(self, entry: _Type, kind: str, position: int) -> list[Probe]:
+        """Probes of the element type at `position`, if `entry` is measured in one there."""
+        dtypes = (_QUICK if self._quick else _DTYPES)[entry.kind.backend]
+        if kind in ("memory", "convolution"):
+            dtypes = dtypes[:1]
+        elif kind == "attention":
+            dtypes = tuple(dtype for dtype in dtypes if dtype != "f64")
+        if position >= len(dtypes):
+            return []
+        return list(rate_probes(kind, dtypes[position], on_cuda=self._on_cuda(entry)))
+
+    def _fit_curve(
+        self, entry: _Type, kind: str, rows: list[tuple[Probe, tuple[float, ...]]]
+    ) -> RateCurve:
+        samples = []
+        for probe, seconds in rows:
+            for phase, work in enumerate(work_of(probe)):
+                if phase in probe.phases:
+                    size = work.num_bytes if kind == "memory" else work.flops
+                    samples.append((size, self._each(entry, probe, seconds[phase])))
+        dtype = "" if kind == "memory" else rows[0][0].dtype
+        curve, quality = fitted_curve(kind, dtype, samples, entry.kind.overhead_seconds)
+        assert entry.qualities is not None
+        entry.qualities.append(quality)
+        return curve
+
+    def _each(self, entry: _Type, probe: Probe, seconds: float) -> float:
+        """Seconds of one operator of a phase; the call around them is not its."""
+        return max(seconds - entry.call_seconds, 0.5 * seconds) / probe.repeats
+
+    def _ops(self) -> None:
+        self._progress("kinds of operators")
+        times: list[list[OpTime]] = [[] for _ in self._types]
+        for probes in op_probes("f32"):
+            few = probes[::2] if self._quick else probes
+            found = self._measure([few] * len(self._types))
+            for entry, own, rows in zip(self._types, times, found, strict=True):
+                own += [
+                    OpTime(
+                        probe.name,
+                        PHASES[phase],
+                        work.num_bytes,
+                        self._each(entry, probe, seconds[phase]),
+                    )
+                    for probe, seconds in rows
+                    for phase, work in enumerate(work_of(probe))
+                    if work.num_bytes > 0.0
+                ]
+        for entry, own in zip(self._types, times, strict=True):
+            costs, qualities = fitted_op_costs(entry.kind, own)
+            # the curve of convolutions has all that they take
+            costs += tuple(OpCost("convolution", phase, 1.0) for phase in PHASES)
+            entry.kind = replace(entry.kind, op_costs=costs)
+            assert entry.qualities is not None
+            entry.qualities += qualities
+
+    def _measure(self, lists: Sequence[list[Probe]]) -> list[list[tuple[Probe, tuple[float, ...]]]]:
+        """Times of the probes of each type, from small to large, until they take long."""
+        rows: list[list[tuple[Probe, tuple[float, ...]]]] = [[] for _ in lists]
+        left = [list(probes) for probes in lists]
+        while any(left):
+            idle = tiny_probe(1)
+            now = [own[0] if own else idle for own in left]
+            for index, seconds in enumerate(self._times(now)):
+                if not left[index]:
+                    continue
+                rows[index].append((left[index].pop(0), seconds))
+                if sum(seconds) > _SLOW_SECONDS:
+                    left[index].clear()
+        return rows
+
+    def _times(self, probes: Sequence[Probe]) -> list[tuple[float, ...]]:
+        """Seconds of the phases of one probe for each type, medians over its devices."""
+        arguments = {}
+        for entry, probe in zip(self._types, probes, strict=True):
+            given = {
+                "program": print_program(probe.program),
+                "source": emit_python(probe.program),
+                "copies": 1,
+                "compile": False,
+                "cuda_graphs": False,
+            }
+            arguments.update(dict.fromkeys(entry.ranks, given))
+        found = self._call("time_block", [arguments[rank] for rank in sorted(arguments)])
+        return [_medians(found[rank] for rank in entry.ranks) for entry in self._types]
+
+    # -- host ----------------------------------------------------------------------------------
+
+    def _instructions(self) -> None:
+        self._progress("instructions")
+        program = instruction_program(_MICROBATCHES, 1 << 30)
+        arguments = {"program": print_program(program), "source": emit_python(program)}
+        found = self._call("time_instructions", arguments)
+        for entry in self._types:
+            seconds = statistics.median(found[rank] for rank in entry.ranks)
+            # each of three instructions issues about two operators
+            left = seconds - 2 * entry.kind.overhead_seconds
+            entry.kind = replace(entry.kind, instruction_seconds=rounded(max(left, seconds / 4)))
+
+    def _optimizers(self) -> None:
+        self._progress("optimizers")
+        for name, make, states in _OPTIMIZERS:
+            parameter = torch.nn.Parameter(torch.zeros(1))
+            spec = describe_optimizer(make([parameter]), {id(parameter): "p"})
+            samples: list[list[tuple[float, float]]] = [[] for _ in self._types]
+            for elements, count in _OPTIMIZED:
+                arguments = {"spec": spec, "elements": elements, "count": count}
+                found = self._call("time_optimizer", arguments)
+                for entry, own in zip(self._types, samples, strict=True):
+                    seconds = statistics.median(found[rank] for rank in entry.ranks)
+                    at_once = count if self._on_cuda(entry) else 1
+                    moved = 4.0 * elements * at_once * (4 + 2 * states)
+                    own.append((moved, seconds * at_once / count))
+            for entry, own in zip(self._types, samples, strict=True):
+                cost, quality = fitted_optimizer(entry.kind, name, own)
+                entry.kind = replace(entry.kind, op_costs=(*entry.kind.op_costs, cost))
+                assert entry.qualities is not None
+                entry.qualities.append(quality)
+
+    def _hosts(self) -> None:
+        """The host of accelerators, where optimizer states may lie."""
+        if not any(self._on_cuda(entry) for entry in self._types):
+            return
+        self._progress("memory of the host")
+        rows = self._call("time_host")
+        for entry in self._types:
+            if self._on_cuda(entry):
+                entry.kind = replace(entry.kind, host=self._host(entry, rows))
+
+    def _host(self, entry: _Type, rows: list[dict[str, list[tuple[int, float]]]]) -> Host:
+        samples = [
+            Sample(1.0, float(size), seconds)
+            for rank in entry.ranks
+            for way in ("down", "up")
+            for size, seconds in rows[rank][way]
+        ]
+        link, quality = fitted_link(samples, "host")
+        assert entry.qualities is not None
+        entry.qualities.append(quality)
+        rates = [
+            2.0 * rows[rank]["host"][-1][0] / rows[rank]["host"][-1][1] for rank in entry.ranks
+        ]
+        memory = entry.kind.host.memory_bytes if entry.kind.host is not None else 1 << 34
+        return Host(link, memory, rounded(statistics.median(rates)))
+
+
+def _medians(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(map(statistics.median, zip(*rows, strict=True)))

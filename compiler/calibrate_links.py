@@ -1,0 +1,162 @@
+"""Measure the links between the devices of a cluster: messages, collectives, and how they disturb.
+
+Pairs of devices are sorted by the nodes that they join; every such class gets a rule of its own.
+Messages are measured between neighbours around the ring of all devices, in both directions;
+collectives over all devices of a node and over the first two, and over all devices where nodes are
+joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..cost_models.calibration import (
+    collective_sample,
+    fitted_link,
+    share_taken,
+    streams,
+)
+from ..cost_models.fits import Quality, Sample
+from ..runtime.session import Session
+from .ir.cluster import COLLECTIVES, Cluster, LinkRule
+from .ir.graph import Mode
+from .ir.program import AllReduce, Instruction, Program, Recv, Register, Send
+from .ir.text import print_program
+from .ir.types import TensorType
+
+__all__ = ["measured_links"]
+
+_TIMEOUT_SECONDS = 300.0
+_SIZES = [1 << power for power in (12, 16, 18, 20, 22, 24)]
+_QUICK_SIZES = [1 << power for power in (12, 16, 20)]
+_LARGER_ON_CUDA = [1 << 26, 1 << 28]
+_AT_ONCE_BYTES = 1 << 22
+_Class = tuple[str, str]
+
+
+def measured_links(
+    session: Session, cluster: Cluster, progress: Callable[[str], None], *, quick: bool
+) -> tuple[tuple[LinkRule, ...], tuple[Quality, ...]]:
+    """Rules for all pairs of devices of `cluster`, and how well their figures fit."""
+    return _Links(session, cluster, quick).run(progress)
+
+
+class _Links:
+    def __init__(self, session: Session, cluster: Cluster, quick: bool) -> None:
+        self._session = session
+        self._cluster = cluster
+        sizes = _QUICK_SIZES if quick else _SIZES
+        alike = all(cluster.type_of(d.index).backend == "cuda" for d in cluster.devices)
+        self._sizes = sizes + (_LARGER_ON_CUDA if alike and not quick else [])
+        self._qualities: list[Quality] = []
+
+    def run(
+        self, progress: Callable[[str], None]
+    ) -> tuple[tuple[LinkRule, ...], tuple[Quality, ...]]:
+        count = len(self._cluster.devices)
+        groups = self._groups()
+        programs = [
+            {"program": print_program(_meeting(rank, count, sorted({*sum(groups.values(), [])})))}
+            for rank in range(count)
+        ]
+        self._call("prepare_links", programs)
+        progress("messages")
+        rules = self._messages()
+        for name in COLLECTIVES:
+            progress(name.replace("_", "-"))
+            for key, own in groups.items():
+                rules[key] = self._collective(rules[key], name, own)
+        progress("transfers beside others and beside computation")
+        share = share_taken(self._call("time_overlap", {"size": _AT_ONCE_BYTES}))
+        rows = self._call("time_streams", {"size": _AT_ONCE_BYTES})
+        alone, together = (max(row[way] for row in rows) for way in (0, 1))
+        at_once = streams(alone, together, count) if len(self._nodes()) == 1 else None
+        found = [replace(rule, compute_share=share, streams=at_once) for rule in rules.values()]
+        if len(found) == 1:
+            found = [replace(found[0], a="*", b="*", same_node=None)]
+        return tuple(found), tuple(self._qualities)
+
+    def _call(self, method: str, arguments: Any = ()) -> list[Any]:
+        return self._session.call(method, arguments, timeout_seconds=_TIMEOUT_SECONDS)
+
+    def _nodes(self) -> list[str]:
+        return list(dict.fromkeys(device.node for device in self._cluster.devices))
+
+    def _class(self, first: int, second: int) -> _Class:
+        nodes = self._nodes()
+        ends = sorted(
+            (self._cluster.devices[index].node for index in (first, second)), key=nodes.index
+        )
+        return ends[0], ends[1]
+
+    def _pairs(self) -> dict[_Class, list[tuple[int, int]]]:
+        """Of each class the pairs, in both directions, that are neighbours around the ring; the
+        first one where none are."""
+        count = len(self._cluster.devices)
+        every: dict[_Class, list[tuple[int, int]]] = {}
+        for first in range(count):
+            for second in range(first + 1, count):
+                every.setdefault(self._class(first, second), []).append((first, second))
+        chosen = {}
+        for key, pairs in every.items():
+            near = [(a, b) for a, b in pairs if b - a in (1, count - 1)] or pairs[:1]
+            chosen[key] = [*near, *((b, a) for a, b in near)]
+        return chosen
+
+    def _groups(self) -> dict[_Class, list[tuple[int, ...]]]:
+        """Of each class the devices over which collectives are measured."""
+        everyone = tuple(device.index for device in self._cluster.devices)
+        table = {}
+        for first, second in self._pairs():
+            inside = tuple(d.index for d in self._cluster.devices if d.node == first)
+            group = inside if first == second else everyone
+            pair = next(p for p in self._pairs()[first, second] if p[0] < p[1])
+            table[first, second] = list(dict.fromkeys((pair, group)))
+        return table
+
+    def _messages(self) -> dict[_Class, LinkRule]:
+        pairs = self._pairs()
+        ordered = [pair for own in pairs.values() for pair in own]
+        rows = self._call("time_messages_between", {"pairs": ordered, "sizes": self._sizes})
+        times = {pair: found for row in rows for pair, found in row.items()}
+        rules = {}
+        for key, own in pairs.items():
+            samples = [Sample(1.0, float(n), t) for pair in own for n, t in times[pair]]
+            link, quality = fitted_link(samples, _title("send", key))
+            self._qualities.append(quality)
+            rules[key] = LinkRule(link, key[0], key[1], key[0] == key[1])
+        return rules
+
+    def _collective(self, rule: LinkRule, name: str, groups: Sequence[tuple[int, ...]]) -> LinkRule:
+        samples = []
+        for ranks in groups:
+            arguments = {"name": name, "ranks": ranks, "sizes": self._sizes}
+            rows = self._call("time_collective", arguments)
+            for times in zip(*(rows[rank] for rank in ranks), strict=True):
+                size, seconds = times[0][0], max(own for _, own in times)
+                samples.append(collective_sample(name, len(ranks), size, seconds))
+        link, quality = fitted_link(samples, _title(name, (rule.a, rule.b)))
+        self._qualities.append(quality)
+        return replace(rule, collectives=(*rule.collectives, (name, link)))
+
+
+def _title(name: str, key: _Class) -> str:
+    return f"{name} in {key[0]}" if key[0] == key[1] else f"{name} {key[0]} to {key[1]}"
+
+
+def _meeting(rank: int, count: int, groups: Sequence[tuple[int, ...]]) -> Program:
+    """A program that names all connections that probes use."""
+    instructions: list[Instruction] = []
+    kind = TensorType((1,), torch.uint8)
+    for peer in range(count):
+        if peer != rank:
+            instructions.append(Send(Register(f"from{rank}", 0), peer, 0, kind))
+            instructions.append(Recv(Register(f"from{peer}", 0), peer, 0, kind))
+    for ranks in groups:
+        if rank in ranks:
+            instructions.append(AllReduce(("probe",), ranks))
+    return Program(rank, count, Mode.INFER, 1, (), (), tuple(instructions), "calibration", 1)

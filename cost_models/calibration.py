@@ -1,0 +1,175 @@
+"""From measured times to the figures of a device type and of links.
+
+Pure functions: what was measured goes in, figures with their quality come out. Every figure is
+rounded to four digits, as no measurement has more.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..compiler.ir.cluster import PHASES, DeviceType, Link, OpCost, RateCurve
+from .fits import Quality, Sample, fit_link, left_out, rates_by_size
+
+__all__ = [
+    "OpTime",
+    "calls",
+    "collective_sample",
+    "fitted_curve",
+    "fitted_link",
+    "fitted_op_costs",
+    "fitted_optimizer",
+    "rounded",
+    "share_taken",
+    "streams",
+    "with_curves",
+]
+
+Points = tuple[tuple[float, float], ...]
+
+_DIGITS = 4
+_ALL_STREAMS = 0.9  # of the messages at once: as many as there may be
+_LEAST_SHARE, _MOST_SHARE = 0.02, 0.9
+_STEPS = {"all_reduce": 2}  # rings that go round twice
+
+
+def rounded(value: float) -> float:
+    """`value` to four digits."""
+    return float(f"{value:.{_DIGITS}g}")
+
+
+@dataclass(frozen=True, slots=True)
+class OpTime:
+    """One operator as it was measured, as part of a stage.
+
+    Args:
+        name: of its cost (`norm`).
+        phase: one of `PHASES`.
+        num_bytes: that the cost model counts of it.
+        seconds: measured.
+    """
+
+    name: str
+    phase: str
+    num_bytes: float
+    seconds: float
+
+
+def calls(one_seconds: float, many_seconds: float, count: int) -> tuple[float, float]:
+    """Overhead of an operator, and of the call of a kernel around them, from stages of one and of
+    `count` operators with next to nothing to do."""
+    overhead = max((many_seconds - one_seconds) / (count - 1), 0.1 * many_seconds / count)
+    return rounded(overhead), rounded(max(one_seconds - overhead, 0.0))
+
+
+def fitted_curve(
+    kind: str, dtype: str, samples: Sequence[tuple[float, float]], overhead_seconds: float
+) -> tuple[RateCurve, Quality]:
+    """The rate by size from (size, seconds of one operator), and how well it predicts sizes that
+    were left out."""
+    curve = RateCurve(kind, dtype, _rounded(rates_by_size(samples, overhead_seconds)))
+    return curve, left_out(samples, overhead_seconds, f"{kind} {dtype}".rstrip())
+
+
+def _rounded(points: Points) -> Points:
+    return tuple((rounded(size), rounded(rate)) for size, rate in points)
+
+
+def with_curves(base: DeviceType, curves: Iterable[RateCurve]) -> DeviceType:
+    """`base` with `curves`, and with their ends as its sustained rates."""
+    found = tuple(curves)
+    rates = tuple(
+        (curve.dtype, max(rate for _, rate in curve.points))
+        for curve in found
+        if curve.kind == "matmul"
+    )
+    memory = next((curve for curve in found if curve.kind == "memory"), None)
+    return replace(
+        base,
+        curves=found,
+        flops_per_second=rates or base.flops_per_second,
+        memory_bytes_per_second=(
+            base.memory_bytes_per_second if memory is None else memory.points[-1][1]
+        ),
+    )
+
+
+def fitted_op_costs(
+    kind: DeviceType, times: Sequence[OpTime]
+) -> tuple[tuple[OpCost, ...], tuple[Quality, ...]]:
+    """Costs of all names in `times` on `kind`, whose overhead and memory rates are known.
+
+    The smallest size of each tells how many kernels it is; its work is next to nothing. What draws
+    random numbers was measured as a dropout called `random`: its cost is what it takes beside an
+    elementwise operator.
+    """
+    costs: dict[tuple[str, str], OpCost] = {}
+    qualities = []
+    elementwise = "elementwise", PHASES[0]
+    for key in dict.fromkeys((item.name, item.phase) for item in times):
+        own = [(t.num_bytes, t.seconds) for t in times if (t.name, t.phase) == key]
+        if key == ("random", PHASES[0]) and elementwise in costs:
+            own = [(n, max(t - _seconds(kind, costs[elementwise], n), 0.1 * t)) for n, t in own]
+        if key[0] == "random" and key[1] != PHASES[0]:
+            key = "dropout", key[1]
+        costs[key], quality = _op_cost(kind, key, sorted(own))
+        qualities.append(quality)
+    return tuple(costs.values()), tuple(qualities)
+
+
+def _seconds(kind: DeviceType, cost: OpCost, num_bytes: float) -> float:
+    return cost.kernels * kind.overhead_seconds + num_bytes / kind.op_rate(cost, num_bytes)
+
+
+def _op_cost(kind: DeviceType, key: tuple[str, str], samples: Points) -> tuple[OpCost, Quality]:
+    kernels = rounded(samples[0][1] / kind.overhead_seconds)
+    fixed = kernels * kind.overhead_seconds
+    points = _rounded(rates_by_size(samples[1:] or samples, fixed))
+    return OpCost(*key, kernels, points), left_out(samples, fixed, " ".join(key))
+
+
+def fitted_optimizer(
+    kind: DeviceType, name: str, samples: Sequence[tuple[float, float]]
+) -> tuple[OpCost, Quality]:
+    """Cost of the update of one tensor by optimizer `name`, from (bytes that it moves, seconds)."""
+    return _op_cost(kind, (name, PHASES[0]), tuple(sorted(samples)))
+
+
+# -- links -----------------------------------------------------------------------------------------
+
+
+def collective_sample(name: str, num_ranks: int, num_bytes: float, seconds: float) -> Sample:
+    """A collective over the whole of `num_bytes` as steps of a ring."""
+    steps = float(_STEPS.get(name, 1) * (num_ranks - 1))
+    return Sample(steps, steps * num_bytes / num_ranks, seconds)
+
+
+def fitted_link(samples: Sequence[Sample], name: str) -> tuple[Link, Quality]:
+    """Latency and bandwidth of one message or one ring step."""
+    link, quality = fit_link(samples, name)
+    return Link(rounded(link.latency_seconds), rounded(link.bytes_per_second)), quality
+
+
+def streams(alone_seconds: float, together_seconds: float, count: int) -> float | None:
+    """How many messages go at once at full bandwidth, from the time of one alone and of `count` at
+    once; None: all of them."""
+    found = count * alone_seconds / together_seconds
+    return None if found >= _ALL_STREAMS * count else rounded(found)
+
+
+def share_taken(
+    transfers: Sequence[tuple[float, float, float]],
+) -> float:
+    """The share of its rate that a device computes with less while a transfer runs.
+
+    Args:
+        transfers: seconds of a transfer alone, of a computation alone, and of that computation with
+            the transfer beside it, on each device.
+    """
+    shares = [
+        (both - computing) / min(alone, both) for alone, computing, both in transfers if alone > 0.0
+    ]
+    share = min(max(statistics.median(shares), 0.0), _MOST_SHARE)
+    return rounded(share) if share >= _LEAST_SHARE else 0.0

@@ -1,0 +1,177 @@
+"""What a worker does while its device and its links are measured; see `compiler/calibrate.py`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.ir.program import Program
+from ..compiler.ir.text import parse_program
+from .clock import busy_clock
+from .executor import Executor, Step
+from .link_probes import LinkProbes
+from .optimizer import OptimizerSpec, RankOptimizer
+from .profile_block import block_kernels
+from .profiler import Profiler
+from .rank import stage_functions
+from .rng import make_key
+
+__all__ = ["Calibrator"]
+
+_ROUNDS = 9
+_STEPS = 5  # of an optimizer, in a round
+_HOST_BYTES = (1 << 12, 1 << 20, 1 << 26)
+
+
+class Calibrator(Profiler):
+    """What a worker has instead of a `Rank` during calibration; arguments as there."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name of the node and the device, and the memory of both in bytes."""
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        name, memory = "", host
+        if self._device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self._device)
+            name, memory = properties.name, properties.total_memory
+        return {
+            "node": socket.gethostname(),
+            "device": name,
+            "memory_bytes": int(memory),
+            "host_bytes": int(host),
+        }
+
+    def time_instructions(self, *, program: str, source: str) -> float:
+        """Mean seconds of the host for one instruction of `program`, whose kernels do next to
+        nothing and are counted in."""
+        parsed = parse_program(program)
+        functions = stage_functions(source, f"<cutset calibration of rank {self._rank}>")
+        kernels = {
+            stage.index: block_kernels(
+                functions[f"stage_{stage.index}"], stage, self._device, False
+            )
+            for stage in parsed.stages
+        }
+        tensors, gradients, inputs = _made_up(parsed, self._device)
+        executor = Executor(
+            parsed,
+            kernels,
+            tensors=tensors,
+            gradients=gradients,
+            communicator=self._communicator,
+            device=self._device,
+            timeout_seconds=self._timeout,
+            cuda_graphs=False,
+        )
+        count = parsed.num_microbatches
+        keys = tuple(make_key(0, 0, index).to(self._device) for index in range(count))
+        clock = busy_clock(self._device)
+        self._communicator.barrier(label="the start of measuring")
+        found = []
+        for _ in range(_ROUNDS):
+            executor.begin(Step(inputs, (1.0 / count,) * count, keys))
+            begin = clock()
+            executor.run()
+            found.append(clock() - begin)
+            executor.take_result()
+        return statistics.median(found) / len(parsed.instructions)
+
+    def time_optimizer(self, *, spec: OptimizerSpec, elements: int, count: int) -> float:
+        """Median seconds of zeroing `count` gradients of `elements` numbers each and of one update
+        by them."""
+        names = [f"p{index}" for index in range(count)]
+        parameters = {
+            name: torch.nn.Parameter(torch.ones(elements, device=self._device)) for name in names
+        }
+        gradients = {name: torch.ones(elements, device=self._device) for name in names}
+        group = (tuple(names), spec.groups[0][1])
+        optimizer = RankOptimizer(OptimizerSpec(spec.class_name, (group,)), parameters)
+        options = (spec.groups[0][1],)
+        clock = busy_clock(self._device)
+        self._communicator.barrier(label="the start of measuring")
+        found = []
+        for _ in range(_ROUNDS):
+            begin = clock()
+            for _ in range(_STEPS):
+                for gradient in gradients.values():
+                    gradient.zero_()
+                optimizer.step(gradients, options)
+            found.append((clock() - begin) / _STEPS)
+        return statistics.median(found[1:])
+
+    def time_host(self) -> dict[str, list[tuple[int, float]]]:
+        """(bytes, seconds) of copies from and to pinned memory of the host, and within it; nothing
+        on a CPU."""
+        if self._device.type != "cuda":
+            return {}
+        clock = busy_clock(self._device)
+        table: dict[str, list[tuple[int, float]]] = {"down": [], "up": [], "host": []}
+        for size in _HOST_BYTES:
+            here = torch.ones(size, dtype=torch.uint8, device=self._device)
+            there = torch.ones(size, dtype=torch.uint8, pin_memory=True)
+            other = torch.empty_like(there)
+            for name, (target, source) in {
+                "down": (there, here),
+                "up": (here, there),
+                "host": (other, there),
+            }.items():
+                found = []
+                for _ in range(_ROUNDS):
+                    begin = clock()
+                    target.copy_(source)
+                    found.append(clock() - begin)
+                table[name].append((size, statistics.median(found[1:])))
+        return table
+
+    # -- links ---------------------------------------------------------------------------------
+
+    def prepare_links(self, *, program: str) -> None:
+        """Make the connections that `program` names."""
+        self._communicator.prepare(parse_program(program))
+        self._links = LinkProbes(self._communicator, self._device, self._timeout)
+
+    def time_messages_between(
+        self, *, pairs: list[tuple[int, int]], sizes: list[int]
+    ) -> dict[tuple[int, int], list[tuple[int, float]]]:
+        """See `LinkProbes.messages`."""
+        return self._links.messages(pairs, sizes)
+
+    def time_streams(self, *, size: int) -> tuple[float, float]:
+        """See `LinkProbes.streams`."""
+        return self._links.streams(size)
+
+    def time_collective(
+        self, *, name: str, ranks: tuple[int, ...], sizes: list[int]
+    ) -> list[tuple[int, float]]:
+        """See `LinkProbes.collective`."""
+        return self._links.collective(name, ranks, sizes)
+
+    def time_overlap(self, *, size: int) -> tuple[float, float, float]:
+        """See `LinkProbes.overlap`."""
+        return self._links.overlap(size)
+
+
+def _made_up(
+    program: Program, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters, gradients and user inputs, all ones."""
+    values = [value for stage in program.stages for value in stage.graph.values]
+    tensors: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    for value in values:
+        if value.origin:
+            made = torch.ones(value.type.shape, dtype=value.type.dtype, device=device)
+            (tensors if value.batch_dim is None else inputs)[value.origin] = made
+    inputs = {
+        name: tensor.repeat(program.num_microbatches, *[1] * (tensor.ndim - 1))
+        for name, tensor in inputs.items()
+    }
+    gradients = {
+        name: torch.zeros(type.shape, dtype=type.dtype, device=device)
+        for name, type in program.gradient_types().items()
+    }
+    return tensors, gradients, inputs
