@@ -26,6 +26,7 @@ from ..cost_models.calibration import (
     with_curves,
 )
 from ..cost_models.fits import Quality, Sample
+from ..cost_models.presets import parse_devices
 from ..runtime.optimizer import describe_optimizer
 from ..runtime.session import Session
 from .calibrate_links import measured_links
@@ -34,22 +35,51 @@ from .ir.cluster import PHASES, Cluster, DeviceType, Host, OpCost, RateCurve
 from .ir.errors import UsageError
 from .ir.text import print_program
 from .probes import Probe, instruction_program, op_probes, rate_probes, tiny_probe, work_of
-from .ranks import calibration_session
+from .ranks import calibration_session, job_cluster
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["FULL", "QUICK", "Calibration", "Effort", "calibrate", "local_devices"]
 
 _TIMEOUT_SECONDS = 300.0
 _MANY = 33  # operators with nothing to do, against one
 _MICROBATCHES = 16
 _SLOW_SECONDS = 0.2  # of a probe: the next larger one of its curve is left out
 _OF_MEMORY = {"cpu": 0.7, "cuda": 0.95}
-_DTYPES = {"cpu": ("f32", "f64", "bf16"), "cuda": ("f32", "bf16", "f16")}
-_QUICK = {"cpu": ("f32",), "cuda": ("f32", "bf16")}
 _OPTIMIZERS: tuple[tuple[str, Callable[..., torch.optim.Optimizer], float], ...] = (
     ("adamw", lambda group: torch.optim.AdamW(group, lr=1e-3), 2.0),
     ("sgd", lambda group: torch.optim.SGD(group, lr=1e-3, momentum=0.9), 1.0),
 )
 _OPTIMIZED = ((1 << 8, 16), (1 << 14, 8), (1 << 18, 4), (1 << 21, 2))  # (elements, tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is measured.
+
+    Args:
+        dtypes: of products, by backend.
+        every: of the sizes of a curve, every how many-th.
+        most: sizes of a curve.
+        link_bytes: sizes of messages and collectives; ones over 32 MiB on CUDA only.
+    """
+
+    dtypes: tuple[tuple[str, tuple[str, ...]], ...]
+    every: int
+    most: int
+    link_bytes: tuple[int, ...]
+
+
+FULL = Effort(
+    (("cpu", ("f32", "f64", "bf16")), ("cuda", ("f32", "bf16", "f16"))),
+    every=1,
+    most=12,
+    link_bytes=tuple(1 << power for power in (12, 16, 18, 20, 22, 24, 26, 28)),
+)
+QUICK = Effort(
+    (("cpu", ("f32",)), ("cuda", ("f32", "bf16"))),
+    every=2,
+    most=12,
+    link_bytes=tuple(1 << power for power in (12, 16, 20, 24, 28)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,31 +97,46 @@ class Calibration:
     seconds: float
 
 
+def local_devices(devices: str | None) -> Cluster:
+    """The devices that are to be measured.
+
+    Args:
+        devices: as `--devices` of other verbs; None: the ranks of this job under `torchrun`, else
+            all CUDA devices of this machine, else a CPU worker for every core.
+
+    Raises:
+        ClusterError: this machine does not have them.
+        UsageError: they are none of this machine.
+    """
+    found = job_cluster() if devices is None else parse_devices(devices)
+    if not found.local:
+        raise UsageError(
+            f"{devices} are not devices of this machine: they cannot be measured",
+            where="--devices",
+            ways_out=("give a number, cpu:2, cuda:2 or cuda:1+cpu:2",),
+        )
+    return found
+
+
 def calibrate(
-    cluster: Cluster, *, quick: bool = False, progress: Callable[[str], None] = print
+    cluster: Cluster, *, effort: Effort = FULL, progress: Callable[[str], None] = print
 ) -> Calibration:
     """Measure the devices of `cluster`, which are those of this machine or this job.
 
     Args:
-        cluster: names, nodes and threads are kept, figures are replaced.
-        quick: fewer element types and sizes.
+        cluster: from `local_devices`; names, nodes and threads are kept, figures are replaced.
+        effort: how much is measured.
         progress: is told what is being measured.
 
     Raises:
-        UsageError: the devices are not here.
+        UsageError: the job has another number of ranks.
         RuntimeFailure: a worker failed.
     """
-    if not cluster.local:
-        raise UsageError(
-            f"cluster {cluster.name!r} is not this machine: its devices cannot be measured",
-            where="devices",
-            ways_out=("pass a number of local devices, cpu:2 or cuda:2",),
-        )
     began = time.monotonic()
     progress(f"starting {len(cluster.devices)} workers")
     session = calibration_session(cluster, timeout_seconds=_TIMEOUT_SECONDS)
     try:
-        found = _Measuring(session, cluster, quick, progress).run()
+        found = _Measuring(session, cluster, effort, progress).run()
     finally:
         session.close()
     return replace(found, seconds=time.monotonic() - began)
@@ -112,11 +157,11 @@ class _Measuring:
     """One calibration: every method measures something on all devices at once."""
 
     def __init__(
-        self, session: Session, cluster: Cluster, quick: bool, progress: Callable[[str], None]
+        self, session: Session, cluster: Cluster, effort: Effort, progress: Callable[[str], None]
     ) -> None:
         self._session = session
         self._cluster = cluster
-        self._quick = quick
+        self._effort = effort
         self._progress = progress
         self._types = [
             _Type(
@@ -139,7 +184,8 @@ class _Measuring:
         cluster = replace(self._cluster, types=kinds)
         qualities = [(entry.kind.name, tuple(entry.qualities or ())) for entry in self._types]
         if len(cluster.devices) > 1:
-            rules, found = measured_links(self._session, cluster, self._progress, quick=self._quick)
+            sizes = self._effort.link_bytes
+            rules, found = measured_links(self._session, cluster, self._progress, sizes)
             cluster = replace(cluster, links=rules)
             qualities.append(("links", found))
         return Calibration(cluster, tuple(qualities), 0.0)
@@ -191,14 +237,18 @@ class _Measuring:
 
     def _curve_probes(self, entry: _Type, kind: str, position: int) -> list[Probe]:
         """Probes of the element type at `position`, if `entry` is measured in one there."""
-        dtypes = (_QUICK if self._quick else _DTYPES)[entry.kind.backend]
+        dtypes = dict(self._effort.dtypes)[entry.kind.backend]
         if kind in ("memory", "convolution"):
             dtypes = dtypes[:1]
         elif kind == "attention":
             dtypes = tuple(dtype for dtype in dtypes if dtype != "f64")
         if position >= len(dtypes):
             return []
-        return list(rate_probes(kind, dtypes[position], on_cuda=self._on_cuda(entry)))
+        probes = rate_probes(kind, dtypes[position], on_cuda=self._on_cuda(entry))
+        return self._some(list(probes))
+
+    def _some(self, probes: list[Probe]) -> list[Probe]:
+        return probes[:: self._effort.every][: self._effort.most]
 
     def _fit_curve(
         self, entry: _Type, kind: str, rows: list[tuple[Probe, tuple[float, ...]]]
@@ -223,8 +273,7 @@ class _Measuring:
         self._progress("kinds of operators")
         times: list[list[OpTime]] = [[] for _ in self._types]
         for probes in op_probes("f32"):
-            few = probes[::2] if self._quick else probes
-            found = self._measure([few] * len(self._types))
+            found = self._measure([self._some(probes)] * len(self._types))
             for entry, own, rows in zip(self._types, times, found, strict=True):
                 own += [
                     OpTime(
@@ -294,7 +343,7 @@ class _Measuring:
             parameter = torch.nn.Parameter(torch.zeros(1))
             spec = describe_optimizer(make([parameter]), {id(parameter): "p"})
             samples: list[list[tuple[float, float]]] = [[] for _ in self._types]
-            for elements, count in _OPTIMIZED:
+            for elements, count in _OPTIMIZED[:: self._effort.every]:
                 arguments = {"spec": spec, "elements": elements, "count": count}
                 found = self._call("time_optimizer", arguments)
                 for entry, own in zip(self._types, samples, strict=True):

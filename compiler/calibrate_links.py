@@ -31,27 +31,28 @@ from .ir.types import TensorType
 __all__ = ["measured_links"]
 
 _TIMEOUT_SECONDS = 300.0
-_SIZES = [1 << power for power in (12, 16, 18, 20, 22, 24)]
-_QUICK_SIZES = [1 << power for power in (12, 16, 20)]
-_LARGER_ON_CUDA = [1 << 26, 1 << 28]
+_LARGEST = 1 << 25  # where not all devices are CUDA devices
 _AT_ONCE_BYTES = 1 << 22
 _Class = tuple[str, str]
 
 
 def measured_links(
-    session: Session, cluster: Cluster, progress: Callable[[str], None], *, quick: bool
+    session: Session, cluster: Cluster, progress: Callable[[str], None], sizes: Sequence[int]
 ) -> tuple[tuple[LinkRule, ...], tuple[Quality, ...]]:
-    """Rules for all pairs of devices of `cluster`, and how well their figures fit."""
-    return _Links(session, cluster, quick).run(progress)
+    """Rules for all pairs of devices of `cluster`, and how well their figures fit.
+
+    Args:
+        sizes: of messages and collectives, in bytes.
+    """
+    return _Links(session, cluster, sizes).run(progress)
 
 
 class _Links:
-    def __init__(self, session: Session, cluster: Cluster, quick: bool) -> None:
+    def __init__(self, session: Session, cluster: Cluster, sizes: Sequence[int]) -> None:
         self._session = session
         self._cluster = cluster
-        sizes = _QUICK_SIZES if quick else _SIZES
         alike = all(cluster.type_of(d.index).backend == "cuda" for d in cluster.devices)
-        self._sizes = sizes + (_LARGER_ON_CUDA if alike and not quick else [])
+        self._sizes = [size for size in sizes if alike or size <= _LARGEST]
         self._qualities: list[Quality] = []
 
     def run(
@@ -59,9 +60,9 @@ class _Links:
     ) -> tuple[tuple[LinkRule, ...], tuple[Quality, ...]]:
         count = len(self._cluster.devices)
         groups = self._groups()
+        every = sorted({ranks for own in groups.values() for ranks in own})
         programs = [
-            {"program": print_program(_meeting(rank, count, sorted({*sum(groups.values(), [])})))}
-            for rank in range(count)
+            {"program": print_program(_meeting(rank, count, every))} for rank in range(count)
         ]
         self._call("prepare_links", programs)
         progress("messages")

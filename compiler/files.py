@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .ir.errors import UsageError
 
-__all__ = ["unusable", "write_whole"]
+__all__ = ["check_target", "unusable", "write_whole"]
 
 
 def write_whole(target: Path, text: str, what: str) -> None:
@@ -38,6 +38,24 @@ def write_whole(target: Path, text: str, what: str) -> None:
         if isinstance(error, OSError):
             raise unusable(target, "write", what, error) from error
         raise
+
+
+def check_target(target: Path, what: str) -> None:
+    """Find out before long work, not after it, that its file has nowhere to go.
+
+    Args:
+        what: the kind of file, for messages.
+
+    Raises:
+        UsageError: the file is a folder, or its folder does not exist.
+    """
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise UsageError(
+            f"the {what} file cannot be written: "
+            + ("this is a folder" if target.is_dir() else "its folder does not exist"),
+            where=str(target),
+            ways_out=("name a file in an existing folder",),
+        )
 
 
 def unusable(path: Path, verb: str, what: str, error: OSError) -> UsageError:

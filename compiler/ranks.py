@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..runtime.launcher import RANK_FACTORY, job_rank, launch_local, spmd_session, under_torchrun
+from ..cost_models.presets import local_cluster
+from ..runtime.launcher import (
+    RANK_FACTORY,
+    job_rank,
+    job_size,
+    launch_local,
+    num_cores,
+    spmd_session,
+    under_torchrun,
+)
 from ..runtime.session import Arguments, LocalSession, Session
-from .ir.cluster import Cluster
+from .ir.cluster import Cluster, Device
 from .ir.errors import UsageError
 
-__all__ = ["Ranks", "calibration_session", "message_backend", "place_of", "start_workers"]
+__all__ = [
+    "Ranks",
+    "calibration_session",
+    "job_cluster",
+    "message_backend",
+    "place_of",
+    "start_workers",
+]
 
-CALIBRATOR_FACTORY = "cutset.runtime.calibrator:Calibrator"
+_CALIBRATOR_FACTORY = "cutset.runtime.calibrator:Calibrator"
 
 
 class Ranks:
@@ -144,6 +161,20 @@ def place_of(cluster: Cluster, rank: int) -> torch.device:
     return torch.device("cuda", sum(cluster.type_of(i).backend == "cuda" for i in before))
 
 
+def job_cluster() -> Cluster:
+    """This job's ranks under `torchrun`, node by node; outside of one all CUDA devices of this
+    machine, else a CPU worker for every core."""
+    if not under_torchrun():
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return local_cluster(gpus or num_cores())
+    count, in_node = job_size()
+    cluster = local_cluster(in_node)
+    devices = tuple(
+        Device(index, cluster.types[0].name, f"node{index // in_node}") for index in range(count)
+    )
+    return replace(cluster, name=f"job-of-{count}", devices=devices)
+
+
 def calibration_session(cluster: Cluster, *, timeout_seconds: float) -> Session:
     """Workers that measure the devices of `cluster`, or this job's ranks under `torchrun`."""
     if not under_torchrun():
@@ -151,9 +182,9 @@ def calibration_session(cluster: Cluster, *, timeout_seconds: float) -> Session:
             cluster,
             len(cluster.devices),
             timeout_seconds=timeout_seconds,
-            factory=CALIBRATOR_FACTORY,
+            factory=_CALIBRATOR_FACTORY,
         )
-    session = spmd_session(timeout_seconds=timeout_seconds, factory=CALIBRATOR_FACTORY)
+    session = spmd_session(timeout_seconds=timeout_seconds, factory=_CALIBRATOR_FACTORY)
     if session.num_ranks != len(cluster.devices):
         raise UsageError(
             f"{len(cluster.devices)} devices are to be measured, the job has {session.num_ranks}",

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ..compiler.ir.cluster import PHASES, DeviceType, Link, OpCost, RateCurve
+from ..compiler.ir.cluster import CURVES, PHASES, DeviceType, Link, OpCost, RateCurve
 from .fits import Quality, Sample, fit_link, left_out, rates_by_size
 
 __all__ = [
@@ -79,7 +79,7 @@ def _rounded(points: Points) -> Points:
 
 def with_curves(base: DeviceType, curves: Iterable[RateCurve]) -> DeviceType:
     """`base` with `curves`, and with their ends as its sustained rates."""
-    found = tuple(curves)
+    found = tuple(sorted(curves, key=lambda curve: CURVES.index(curve.kind)))
     rates = tuple(
         (curve.dtype, max(rate for _, rate in curve.points))
         for curve in found
@@ -123,7 +123,9 @@ def _seconds(kind: DeviceType, cost: OpCost, num_bytes: float) -> float:
     return cost.kernels * kind.overhead_seconds + num_bytes / kind.op_rate(cost, num_bytes)
 
 
-def _op_cost(kind: DeviceType, key: tuple[str, str], samples: Points) -> tuple[OpCost, Quality]:
+def _op_cost(
+    kind: DeviceType, key: tuple[str, str], samples: Sequence[tuple[float, float]]
+) -> tuple[OpCost, Quality]:
     kernels = rounded(samples[0][1] / kind.overhead_seconds)
     fixed = kernels * kind.overhead_seconds
     points = _rounded(rates_by_size(samples[1:] or samples, fixed))

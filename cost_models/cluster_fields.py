@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import TypeVar
 
 from ..compiler.ir.cluster import PHASES
@@ -164,8 +165,8 @@ def quantity_of(
             ways_out=(_legal(units),),
         )
     try:
-        value = float(match[1]) * units[match[2]]
-    except ValueError as error:
+        value = float(Decimal(match[1]) * Decimal(str(units[match[2]])))
+    except (ArithmeticError, ValueError) as error:
         raise ClusterError(
             f"{key} = {raw!r}: {match[1]!r} is not a number",
             where=where,

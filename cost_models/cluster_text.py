@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from decimal import Decimal
 
 from ..compiler.ir.cluster import CURVES, Cluster, DeviceType, Link, LinkRule
 from ..compiler.ir.errors import ClusterError
 from .cluster_fields import BANDWIDTHS, BYTES, FLOPS, RATES, TIMES
 
-__all__ = ["render_cluster"]
+__all__ = ["cluster_table", "render_cluster"]
 
 
 def render_cluster(cluster: Cluster, *, format: str = "toml") -> str:
@@ -17,25 +19,35 @@ def render_cluster(cluster: Cluster, *, format: str = "toml") -> str:
         raise ClusterError(
             f"a cluster file is .toml or .json, not {format!r}", ways_out=("rename the file",)
         )
-    types = {entry.name: _render_type(entry) for entry in cluster.types}
-    groups = _device_groups(cluster)
-    links = [_render_link(rule) for rule in cluster.links]
     if format == "json":
-        table = {
-            "name": cluster.name,
-            "local": cluster.local,
-            "types": types,
-            "devices": groups,
-            "links": links,
-        }
-        return json.dumps(table, indent=2) + "\n"
+        return json.dumps(cluster_table(cluster), indent=2) + "\n"
     lines = [f"name = {_quoted(cluster.name)}", f"local = {json.dumps(cluster.local)}"]
-    for name, body in types.items():
-        lines += ["", f"[types.{_quoted(name)}]", *_toml_lines(body)]
-    for title, bodies in (("devices", groups), ("links", links)):
+    for entry in cluster.types:
+        body = _render_type(entry)
+        costs = body.pop("op_costs", {})
+        lines += ["", f"[types.{_key(entry.name)}]", *_toml_lines(body)]
+        assert isinstance(costs, dict)
+        for name, phases in costs.items():
+            head = f"[types.{_key(entry.name)}.op_costs.{_key(name)}]"
+            lines += ["", head, *_toml_lines(phases)]
+    for title, bodies in (
+        ("devices", _device_groups(cluster)),
+        ("links", [_render_link(rule) for rule in cluster.links]),
+    ):
         for body in bodies:
             lines += ["", f"[[{title}]]", *_toml_lines(body)]
     return "\n".join(lines) + "\n"
+
+
+def cluster_table(cluster: Cluster) -> dict[str, object]:
+    """`cluster` as the value that its JSON file holds."""
+    return {
+        "name": cluster.name,
+        "local": cluster.local,
+        "types": {entry.name: _render_type(entry) for entry in cluster.types},
+        "devices": _device_groups(cluster),
+        "links": [_render_link(rule) for rule in cluster.links],
+    }
 
 
 def _render_type(entry: DeviceType) -> dict[str, object]:
@@ -84,18 +96,15 @@ def _points(points: tuple[tuple[float, float], ...], units: dict[str, float]) ->
 
 
 def _with_unit(value: float, units: dict[str, float]) -> str:
-    """`value` in the largest unit that it has one of, if that says exactly as much."""
-    fitting = [item for item in units.items() if "i" not in item[0] and item[1] <= value]
-    unit, factor = max(fitting, key=lambda item: item[1], default=min(units.items(), key=_factor))
-    text = f"{value / factor:.6g}"
-    if float(text) * factor == value:
-        return f"{text} {unit}"
+    """`value` in the unit that says it shortest, if one says exactly as much; as long, the largest
+    one."""
+    exact = []
+    for unit, factor in units.items():
+        number = f"{value / factor:.6g}"
+        if float(Decimal(number) * Decimal(str(factor))) == value:
+            exact.append((len(number) + len(unit), -factor, f"{number} {unit}"))
     base = next(unit for unit, factor in units.items() if factor == 1.0)
-    return f"{value!r} {base}"
-
-
-def _factor(item: tuple[str, float]) -> float:
-    return item[1]
+    return min(exact)[2] if exact else f"{value!r} {base}"
 
 
 def _device_groups(cluster: Cluster) -> list[dict[str, object]]:
@@ -134,11 +143,15 @@ def _toml_lines(body: dict[str, object]) -> list[str]:
 
 def _toml_value(value: object) -> str:
     if isinstance(value, dict):
-        items = (f"{_quoted(key)} = {_toml_value(item)}" for key, item in value.items())
+        items = (f"{_key(key)} = {_toml_value(item)}" for key, item in value.items())
         return "{ " + ", ".join(items) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return _quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _key(text: str) -> str:
+    return text if re.fullmatch("[A-Za-z0-9_-]+", text) else _quoted(text)
 
 
 def _quoted(text: str) -> str:

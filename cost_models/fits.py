@@ -21,7 +21,7 @@ _ROUNDS = 30
 _HUBER = 1.345  # in units of the errors' scale: 95 % as efficient as least squares without outliers
 _NORMAL = 1.4826  # median absolute deviation to standard deviation
 _LEAST_SCALE = 0.005  # relative: below that, errors are rounding
-_FASTEST = 1e18
+_MOST_OVER_SEEN = 4.0  # a bandwidth, over that of the best whole transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,9 @@ def fit_link(samples: Sequence[Sample], name: str) -> tuple[Link, Quality]:
         samples: how many times the latency counts, and how many bytes go one after the other.
     """
     line = fit_line(samples, name)
-    return Link(line.a, 1.0 / line.b if line.b > 1.0 / _FASTEST else _FASTEST), line.quality
+    # where times do not grow with sizes, that much is known of the bandwidth
+    slope = max(line.b, min(s.seconds / s.second for s in samples) / _MOST_OVER_SEEN)
+    return Link(line.a, 1.0 / slope), line.quality
 
 
 def rates_by_size(

@@ -29,7 +29,9 @@ __all__ = [
     "cache_directory",
     "fair_threads",
     "job_rank",
+    "job_size",
     "launch_local",
+    "num_cores",
     "spmd_session",
     "under_torchrun",
 ]
@@ -57,6 +59,12 @@ def cache_directory() -> Path:
     common = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(common) if os.path.isabs(common) else Path(os.path.expanduser("~")) / ".cache"
     return base / "cutset"
+
+
+def job_size() -> tuple[int, int]:
+    """Ranks of this job, and of it on this machine."""
+    count = int(os.environ["WORLD_SIZE"])
+    return count, int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
 def launch_local(
@@ -215,11 +223,16 @@ def _store(port: int, timeout_seconds: float) -> HostedStore:
         ) from error
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores or 1
+
+
 def fair_threads(num_ranks: int) -> int:
     """Compute threads of each of `num_ranks` CPU workers, unless others are asked for: a fair share
     of the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = max(1, (cores or 1) // num_ranks)
+    share = max(1, num_cores() // num_ranks)
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return min(share, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else share
 

@@ -167,7 +167,7 @@ class LinkProbes:
 
     def _quartile(self, once: Callable[[], None], *, agreed: Sequence[int]) -> float:
         """Seconds of `once`, which those of `agreed` do together, one after the other."""
-        found = []
+        found: list[float] = []
         rounds = _LEAST_ROUNDS
         while len(found) < rounds:
             begin = time.perf_counter()

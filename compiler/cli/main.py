@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from ..ir.errors import CutsetError, RuntimeFailure
-from . import explain, export, place, plan, profile, run, simulate, verify
+from . import calibrate, explain, export, place, plan, profile, run, simulate, verify
 from .command import Command
 from .console import Console
 
@@ -23,6 +23,7 @@ COMMANDS: tuple[Command, ...] = (
     place.COMMAND,
     export.COMMAND,
     run.COMMAND,
+    calibrate.COMMAND,
     profile.COMMAND,
 )
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -90,10 +90,11 @@ def _fraction(text: str) -> float:
 
 def _run(options: argparse.Namespace, console: Console) -> None:
     from ...passes.placement.methods import place
+    from ..files import check_target
     from ..workload_json import load_workload, placement_to_json, save_placement
 
     if options.output is not None:
-        _check_target(options.output)
+        check_target(options.output, "placement")
     file = load_workload(options.workload)
     if options.devices is not None:
         file = file.with_devices(options.devices)
@@ -118,19 +119,6 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         save_placement(text, options.output)
         console.note(f"wrote {options.output}")
     console.result(data, _text(data))
-
-
-def _check_target(path: Path) -> None:
-    """Find out before the search, not after it, that the placement has nowhere to go."""
-    from ..ir.errors import UsageError
-
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(
-            "the placement file cannot be written: "
-            + ("this is a folder" if path.is_dir() else "its folder does not exist"),
-            where=str(path),
-            ways_out=("name a file in an existing folder",),
-        )
 
 
 def _shown_by(console: Console) -> Callable[[float, float], None]:

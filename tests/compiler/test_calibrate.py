@@ -1,0 +1,151 @@
+"""Calibration on real workers, and the cluster files that come of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cutset.compiler.calibrate import Calibration, Effort, calibrate, local_devices
+from cutset.compiler.calibration_text import calibration_file, figure_lines
+from cutset.compiler.cli import main
+from cutset.compiler.ir.cluster import COLLECTIVES, PHASES
+from cutset.compiler.ir.errors import UsageError
+from cutset.compiler.ir.verify import verify_cluster
+from cutset.compiler.probes import op_probes, rate_probes, tiny_probe, work_of
+from cutset.cost_models.cluster_file import parse_cluster
+from cutset.cost_models.fits import Quality
+from cutset.cost_models.presets import parse_devices
+
+LITTLE = Effort((("cpu", ("f32",)),), every=3, most=2, link_bytes=(1 << 12, 1 << 20))
+FACTORY = """
+import torch
+
+def make():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    return {"model": model, "args": (torch.ones(2, 4),), "loss_fn": lambda output: output.mean()}
+"""
+
+
+def test_two_workers_are_measured() -> None:
+    said: list[str] = []
+    found = calibrate(parse_devices("cpu:2"), effort=LITTLE, progress=said.append)
+    cluster = found.cluster
+    verify_cluster(cluster)
+    assert cluster.local and len(cluster.devices) == 2 and found.seconds > 0.0
+    (kind,) = cluster.types
+    assert (kind.name, kind.backend) == ("cpu-core", "cpu")
+    assert 1e8 < kind.memory_bytes_per_second < 1e12 and kind.memory_bytes > 1 << 27
+    assert 1e-8 < kind.overhead_seconds < 1e-3 and 1e-7 < kind.instruction_seconds < 1e-1
+    assert {curve.kind for curve in kind.curves} == {"memory", "matmul", "attention", "convolution"}
+    assert kind.op_cost("layer_norm", "norm", "backward_weight") is not None
+    assert kind.op_cost("adamw", "optimizer", "forward") is not None
+    assert {cost.phase for cost in kind.op_costs} == set(PHASES)
+    (rule,) = cluster.links
+    assert [name for name, _ in rule.collectives] == list(COLLECTIVES)
+    assert 0.0 <= rule.compute_share < 1.0
+    titles = [title for title, _ in found.qualities]
+    assert titles == ["cpu-core", "links"] and len(found.qualities[1][1]) == 1 + len(COLLECTIVES)
+    assert {"messages", "all-reduce", "instructions"} <= set(said)
+    for format in ("toml", "json"):
+        assert parse_cluster(calibration_file(found, format=format), format=format) == cluster
+
+
+def test_fits_stand_in_the_file_as_comments() -> None:
+    qualities = (("cpu-core", (Quality("matmul f32", 5, 0.031, 0.12),)),)
+    text = calibration_file(Calibration(parse_devices("cpu:2"), qualities, 41.7))
+    assert "# measured by cutset calibrate in 42 s, torch" in text
+    line = next(line for line in text.splitlines() if "matmul f32" in line)
+    assert line.startswith("# cpu-core: matmul f32") and line.split()[-3:] == ["5", "3.1%", "12.0%"]
+    assert any("any number of messages" in row for row in figure_lines(parse_devices("cpu:2")))
+
+
+def test_probes_count_what_the_cost_model_counts() -> None:
+    """A product of n x n matrices: 2 n^3 operations in every phase, one kernel each."""
+    *_, probe = rate_probes("matmul", "f32", on_cuda=False)
+    for work in work_of(probe):
+        assert work.flops == pytest.approx(probe.size) and work.kernels == pytest.approx(1.0)
+    (forward, *backward) = work_of(tiny_probe(5))
+    assert forward.num_bytes == 96.0 and forward.kernels == 1.0
+    assert all(work.num_bytes == 0.0 for work in backward)
+    for probes in op_probes("f32"):
+        sizes = [work_of(probe)[0].num_bytes for probe in probes]
+        assert sizes == sorted(sizes) and sizes[0] > 0.0
+
+
+def test_only_devices_of_this_machine_are_measured() -> None:
+    with pytest.raises(UsageError, match="h100-node are not devices of this machine"):
+        local_devices("h100-node")
+    assert local_devices("cpu:3") == parse_devices("cpu:3")
+    assert local_devices(None).local
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("cluster.yaml", "a cluster file is .toml or .json, not .yaml"),
+        ("cluster", "not without a suffix"),
+        ("nowhere/cluster.toml", "its folder does not exist"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_at_once(
+    output: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "--devices", "cpu:1", "-o", str(tmp_path / output)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "line", "remedy"),
+    [
+        ('type = "cpu-core"', 'type = "gpu"', "unknown device type 'gpu'", '"gpu"', "cpu-core"),
+        ('"10 GB/s"', '"0 GB/s"', "memory_bandwidth = '0 GB/s' must be positive",
+         "memory_bandwidth", "calibrate"),
+        ('"10 GB/s"', '"10 GFLOP/s"', "is not a quantity", "memory_bandwidth", "GB/s"),
+        ("[[links]]", "[[links]]\nsame_node = false", "no link between device 0", "links", "rule"),
+        ('"2 GB/s"', '"0 GB/s"', "bandwidth = '0 GB/s' must be positive", "bandwidth", "calibrate"),
+        ("[[links]]", '[[links]]\nall_reduce = { latency = "1 us" }',
+         "links.all_reduce.bandwidth is missing", "all_reduce", "add it"),
+    ],
+)  # fmt: skip
+def test_the_command_line_refuses_wrong_cluster_files(
+    old: str,
+    new: str,
+    message: str,
+    line: str,
+    remedy: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cluster = replace(parse_devices("cpu:2"), local=True)
+    text = calibration_file(Calibration(cluster, (), 1.0))
+    assert old in text
+    wrong = text.replace(old, new)
+    (tmp_path / "wrong.toml").write_text(wrong)
+    (tmp_path / "model.py").write_text(FACTORY)
+    model, plan = f"{tmp_path / 'model.py'}:make", tmp_path / "plan.json"
+    arguments = ["plan", model, "--devices", str(tmp_path / "wrong.toml"), "-o", str(plan)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and remedy in error and not plan.exists()
+    place = next(part for part in error.split() if "wrong.toml:" in part)
+    number = int(place.rsplit(":", 1)[1])
+    assert line in "\n".join(wrong.splitlines()[number - 1 : number + 1])
+
+
+@pytest.mark.slow
+def test_the_verb_writes_a_file_that_plans_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "cluster.toml"
+    assert main(["calibrate", "--devices", "2", "--quick", "--json", "-o", str(target)]) == 0
+    assert '"fits": [' in capsys.readouterr().out
+    assert "# cpu-core: matmul f32" in target.read_text()
+    (tmp_path / "model.py").write_text(FACTORY)
+    plan = tmp_path / "plan.json"
+    model = f"{tmp_path / 'model.py'}:make"
+    assert main(["plan", model, "--devices", str(target), "-o", str(plan)]) == 0
+    assert main(["run", model, "--plan", str(plan), "--steps", "1"]) == 0
