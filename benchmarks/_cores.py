@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["pin_workers", "separate_cores"]
+__all__ = ["pin_workers", "separate_cores", "unpin_workers"]
 
 _SECONDS = 0.04  # of a trial
 _ROWS = 192
@@ -69,6 +69,14 @@ def _trial(cores: Sequence[int]) -> list[float]:
     return found
 
 
+def unpin_workers(process_ids: Sequence[int]) -> None:
+    """All threads of each process to any processor."""
+    allowed = os.sched_getaffinity(0)
+    for process in process_ids:
+        for task in _threads(process):
+            os.sched_setaffinity(task, allowed)
+
+
 def pin_workers(process_ids: Sequence[int], cores: Sequence[int]) -> None:
     """The main thread of each process to its core, its other threads to no worker's core.
 
@@ -76,6 +84,9 @@ def pin_workers(process_ids: Sequence[int], cores: Sequence[int]) -> None:
     """
     others = set(os.sched_getaffinity(0)) - set(cores)
     for process, core in zip(process_ids, cores, strict=False):
-        for task in Path(f"/proc/{process}/task").iterdir():
-            own = {core} if int(task.name) == process else others
-            os.sched_setaffinity(int(task.name), own)
+        for task in _threads(process):
+            os.sched_setaffinity(task, {core} if task == process else others)
+
+
+def _threads(process: int) -> list[int]:
+    return [int(task.name) for task in Path(f"/proc/{process}/task").iterdir()]

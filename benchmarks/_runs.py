@@ -19,7 +19,7 @@ from typing import Any
 
 import gpu_llama
 import torch
-from _cores import pin_workers, separate_cores
+from _cores import pin_workers, separate_cores, unpin_workers
 from _workloads import ON_CPU, ON_CUDA, Workload
 from torch import nn
 
@@ -47,7 +47,7 @@ __all__ = [
     "record_trace",
 ]
 
-WARM_UP = 3
+WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +172,17 @@ class Workers(contextlib.ExitStack):
         return found
 
     def parallel(self, planned: PlannedModel, number: int = 0, **options: Any) -> Parallel:
-        """`planned`, warm: values, kernels and connections are there."""
+        """`planned`, after its first step: values, kernels and connections are there."""
         weights = gpu_llama.initial if _is_on_meta(planned.model) else None
         run = RunOptions(loss_fn=planned.loss_fn, optimizer=optimizer, weights=weights, **options)
         session = self.session(len(planned.programs), number)
         parallel = Parallel(planned, run, session)
         args, kwargs = planned.call
-        for step in range(WARM_UP):
-            if step == 1 and self.cores:
-                pin_workers(session.process_ids, self.cores)
-            parallel.train_step(*args, **kwargs)
+        if self.cores:
+            unpin_workers(session.process_ids)
+        parallel.train_step(*args, **kwargs)  # loads, traces and connects
+        if self.cores:
+            pin_workers(session.process_ids, self.cores)
         return parallel
 
 
@@ -205,14 +206,14 @@ class Measured:
 
 
 def measure_steps(parallel: Parallel, planned: PlannedModel, steps: int) -> Measured:
-    """Train."""
+    """Train; the first steps, in which the allocator settles, do not count."""
     args, kwargs = planned.call
     seconds = []
-    for _ in range(steps):
+    for _ in range(WARM_UP + steps):
         began = time.perf_counter()
         parallel.train_step(*args, **kwargs)
         seconds.append(time.perf_counter() - began)
-    return Measured(tuple(seconds))
+    return Measured(tuple(seconds[WARM_UP:]))
 
 
 def measure_memory(parallel: Parallel, planned: PlannedModel) -> list[int]:

@@ -1,0 +1,201 @@
+"""Whether the planner chooses the fastest plan: every family of plans that fits, run and compared.
+
+    python benchmarks/choice.py [--cases gpt2:2,bert:4] [--cluster cluster.toml] [--profile off]
+        [--repeats 10] [--json out/choice.json]
+
+A case is a model on some devices. The planner chooses a plan; beside it run the best plans that it
+finds on every mesh of so many devices, and with every level of ZeRO where only the batch is shared.
+All plans of a case are loaded at once, each on workers of its own, and take turns step by step, in
+another order each time: what else the machine does hits them alike. The choice is right if no other
+plan's median is more than 3 % less. What was predicted of all these plans goes into the JSON too,
+in the form of `prediction.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _report import Pair, row_of, summary_of, table_of
+from _runs import WARM_UP, Case, Measured, Planned, Workers, measure_memory, plan_all
+from _workloads import ON_CPU
+
+from cutset.compiler.ir.text import print_program
+from cutset.compiler.parallel import Parallel
+from cutset.cost_models import parse_devices
+
+CHOSEN = "auto"
+CASES = "gpt2:2,llama:4,bert:2,t5:4,vit:2,mixtral:4,unet:2,resnet:4"
+ENOUGH = 0.03  # slower than the fastest, by so much at most, is right
+FAMILIES = {
+    2: ("data=2", "tensor=2", "pipeline=2"),
+    3: ("tensor=3", "pipeline=3"),
+    4: (
+        "data=4",
+        "tensor=4",
+        "pipeline=4",
+        "data=2,tensor=2",
+        "data=2,pipeline=2",
+        "pipeline=2,tensor=2",
+    ),
+}
+ZERO = (0, 1, 2, 3)
+
+
+def main() -> int:
+    options = _parse()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    count = max(devices for _, devices in options.cases)
+    cluster = parse_devices(options.cluster or f"cpu:{count}")
+    cases = [Case(model, size, plan) for model, size in options.cases for plan in _plans(size)]
+    planned = []
+    for found in plan_all(cases, cluster, profile=options.profile, jobs=options.jobs):
+        _say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
+        planned.append(found)
+    results, rows = [], []
+    with Workers(cluster) as workers:
+        for case, group in itertools.groupby(planned, key=lambda entry: _key(entry.case)):
+            result, pairs = _compare(list(group), workers, options)
+            _say(f"{case[0]} on {case[1]}: {time.perf_counter() - began:.0f} s")
+            results.append({"model": case[0], "devices": case[1], **result})
+            rows += [row_of(pair) for pair in pairs]
+    print(table_of(rows))
+    summary = summary_of(rows)
+    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
+    print(_table(results))
+    right = sum(result["is_right"] for result in results)
+    print(f"right in {right} of {len(results)} cases; {time.perf_counter() - began:.0f} s")
+    found = {"cases": results, "rows": rows, "summary": summary, "right": right}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"wrote {options.json}")
+    return 0
+
+
+def _key(case: Case) -> tuple[str, int]:
+    return case.model, case.devices
+
+
+def _plans(devices: int) -> list[str]:
+    plans = [CHOSEN]
+    for mesh in FAMILIES[devices]:
+        levels = ZERO if mesh == f"data={devices}" else ()
+        plans += [f"{mesh}:zero={level}" for level in levels] or [mesh]
+    return plans
+
+
+def _compare(
+    planned: Sequence[Planned], workers: Workers, options: argparse.Namespace
+) -> tuple[dict[str, Any], list[Pair]]:
+    """The case's figures, and all its pairs; a plan that was found twice runs once."""
+    pairs: dict[str, Pair] = {}
+    same: dict[str, str] = {}
+    for entry in planned:
+        if entry.planned is not None:
+            key = "".join(print_program(replace(p, plan_hash="")) for p in entry.planned.programs)
+            pairs.setdefault(key, Pair(entry, "plain"))
+            same[entry.case.plan] = key
+    _run(list(pairs.values()), workers, options)
+    medians = {
+        name: statistics.median(s for part in pairs[key].rounds for s in part.seconds)
+        for name, key in same.items()
+    }
+    others = {name: seconds for name, seconds in medians.items() if name != CHOSEN}
+    fastest = min(others, key=others.__getitem__)
+    behind = medians[CHOSEN] / medians[fastest] - 1.0
+    chosen = pairs[same[CHOSEN]].planned.planned
+    assert chosen is not None
+    result = {
+        "chosen": f"{chosen.plan.mesh or 'one device'}, ZeRO {chosen.plan.zero_level}, "
+        f"{chosen.plan.num_microbatches} microbatches",
+        "chosen_seconds": medians[CHOSEN],
+        "fastest": fastest,
+        "fastest_seconds": medians[fastest],
+        "behind": behind,
+        "is_right": behind <= ENOUGH,
+        "medians": medians,
+        "without_plan": {e.case.plan: e.error for e in planned if e.planned is None},
+    }
+    return result, list(pairs.values())
+
+
+def _run(pairs: Sequence[Pair], workers: Workers, options: argparse.Namespace) -> None:
+    """All of `pairs` in turns, twice `options.repeats` rounds."""
+    at_once = max(1, (os.cpu_count() or 1) // (2 * max(p.planned.case.devices for p in pairs)))
+    with ThreadPoolExecutor(at_once) as pool:
+        running = list(pool.map(lambda item: _start(*item, workers), enumerate(pairs)))
+    for _ in range(2):
+        seconds: list[list[float]] = [[] for _ in pairs]
+        for turn in range(WARM_UP + options.repeats):
+            first = turn % len(pairs)
+            for place in (*range(first, len(pairs)), *range(first)):
+                seconds[place].append(_step(running[place]))
+        for pair, found in zip(pairs, seconds, strict=True):
+            pair.rounds.append(Measured(tuple(found[WARM_UP:])))
+    for pair, parallel in zip(pairs, running, strict=True):
+        pair.peaks = measure_memory(parallel, parallel.planned)
+
+
+def _start(number: int, pair: Pair, workers: Workers) -> Parallel:
+    planned = pair.planned.planned
+    assert planned is not None
+    return workers.parallel(planned, number)
+
+
+def _step(parallel: Parallel) -> float:
+    args, kwargs = parallel.planned.call
+    begin = time.perf_counter()
+    parallel.train_step(*args, **kwargs)
+    return time.perf_counter() - begin
+
+
+def _table(results: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"{'model':9} {'devices':>7} {'chosen':48} {'ms':>8} {'fastest of the others':26} "
+        f"{'ms':>8} {'behind':>7}  right"
+    ]
+    for result in results:
+        lines.append(
+            f"{result['model']:9} {result['devices']:>7} {result['chosen']:48} "
+            f"{result['chosen_seconds'] * 1e3:>8.1f} {result['fastest']:26} "
+            f"{result['fastest_seconds'] * 1e3:>8.1f} {result['behind']:>+7.1%}  "
+            f"{'yes' if result['is_right'] else 'no'}"
+        )
+    return "\n".join(lines)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parse() -> argparse.Namespace:
+    def cases(text: str) -> list[tuple[str, int]]:
+        pairs = [entry.split(":") for entry in text.split(",")]
+        return sorted(((model, int(size)) for model, size in pairs), key=lambda case: case[1])
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--cases", type=cases, default=CASES, help=f"of {', '.join(ON_CPU)}; default: {CASES}"
+    )
+    parser.add_argument("--profile", choices=("off", "blocks", "ops"), default="off")
+    parser.add_argument("--cluster", help="a cluster file of as many devices at least")
+    parser.add_argument("--repeats", type=int, default=6, help="measured steps of each half")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2))
+    parser.add_argument("--json", type=Path, default=Path("out/choice.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
