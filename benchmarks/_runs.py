@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import re
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import gpu_llama
@@ -24,13 +27,15 @@ from _workloads import ON_CPU, ON_CUDA, Workload
 from torch import nn
 
 from cutset.compiler.api import plan_model
+from cutset.compiler.calibrate import calibrate, local_devices
+from cutset.compiler.calibration_text import calibration_file
 from cutset.compiler.ir.cluster import Cluster
 from cutset.compiler.ir.errors import CutsetError
 from cutset.compiler.ir.trace import TraceEvent
 from cutset.compiler.parallel import Parallel, RunOptions
 from cutset.compiler.planned import PlannedModel
 from cutset.compiler.ranks import start_workers
-from cutset.cost_models import simulate
+from cutset.cost_models import parse_devices, simulate
 from cutset.cost_models.simulator import Simulation
 from cutset.runtime.session import LocalSession
 
@@ -39,12 +44,14 @@ __all__ = [
     "Measured",
     "Planned",
     "Workers",
+    "make_ready",
     "measure_memory",
     "measure_steps",
     "narrowed",
     "phase_seconds",
     "plan_all",
     "record_trace",
+    "say",
 ]
 
 WARM_UP = 2
@@ -97,6 +104,28 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
     listed = list(parameters)
     on_cuda = listed[0].dtype is torch.bfloat16
     return torch.optim.AdamW(listed, lr=1e-4, fused=on_cuda or None)
+
+
+def make_ready(file: str | None, backend: str, devices: int, output: Path) -> Cluster:
+    """The cluster of a file, or of the devices of this machine, calibrated, which goes to `output`.
+
+    This process and those that it starts keep to one processor of each core, from now on.
+    """
+    torch.set_num_threads(1)
+    if backend == "cpu":
+        os.sched_setaffinity(0, separate_cores())
+    if file is not None:
+        return parse_devices(file)
+    found = calibrate(local_devices(f"{backend}:{devices}"), progress=say)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(calibration_file(found, format="toml"))
+    say(f"calibrated in {found.seconds:.0f} s: {output}")
+    return found.cluster
+
+
+def say(line: str) -> None:
+    """Tell of progress."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def narrowed(cluster: Cluster, devices: int) -> Cluster:
@@ -159,8 +188,10 @@ class Workers(contextlib.ExitStack):
             cluster, types=tuple(_of_one_thread(entry) for entry in cluster.types), local=True
         )
         self._sessions: dict[tuple[int, int], LocalSession] = {}
+        allowed = sorted(os.sched_getaffinity(0))
+        count = len(cluster.devices)
         on_cpu = all(entry.backend == "cpu" for entry in cluster.types)
-        self.cores = separate_cores(len(cluster.devices)) if on_cpu else ()
+        self.cores = tuple(allowed[:count]) if on_cpu and len(allowed) >= 2 * count else ()
 
     def session(self, num_ranks: int, number: int = 0) -> LocalSession:
         """Workers for so many ranks, the same for the same `number`; others, if one has failed."""

@@ -26,14 +26,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from _report import Pair, row_of, summary_of, table_of
-from _runs import WARM_UP, Case, Measured, Planned, Workers, measure_memory, plan_all
+from _runs import (
+    WARM_UP,
+    Case,
+    Measured,
+    Planned,
+    Workers,
+    make_ready,
+    measure_memory,
+    plan_all,
+    say,
+)
 from _workloads import ON_CPU
 
 from cutset.compiler.ir.text import print_program
 from cutset.compiler.parallel import Parallel
-from cutset.cost_models import parse_devices
 
 CHOSEN = "auto"
 CASES = "gpt2:2,llama:4,bert:2,t5:4,vit:2,mixtral:4,unet:2,resnet:4"
@@ -55,20 +63,19 @@ ZERO = (0, 1, 2, 3)
 
 def main() -> int:
     options = _parse()
-    torch.set_num_threads(1)
     began = time.perf_counter()
     count = max(devices for _, devices in options.cases)
-    cluster = parse_devices(options.cluster or f"cpu:{count}")
+    cluster = make_ready(options.cluster, "cpu", count, options.json.with_name("cluster.toml"))
     cases = [Case(model, size, plan) for model, size in options.cases for plan in _plans(size)]
     planned = []
     for found in plan_all(cases, cluster, profile=options.profile, jobs=options.jobs):
-        _say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
+        say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
         planned.append(found)
     results, rows = [], []
     with Workers(cluster) as workers:
         for case, group in itertools.groupby(planned, key=lambda entry: _key(entry.case)):
             result, pairs = _compare(list(group), workers, options)
-            _say(f"{case[0]} on {case[1]}: {time.perf_counter() - began:.0f} s")
+            say(f"{case[0]} on {case[1]}: {time.perf_counter() - began:.0f} s")
             results.append({"model": case[0], "devices": case[1], **result})
             rows += [row_of(pair) for pair in pairs]
     print(table_of(rows))
@@ -176,10 +183,6 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _parse() -> argparse.Namespace:
     def cases(text: str) -> list[tuple[str, int]]:
         pairs = [entry.split(":") for entry in text.split(",")]
@@ -190,7 +193,9 @@ def _parse() -> argparse.Namespace:
         "--cases", type=cases, default=CASES, help=f"of {', '.join(ON_CPU)}; default: {CASES}"
     )
     parser.add_argument("--profile", choices=("off", "blocks", "ops"), default="off")
-    parser.add_argument("--cluster", help="a cluster file of as many devices at least")
+    parser.add_argument(
+        "--cluster", help="a cluster file of as many devices at least; default: calibrate"
+    )
     parser.add_argument("--repeats", type=int, default=6, help="measured steps of each half")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     parser.add_argument("--json", type=Path, default=Path("out/choice.json"))

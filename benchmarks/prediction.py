@@ -9,7 +9,8 @@ difference between the two is the noise of the machine, which no prediction can 
 Memory is the peak of every rank in one step, by the allocator's events, against the planner's
 bound. Prints a table and writes it as JSON, with a picture beside it.
 
-On CPUs each worker needs a core of its own, and the driver one more.
+Costs are those of a cluster file, or of these devices, which are calibrated first. On CPUs each
+worker has a core of its own where there are as many again for threads that carry messages.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from _report import Pair, row_of, summary_of, table_of, write
 from _runs import (
     Case,
     Workers,
+    make_ready,
     measure_memory,
     measure_steps,
     phase_seconds,
     plan_all,
     record_trace,
+    say,
 )
 from _workloads import ON_CPU, ON_CUDA
-
-from cutset.cost_models import parse_devices
 
 PLANS = {  # by number of devices: for every model, then for some in turn
     1: (("auto",), ()),
@@ -57,12 +58,16 @@ VARIANTS = {
 
 def main() -> int:
     options = _parse()
-    torch.set_num_threads(1)
     began = time.perf_counter()
-    cluster = parse_devices(options.cluster or f"{options.backend}:{max(options.devices)}")
+    cluster = make_ready(
+        options.cluster,
+        options.backend,
+        max(options.devices),
+        options.json.with_name("cluster.toml"),
+    )
     planned = []
     for found in plan_all(_cases(options), cluster, profile=options.profile, jobs=options.jobs):
-        _say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
+        say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
         planned.append(found)
     pairs = [
         Pair(entry, variant, error=entry.error) for entry in planned for variant in options.variants
@@ -112,11 +117,7 @@ def _measure(pair: Pair, workers: Workers, repeats: int, *, last: bool) -> None:
             pair.peaks = measure_memory(parallel, planned)
     except Exception as error:  # the other pairs are still worth measuring
         pair.error = f"{type(error).__name__}: {error}"
-    _say(f"{pair.title}: {pair.error or f'ran in {time.perf_counter() - began:.1f} s'}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(f"{pair.title}: {pair.error or f'ran in {time.perf_counter() - began:.1f} s'}")
 
 
 def _parse() -> argparse.Namespace:
@@ -133,7 +134,9 @@ def _parse() -> argparse.Namespace:
         help="separated by `;`: a mesh or auto, then pinned decisions, as data=4:zero=2",
     )
     parser.add_argument("--profile", choices=("off", "blocks", "ops"), default="off")
-    parser.add_argument("--cluster", help="a cluster file of as many devices at least")
+    parser.add_argument(
+        "--cluster", help="a cluster file of as many devices at least; default: calibrate"
+    )
     parser.add_argument("--repeats", type=int, default=8, help="measured steps of a round")
     parser.add_argument("--variants", type=names, help=", ".join(VARIANTS))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2))
