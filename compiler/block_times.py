@@ -137,7 +137,7 @@ class BlockTimes:
     """What is known of a cluster's devices; grows as graphs are looked at.
 
     Args:
-        cluster: without corrections.
+        cluster: whose corrections, if it has some, do not count.
         database: where times are looked up and kept.
         measurer: of what is not known.
         say: receives progress.
@@ -153,7 +153,8 @@ class BlockTimes:
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._cluster = cluster
+        types = tuple(replace(entry, corrections=None) for entry in cluster.types)
+        self._cluster = replace(cluster, types=types)
         self._options = options
         self._database = database
         self._measurer = measurer
@@ -165,6 +166,11 @@ class BlockTimes:
         self.spent_seconds = 0.0
         self.num_measured = 0
         self.num_known = 0
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster without corrections."""
+        return self._cluster
 
     @property
     def kind(self) -> str:

@@ -61,10 +61,11 @@ def _way(mesh: str, count: int) -> str:
 def _line(block: ProfiledBlock) -> str:
     path = block.path or "of no module"
     path = path if len(path) <= _PATH else f"...{path[3 - _PATH :]}"
-    ratio = sum(block.measured) / sum(block.predicted) if sum(block.predicted) else 0.0
+    predicted = sum(block.predicted)
+    times = f"  ({sum(block.measured) / predicted:.2f} times)" if predicted else ""
     return (
         f"  {path:<{_PATH}} {block.count:>5}  {_phases(block.predicted):<30}  "
-        f"{_phases(block.measured)}  ({ratio:.2f} times)"
+        f"{_phases(block.measured)}{times}"
     )
 
 

@@ -5,7 +5,7 @@
    that come close to it. They correct the prices of their operators and, less surely, of operators
    like them (`cost_models/corrections.py`).
 3. A plan is searched by what is known. If it or an alternative that comes close has parts that are
-   not known, go on with 2.
+   not known, go on with 2; what an alternative has is looked at once.
 
 So the plan in the end is one whose own parts were measured, and no alternative looked better by
 guesses. Only the time of measuring counts against the budget: with the same database, the same
@@ -46,12 +46,14 @@ def search_measured(planning: Planning, options: PlanOptions, times: BlockTimes)
     Raises:
         See `Planning.search`; RuntimeFailure: a worker failed.
     """
+    planning.cluster = times.cluster
     first = found = planning.search_once(options)
+    seen: set[tuple[Mesh, int]] = set()
     rounds, ended = 0, ""
     while not ended:
         known = times.num_parts
         complete = True
-        for item in _leading(planning, found, options):
+        for item in _leading(planning, found, options, seen):
             complete = _learn(item, options, times) and complete
         if times.num_parts == known:
             ended = "all parts of the plan and of what comes close to it are measured"
@@ -81,15 +83,20 @@ def search_measured(planning: Planning, options: PlanOptions, times: BlockTimes)
     return captured, replace(plan, profile=report, certificate=_named(plan, times))
 
 
-def _leading(planning: Planning, found: _Found, options: PlanOptions) -> Iterator[_Found]:
-    """The plan, and plans for the alternatives that come close to it."""
+def _leading(
+    planning: Planning, found: _Found, options: PlanOptions, seen: set[tuple[Mesh, int]]
+) -> Iterator[_Found]:
+    """The plan, and plans for the alternatives that come close to it and are not `seen` yet."""
     yield found
     plan = found[1]
     assert plan.prediction is not None
     limit = _CLOSE * plan.prediction.step_seconds
+    seen.add((plan.mesh, plan.num_microbatches))
     close = [item for item in plan.alternatives if item.fits and item.step_seconds <= limit]
     for item in close[:_MOST_ALTERNATIVES]:
-        other = _plan_on(planning, item, options)
+        key = item.mesh, item.num_microbatches
+        other = None if key in seen else _plan_on(planning, item, options)
+        seen.add(key)
         if other is not None:
             yield other
 

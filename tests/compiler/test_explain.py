@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from cutset.compiler.explain import boundaries, explain, explain_json
+from cutset.compiler.explain_profile import profile_text
 from cutset.compiler.ir.errors import VerificationError
-from cutset.compiler.ir.plan import Stage
+from cutset.compiler.ir.mesh import Mesh
+from cutset.compiler.ir.plan import Alternative, ProfiledBlock, ProfileReport, Stage
 from cutset.compiler.ir.schedule import Action, Schedule
 from cutset.compiler.module_names import block_of, modules_of_stages
 from cutset.compiler.timeline import ideal_seconds, ideal_simulation
@@ -134,3 +136,26 @@ def test_a_schedule_that_waits_for_itself_is_named() -> None:
     stuck = replace(ONE_F_ONE_B, ranks=((Action.parse("B0.0"),), ONE_F_ONE_B.ranks[1]))
     with pytest.raises(VerificationError, match=r"B0\.0 waits for an action"):
         ideal_seconds(stuck, (1.0, 1.0), (2.0, 2.0))
+
+
+def test_what_measuring_changed(golden: Golden) -> None:
+    report = ProfileReport(
+        kind="blocks",
+        rounds=2,
+        num_measured=3,
+        num_known=1,
+        seconds=4.25,
+        ended="all parts of the plan and of what comes close to it are measured",
+        changed=("mesh", "layouts"),
+        first=Alternative(Mesh.parse("tensor=2"), 1, 0, 0.02, True),
+        first_seconds=0.05,
+        blocks=(
+            ProfiledBlock("head", "cpu", 4, 1, (0.001, 0.0, 0.002), (0.002, 0.0, 0.001)),
+            ProfiledBlock(
+                "model.decoder.layers.0.attention", "cpu", 30, 6, (0.01, 0.01, 0.01), (0.02,) * 3
+            ),
+            ProfiledBlock("", "cpu", 1, 2, (0.0, 0.0, 0.0), (1e-5, 0.0, 0.0)),
+        ),
+    )
+    plan = replace(plan_of(mlp(num_layers=2), (0, 1), (2, 3, 4)), profile=report)
+    golden("explain/profile.txt", profile_text(plan))
