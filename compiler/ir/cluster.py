@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from .corrections import Corrections
+from .corrections import PHASES, Corrections
 from .errors import ClusterError
 from .types import dtype_name
 
@@ -32,9 +32,6 @@ __all__ = [
 
 CURVES = ("matmul", "attention", "convolution", "memory")
 """What a `RateCurve` may be of."""
-
-PHASES = ("forward", "backward_input", "backward_weight")
-"""What an `OpCost` may be of: results, gradients of activations, gradients of parameters."""
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 """Collectives that a link may have figures of its own for."""

@@ -28,6 +28,8 @@ __all__ = [
 GRADIENT, WEIGHT = "^", "w"
 
 PHASES = ("forward", "backward_input", "backward_weight")
+"""What of an operator takes time: results, gradients of activations, gradients of parameters."""
+
 LARGEST_FACTOR = 1e4
 _SEPARATOR = " | "
 _ABSENT = "-"
