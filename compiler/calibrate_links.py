@@ -60,7 +60,10 @@ class _Links:
     ) -> tuple[tuple[LinkRule, ...], tuple[Quality, ...]]:
         count = len(self._cluster.devices)
         groups = self._groups()
-        every = sorted({ranks for own in groups.values() for ranks in own})
+        every = sorted(
+            {ranks for own in groups.values() for ranks in own}
+            | {(min(pair), max(pair)) for own in self._pairs().values() for pair in own}
+        )
         programs = [
             {"program": print_program(_meeting(rank, count, every))} for rank in range(count)
         ]
