@@ -1,14 +1,15 @@
 """Times of the parts of local graphs: read from the database or measured, and as corrections.
 
-Each distinct part (`profile_parts.py`) is measured once, on a worker of every device of the cluster
-at the same time, as they will run; where devices are of one type the mean counts. The operators of
-a part share the factor between what it took and what it is predicted to take by the rates,
-collectives apart; an operator in several parts has their mean.
+Each distinct part (`profile_parts.py`) that takes more than next to nothing is measured once, on a
+worker of every device of the cluster at the same time, as they will run; where devices are of one
+type the mean counts. The operators of a part share the factor between what it took and what it is
+predicted to take by the rates, collectives apart; an operator in several parts has their mean.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -40,6 +41,7 @@ __all__ = ["BlockTimes", "BlockWorkers", "Measurer", "Phases", "ProfileOptions"]
 
 _FACTORY = "cutset.runtime.profiler:Profiler"
 _TIMEOUT_SECONDS = 300.0
+_LEAST_SHARE = 1e-3  # of the graph's time, for a part to be measured
 _MOST_COPIES = 16
 _WORKING_SET_BYTES = 32 << 20  # of all copies: more than one worker has of the caches
 Phases = tuple[float, float, float]
@@ -188,13 +190,14 @@ class BlockTimes:
         return self.spent_seconds >= self._options.seconds
 
     def learn(self, graph: Graph, mesh: Mesh, network: Network | None) -> bool:
-        """Get the times of all parts of `graph`; False if the budget ended before.
+        """Get the times of the parts of `graph` that count, the longest first; False if the budget
+        ended before.
 
         Args:
             mesh: the axes of its collectives.
             network: who meets there.
         """
-        parts = parts_of(graph, mesh, self._options.kind)
+        parts = self._parts(graph, mesh, network)
         missing = [part for part in parts if not self._look_up(part)]
         if missing and not self.is_spent:
             self._say(
@@ -207,6 +210,20 @@ class BlockTimes:
             self._measure(part, f"{number} of {len(missing)}")
         self._share(graph, network, parts)
         return all((part.digest, name) in self._seconds for part in parts for name in self._types)
+
+    def _parts(self, graph: Graph, mesh: Mesh, network: Network | None) -> tuple[Part, ...]:
+        """The parts of `graph`, by what they are predicted to take on any type of device, without
+        those that take next to nothing."""
+        seconds: Counter[str] = Counter()
+        parts = parts_of(graph, mesh, self._options.kind)
+        for index in self._types.values():
+            costs = price(graph, self._cluster.type_of(index), network=network)
+            own = {part.digest: part.count * sum(_phases(part, costs)) for part in parts}
+            whole = sum(own.values())
+            for digest, amount in own.items():
+                seconds[digest] = max(seconds[digest], amount / whole if whole else 0.0)
+        kept = [part for part in parts if seconds[part.digest] >= _LEAST_SHARE]
+        return tuple(sorted(kept, key=lambda part: -seconds[part.digest]))
 
     @property
     def _noun(self) -> str:
@@ -284,7 +301,7 @@ class BlockTimes:
         table = []
         for name, index in sorted(self._types.items()):
             costs = price(graph, self._cluster.type_of(index), network=network)
-            for part in parts_of(graph, mesh, self._options.kind):
+            for part in self._parts(graph, mesh, network):
                 if (part.digest, name) not in self._seconds:
                     continue
                 table.append(
