@@ -9,7 +9,6 @@ predicted to take by the rates, collectives apart; an operator in several parts 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -214,16 +213,17 @@ class BlockTimes:
     def _parts(self, graph: Graph, mesh: Mesh, network: Network | None) -> tuple[Part, ...]:
         """The parts of `graph`, by what they are predicted to take on any type of device, without
         those that take next to nothing."""
-        seconds: Counter[str] = Counter()
+        shares: dict[str, float] = {}  # of the graph's time
         parts = parts_of(graph, mesh, self._options.kind)
         for index in self._types.values():
             costs = price(graph, self._cluster.type_of(index), network=network)
             own = {part.digest: part.count * sum(_phases(part, costs)) for part in parts}
             whole = sum(own.values())
             for digest, amount in own.items():
-                seconds[digest] = max(seconds[digest], amount / whole if whole else 0.0)
-        kept = [part for part in parts if seconds[part.digest] >= _LEAST_SHARE]
-        return tuple(sorted(kept, key=lambda part: -seconds[part.digest]))
+                share = amount / whole if whole else 0.0
+                shares[digest] = max(shares.get(digest, 0.0), share)
+        kept = [part for part in parts if shares[part.digest] >= _LEAST_SHARE]
+        return tuple(sorted(kept, key=lambda part: -shares[part.digest]))
 
     @property
     def _noun(self) -> str:
