@@ -6,7 +6,8 @@ What a rank holds while a step runs:
 * per microbatch in flight, what its backward will read (`saved`), each storage once;
 * while F, B or W of one microbatch runs, its transients: activations and gradients that live a
   while, results, and gradients that B leaves for W;
-* messages: receives posted one action ahead, sends under way; the whole batch of user inputs;
+* messages: receives posted one action ahead, sends under way (`compiler/ir/messages.py`); the
+  whole batch of user inputs;
 * when no activation is left: buckets in which gradients are summed, as many as may be under way;
   at the optimizer step, its own temporaries; then buckets that gather updated parameters.
 
@@ -33,6 +34,7 @@ from ..compiler.ir.buckets import (
 )
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.memo import once_per_object
+from ..compiler.ir.messages import MAX_SENDS_UNDER_WAY
 from ..compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
 from .adjoint_types import Adjoint, NodeContext
 from .adjoints import adjoint
@@ -43,9 +45,9 @@ from .liveness import live_bytes
 from .parameters import ParameterFigures
 from .recompute import nodes_with_inputs
 
-_GLOO_MESSAGES = 8
 _CUBLAS_BYTES = 2 * 2**25  # torch gives it 32 MiB a stream on Hopper; graphs have a stream
 _MARGIN, _MARGIN_BYTES = 0.025, 1024
+_CUDA_BLOCK_BYTES = 512  # sizes are rounded up to it
 
 __all__ = [
     "ActionMemory",
@@ -379,8 +381,11 @@ def stage_memory(
             one_sum + max(actions.part_bytes[1:2], default=0.0),
             sums + max(actions.part_bytes[2:], default=0.0),
         )
-    # scalars, rows of statistics and rounding by allocators are not modelled one by one
+    # scalars and rows of statistics are not modelled one by one
     margin = _MARGIN * (activations + actions.peak_bytes - saved + messages) + _MARGIN_BYTES
+    if model.backend == "cuda":
+        margin += _rounding(steps.saved.values()) * max(in_flight, 1) if train else 0.0
+        margin += _held_rounding(trained, figures, optimizer)
     transient = max(actions.peak_bytes - saved, closing - activations) + margin
     return MemoryPrediction(
         device=device,
@@ -391,7 +396,27 @@ def stage_memory(
         transients_bytes=math.ceil(transient),
         communication_bytes=math.ceil(messages),
         host_bytes=sum(entry.host_bytes for entry in figures.values()),
+        library_bytes=library_bytes(model.backend),
     )
+
+
+def _rounding(sizes: Iterable[float]) -> float:
+    """What the CUDA allocator gives tensors of `sizes` beyond what they ask for."""
+    return sum(-size % _CUDA_BLOCK_BYTES for size in sizes)
+
+
+def _held_rounding(
+    trained: Mapping[int, float],
+    figures: Mapping[int, ParameterFigures],
+    optimizer: OptimizerModel,
+) -> float:
+    """The same of parameters, gradients and as many states as the optimizer keeps."""
+    num_states = math.ceil(optimizer.state_bytes_per_parameter_byte)
+    states = [
+        entry.state_bytes / num_states for entry in figures.values() for _ in range(num_states)
+    ]
+    gradients = [float(entry.gradient_bytes) for entry in figures.values()]
+    return _rounding([*trained.values(), *gradients, *states])
 
 
 def _graph_inputs(model: MemoryModel, steps: StageSteps, nodes: tuple[int, ...]) -> float:
@@ -403,7 +428,11 @@ def _graph_inputs(model: MemoryModel, steps: StageSteps, nodes: tuple[int, ...])
 
 
 def library_bytes(backend: str) -> int:
-    """What libraries keep on a device beside a plan's own bytes, however small the plan is."""
+    """What libraries allocate on a device beside a plan's own bytes, however small the plan is.
+
+    It is not held against the memory that a device has for plans: presets and clusters of this
+    machine leave room for it, as for segments of which the allocator uses a part.
+    """
     return _CUBLAS_BYTES if backend == "cuda" else 0
 
 
@@ -542,10 +571,10 @@ def _messages(
 ) -> float:
     """Receives posted ahead, sends under way, user inputs and outputs of the whole batch.
 
-    Gloo does not tell when a message has left, so a rank keeps up to eight to each other rank.
+    A rank does not see at once that a message has left, so it keeps several to each other rank.
     """
     ahead = max(sum(steps.received.values()), sum(steps.arriving.values()))
-    held = min(num_microbatches, _GLOO_MESSAGES) if model.backend == "cpu" else 0
+    held = min(num_microbatches, MAX_SENDS_UNDER_WAY)
     under_way = steps.sent_bytes * max(in_flight - 1, held, 1)
     under_way += sum(steps.returned.values()) * max(held, 1)
     read = {value for node in nodes for value in model.graph.nodes[node].inputs}

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ..compiler.ir.errors import RuntimeFailure, WaitTimeout
+from ..compiler.ir.messages import MAX_SENDS_UNDER_WAY
 from ..compiler.ir.program import Program
 from ..compiler.ir.types import TensorType
 from . import torch_collectives as collectives
@@ -41,7 +42,7 @@ _OPERATIONS = {
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
 }
-_MAX_OUTSTANDING = 8  # gloo sends to one rank
+_POLL_SECONDS = 5e-5
 _CHANNELS_OF_LINK = 4
 _UNUSED_TAG = (1 << 31) - 1  # nobody sends with it
 _FIRST_TAG, _NUM_TAGS = 1 << 30, 1 << 29  # of messages that make up collectives
@@ -82,7 +83,7 @@ class TorchCommunicator:
         self._links: dict[tuple[int, int], _Group] = {}  # NCCL groups by (sender, receiver)
         self._groups: dict[tuple[int, ...], tuple[str, _Group]] = {}  # backend and group
         self._groups[tuple(range(num_ranks))] = ("gloo", gloo)
-        self._outstanding: dict[int, deque[TorchPending]] = {}  # gloo sends by receiver
+        self._outstanding: dict[int, deque[TorchPending]] = {}  # sends by receiver
         self._turns: Counter[tuple[int, ...]] = Counter()  # collectives made of messages
 
     @property
@@ -175,26 +176,31 @@ class TorchCommunicator:
         self._check_device(tensor, label)
         group = self._links.get((self._rank, peer))
         wait = self._wait(f"rank {peer} to take {label}", group)
+        self._make_room(peer)
         buffer = tensor.detach().contiguous()
         if group is not None:
             work = self._post(lambda: dist.isend(buffer, peer, group=group), label)
-            return TorchPending(work, wait, buffer, _nothing)
-        self._make_room(peer)
-        buffer = _on_host(buffer)
-        work = self._post(lambda: dist.isend(buffer, peer, group=self._gloo, tag=tag), label)
+        else:
+            buffer = _on_host(buffer)
+            work = self._post(lambda: dist.isend(buffer, peer, group=self._gloo, tag=tag), label)
         pending = TorchPending(work, wait, buffer, _nothing)
         self._outstanding.setdefault(peer, deque()).append(pending)
         return pending
 
     def _make_room(self, peer: int) -> None:
-        """Bound the tensors that wait to leave, as gloo does not tell when one has left.
+        """Bound the tensors that wait to leave, as senders keep them until they see that they have.
 
-        Waiting for an old message cannot deadlock: programs are proven to run even if every send
-        blocked until its receive is posted.
+        Gloo does not tell when one has left, and over NCCL the host runs ahead of the device: there
+        it waits by asking, so that the device's stream does not. Waiting for an old message cannot
+        deadlock: programs are proven to run even if every send blocked until its receive is posted.
         """
         outstanding = self._outstanding.get(peer, deque())
-        while outstanding and (outstanding[0].done() or len(outstanding) >= _MAX_OUTSTANDING):
-            outstanding.popleft().wait()
+        while outstanding and (outstanding[0].done() or len(outstanding) >= MAX_SENDS_UNDER_WAY):
+            oldest = outstanding.popleft()
+            if oldest.blocks_host:
+                oldest.wait()
+            else:
+                oldest.wait_on_host(_POLL_SECONDS)
 
     def recv(self, type: TensorType, peer: int, tag: int, *, label: str) -> TorchPending:
         group = self._links.get((peer, self._rank))

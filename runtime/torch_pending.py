@@ -48,6 +48,23 @@ class TorchPending:
         """Gloo does not tell before it was waited for: False until then."""
         return self._work is None or (not self._wait.blocks_host and self._work.is_completed())
 
+    @property
+    def blocks_host(self) -> bool:
+        """Whether `wait` waits for the end, and does not only put it in order before later work."""
+        return self._wait.blocks_host
+
+    def wait_on_host(self, poll_seconds: float) -> None:
+        """Wait for the end of what `wait` would only put in order.
+
+        Raises:
+            WaitTimeout: it takes longer than the limit.
+        """
+        began = time.monotonic()
+        while not self.done():
+            if time.monotonic() - began > self._wait.limit_seconds:
+                raise _too_long(self._wait, self._wait.limit_seconds)
+            time.sleep(poll_seconds)
+
     def wait(self, timeout_seconds: float | None = None) -> torch.Tensor | None:
         if self._work is not None:
             assert self._buffer is not None and self._finish is not None
@@ -68,10 +85,14 @@ class TorchPending:
         except RuntimeError as error:
             waited = time.monotonic() - began
             if "timed out" in str(error).lower() or waited >= limit:
-                raise WaitTimeout(
-                    f"waited {limit:g} s for {self._wait.description}",
-                    ways_out=("raise timeout_seconds if the other rank is merely slow",),
-                ) from error
+                raise _too_long(self._wait, limit) from error
             raise PeerLost(
                 f"the connection broke while waiting for {self._wait.description}"
             ) from error
+
+
+def _too_long(wait: Wait, limit_seconds: float) -> WaitTimeout:
+    return WaitTimeout(
+        f"waited {limit_seconds:g} s for {wait.description}",
+        ways_out=("raise timeout_seconds if the other rank is merely slow",),
+    )

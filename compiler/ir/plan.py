@@ -155,8 +155,12 @@ class NodeLayout:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPrediction:
-    """Upper bound of a device's memory, by part, in bytes; `host_bytes` of what is offloaded lie in
-    the memory of its host and are not in the total."""
+    """Upper bound of a device's memory, by part, in bytes.
+
+    `host_bytes` of what is offloaded lie in the memory of its host and are not in the total, which
+    is what the plan takes of the memory that the device has for plans. The allocator may show more
+    by `library_bytes`: what libraries allocate for themselves through it.
+    """
 
     device: int
     parameters_bytes: int
@@ -166,6 +170,12 @@ class MemoryPrediction:
     transients_bytes: int
     communication_bytes: int
     host_bytes: int = 0
+    library_bytes: int = 0
+
+    @property
+    def bound_bytes(self) -> int:
+        """The most that the device's allocator shows."""
+        return self.total_bytes + self.library_bytes
 
     @property
     def total_bytes(self) -> int:

@@ -20,6 +20,7 @@ from cutset.cost_models.liveness import Step, live_bytes
 from cutset.cost_models.memory import (
     action_memory,
     consuming_stages,
+    library_bytes,
     memory_model,
     memory_profile,
     stage_memory,
@@ -66,9 +67,10 @@ def test_a_stage_by_hand() -> None:
     own copy), 128 a microbatch. W: beside it the arriving gradient and the one before relu, 256;
     the weight gradient is added in place. Optimizer: twice the largest parameter on the way, 512,
     when no activation is left: 512 - 256 more than those. Messages: the arriving gradient posted
-    ahead 128, one result under way 128, four microbatches of input 512; CUDA graphs of the two
+    ahead 128, four results under way 512, four microbatches of input 512; CUDA graphs of the two
     microbatches keep an input, a result and its gradient each. The margin is 2.5 % of activations
-    256, transients 256 and messages, and 1 KiB.
+    256, transients 256 and messages, 1 KiB, and what rounding to 512 bytes adds to the parameter,
+    its gradient, its two states (256 each) and what is saved (384 a microbatch).
     """
     memory = stage_memory(
         two_layers(), [0, 1], in_flight=2, optimizer=ADAMW, device=3, num_microbatches=4,
@@ -78,13 +80,14 @@ def test_a_stage_by_hand() -> None:
     assert memory.parameters_bytes == memory.gradients_bytes == 256
     assert memory.optimizer_bytes == 512
     assert memory.activations_bytes == 2 * 128
-    messages = 128 + 128 + 512 + 2 * 3 * 128
-    margin = 0.025 * (256 + 256 + messages) + 1024
+    messages = 128 + 512 + 512 + 2 * 3 * 128
+    margin = 0.025 * (256 + 256 + messages) + 1024 + 4 * 256 + 2 * 384
     assert memory.transients_bytes == math.ceil(512 - 256 + margin)
     assert memory.communication_bytes == messages
+    assert memory.bound_bytes == memory.total_bytes + library_bytes("cuda") > memory.total_bytes
 
 
-def test_gloo_keeps_messages_until_there_are_eight() -> None:
+def test_ranks_keep_messages_until_there_are_eight() -> None:
     """A rank cannot tell that a message has left: up to eight results of 128 bytes are held."""
     few, many = (
         stage_memory(two_layers(), [0, 1], in_flight=2, optimizer=SGD, num_microbatches=number)
