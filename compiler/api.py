@@ -38,6 +38,7 @@ from .planned import ModelPlan, PlannedModel, build_programs
 from .planning import Planning
 from .profile_parts import PROFILES
 from .ranks import start_workers
+from .simulated import with_simulated_step
 from .weights import Weights
 
 __all__ = ["PlannedModel", "auto_partition", "compare_strategies", "plan_model"]
@@ -196,6 +197,8 @@ def plan_model(
             captured, chosen = planning.search(options)
         say("generate and verify programs")
         programs = build_programs(captured, chosen, clip_grad_norm)
+        if given is None:
+            chosen, programs = with_simulated_step(chosen, programs)
     return PlannedModel(
         model=model,
         captured=captured,

@@ -125,7 +125,7 @@ def _figures(name: str, plan: Plan, cluster: Cluster) -> StrategyFigures:
         mesh=str(plan.mesh) or "one device",
         zero=plan.zero_level,
         num_microbatches=plan.num_microbatches,
-        step_seconds=plan.prediction.step_seconds,
+        step_seconds=plan.objective_seconds,
         memory_bytes=fullest.total_bytes,
         limit_bytes=limit,
         fits=fullest.total_bytes <= limit,

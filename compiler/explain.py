@@ -10,11 +10,13 @@ from __future__ import annotations
 import statistics
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from ..cost_models.simulator import Simulation
 from ..cost_models.timeline import render_timeline
 from .explain_blocks import blocks_text, summarize_blocks
+from .explain_memory import peaks_json, peaks_text
 from .explain_mesh import (
     alternatives_json,
     alternatives_text,
@@ -29,6 +31,7 @@ from .explain_placement import busiest, placement_json, placement_text
 from .explain_profile import profile_json, profile_text
 from .ir.graph import Graph, ValueKind, producers, users
 from .ir.plan import MemoryPrediction, Objective, Plan, Stage
+from .ir.program import Program
 from .ir.stage_edges import schedule_edges
 from .module_names import modules_of_stages
 from .timeline import ideal_simulation
@@ -42,6 +45,7 @@ _LANES = 16  # ranks drawn of a schedule
 _MODULE_LINES = 3  # lines of module names in a box
 _WIDTH = 76
 _NEARLY_FULL = 0.9
+_NOTABLE = 0.03  # difference of two predictions that is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,9 @@ def _fullness(plan: Plan, entry: MemoryPrediction) -> float:
     return entry.total_bytes / plan.cluster.type_of(entry.device).memory_bytes
 
 
-def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
+def explain_json(
+    plan: Plan, graph: Graph | None = None, programs: Sequence[Program] = ()
+) -> dict[str, object]:
     """Everything that `explain` shows, as plain data."""
     prediction = plan.prediction
     return {
@@ -196,6 +202,8 @@ def explain_json(plan: Plan, graph: Graph | None = None) -> dict[str, object]:
         "schedule": str(plan.schedule) if plan.schedule else None,
         "step_seconds": prediction.step_seconds if prediction else None,
         "bubble_fraction": prediction.bubble_fraction if prediction else None,
+        "objective_seconds": plan.objective_seconds,
+        "peaks": peaks_json(plan, programs),
         "binding": list(binding(plan)),
         "constraint": constraint(plan),
         "blocks": [asdict(block) for block in summarize_blocks(plan, graph)] if graph else None,
@@ -213,10 +221,14 @@ def _stage_json(summary: StageSummary) -> dict[str, object]:
     return entry
 
 
-def explain(plan: Plan, graph: Graph | None = None) -> str:
-    """The plan in words and pictures, in plain ASCII, some 80 columns wide."""
+def explain(plan: Plan, graph: Graph | None = None, programs: Sequence[Program] = ()) -> str:
+    """The plan in words and pictures, in plain ASCII, some 80 columns wide.
+
+    Args:
+        programs: of the plan; with them, what each rank holds at its fullest is told.
+    """
     blocks = summarize_blocks(plan, graph) if graph is not None else ()
-    seconds = plan.prediction.step_seconds if plan.prediction else 0.0
+    seconds = plan.objective_seconds
     told = blocks_text(blocks, seconds)
     placed = plan.objective is not Objective.STEP
     parts = [
@@ -227,7 +239,7 @@ def explain(plan: Plan, graph: Graph | None = None) -> str:
     ]
     if plan.schedule is not None:
         parts.append(_schedule_text(plan, graph))
-    parts += [_figures_text(plan), profile_text(plan)]
+    parts += [peaks_text(plan, programs), _figures_text(plan), profile_text(plan)]
     if plan.warnings:
         parts.append("warnings\n" + "\n".join(f"  - {line}" for line in plan.warnings))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -356,6 +368,12 @@ def _figures_text(plan: Plan) -> str:
         seconds = plan.prediction.step_seconds
         rate = plan.batch_size / seconds if seconds > 0 else 0.0
         lines.append(f"predicted step  {seconds_text(seconds)}, {rate:.3g} rows a second")
+        planned = plan.objective_seconds
+        if seconds and abs(planned / seconds - 1.0) > _NOTABLE:
+            lines.append(
+                f"                simulated; the formula that planning minimises gives "
+                f"{seconds_text(planned)} ({planned / seconds - 1.0:+.1%})"
+            )
     lines.extend(f"what binds      {sentence}" for sentence in binding(plan))
     if constraint(plan):
         lines.append(f"constraint      {constraint(plan)}")

@@ -1,13 +1,20 @@
-"""What a rank holds when it holds the most, in words."""
+"""What ranks hold when they hold the most, in words."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from ..cost_models.memory_curve import MemoryPeak
+from .ir.plan import Plan
+from .ir.program import Program
+from .simulated import simulated
 from .words import bytes_text
 
-__all__ = ["peak_text"]
+__all__ = ["peak_text", "peaks_json", "peaks_text"]
+
+_MOST_RANKS = 8
 
 _WORK = {
     "F": "the forward",
@@ -36,6 +43,30 @@ def peak_text(peak: MemoryPeak, bound_bytes: int | None = None) -> str:
         parts.append(("margin to the bound", bound_bytes - peak.total_bytes))
     told = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts if size)
     return f"rank {peak.rank}: {bytes_text(peak.total_bytes)} during {_moment(peak.moment)}: {told}"
+
+
+def peaks_text(plan: Plan, programs: Sequence[Program]) -> str:
+    """The peak of each rank, the fullest first; empty if it is not known."""
+    peaks = sorted(_peaks(plan, programs), key=lambda peak: -peak.total_bytes)
+    if not peaks:
+        return ""
+    memory = plan.prediction.memory if plan.prediction is not None else ()
+    bounds = {entry.device: entry.total_bytes for entry in memory}
+    lines = [f"  {peak_text(peak, bounds.get(peak.rank))}" for peak in peaks[:_MOST_RANKS]]
+    if len(peaks) > _MOST_RANKS:
+        lines.append(f"  ... and {len(peaks) - _MOST_RANKS} more ranks")
+    return "\n".join(["memory at its fullest", *lines])
+
+
+def peaks_json(plan: Plan, programs: Sequence[Program]) -> list[dict[str, object]] | None:
+    """The same as plain data, in order of ranks; None if it is not known."""
+    peaks = _peaks(plan, programs)
+    return [{**asdict(peak), "total_bytes": peak.total_bytes} for peak in peaks] or None
+
+
+def _peaks(plan: Plan, programs: Sequence[Program]) -> tuple[MemoryPeak, ...]:
+    found = simulated(plan, programs)
+    return found.peaks if found is not None else ()
 
 
 def _moment(name: str) -> str:

@@ -134,7 +134,7 @@ def constraint(plan: Plan) -> str:
     faster = [
         entry
         for entry in plan.alternatives
-        if not entry.fits and entry.step_seconds < plan.prediction.step_seconds
+        if not entry.fits and entry.step_seconds < plan.objective_seconds
     ]
     if faster:
         first = min(faster, key=lambda entry: entry.step_seconds)
@@ -156,7 +156,7 @@ def alternatives_text(plan: Plan) -> str:
     lines = []
     for number, entry in enumerate(plan.alternatives):
         lead = "runner-up " if number == 0 else ""
-        ratio = entry.step_seconds / plan.prediction.step_seconds - 1.0
+        ratio = entry.step_seconds / plan.objective_seconds - 1.0
         fits = "" if entry.fits else ", does not fit"
         lines.append(
             f"{lead:<16}{_named(entry)}: {seconds_text(entry.step_seconds)} ({ratio:+.1%}){fits}"

@@ -422,7 +422,7 @@ class Parallel:
         """The plan in words and pictures."""
         from .explain import explain
 
-        return explain(self.plan, self._planned.captured.graph)
+        return explain(self.plan, self._planned.captured.graph, self._planned.programs)
 
     def close(self) -> None:
         """End the workers that this object started."""

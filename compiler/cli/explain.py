@@ -16,7 +16,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="FILE.py:FACTORY",
-        help="the model it was made for: adds modules and what crosses between stages",
+        help="the model it was made for: adds modules, what crosses between stages, and memory",
     )
     add_model_arguments(parser)
 
@@ -27,8 +27,12 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from .planned import planned_from
 
     plan = load_plan(options.plan)
-    graph = planned_from(options, plan, console).captured.graph if options.model else None
-    console.result(explain_json(plan, graph), explain(plan, graph))
+    if not options.model:
+        console.result(explain_json(plan), explain(plan))
+        return
+    planned = planned_from(options, plan, console)
+    known = (plan, planned.captured.graph, planned.programs)
+    console.result(explain_json(*known), explain(*known))
 
 
 COMMAND = Command(

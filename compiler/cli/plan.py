@@ -157,8 +157,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         progress=console.progress,
         **planning_arguments(options),
     )
-    data = explain_json(planned.plan, planned.captured.graph)
-    text = explain(planned.plan, planned.captured.graph)
+    known = (planned.plan, planned.captured.graph, planned.programs)
+    data, text = explain_json(*known), explain(*known)
     if options.compare:
         data["comparison"] = [asdict(row) for row in comparison]
         text = f"{text}\n{render_comparison(comparison)}\n"

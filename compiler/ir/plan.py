@@ -208,6 +208,7 @@ class Prediction:
     """What the cost model expects of one step.
 
     Args:
+        step_seconds: simulated; where no programs were made, by the planner's formula.
         loads: of every device, where operators were placed on devices one by one.
     """
 
@@ -341,6 +342,13 @@ class Plan:
     def stage_mesh(self) -> Mesh:
         """The axes inside a stage: over them tensors are laid out."""
         return Mesh(tuple(axis for axis in self.mesh.axes if axis.name != PIPELINE))
+
+    @property
+    def objective_seconds(self) -> float:
+        """The step by the formula that planners minimise, in which plans are compared."""
+        if self.objective is Objective.STEP and self.certificate is not None:
+            return self.certificate.objective
+        return self.prediction.step_seconds if self.prediction is not None else 0.0
 
     @property
     def is_offloaded(self) -> bool:
