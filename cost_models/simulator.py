@@ -20,7 +20,7 @@ given.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -148,6 +148,7 @@ class _Rank:
     sends: dict[int, list[tuple[Register, _Message]]] = field(
         default_factory=lambda: defaultdict(list)
     )
+    sending: Counter[Register] = field(default_factory=Counter)
     freed: set[Register] = field(default_factory=set)
     arriving: dict[Register, _Message] = field(default_factory=dict)
     work: Work | None = None
@@ -220,16 +221,17 @@ class _Run:
         """All that `rank` does."""
         for instruction in rank.program.instructions:
             rank.current = instruction
-            yield from self._issue(rank)
-            yield from self._wait(rank, instruction)
+            if rank.instruction_seconds:
+                yield from self._issue(rank)
+            if rank.meetings:
+                yield from self._wait(rank, instruction)
             yield from self._execute(rank, instruction)
         rank.current = "the end of the step"
         yield from self._wait(rank, None)
         for sends in rank.sends.values():
             while sends:
                 yield sends[0][1].arrived
-                register, _ = sends.pop(0)
-                self._release(rank, register)
+                self._gone(rank, sends.pop(0)[0])
         rank.current = None
         rank.end_seconds = self.clock.now
 
@@ -331,12 +333,12 @@ class _Run:
         sends = rank.sends[send.peer]
         while len(sends) >= MAX_SENDS_UNDER_WAY:
             yield sends[0][1].arrived
-            register, _ = sends.pop(0)
-            self._release(rank, register)
+            self._gone(rank, sends.pop(0)[0])
             rank.host_seconds = max(rank.host_seconds, self.clock.now)
         message = self._message(rank.index, send.peer, send.tag)
         message.send = send
         sends.append((send.register, message))
+        rank.sending[send.register] += 1
         self.clock.happen(message.sent)
         size = send.type.num_bytes
         yield from self._work(rank, send_seconds(self.cluster, rank.index, send.peer, size))
@@ -348,12 +350,16 @@ class _Run:
             if over:
                 rank.sends[peer] = [entry for entry in sends if entry[1].arrived.seconds is None]
                 for register in over:
-                    self._release(rank, register)
+                    self._gone(rank, register)
+
+    def _gone(self, rank: _Rank, register: Register) -> None:
+        """One message of a register has left."""
+        rank.sending[register] -= 1
+        self._release(rank, register)
 
     def _release(self, rank: _Rank, register: Register) -> None:
         """A freed register goes, unless it is still being sent."""
-        sent = any(register == other for sends in rank.sends.values() for other, _ in sends)
-        if register in rank.freed and not sent:
+        if register in rank.freed and not rank.sending[register]:
             rank.memory.free((register,), self.clock.now, "")
 
     def _optimizer_step(self, rank: _Rank, item: OptimizerStep) -> Process:
@@ -483,7 +489,11 @@ class _Run:
 
     def result(self) -> Simulation:
         step = max((rank.end_seconds for rank in self.ranks), default=0.0)
-        ranks = tuple(self._seconds(rank, step) for rank in self.ranks)
+        updates: dict[int, float] = defaultdict(float)
+        for span in self.spans:
+            if span.kind == "optimizer":
+                updates[span.rank] += span.end_seconds - span.begin_seconds
+        ranks = tuple(_seconds(rank, step, updates[rank.index]) for rank in self.ranks)
         busy = tuple(rank.busy_seconds / step if step else 0.0 for rank in ranks)
         return Simulation(
             step_seconds=step,
@@ -498,23 +508,27 @@ class _Run:
             peaks=tuple(rank.memory.peak for rank in self.ranks),
         )
 
-    def _seconds(self, rank: _Rank, step: float) -> RankSeconds:
-        busy, under_way = joined(rank.busy), joined(rank.under_way)
-        working = joined((*busy, *under_way))
-        exposed = covered_seconds(under_way, busy)
-        host = covered_seconds(joined(rank.issuing), working)
-        updates = (s for s in self.spans if s.rank == rank.index and s.kind == "optimizer")
-        return RankSeconds(
-            rank=rank.index,
-            busy_seconds=covered_seconds(busy),
-            communication_seconds=covered_seconds(under_way),
-            exposed_seconds=exposed,
-            host_seconds=host,
-            idle_seconds=max(step - covered_seconds(working) - host, 0.0),
-            sync_seconds=covered_seconds(joined(rank.syncs)),
-            exposed_sync_seconds=covered_seconds(joined(rank.syncs), busy),
-            optimizer_seconds=sum(span.end_seconds - span.begin_seconds for span in updates),
-        )
+
+def _seconds(rank: _Rank, step: float, update: float) -> RankSeconds:
+    """Where the time of `rank` goes.
+
+    Args:
+        update: seconds of its optimizer.
+    """
+    busy, under_way, syncs = joined(rank.busy), joined(rank.under_way), joined(rank.syncs)
+    working = joined((*busy, *under_way))
+    host = covered_seconds(joined(rank.issuing), working)
+    return RankSeconds(
+        rank=rank.index,
+        busy_seconds=covered_seconds(busy),
+        communication_seconds=covered_seconds(under_way),
+        exposed_seconds=covered_seconds(under_way, busy),
+        host_seconds=host,
+        idle_seconds=max(step - covered_seconds(working) - host, 0.0),
+        sync_seconds=covered_seconds(syncs),
+        exposed_sync_seconds=covered_seconds(syncs, busy),
+        optimizer_seconds=update,
+    )
 
 
 def _axis(entry: Exchange) -> str:

@@ -48,7 +48,7 @@ def test_right_clusters_pass() -> None:
         (lambda: replace(cluster(2), devices=cluster(2).devices[1:]), "its index is 1, not 0"),
         (lambda: replace(cluster(2), types=()), "unknown type 'cpu'"),
         (lambda: kind(name="gpu"), "unknown type 'cpu'"),
-        (lambda: kind(backend="tpu"), "backend 'tpu' is not one of cpu, cuda"),
+        (lambda: kind(backend="abacus"), "backend 'abacus' is not one of cpu, cuda, tpu, npu"),
         (lambda: kind(memory_bytes=0), "memory_bytes is 0, not positive"),
         (lambda: kind(memory_bytes_per_second=float("nan")), "is nan, not positive"),
         (lambda: kind(overhead_seconds=-1.0), "overhead_seconds is -1.0"),

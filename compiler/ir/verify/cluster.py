@@ -13,7 +13,7 @@ from .report import check, first_repeated
 
 __all__ = ["verify_cluster", "verify_layout", "verify_mesh"]
 
-BACKENDS = ("cpu", "cuda")
+BACKENDS = ("cpu", "cuda", "tpu", "npu")
 
 
 def verify_cluster(cluster: Cluster) -> None:
