@@ -1,10 +1,25 @@
 """Clusters that a user can name without measuring: presets, local clusters, `--devices` values.
 
-Rates of accelerators are *sustained* ones (about 70-80 % of a data sheet's peak for matrix
-products; measured figures on H200: 797 TFLOP/s bf16, 4.2 TB/s copy, 359 GB/s over NVLink), and the
-memory leaves room for the driver's context and the allocator's rounding. `tpu-like` and `npu-like`
-are shapes of machine to plan for, not products. `cpu-core` is one core of a recent x86 server
-running torch with one thread; links inside a CPU host are gloo over loopback.
+Rates of accelerators are *sustained* ones, a share of the peak in their data sheets, and the memory
+leaves 4 to 7 GiB for the driver's context, libraries and the allocator's segments:
+
+* a100: NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s bf16, 19.5 TFLOP/s f32, 19.5 f64 on tensor
+  cores, 2.04 TB/s; NVLink 600 GB/s both ways. Taken: 77 %, 87 %, 77 %, 78 %; 77 % of one way.
+* h100: NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16, 67 f32, 67 f64 on tensor cores, 3.35 TB/s;
+  NVLink 900 GB/s both ways. Taken: 66 %, 75 %, 75 %, 84 %; 78 % of one way.
+* h200: the same with 141 GB at 4.8 TB/s. Measured on one: 797 TFLOP/s bf16, 4.2 TB/s copy, 359 GB/s
+  over NVLink to another. Taken: 700 TFLOP/s, 4.0 TB/s, 350 GB/s.
+* InfiniBand: one HDR (200 Gb/s) or NDR (400 Gb/s) adapter a device, as DGX A100 and DGX H100 have:
+  25 and 50 GB/s one way, of which 88 and 90 %.
+* PCIe x16 of the fourth and fifth generation, 32 and 64 GB/s, of which 63 to 70 %, to the host.
+* cpu-core: one core of a recent x86 server (AVX-512, about 160 GFLOP/s f32 at 2.5 GHz) running torch
+  with one thread, of which 56 %; gloo over loopback between workers, measured on such a machine.
+* cpu-host: two sockets of that kind; 100 Gb/s Ethernet between hosts, of which 88 %.
+* `tpu-like` and `npu-like` are shapes of machine to plan for, not products: of the order of what is
+  published of TPU v5p and Ascend 910B.
+
+Latencies and overheads are of the order of published microbenchmarks; `cutset calibrate` measures
+those of the devices at hand.
 """
 
 from __future__ import annotations
