@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
 from cutset.compiler.api import auto_partition
 from cutset.compiler.ir.errors import CutsetError
-from cutset.cost_models.memory import library_bytes
 
 SIZES = {
     "tiny": {
@@ -161,8 +160,7 @@ def measure(
             "predicted_step_seconds": prediction.step_seconds if prediction else None,
             "peak_gib": [peak / 2**30 for peak in parallel.peak_memory_bytes()],
             "bound_gib": [
-                (entry.total_bytes + library_bytes("cuda")) / 2**30
-                for entry in (prediction.memory if prediction else ())
+                entry.bound_bytes / 2**30 for entry in (prediction.memory if prediction else ())
             ],
             "losses": [losses[0], losses[-1]],
             "setup_seconds": time.perf_counter() - began - sum(seconds[3:]),

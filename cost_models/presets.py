@@ -12,7 +12,7 @@ leaves 4 to 7 GiB for the driver's context, libraries and the allocator's segmen
 * InfiniBand: one HDR (200 Gb/s) or NDR (400 Gb/s) adapter a device, as DGX A100 and DGX H100 have:
   25 and 50 GB/s one way, of which 88 and 90 %.
 * PCIe x16 of the fourth and fifth generation, 32 and 64 GB/s, of which 63 to 70 %, to the host.
-* cpu-core: one core of a recent x86 server (AVX-512, about 160 GFLOP/s f32 at 2.5 GHz) running torch
+* cpu-core: one core of a recent x86 server (AVX-512, about 160 GFLOP/s f32) running torch
   with one thread, of which 56 %; gloo over loopback between workers, measured on such a machine.
 * cpu-host: two sockets of that kind; 100 Gb/s Ethernet between hosts, of which 88 %.
 * `tpu-like` and `npu-like` are shapes of machine to plan for, not products: of the order of what is
