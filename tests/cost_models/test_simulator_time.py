@@ -75,7 +75,7 @@ def test_transfers_slow_down_the_computation_beside_them() -> None:
 def test_a_sender_waits_for_its_oldest_message() -> None:
     """Ten forwards of a second each send 128 bytes, which take 100 s: eight leave rank 0 at once,
     the others when there is room."""
-    where = cluster(Link(0.0, 1.28))
+    where = changed(cluster(Link(0.0, 1.28)), backend="cuda")
     count = MAX_SENDS_UNDER_WAY + 2
     rows = tuple(" ".join(f"F{stage}.{m}" for m in range(count)) for stage in range(2))
     rows = tuple(
