@@ -162,6 +162,7 @@ class BlockTimes:
         self._say = say
         self._clock = clock
         self._types = {device.type: device.index for device in reversed(cluster.devices)}
+        self._hardware = {name: hardware_of(cluster, i) for name, i in self._types.items()}
         self._seconds: dict[tuple[str, str], Phases] = {}  # by digest and type
         self._shares: dict[tuple[str, str], tuple[Share, ...]] = {}
         self.spent_seconds = 0.0
@@ -233,7 +234,7 @@ class BlockTimes:
         return BlockKey(
             content=part.digest,
             mode=part.stage.graph.mode.value,
-            device=hardware_of(self._cluster, self._types[name]),
+            device=self._hardware[name],
             copies=copies_of(part),
             compiled=self._options.compile,
             cuda_graphs=self._options.cuda_graphs and self._is_cuda(name),
