@@ -56,7 +56,7 @@ def search_measured(planning: Planning, options: PlanOptions, times: BlockTimes)
         for item in _leading(planning, found, options, seen):
             complete = _learn(item, options, times) and complete
         if times.num_parts == known:
-            ended = "all parts of the plan and of what comes close to it are measured"
+            ended = "all that counts of the plan and of what comes close to it is measured"
         elif rounds == _MOST_ROUNDS:
             ended = f"the choice was not stable after {rounds} rounds"
         else:

@@ -145,7 +145,7 @@ def test_what_measuring_changed(golden: Golden) -> None:
         num_measured=3,
         num_known=1,
         seconds=4.25,
-        ended="all parts of the plan and of what comes close to it are measured",
+        ended="all that counts of the plan and of what comes close to it is measured",
         changed=("mesh", "layouts"),
         first=Alternative(Mesh.parse("tensor=2"), 1, 0, 0.02, True),
         first_seconds=0.05,

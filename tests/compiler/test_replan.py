@@ -155,7 +155,7 @@ def test_the_plan_in_the_end_has_no_part_that_was_not_measured(tmp_path: Path) -
     plan = searched(MadeUp(lambda part: 1.0 + next(turns) % 3), tmp_path)
     report = report_of(plan)
     assert report.num_measured > 0 and 1 <= report.rounds <= 4
-    assert "are measured" in report.ended
+    assert "is measured" in report.ended
     nodes = sum(block.num_nodes * block.count for block in report.blocks)
     assert nodes > 0
 
