@@ -272,8 +272,9 @@ class _Measuring:
     def _ops(self) -> None:
         self._progress("kinds of operators")
         times: list[list[OpTime]] = [[] for _ in self._types]
-        for probes in op_probes("f32"):
-            found = self._measure([self._some(probes)] * len(self._types))
+        kinds = [op_probes("f32", on_cuda=self._on_cuda(entry)) for entry in self._types]
+        for lists in zip(*kinds, strict=True):
+            found = self._measure([self._some(probes) for probes in lists])
             for entry, own, rows in zip(self._types, times, found, strict=True):
                 own += [
                     OpTime(
@@ -316,9 +317,9 @@ class _Measuring:
             given = {
                 "program": print_program(probe.program),
                 "source": emit_python(probe.program),
-                "copies": 1,
+                "copies": probe.copies,
                 "compile": False,
-                "cuda_graphs": False,
+                "cuda_graphs": self._on_cuda(entry),
             }
             arguments.update(dict.fromkeys(entry.ranks, given))
         found = self._call("time_block", [arguments[rank] for rank in sorted(arguments)])

@@ -34,11 +34,11 @@ def calibration_file(found: Calibration, *, format: str = "toml") -> str:
 def quality_lines(qualities: Sequence[tuple[str, tuple[Quality, ...]]]) -> Iterator[str]:
     """A table of how well models fit. Errors are relative; of curves, those of a size that is
     left out."""
-    yield f"{'fit':<44} samples  median   worst"
+    yield f"{'fit':<56} samples  median   worst"
     for title, found in qualities:
         for quality in found:
             yield (
-                f"{f'{title}: {quality.name}':<44} {quality.samples:7d} "
+                f"{f'{title}: {quality.name}':<56} {quality.samples:7d} "
                 f"{quality.median_error:7.1%} {quality.worst_error:7.1%}"
             )
 

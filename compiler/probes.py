@@ -38,11 +38,16 @@ __all__ = [
     "work_of",
 ]
 
-_SIDES = {"matmul": (48, 96, 192, 384, 768), "attention": (32, 64, 128, 256, 512)}
+_SIDES = {"matmul": (32, 64, 128, 256, 384), "attention": (16, 32, 64, 128, 256)}
+_ROWS = 4  # of a product, for one of its other sides
+_HEADS = 32  # of all rows of a batch
 _CHANNELS = ((8, 8), (16, 16), (32, 24), (64, 32))  # and the side of the image
 _MEMORY_BYTES = tuple(float(1 << power) for power in (12, 15, 18, 20, 22, 24, 26))
-_OP_ELEMENTS = tuple(1 << power for power in (8, 13, 16, 19, 21))
-_LARGER_ON_CUDA = {"matmul": (1536, 3072, 6144), "attention": (1024, 2048, 4096)}
+_OP_ELEMENTS = tuple(1 << power for power in (8, 13, 17, 21))
+_LARGER_ON_CUDA = {"matmul": (768, 1536, 3072), "attention": (512, 1024, 2048)}
+_MORE_ON_CUDA = (1 << 23, 1 << 25)
+_COLD_BYTES, _MOST_COPIES = 1 << 25, 16
+_MOST_FLOPS, _MOST_BYTES = 2e8, 1.6e7  # of the forward of all copies
 _COLUMNS = 256
 _CHAIN = 4
 
@@ -68,6 +73,19 @@ class Probe:
     repeats: int
     program: Program
     phases: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def copies(self) -> int:
+        """Sets of tensors to run on in turn, so that what a stage is given has left the caches.
+
+        So it is in a model, where only what was just made is in them. A large stage runs on few.
+        """
+        values = self.program.stages[0].graph.values
+        given = sum(v.type.num_bytes for v in values if v.kind is not ValueKind.RESULT)
+        most = _MOST_FLOPS if self.kind in _SIDES else _MOST_BYTES
+        return int(
+            max(1, min(_COLD_BYTES / given, most / (self.size * self.repeats), _MOST_COPIES))
+        )
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {self.size:.3g}"
@@ -159,9 +177,10 @@ class _Chain:
         shape: tuple[int, ...],
         *args: object,
         draws: bool = False,
-        **kwargs: object,
+        others: tuple[tuple[int, ...], ...] = (),
     ) -> Value:
-        """The one result, of `shape` and with the dtype of the first float operand."""
+        """The first result, of `shape` and with the dtype of the first float operand; `others` are
+        shapes of further ones, which nobody reads."""
         inputs: list[Value] = []
 
         def placed(item: object) -> Attribute:
@@ -177,14 +196,17 @@ class _Chain:
         floats = [value for value in inputs if value.type.is_float]
         wants = any(value.requires_grad for value in inputs)
         number = len(self._nodes)
-        result = Value(
-            len(self._values),
-            f"v{len(self._values)}",
-            TensorType(shape, floats[0].type.dtype),
-            ValueKind.RESULT,
-            requires_grad=wants,
-        )
-        self._values.append(result)
+        results = [
+            Value(
+                len(self._values) + place,
+                f"v{len(self._values) + place}",
+                TensorType(made, floats[0].type.dtype),
+                ValueKind.RESULT,
+                requires_grad=wants and not place,
+            )
+            for place, made in enumerate((shape, *others))
+        ]
+        self._values += results
         self._nodes.append(
             Node(
                 number,
@@ -193,12 +215,12 @@ class _Chain:
                 tuple(value.id for value in inputs),
                 arguments,
                 (),
-                (result.id,),
+                tuple(result.id for result in results),
                 random_draw=self._draws if draws else None,
             )
         )
         self._draws += draws
-        return result
+        return results[0]
 
     def program(self, result: Value) -> Program:
         """A program with this one stage, which returns `result`."""
@@ -243,21 +265,22 @@ def _memory_probes(dtype: str, element: torch.dtype, on_cuda: bool) -> Iterator[
 
 def _matmul(side: int, dtype: str, element: torch.dtype) -> Probe:
     chain = _Chain("linear", Mode.TRAIN)
-    value = chain.value(ValueKind.BOUNDARY, (side, side), element)
+    shape = (_ROWS * side, side)
+    value = chain.value(ValueKind.BOUNDARY, shape, element)
     for _ in range(_CHAIN):
         weight = chain.value(ValueKind.PARAMETER, (side, side), element)
-        value = chain.op("aten.linear.default", (side, side), value, weight)
-    size = 2.0 * side**3
+        value = chain.op("aten.linear.default", shape, value, weight)
+    size = 2.0 * _ROWS * side**3
     return Probe("matmul", "linear", dtype, size, _CHAIN, chain.program(value))
 
 
 def _attention(length: int, dtype: str, element: torch.dtype) -> Probe:
     chain = _Chain("attention", Mode.TRAIN)
-    shape = (1, 4, length, 64)
+    shape = (_HEADS // 4, 4, length, 64)
     query, key, value = (chain.value(ValueKind.BOUNDARY, shape, element) for _ in range(3))
     target = "aten.scaled_dot_product_attention.default"
     result = chain.op(target, shape, query, key, value)
-    size = 4.0 * 4 * length * length * 64
+    size = 4.0 * _HEADS * length * length * 64
     return Probe("attention", "attention", dtype, size, 1, chain.program(result), (0, 1))
 
 
@@ -310,22 +333,27 @@ def instruction_program(count: int, memory_limit_bytes: int) -> Program:
 
 # (name of the cost, operator): what takes one tensor and gives one of the same shape
 _UNARY = (
-    ("elementwise", "aten.relu.default"),
+    ("relu", "aten.relu.default"),
     ("gelu", "aten.gelu.default"),
     ("silu", "aten.silu.default"),
     ("tanh", "aten.tanh.default"),
 )
 
 
-def op_probes(dtype: str) -> Iterator[list[Probe]]:
+def op_probes(dtype: str, *, on_cuda: bool) -> Iterator[list[Probe]]:
     """Probes of every kind of operator that has a cost of its own, from small to large."""
     element = DTYPES_BY_NAME[dtype]
-    shapes = [(elements // _COLUMNS, _COLUMNS) for elements in _OP_ELEMENTS]
+    counts = _OP_ELEMENTS + (_MORE_ON_CUDA if on_cuda else ())
+    shapes = [(elements // _COLUMNS, _COLUMNS) for elements in counts]
     for name, target in _UNARY:
         yield [_chained(name, target, shape, dtype, element) for shape in shapes]
     yield [_chained("softmax", "aten.softmax.int", s, dtype, element, -1) for s in shapes]
-    for make in (_norm, _random, _embedding, _loss, _copy):
+    for target in ("mul", "add"):
+        yield [_binary(target, shape, dtype, element) for shape in shapes]
+    for make in (_norm, _random, _embedding, _loss, _copy, _clone, _reduction, _index):
         yield [make(shape, dtype, element) for shape in shapes]
+    for make in (_batch_norm, _pooling):
+        yield [make(shape, dtype, element) for shape in shapes[1:]]
 
 
 def _probe(name: str, dtype: str, shape: tuple[int, ...], count: int, program: Program) -> Probe:
@@ -381,8 +409,75 @@ def _loss(shape: tuple[int, ...], dtype: str, element: torch.dtype) -> Probe:
     return _probe("loss", dtype, shape, 1, chain.program(result))
 
 
+def _binary(name: str, shape: tuple[int, ...], dtype: str, element: torch.dtype) -> Probe:
+    chain = _Chain(name, Mode.TRAIN)
+    value = chain.value(ValueKind.BOUNDARY, shape, element)
+    for _ in range(_CHAIN):
+        other = chain.value(ValueKind.BOUNDARY, shape, element)
+        value = chain.op(f"aten.{name}.Tensor", shape, value, other)
+    title = "elementwise" if name == "mul" else name
+    return _probe(title, dtype, shape, _CHAIN, chain.program(value))
+
+
 def _copy(shape: tuple[int, ...], dtype: str, element: torch.dtype) -> Probe:
     chain = _Chain("cat", Mode.TRAIN)
-    first, second = (chain.value(ValueKind.BOUNDARY, shape, element) for _ in range(2))
-    result = chain.op("aten.cat.default", (2 * shape[0], shape[1]), (first, second))
+    half = (2 * shape[0], shape[1] // 4)
+    first, second = (chain.value(ValueKind.BOUNDARY, half, element) for _ in range(2))
+    result = chain.op("aten.cat.default", (half[0], 2 * half[1]), (first, second), 1)
     return _probe("copy", dtype, shape, 1, chain.program(result))
+
+
+def _clone(shape: tuple[int, ...], dtype: str, element: torch.dtype) -> Probe:
+    """Of a permuted tensor, as heads of attention are brought together."""
+    chain = _Chain("clone", Mode.TRAIN)
+    rows, width = shape[0] * 4, shape[1] // 4
+    value = chain.value(ValueKind.BOUNDARY, (rows // 4, 4, width), element)
+    for _ in range(2):
+        moved = (value.type.shape[1], value.type.shape[0], width)
+        turned = chain.op("aten.transpose.int", moved, value, 0, 1)
+        value = chain.op("aten.contiguous.default", moved, turned)
+    return _probe("clone", dtype, shape, 2, chain.program(value))
+
+
+def _reduction(shape: tuple[int, ...], dtype: str, element: torch.dtype) -> Probe:
+    chain = _Chain("mean", Mode.TRAIN)
+    value = chain.value(ValueKind.BOUNDARY, shape, element)
+    result = chain.op("aten.mean.dim", (shape[0], 1), value, (-1,), True)
+    return _probe("reduction", dtype, shape, 1, chain.program(result))
+
+
+def _index(shape: tuple[int, ...], dtype: str, element: torch.dtype) -> Probe:
+    chain = _Chain("index", Mode.TRAIN)
+    value = chain.value(ValueKind.BOUNDARY, shape, element)
+    rows = chain.value(ValueKind.BOUNDARY, shape[:1], torch.int64)
+    result = chain.op("aten.index.Tensor", shape, value, (rows,))
+    return _probe("indexing", dtype, shape, 1, chain.program(result))
+
+
+def _image(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """As many numbers as images of 8 x 8."""
+    return (shape[0] // 32, 2 * shape[1] // 4, 8, 8)
+
+
+def _batch_norm(shape: tuple[int, ...], dtype: str, element: torch.dtype) -> Probe:
+    chain = _Chain("batch_norm", Mode.TRAIN)
+    image = _image(shape)
+    value = chain.value(ValueKind.BOUNDARY, image, element)
+    scale, shift = (chain.value(ValueKind.PARAMETER, image[1:2], element) for _ in range(2))
+    mean, variance = (
+        chain.value(ValueKind.CONSTANT, image[1:2], element, trained=False) for _ in range(2)
+    )
+    target = "aten._native_batch_norm_legit_functional.default"
+    others = (image[1:2],) * 4
+    arguments = (value, scale, shift, mean, variance, True, 0.1, 1e-5)
+    result = chain.op(target, image, *arguments, others=others)
+    return _probe("_native_batch_norm_legit_functional", dtype, shape, 1, chain.program(result))
+
+
+def _pooling(shape: tuple[int, ...], dtype: str, element: torch.dtype) -> Probe:
+    chain = _Chain("max_pool2d", Mode.TRAIN)
+    image = _image(shape)
+    value = chain.value(ValueKind.BOUNDARY, image, element)
+    smaller = (*image[:2], 4, 4)
+    result = chain.op("aten.max_pool2d.default", smaller, value, (3, 3), (2, 2), (1, 1))
+    return _probe("max_pool2d", dtype, shape, 1, chain.program(result))

@@ -65,7 +65,7 @@ class Calibrator(Profiler):
             communicator=self._communicator,
             device=self._device,
             timeout_seconds=self._timeout,
-            cuda_graphs=False,
+            cuda_graphs=True,
         )
         count = parsed.num_microbatches
         keys = tuple(make_key(0, 0, index).to(self._device) for index in range(count))
@@ -74,6 +74,8 @@ class Calibrator(Profiler):
         found = []
         for _ in range(_ROUNDS):
             executor.begin(Step(inputs, (1.0 / count,) * count, keys))
+            if self._device.type == "cuda":
+                executor.rehearse()
             begin = clock()
             executor.run()
             found.append(clock() - begin)
