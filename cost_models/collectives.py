@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..compiler.ir.cluster import COLLECTIVES, Cluster, DeviceType, Link
 from ..compiler.ir.graph import Node
 from ..compiler.ir.mesh import Mesh
+from .host_messages import bucket_seconds
 from .links import (
     all_gather_seconds,
     all_reduce_seconds,
@@ -49,6 +50,11 @@ class Network:
         """All-reduce of `num_bytes` that travel in a bucket with others: no latency of its own."""
         whole = all_reduce_seconds(self.cluster, self.group(axis), num_bytes)
         return whole - all_reduce_seconds(self.cluster, self.group(axis), 0.0)
+
+    def host_seconds(self, axis: str, collective: str, num_bytes: float) -> float:
+        """What such a bucket, without its latency, takes of the thread that computes."""
+        group = self.group(axis)
+        return bucket_seconds(self.cluster, group[0], collective, group, num_bytes).total
 
 
 def mesh_network(cluster: Cluster, mesh: Mesh, devices: Sequence[int]) -> Network:

@@ -18,10 +18,10 @@ With n bytes of the whole tensor and p ranks, bytes moved in memory and through 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..compiler.ir.cluster import Cluster
-from .exchanges import Exchange
 
 __all__ = ["HostSeconds", "bucket_seconds", "send_seconds"]
 
@@ -36,6 +36,10 @@ class HostSeconds:
     finishing: float = 0.0
     after: float = 0.0
 
+    @property
+    def total(self) -> float:
+        return self.before + self.sending + self.finishing + self.after
+
 
 def send_seconds(cluster: Cluster, source: int, target: int, num_bytes: float) -> float:
     """Of one message."""
@@ -45,10 +49,22 @@ def send_seconds(cluster: Cluster, source: int, target: int, num_bytes: float) -
 
 
 def bucket_seconds(
-    cluster: Cluster, rank: int, entry: Exchange, num_bytes: float, num_tensors: int
+    cluster: Cluster,
+    rank: int,
+    collective: str,
+    ranks: Sequence[int],
+    num_bytes: float,
+    *,
+    num_tensors: int = 2,
+    asking: float = 0.0,
 ) -> HostSeconds:
-    """Of a collective that a program starts, of `num_tensors` with `num_bytes` in all."""
-    count = len(set(entry.ranks))
+    """Of a collective that a program starts over `ranks`, `rank` among them.
+
+    Args:
+        num_bytes: in all of its `num_tensors`.
+        asking: seconds of asking for its messages.
+    """
+    count = len(set(ranks))
     device = cluster.type_of(rank)
     if device.backend != "cpu" or count < 2:
         return HostSeconds()
@@ -58,14 +74,13 @@ def bucket_seconds(
 
     share = num_bytes / count
     others = num_bytes - share
-    if entry.collective == "all_reduce":
+    if collective == "all_reduce":
         in_place = num_tensors == 1
         copied = 0.0 if in_place else moving(2 * num_bytes)
         return HostSeconds(before=copied, after=copied)
-    asking = entry.latency_seconds
-    neighbour = next(other for other in entry.ranks if other != rank)
+    neighbour = next(other for other in ranks if other != rank)
     sent = others / cluster.link(rank, neighbour).bytes_per_second
-    if entry.collective == "reduce_scatter":
+    if collective == "reduce_scatter":
         return HostSeconds(
             before=moving(2 * num_bytes),
             sending=asking + moving(2 * share) + sent,

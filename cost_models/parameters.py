@@ -35,7 +35,8 @@ class ParameterFigures:
         updated_bytes: of the part that the rank updates.
         host_bytes: of what lies on the host, if states do: they, weights and gradients.
         sum_seconds: of summing gradients once a step, beside the last backward.
-        step_seconds: of gathering parameters, once a step.
+        step_seconds: of gathering parameters, once a step; on CPUs also what sums and gathers take
+            of the thread that computes.
         microbatch_seconds: of summing gradients, once a microbatch.
         early_bytes: of buffers in which backward sums the gradient, once a microbatch.
         scatter_bytes, reduce_bytes, gather_bytes: of its share of the buckets that sum gradients
@@ -74,6 +75,10 @@ def parameter_figures(
 
     held, updated = size(layout.held), size(layout.state)
     summed = step = microbatch = early = scatter = reduce = gather = 0.0
+
+    def on_host(axis: str, *collectives: str) -> float:
+        return sum(network.host_seconds(axis, name, held) for name in collectives)
+
     for number, axis in enumerate(mesh.axes):
         if isinstance(layout.held.placements[number], Shard) or axis.size == 1:
             continue
@@ -82,13 +87,14 @@ def parameter_figures(
         backend = network.backend(axis.name)
         if isinstance(gradient, Shard):
             microbatch += half
-            step += half
+            step += half + on_host(axis.name, "all_gather")
             early = updated + scatter_bytes(held, updated, axis.size, backend)
         elif isinstance(gradient, Partial) and isinstance(state, Shard):
             summed += half
-            step += half
+            step += half + on_host(axis.name, "reduce_scatter", "all_gather")
         elif isinstance(gradient, Partial):
             summed += 2 * half
+            step += on_host(axis.name, "all_reduce")
         if isinstance(state, Shard):
             gather = bucket_gather_bytes(updated, axis.size)
         if isinstance(gradient, Partial) and isinstance(state, Shard):

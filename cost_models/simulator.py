@@ -435,7 +435,15 @@ class _Run:
         """`rank` reaches a collective, and goes on."""
         size = rank.memory.message_bytes(item)
         entry = exchange(self.cluster, _COLLECTIVES[type(item)], item.ranks, size)
-        host = bucket_seconds(self.cluster, rank.index, entry, size, len(item.targets))
+        host = bucket_seconds(
+            self.cluster,
+            rank.index,
+            entry.collective,
+            item.ranks,
+            size,
+            num_tensors=len(item.targets),
+            asking=entry.latency_seconds,
+        )
         rank.memory.start(item, self.clock.now, name)
         yield from self._work(rank, host.before)
         meeting = self._meet(rank, entry.without(host.finishing), name, "program")

@@ -17,7 +17,9 @@ def cluster(backend: str, count: int = 4) -> Cluster:
 def bucket(name: str, *, backend: str = "cpu", tensors: int = 2) -> HostSeconds:
     where = cluster(backend)
     entry = exchange(where, name, (0, 1, 2, 3), 80.0)
-    return bucket_seconds(where, 1, entry, 80.0, tensors)
+    return bucket_seconds(
+        where, 1, name, (0, 1, 2, 3), 80.0, num_tensors=tensors, asking=entry.latency_seconds
+    )
 
 
 def test_a_message_is_copied_into_its_socket_by_the_thread_that_sends_it() -> None:
