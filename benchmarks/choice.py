@@ -35,7 +35,9 @@ from _runs import (
     Workers,
     make_ready,
     measure_memory,
+    phase_seconds,
     plan_all,
+    record_trace,
     say,
 )
 from _workloads import ON_CPU
@@ -66,7 +68,11 @@ def main() -> int:
     began = time.perf_counter()
     count = max(devices for _, devices in options.cases)
     cluster = make_ready(options.cluster, "cpu", count, options.json.with_name("cluster.toml"))
-    cases = [Case(model, size, plan) for model, size in options.cases for plan in _plans(size)]
+    cases = [
+        Case(model, size, plan)
+        for model, size in options.cases
+        for plan in (CHOSEN, *(options.plans or _plans(size)))
+    ]
     planned = []
     for found in plan_all(cases, cluster, profile=options.profile, jobs=options.jobs):
         say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
@@ -78,17 +84,22 @@ def main() -> int:
             say(f"{case[0]} on {case[1]}: {time.perf_counter() - began:.0f} s")
             results.append({"model": case[0], "devices": case[1], **result})
             rows += [row_of(pair) for pair in pairs]
+            _write(options.json, results, rows)
     print(table_of(rows))
-    summary = summary_of(rows)
-    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
+    print("\n".join(f"{name}: {value}" for name, value in summary_of(rows).items()))
     print(_table(results))
     right = sum(result["is_right"] for result in results)
     print(f"right in {right} of {len(results)} cases; {time.perf_counter() - began:.0f} s")
-    found = {"cases": results, "rows": rows, "summary": summary, "right": right}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {options.json}")
     return 0
+
+
+def _write(path: Path, results: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """What is known after every case."""
+    right = sum(result["is_right"] for result in results)
+    found = {"right": right, "cases": results, "summary": summary_of(rows), "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _key(case: Case) -> tuple[str, int]:
@@ -96,7 +107,7 @@ def _key(case: Case) -> tuple[str, int]:
 
 
 def _plans(devices: int) -> list[str]:
-    plans = [CHOSEN]
+    plans = []
     for mesh in FAMILIES[devices]:
         levels = ZERO if mesh == f"data={devices}" else ()
         plans += [f"{mesh}:zero={level}" for level in levels] or [mesh]
@@ -152,6 +163,8 @@ def _run(pairs: Sequence[Pair], workers: Workers, options: argparse.Namespace) -
         for pair, found in zip(pairs, seconds, strict=True):
             pair.rounds.append(Measured(tuple(found[WARM_UP:])))
     for pair, parallel in zip(pairs, running, strict=True):
+        events = record_trace(parallel, parallel.planned)
+        pair.phases = phase_seconds(events, len(parallel.planned.programs))
         pair.peaks = measure_memory(parallel, parallel.planned)
 
 
@@ -191,6 +204,11 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--cases", type=cases, default=CASES, help=f"of {', '.join(ON_CPU)}; default: {CASES}"
+    )
+    parser.add_argument(
+        "--plans",
+        type=lambda text: text.split(";"),
+        help="beside the chosen one, separated by `;` (default: all families)",
     )
     parser.add_argument("--profile", choices=("off", "blocks", "ops"), default="off")
     parser.add_argument(
