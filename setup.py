@@ -46,6 +46,7 @@ REQUIRED = [
 ONNX = ["onnxscript>=0.5", "onnxruntime>=1.20"]
 EXAMPLES = ["transformers>=5"]
 SAFETENSORS = ["safetensors>=0.4.3"]
+METIS = ["pymetis>=2023.1"]
 DEVELOPMENT = [
     "build>=1.2",
     "hypothesis>=6.100",
@@ -83,6 +84,7 @@ setup(
         "onnx": ONNX,
         "report": [],  # pictures are drawn with the standard library
         "safetensors": SAFETENSORS,  # to read such weights
+        "metis": METIS,  # balanced cuts as a baseline of `cutset place`
         "examples": EXAMPLES,
         "dev": [*DEVELOPMENT, *ONNX, *SAFETENSORS, *EXAMPLES],
     },

@@ -73,12 +73,10 @@ def _metis(
         whole = max(1, int(weight / heaviest * _SCALE))
         neighbours[a].append((b, whole))
         neighbours[b].append((a, whole))
-    starts = np.concatenate([[0], np.cumsum([len(one) for one in neighbours])])
     total = float(weights.sum()) or 1.0
     _, label = pymetis.part_graph(
         num_parts,
-        xadj=starts.tolist(),
-        adjncy=[b for one in neighbours for b, _ in one],
+        adjacency=[[b for b, _ in one] for one in neighbours],
         eweights=[w for one in neighbours for _, w in one],
         vweights=[int(w / total * _SCALE) for w in weights.tolist()],
     )

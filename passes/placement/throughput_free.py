@@ -1,9 +1,10 @@
 """Free placement for throughput: a device may run several disconnected pieces.
 
-The search starts from the best contiguous pieces and anneals them. Then CP-SAT is asked for
-placements below the best by the gap that is allowed, on the problem that is left when all that
-cannot be cut below that value is merged (`reduce`): a placement is the next value to beat, and
-none is the proof. What time is left goes to large-neighbourhood search.
+The search starts from the best contiguous pieces, divides merged operators anew (`coarsen`), and
+anneals. Then CP-SAT is asked for placements below the best by the gap that is allowed, on the
+problem that is left when all that cannot be cut below that value is merged (`reduce`): a placement
+is the next value to beat, and none is the proof. What time is left goes to large-neighbourhood
+search.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from .anneal import anneal
 from .assignment_model import solve_assignment
+from .coarsen import search_coarse
 from .descent import SMALLEST_STEP, Answer, descend
 from .feasibility import MEMORY_TOLERANCE, no_packing
 from .incumbent import Incumbent
@@ -27,6 +29,7 @@ __all__ = ["any_placement", "search_and_prove"]
 _METHOD = "CP-SAT over devices"
 _MOST_VARIABLES = 60_000
 _LEVELS = (1.0, 0.3, 0.6, 0.9, 1.0)  # between bound and value
+_COARSE_SHARE = 0.15  # of the time limit
 _ANNEAL_SHARE, _ANNEAL_SHARE_OF_LARGE = 0.2, 0.6  # of the time limit
 
 
@@ -34,7 +37,10 @@ def search_and_prove(
     problem: PlacementProblem, slot_of: Sequence[int], best: Incumbent
 ) -> list[int]:
     """Improve a placement and its bound as far as time allows; the best slots at the end."""
-    slots = _anneal_merged(problem, list(slot_of), best)
+    slots = list(slot_of)
+    if problem.num_units <= MOST_TO_REDUCE:
+        slots = search_coarse(problem, slots, best, share=_COARSE_SHARE)
+    slots = _anneal_merged(problem, slots, best)
     if problem.num_units > MOST_TO_REDUCE:
         return slots
     slots = _ask_below(problem, slots, best, share=0.7)
