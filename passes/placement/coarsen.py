@@ -21,6 +21,7 @@ from .reduce import Reduced, below
 __all__ = ["coarsened", "search_coarse"]
 
 _UNITS_PER_DEVICE = (8, 16)
+_VARIABLES_A_SECOND = 2_000  # a larger model is built and searched in vain
 _WORTH = 1e-4  # relative; smaller improvements are not asked for
 _HEAVIEST = 0.25  # of the mean load: units do not grow above
 _LARGEST_NET = 12  # pins; larger nets draw nobody together
@@ -55,7 +56,7 @@ def _matching(problem: PlacementProblem, most: int) -> list[tuple[int, int]]:
         ((-value / (min(light[a], light[b]) + least), a, b) for (a, b), value in draw.items()),
     )
     taken: set[int] = set()
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for _, a, b in rated:
         if len(pairs) == most:
             break
@@ -83,11 +84,15 @@ def search_coarse(
         if best.done or reduced is None:
             break
         few = coarsened(reduced, per_device * problem.num_devices)
+        seconds = min(share / len(_UNITS_PER_DEVICE) * best.time_limit, best.left(0.5))
+        variables = problem.num_devices * (few.problem.num_units + 2 * len(few.problem.pins))
+        if variables > _VARIABLES_A_SECOND * seconds:
+            break
         answer = solve_assignment(
             few.problem,
             best.value * (1 - _WORTH),
             precision=_WORTH,
-            seconds=min(share / len(_UNITS_PER_DEVICE) * best.time_limit, best.left()),
+            seconds=seconds,
             minimise=True,
         )
         if answer.slot_of is not None:

@@ -38,6 +38,7 @@ _GROUPS = (24, 60, 150)  # units of coarse problems
 _ORDERS, _FEW = 40, 5  # topological orders
 _FEW_PLACES = 200  # units x machines up to which one thread is enough, and repeats itself
 _WORKERS = 4  # strategies of CP-SAT that race; more of them only share two cores
+_WORTH_BUILDING = 4.0  # times what building the last program took must be left for the next
 _SEARCH = 0.95  # of the time, so that ends of programs and evaluations stay within it
 _SEED = 0
 
@@ -195,29 +196,36 @@ def _search(problem: LatencyProblem, units: PlacementProblem, best: LatencyIncum
     if small:
         _solve(problem, best, best.left(_SEARCH), pieces=True)
         return
+    built = 0.0
     for number, count in enumerate(_GROUPS):
+        if best.left(_SEARCH) < _WORTH_BUILDING * built:
+            break
         for order in topological_orders(units, count=1):
             found = interval_groups(best.workload, units, order, count)
             if found is not None:
                 coarse = latency_problem(best.workload, found[0])
-                _solve(coarse, best, best.left(_SEARCH) / (len(_GROUPS) - number), pieces=True)
+                share = best.left(_SEARCH) / (len(_GROUPS) - number)
+                built = _solve(coarse, best, share, pieces=True)
 
 
 def _solve(
     problem: LatencyProblem, best: LatencyIncumbent, seconds: float, *, pieces: bool
-) -> None:
+) -> float:
     """Ask CP-SAT for better placements: with one piece a machine, or any number of pieces.
 
     What it proves counts where the units are single operators and the pieces those of the search.
+    Returns the seconds that building the program took.
     """
     if seconds <= 0:
-        return
+        return 0.0
     single = all(len(members) == 1 for members in problem.members)
     proves = single and pieces == best.contiguous
     ticks = Ticks.of(problem, best.value if single else float("inf"))
     hint = _hint(problem, best, pieces)
+    begin = best.seconds
     build = build_contiguous if pieces else build_schedule
     program = build(problem, ticks, hint)
+    built = best.seconds - begin
     name = "one piece a machine" if pieces else "a schedule"
     name = f"CP-SAT for {name}" + ("" if single else f" of {problem.num_units} groups")
 
@@ -228,13 +236,17 @@ def _solve(
         if proves:
             best.prove(bound, name)
 
-    seconds = min(best.left(_SEARCH), seconds)  # less what building has taken
+    # leaving takes about as long as building
+    seconds = min(best.left(_SEARCH) - built, seconds)
+    if seconds <= 0:
+        return built
     small = problem.num_units * len(problem.machines) <= _FEW_PLACES
     effort = Effort(seconds, best.gap, workers=1 if small else _WORKERS, seed=_SEED)
     infeasible = solve(program, effort, on_solution, on_bound)
     if infeasible and proves:
         assert best.placement is None, "the program excludes a placement that exists"
         raise _nothing_found(best, proven=True)
+    return built
 
 
 def _hint(problem: LatencyProblem, best: LatencyIncumbent, pieces: bool) -> list[int] | None:

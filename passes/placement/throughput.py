@@ -22,8 +22,8 @@ from .work_bound import work_bound
 
 __all__ = ["place_throughput"]
 
-_START_SHARE = 0.2  # of the time limit, for the contiguous placement that a free search starts from
-_ORDERS_SHARE = 0.4  # of the time limit, until which a free search tries intervals
+_START_SHARE = 0.3  # of the time limit, for the contiguous placement that a free search starts from
+_ORDERS_SHARE = 0.45  # of the time limit, until which a free search tries intervals
 
 
 def place_throughput(

@@ -8,6 +8,8 @@ proof; else the answer is the next value to beat (`stage_model`).
 
 from __future__ import annotations
 
+import math
+
 from .anneal import anneal_pieces
 from .descent import SMALLEST_STEP, Answer, descend
 from .feasibility import no_packing
@@ -23,7 +25,7 @@ __all__ = ["prove_pieces", "search_pieces"]
 
 _METHOD = "CP-SAT over stages"
 _MOST_ORDERS = 40
-_MOST_VARIABLES = 60_000
+_MOST_VARIABLES, _VARIABLES_A_SECOND = 60_000, 6_000  # building them takes time, too
 _ORDERS_SHARE = 0.25  # of the time limit, at most
 _ANNEAL_SHARE, _ANNEAL_SHARE_OF_SMALL = 0.4, 0.05  # of the time limit
 
@@ -84,10 +86,12 @@ def prove_pieces(problem: PlacementProblem, pieces: Pieces, best: Incumbent) -> 
     return kept
 
 
-def _small(problem: PlacementProblem) -> bool:
+def _small(problem: PlacementProblem, seconds: float = math.inf) -> bool:
+    """Whether the model of a problem is worth building in so many seconds."""
     pins = sum(map(len, problem.pins))
     per_stage = len(problem.counts) * (problem.num_units + len(problem.pins)) + pins
-    return problem.num_devices * per_stage <= _MOST_VARIABLES
+    most = min(_MOST_VARIABLES, _VARIABLES_A_SECOND * seconds)
+    return problem.num_devices * per_stage <= most
 
 
 def _pieces_below(
@@ -96,7 +100,7 @@ def _pieces_below(
     reduced = below(problem, limit * (1 + 1e-9), contiguous=True)
     if reduced is None:
         return Answer(None, none_exists=True)
-    if not _small(reduced.problem):
+    if not _small(reduced.problem, seconds):
         return Answer(None, none_exists=False)
     answer = solve_stages(
         reduced.problem, limit, precision=max(gap, SMALLEST_STEP) / 20, seconds=seconds

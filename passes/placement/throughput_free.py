@@ -9,6 +9,7 @@ search.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ from .reduce import MOST_TO_REDUCE, below
 __all__ = ["any_placement", "search_and_prove"]
 
 _METHOD = "CP-SAT over devices"
-_MOST_VARIABLES = 60_000
+_MOST_VARIABLES, _VARIABLES_A_SECOND = 60_000, 6_000  # building them takes time, too
 _LEVELS = (1.0, 0.3, 0.6, 0.9, 1.0)  # between bound and value
 _COARSE_SHARE = 0.15  # of the time limit
 _ANNEAL_SHARE, _ANNEAL_SHARE_OF_LARGE = 0.2, 0.6  # of the time limit
@@ -138,10 +139,11 @@ def _ask_below(
     return kept
 
 
-def _small(problem: PlacementProblem) -> bool:
+def _small(problem: PlacementProblem, seconds: float = math.inf) -> bool:
+    """Whether the model of a problem is worth building in so many seconds."""
     pins = sum(map(len, problem.pins))
     per_slot = problem.num_units + len(problem.pins) + pins
-    return problem.num_devices * per_slot <= _MOST_VARIABLES
+    return problem.num_devices * per_slot <= min(_MOST_VARIABLES, _VARIABLES_A_SECOND * seconds)
 
 
 def _placement_below(
@@ -150,7 +152,7 @@ def _placement_below(
     reduced = below(problem, limit * (1 + 1e-9), contiguous=False)
     if reduced is None:
         return Answer(None, none_exists=True)
-    if not _small(reduced.problem):
+    if not _small(reduced.problem, seconds):
         return Answer(None, none_exists=False)
     answer = solve_assignment(
         reduced.problem,
