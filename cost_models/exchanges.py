@@ -67,6 +67,13 @@ class Exchange:
         """Over so much earlier, as far as it travels for so long."""
         return replace(self, wire_seconds=max(self.wire_seconds - seconds, 0.0))
 
+    def among(self, groups: Mapping[tuple[int, ...], tuple[int, ...]]) -> Exchange:
+        """The same among the ranks that `groups` has for its own."""
+        ranks = groups[self.ranks]
+        new = dict(zip(self.ranks, ranks, strict=True))
+        edges = tuple(((new[a], new[b]), size) for (a, b), size in self.edges)
+        return replace(self, ranks=ranks, edges=edges)
+
     def scaled(self, share: float) -> Exchange:
         """A part of it."""
         return replace(
@@ -91,6 +98,13 @@ class ActionCost:
         """On idle wires."""
         return self.compute_seconds + sum(entry.seconds for entry in self.exposed)
 
+    def among(self, groups: Mapping[tuple[int, ...], tuple[int, ...]]) -> ActionCost:
+        return ActionCost(
+            self.compute_seconds,
+            tuple(entry.among(groups) for entry in self.exposed),
+            tuple(entry.among(groups) for entry in self.hidden),
+        )
+
     def scaled(self, share: float) -> ActionCost:
         """A part of it."""
         return ActionCost(
@@ -107,6 +121,14 @@ class StageCosts:
     forward: ActionCost
     backward_input: ActionCost
     backward_weight: ActionCost
+
+    def among(self, groups: Mapping[tuple[int, ...], tuple[int, ...]]) -> StageCosts:
+        """The same for a rank with other groups, by the groups of this one."""
+        return StageCosts(
+            self.forward.among(groups),
+            self.backward_input.among(groups),
+            self.backward_weight.among(groups),
+        )
 
 
 def ring(cluster: Cluster, ranks: Iterable[int]) -> tuple[tuple[int, int], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from ..compiler.ir.graph import ValueKind
@@ -24,7 +24,7 @@ from .buffers import bucket_gather_bytes, bucket_scatter_bytes, scatter_bytes
 from .held import held_memory
 from .memory import ActionMemory, action_memory, memory_model, optimizer_temporaries
 
-__all__ = ["MemoryCurve", "MemoryPeak"]
+__all__ = ["MemoryCurve", "MemoryPeak", "types_of"]
 
 _NORM_BYTES = 8.0
 
@@ -71,25 +71,34 @@ class MemoryCurve:
         program: of the rank.
         optimizer: whose states are held from the start.
         backend: torch device type of the rank.
+        known: memory of actions of stages that were seen; new ones are added.
     """
 
-    def __init__(self, program: Program, optimizer: OptimizerModel, backend: str) -> None:
+    def __init__(
+        self,
+        program: Program,
+        optimizer: OptimizerModel,
+        backend: str,
+        known: dict[Hashable, ActionMemory],
+    ) -> None:
         self.held = held_memory(program, optimizer, backend)
         self._rank = program.rank
         self._types = {name: value.type for name, value in program.trained().items()}
         self._updated = {n: type.num_bytes for n, type in program.update_types().items()}
         self._closing = optimizer_temporaries(optimizer, self.held.updated_bytes, backend)
         self._backend = backend
-        self._actions: dict[int, ActionMemory] = {
-            stage.index: action_memory(
-                memory_model(stage.graph, backend=backend),
-                None,
-                stage.recomputed,
-                _summed_early(stage, backend),
-                _parts(stage),
-            )
-            for stage in program.stages
-        }
+        self._actions: dict[int, ActionMemory] = {}
+        for stage in program.stages:
+            key = stage.index, backend, types_of(stage)
+            if key not in known:
+                known[key] = action_memory(
+                    memory_model(stage.graph, backend=backend),
+                    None,
+                    stage.recomputed,
+                    _summed_early(stage, backend),
+                    _parts(stage),
+                )
+            self._actions[stage.index] = known[key]
         self._registers: dict[Register, float] = {}
         self._saved = 0.0
         self._messages = float(_input_bytes(program))
@@ -199,6 +208,11 @@ class MemoryCurve:
                 math.ceil(transients),
                 math.ceil(self._messages),
             )
+
+
+def types_of(stage: StageProgram) -> tuple[TensorType, ...]:
+    """Of its values: they tell its program on one rank from that on others of its mesh."""
+    return tuple(value.type for value in stage.graph.values)
 
 
 def _input_bytes(program: Program) -> int:

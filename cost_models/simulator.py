@@ -21,10 +21,10 @@ given.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..compiler.ir.cluster import Cluster
+from ..compiler.ir.cluster import Cluster, DeviceType
 from ..compiler.ir.errors import VerificationError
 from ..compiler.ir.graph import OutputKind, ValueKind
 from ..compiler.ir.messages import MAX_SENDS_UNDER_WAY
@@ -56,7 +56,8 @@ from .collectives import Network
 from .discrete_events import Clock, Event, Process, Work
 from .exchanges import ActionCost, Exchange, StageCosts, exchange, stage_costs
 from .host_messages import HostSeconds, bucket_seconds, send_seconds
-from .memory_curve import MemoryCurve
+from .memory import ActionMemory
+from .memory_curve import MemoryCurve, types_of
 from .simulation import RankSeconds, Simulation, Span, covered_seconds, joined
 from .stages import StageSeconds, optimizer_seconds, part_shares
 from .wires import Flow, Wires
@@ -181,16 +182,15 @@ class _Run:
         self.stages: dict[tuple[int, int], StageProgram] = {}  # by (rank, stage)
         self.costs: dict[tuple[int, int], StageCosts] = {}
         self.shares: dict[tuple[int, int], tuple[float, ...]] = {}  # parts of weight gradients
+        self._alike: dict[Hashable, tuple[StageProgram, StageCosts, tuple[float, ...]]] = {}
+        self._actions: dict[Hashable, ActionMemory] = {}
         for program in programs:
-            device_type = cluster.type_of(program.rank)
             for stage in program.stages:
                 key = program.rank, stage.index
-                network = Network(cluster, stage.axes)
                 self.stages[key] = stage
-                self.costs[key] = stage_costs(
-                    stage, device_type, network, measured.get(stage.index)
+                self.costs[key], self.shares[key] = self._priced(
+                    stage, cluster.type_of(program.rank), measured.get(stage.index)
                 )
-                self.shares[key] = part_shares(stage, device_type, network)
         self.ranks = [self._rank(program) for program in programs]
         self._by_index = {rank.index: rank for rank in self.ranks}
         self.spans: list[Span] = []
@@ -202,9 +202,23 @@ class _Run:
         self._meetings: dict[tuple[tuple[int, ...], str], list[_Meeting]] = defaultdict(list)
         self._turns: dict[tuple[int, tuple[int, ...], str], int] = defaultdict(int)
 
+    def _priced(
+        self, stage: StageProgram, device_type: DeviceType, measured: StageSeconds | None
+    ) -> tuple[StageCosts, tuple[float, ...]]:
+        """Costs and shares of parts; ranks with tensors and links alike are priced once."""
+        network = Network(self.cluster, stage.axes)
+        links = tuple(network.ring(axis) for axis, _ in stage.axes)
+        key = stage.index, device_type.name, links, types_of(stage)
+        if key not in self._alike:
+            costs = stage_costs(stage, device_type, network, measured)
+            self._alike[key] = stage, costs, part_shares(stage, device_type, network)
+        first, costs, shares = self._alike[key]
+        pairs = zip(first.axes, stage.axes, strict=True)
+        return costs.among({old: new for (_, old), (_, new) in pairs}), shares
+
     def _rank(self, program: Program) -> _Rank:
         kind = self.cluster.type_of(program.rank)
-        memory = MemoryCurve(program, self.optimizer, kind.backend)
+        memory = MemoryCurve(program, self.optimizer, kind.backend, self._actions)
         return _Rank(program, memory, kind.instruction_seconds, kind.backend != "cpu")
 
     def _slow_down(self, device: int, share: float) -> None:
