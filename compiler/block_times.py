@@ -3,7 +3,7 @@
 Each distinct part (`profile_parts.py`) that takes more than next to nothing is measured once, on a
 worker of every device of the cluster at the same time, as they will run; where devices are of one
 type the mean counts. The operators of a part share the factor between what it took and what it is
-predicted to take by the rates, collectives apart; an operator in several parts has their mean.
+predicted to take by the rates, other ranks apart; an operator in several parts has their mean.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .codegen.python import emit_python
 from .hardware import hardware_of
 from .ir.cluster import Cluster
 from .ir.errors import UsageError
-from .ir.graph import Graph
+from .ir.graph import Graph, Node
 from .ir.mesh import Mesh
 from .ir.ops import Category
 from .ir.plan import ProfiledBlock
@@ -36,10 +36,11 @@ from .profile_parts import Part, parts_of
 from .ranks import start_workers
 from .words import plural, seconds_text
 
-__all__ = ["BlockTimes", "BlockWorkers", "Measurer", "Phases", "ProfileOptions"]
+__all__ = ["BlockTimes", "BlockWorkers", "Measurer", "Phases", "ProfileOptions", "cost_alone"]
 
 _FACTORY = "cutset.runtime.profiler:Profiler"
 _TIMEOUT_SECONDS = 300.0
+_LOCAL = ("shard", "as_partial")  # collectives that look at the rank's own tensor alone
 _LEAST_SHARE = 1e-3  # of the graph's time, for a part to be measured
 _MOST_COPIES = 16
 _WORKING_SET_BYTES = 32 << 20  # of all copies: more than one worker has of the caches
@@ -322,11 +323,19 @@ class BlockTimes:
         self._measurer.close()
 
 
+def cost_alone(node: Node, cost: NodeCost) -> NodeCost:
+    """What of the `cost` of `node` a rank has without the others: of collectives, the copy of the
+    own part."""
+    if node.op.category is not Category.COLLECTIVE:
+        return cost
+    return NodeCost(cost.forward_seconds if node.op.packet in _LOCAL else 0.0, 0.0, 0.0)
+
+
 def _predicted(part: Part, costs: Sequence[NodeCost]) -> tuple[list[NodeCost], list[float]]:
-    """Of each node of `part`: the price, that of collectives being nothing, and how much of its
-    backward the stage computes with weight gradients."""
+    """Of each node of `part`: the price without other ranks, and how much of its backward the stage
+    computes with weight gradients."""
     own = [
-        NodeCost(0.0, 0.0, 0.0) if node.op.category is Category.COLLECTIVE else costs[number]
+        cost_alone(node, costs[number])
         for node, number in zip(part.stage.graph.nodes, part.nodes, strict=True)
     ]
     return own, in_weights(part.stage.graph, own)
@@ -350,6 +359,8 @@ def _shares(
     )
     table = []
     for number, cost, in_last in zip(part.nodes, *_predicted(part, costs), strict=True):
+        if graph.nodes[number].op.category is Category.COLLECTIVE:
+            continue  # theirs are the links' times
         is_late = in_last == cost.backward_seconds
         table.append(
             Share(

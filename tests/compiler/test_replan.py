@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from cutset.compiler.api import plan_model
-from cutset.compiler.block_times import BlockTimes, Measurer, Phases, ProfileOptions
+from cutset.compiler.block_times import BlockTimes, Measurer, Phases, ProfileOptions, cost_alone
 from cutset.compiler.explain import explain, explain_json
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.graph import Mode
-from cutset.compiler.ir.ops import Category
 from cutset.compiler.ir.plan import Objective, Plan, ProfileReport
 from cutset.compiler.plan_json import plan_from_json, plan_to_json
 from cutset.compiler.planned import build_programs
@@ -26,7 +25,7 @@ from cutset.compiler.profile_parts import Part
 from cutset.compiler.replan import search_measured
 from cutset.cost_models import simulate
 from cutset.cost_models.collectives import Network
-from cutset.cost_models.ops import NodeCost, price
+from cutset.cost_models.ops import price
 from cutset.cost_models.stages import in_weights
 from cutset.passes.context import PlanOptions
 from cutset.runtime.launcher import cache_directory
@@ -57,7 +56,7 @@ class MadeUp:
         graph = part.stage.graph
         network = Network(workers(), tuple((name, (0, 1)) for name, _ in part.stage.axes))
         costs = [
-            NodeCost(0.0, 0.0, 0.0) if node.op.category is Category.COLLECTIVE else cost
+            cost_alone(node, cost)
             for node, cost in zip(graph.nodes, price(graph, WORKER, network=network), strict=True)
         ]
         forward = sum(cost.forward_seconds for cost in costs)
