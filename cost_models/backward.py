@@ -25,7 +25,7 @@ from ..compiler.ir.ops import Category
 from .adjoint_types import Adjoint
 from .analysis import Storages
 from .liveness import Step
-from .prefetch import start_early
+from .prefetch import finish_late, start_early
 from .recompute import insert_copies, weights_with_inputs
 
 __all__ = ["StageSteps", "stage_steps"]
@@ -50,6 +50,7 @@ class StageSteps:
             with bytes.
         user_outputs_bytes: results for the user.
         copies: storages that are recomputed.
+        under_way: storages of the buffers of sums of gradients inside backward.
         rerun: nodes that B or W runs again.
     """
 
@@ -65,6 +66,7 @@ class StageSteps:
     passed: dict[int, float]
     user_outputs_bytes: float
     copies: frozenset[int] = frozenset()
+    under_way: frozenset[int] = frozenset()
     rerun: frozenset[int] = frozenset()
 
     @property
@@ -84,6 +86,8 @@ class _Build:
     next_storage: int
     kept: Mapping[int, float]
     backward: list[Step] = field(default_factory=list)
+    summed: dict[int, float] = field(default_factory=dict)  # gradients of `kept`, with bytes
+    under_way: list[int] = field(default_factory=list)
     gradient: dict[int, int] = field(default_factory=dict)
     contributions: Counter[int] = field(default_factory=Counter)
 
@@ -154,6 +158,7 @@ def stage_steps(
     forward, first, *pieces = (
         _with_gathers_ahead(build, steps) for steps in (forward, first, *pieces)
     )
+    first, *pieces = (_with_sums_behind(build, steps) for steps in (first, *pieces))
     passed = [
         _crossing([made], pieces[number:], arriving if number == 0 else {})
         for number, made in enumerate((first, *pieces))
@@ -175,6 +180,7 @@ def stage_steps(
             if output.kind is OutputKind.USER and output.value in ends
         ),
         copies=copies,
+        under_way=frozenset(build.under_way),
         rerun=frozenset(s.node for s in backward if any(made in copies for made, _ in s.writes)),
     )
 
@@ -184,13 +190,34 @@ def _with_gathers_ahead(build: _Build, steps: Sequence[Step]) -> tuple[Step, ...
     graph = build.graph
     sizes: list[float] = []
     for step in steps:
-        node = graph.nodes[step.node]
-        gathers = node.op.packet == "all_gather" and node.op.category is Category.COLLECTIVE
-        gathers = gathers and graph.values[node.inputs[0]].kind is ValueKind.PARAMETER
         made = sum(size for _, size in step.writes)
-        whole = build.sizes[node.outputs[0]] if gathers else 0.0
-        sizes.append(whole if gathers and made == whole else 0.0)  # its adjoint makes a part
+        whole = _gathered_bytes(build, graph.nodes[step.node])
+        sizes.append(whole if made == whole else 0.0)  # its adjoint makes a part
     return start_early(steps, sizes, build.new) if any(sizes) else tuple(steps)
+
+
+def _with_sums_behind(build: _Build, steps: Sequence[Step]) -> tuple[Step, ...]:
+    """`steps` of backward with the buffers of sums of gradients until they are waited for."""
+
+    def under_way() -> int:
+        build.under_way.append(build.new())
+        return build.under_way[-1]
+
+    sizes: list[float] = []
+    for step in steps:
+        node = build.graph.nodes[step.node]
+        whole, made = _gathered_bytes(build, node), sum(size for _, size in step.writes)
+        sums = bool(whole and node.args[5] and step.writes and made != whole)
+        kept = 0.0 if step.writes else sum(build.summed.get(item, 0.0) for item in step.reads)
+        sizes.append(whole if sums else kept)
+    return finish_late(steps, sizes, under_way) if any(sizes) else tuple(steps)
+
+
+def _gathered_bytes(build: _Build, node: Node) -> float:
+    """Of the parameter that `node` gathers from parts; 0 if it does not."""
+    gathers = node.op.packet == "all_gather" and node.op.category is Category.COLLECTIVE
+    gathers = gathers and build.graph.values[node.inputs[0]].kind is ValueKind.PARAMETER
+    return build.sizes[node.outputs[0]] if gathers else 0.0
 
 
 def _root(value: int, base: Sequence[int], received: Mapping[int, float]) -> int:
@@ -329,7 +356,10 @@ def _contribute(build: _Build, node: Node, index: int, storage: int) -> None:
 def _accumulate(build: _Build, node: int, index: int) -> None:
     """Add the gradient of parameter `index`, which is complete, to its buffer."""
     summing = build.kept.get(index, 0.0)
-    build.backward.append(Step(node, (build.gradient.pop(index),), (), summing))
+    gradient = build.gradient.pop(index)
+    if summing:
+        build.summed[gradient] = build.sizes[index]
+    build.backward.append(Step(node, (gradient,), (), summing))
 
 
 def _finish_parameters(build: _Build) -> None:

@@ -27,7 +27,7 @@ from .links import (
 )
 from .memory import rerun_nodes
 from .ops import price
-from .stages import StageSeconds, stage_seconds
+from .stages import StageSeconds, hidden_sum_seconds, in_weights, stage_seconds
 
 __all__ = ["ActionCost", "Exchange", "StageCosts", "edge_bytes", "exchange", "ring", "stage_costs"]
 
@@ -179,19 +179,19 @@ def stage_costs(
     """
     graph = stage.graph
     costs = price(graph, device_type, network=network)
-    seconds = stage_seconds(graph, device_type, recomputed=stage.recomputed, network=network)
+    seconds = stage_seconds(
+        graph, device_type, recomputed=stage.recomputed, network=network, kept=stage.kept
+    )
     found = _Found(graph, network)
     forward = found.forward()
     whole = sum(cost.forward_seconds for cost in costs)
     hidden = max(whole - seconds.forward, 0.0)
     first, second = found.backward(stage.recomputed)
     early = _summed_early(stage, network)
-    if measured is None:
-        wait = sum(entry.seconds for entry in early)
-        times = replace(seconds, backward_weight=seconds.backward_weight + wait)
-    else:
-        times = measured
+    times = measured or seconds
     again = hidden if stage.recomputed else 0.0
+    if graph.mode is Mode.TRAIN:
+        again += hidden_sum_seconds(graph, in_weights(graph, costs), network, stage.kept)
     return StageCosts(
         _divided(times.forward, forward, hidden),
         _divided(times.backward_input, first, 0.0),

@@ -278,7 +278,7 @@ def _deferred(model: MemoryModel, steps: StageSteps) -> list[float]:
         storage: size
         for step in backward
         for storage, size in step.writes
-        if storage not in steps.copies
+        if storage not in steps.copies and storage not in steps.under_way
     }
     joined = nodes_with_inputs(backward, steps.copies)
     readers: set[tuple[int, int]] = set()

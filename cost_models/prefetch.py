@@ -1,6 +1,8 @@
-"""Gathers of parameters that start ahead of their use: their buffers, and the time they hide.
+"""Gathers of parameters that start ahead of their use, and sums of gradients that are waited for
+after others have started: their buffers, and the time that hides them.
 
-It mirrors `runtime/collective_ops.py`: `early_starts` says after how many others each is started.
+It mirrors `runtime/collective_ops.py`: `early_starts` says after how many others each gather is
+started, `late_ends` when each sum is waited for.
 """
 
 from __future__ import annotations
@@ -8,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ..compiler.ir.buckets import early_starts
+from ..compiler.ir.buckets import early_starts, late_ends
 from .liveness import Step
 
-__all__ = ["overlapped_seconds", "start_early"]
+__all__ = ["finish_late", "late_seconds", "overlapped_seconds", "start_early"]
 
 
 def start_early(
@@ -40,6 +42,57 @@ def start_early(
     for position, step in enumerate(steps):
         made += [*ahead.get(position, ()), changed.get(position, step)]
     return tuple(made)
+
+
+def finish_late(
+    steps: Sequence[Step], sizes: Sequence[float], new_storage: Callable[[], int]
+) -> tuple[Step, ...]:
+    """`steps` with the memory of sums, and of what they sum, until they are waited for.
+
+    Args:
+        sizes: by step, bytes of the gradient that it sums; 0: it sums none.
+    """
+    places = [position for position, size in enumerate(sizes) if size]
+    ends = late_ends([sizes[position] for position in places])
+    changed: dict[int, Step] = {}
+    later: dict[int, list[Step]] = {}  # by position, what ends before that step
+    for position, end in zip(places, ends, strict=True):
+        step, storage = steps[position], new_storage()
+        writes = (*step.writes, (storage, step.temporary_bytes))
+        changed[position] = replace(step, writes=writes, temporary_bytes=0.0)
+        reads = (*step.reads, *(made for made, _ in writes))
+        place = places[end] if end < len(places) else len(steps)
+        later.setdefault(place, []).append(Step(step.node, reads, ()))
+    made: list[Step] = []
+    for position, step in enumerate(steps):
+        made += [*later.get(position, ()), changed.get(position, step)]
+    return (*made, *later.get(len(steps), ()))
+
+
+def late_seconds(parts: Sequence[tuple[float, float, float]]) -> float:
+    """Time of computing gradients, where sums travel beside what is computed next.
+
+    Args:
+        parts: seconds of computing, then of summing what is complete, and bytes of that.
+
+    >>> late_seconds([(2.0, 1.0, 8.0), (2.0, 1.0, 8.0)])
+    5.0
+    """
+    sums = [(seconds, size) for _, seconds, size in parts if size]
+    ends = late_ends([size for _, size in sums])
+    now = wire = 0.0
+    done: list[float] = []  # when each sum is there
+    waited = 0
+    for computing, summing, size in parts:
+        now += computing
+        if not size:
+            continue
+        while waited < len(done) and ends[waited] <= len(done):
+            now = max(now, done[waited])
+            waited += 1
+        wire = max(wire, now) + summing
+        done.append(wire)
+    return max([now, *done])
 
 
 def overlapped_seconds(seconds: Sequence[float], gathered: Sequence[float]) -> float:

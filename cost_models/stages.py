@@ -8,20 +8,28 @@ node's input gradient therefore counts in W when no differentiable boundary inpu
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..compiler.ir.cluster import PHASES, DeviceType, Host, Link
 from ..compiler.ir.graph import Graph, Mode, ValueKind
 from ..compiler.ir.ops import Category
 from ..compiler.ir.plan import OptimizerModel
-from ..compiler.ir.program import StageProgram
+from ..compiler.ir.program import GradientPart, StageProgram
 from .collectives import Network
+from .links import reduce_scatter_seconds
 from .memory import memory_model
 from .ops import NodeCost, price
-from .prefetch import overlapped_seconds
+from .prefetch import late_seconds, overlapped_seconds
 from .recompute import with_reruns
 
-__all__ = ["StageSeconds", "in_weights", "optimizer_seconds", "part_shares", "stage_seconds"]
+__all__ = [
+    "StageSeconds",
+    "hidden_sum_seconds",
+    "in_weights",
+    "optimizer_seconds",
+    "part_shares",
+    "stage_seconds",
+]
 
 _OPTIMIZER_KERNELS = 12  # launches of one update of AdamW
 # where a cluster does not say: PCIe 4.0 x16, and memory of one socket
@@ -48,6 +56,7 @@ def stage_seconds(
     batch_fraction: float = 1.0,
     recomputed: Collection[int] = (),
     network: Network | None = None,
+    kept: Sequence[GradientPart] = (),
 ) -> StageSeconds:
     """Predicted seconds of the stage graph `graph` on `device_type`, one microbatch.
 
@@ -55,21 +64,66 @@ def stage_seconds(
         network: who meets in the collectives of the graph, if it holds some.
         recomputed: nodes whose results backward computes again. Weight gradients that it then
             computes with the input gradients (see `recompute.py`) count there.
+        kept: gradients that are summed as soon as they are complete (ZeRO 2), in `network`.
     """
     costs = price(graph, device_type, batch_fraction=batch_fraction, network=network)
     whole = sum(cost.forward_seconds for cost in costs)
     forward = overlapped_seconds([cost.forward_seconds for cost in costs], _gathered(graph))
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
-    second = sum(in_weights(graph, costs))
-    first = sum(cost.backward_seconds for cost in costs) - second
-    plain = StageSeconds(forward, first, second)
-    if not recomputed:
-        return plain
-    again = _recomputing(graph, costs, plain, recomputed)
-    # backward gathers again, and has more to hide it behind
-    hidden = min(whole - forward, again.backward_weight)
-    return replace(again, backward_weight=again.backward_weight - hidden)
+    weights = in_weights(graph, costs)
+    first = sum(cost.backward_seconds for cost in costs) - sum(weights)
+    sums = _sums_kept(graph, network, kept)
+    own = sum(seconds for table in sums.values() for seconds, _ in table)
+    found = StageSeconds(forward, first, sum(weights) + own)
+    hidden = hidden_sum_seconds(graph, weights, network, kept)
+    if recomputed:
+        found = _recomputing(graph, costs, found, recomputed)
+        hidden += whole - forward  # backward gathers again, and has more to hide it behind
+    in_second = min(hidden, found.backward_weight)
+    in_first = min(hidden - in_second, found.backward_input)
+    return StageSeconds(forward, found.backward_input - in_first, found.backward_weight - in_second)
+
+
+def hidden_sum_seconds(
+    graph: Graph,
+    weights: Sequence[float],
+    network: Network | None,
+    kept: Sequence[GradientPart],
+) -> float:
+    """Of sums of gradients of which ranks keep parts, seconds that computation hides: of those of
+    parameters held in parts, and of `kept`.
+
+    Args:
+        weights: see `in_weights`.
+    """
+    gathered, sums = _gathered(graph), _sums_kept(graph, network, kept)
+    parts: list[tuple[float, float, float]] = []
+    for node in reversed(range(len(weights))):
+        whole = gathered[node]
+        parts.append((0.0, weights[node], whole) if whole else (weights[node], 0.0, 0.0))
+        parts += ((0.0, seconds, size) for seconds, size in sums.get(node, ()))
+    return sum(a + b for a, b, _ in parts) - late_seconds(parts)
+
+
+def _sums_kept(
+    graph: Graph, network: Network | None, kept: Sequence[GradientPart]
+) -> dict[int, list[tuple[float, float]]]:
+    """By the node that completes it, seconds and bytes of each sum of `kept`."""
+    if network is None or not kept:
+        return {}
+    first_use: dict[int, int] = {}
+    for node in reversed(graph.nodes):
+        first_use.update(dict.fromkeys(node.inputs, node.id))
+    by_origin = {value.origin: value for value in graph.values_of(ValueKind.PARAMETER)}
+    table: dict[int, list[tuple[float, float]]] = {}
+    for part in kept:
+        value = by_origin[part.name]
+        if part.summed and value.id in first_use:
+            group, size = network.group(part.axis), float(value.type.num_bytes)
+            seconds = reduce_scatter_seconds(network.cluster, group, size)
+            table.setdefault(first_use[value.id], []).append((seconds, size))
+    return table
 
 
 def in_weights(graph: Graph, costs: Sequence[NodeCost]) -> list[float]:

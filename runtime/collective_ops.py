@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compiler.ir.buckets import early_starts
+from ..compiler.ir.buckets import early_starts, late_ends
 from ..compiler.ir.collectives import NAMESPACE
 from ..compiler.ir.errors import RuntimeFailure
 from ..compiler.ir.graph import Graph
@@ -107,10 +107,12 @@ class StageCollectives:
         """Make the collectives of a kernel call the communicator.
 
         Gathers of parameters start ahead of their use (`early_starts`), and travel while what is
-        before that computes. All ranks of a group start them in the same place, as what they gather
-        is the same there.
+        before that computes. Sums of gradients of which parts are kept are waited for after others
+        have started (`late_ends`), and travel while what comes next computes. All ranks of a group
+        start them in the same place, as what they gather and sum is the same there.
         """
         self._gather_early(graph)
+        self._sum_late(graph)
         bound: dict[Any, Callable[..., Tensor]] = {
             operators.all_reduce.default: self.all_reduce,
             operators.all_gather.default: self.all_gather,
@@ -127,7 +129,9 @@ class StageCollectives:
         gathers = [
             node
             for node in graph.nodes
-            if node.meta.get(_OF_PARAMETER) and node.args[0].op == "placeholder"
+            if node.op == "call_function"
+            and node.meta.get(_OF_PARAMETER)
+            and node.args[0].op == "placeholder"
         ]
         begin = next(node for node in graph.nodes if node.op != "placeholder")
         waits: list[fx.Node] = []
@@ -142,6 +146,22 @@ class StageCollectives:
             last[waited] = started
             gather.replace_all_uses_with(waits[-1])
             graph.erase_node(gather)
+
+    def _sum_late(self, graph: fx.Graph) -> None:
+        sums = [node for node in graph.nodes if _is_kept_part(node)]
+        ends = late_ends([node.args[0].meta["val"].nbytes for node in sums])
+        starts: list[fx.Node] = []
+        for node in sums:
+            with graph.inserting_before(node):
+                starts.append(graph.call_function(self.start_reduce_scatter, node.args))
+        places = [*starts, *(node for node in graph.nodes if node.op == "output")]
+        for node, started, end in zip(sums, starts, ends, strict=True):
+            (addition,) = node.users
+            with graph.inserting_before(places[end]):
+                done = graph.call_function(_wait_for, (started,))
+            done.append(addition)
+            node.replace_all_uses_with(done)
+            graph.erase_node(node)
 
     def _ranks(self, axis: str) -> tuple[int, ...]:
         try:
@@ -175,10 +195,14 @@ class StageCollectives:
     def reduce_scatter(
         self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int
     ) -> Tensor:
+        return _wait_for(self.start_reduce_scatter(x, axis, dim, sizes, index))
+
+    def start_reduce_scatter(
+        self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int
+    ) -> Pending:
         split = Split(dim, tuple(sizes))
         label = f"reduce_scatter {self._place}"
-        pending = self._communicator.start_reduce_scatter(x, self._ranks(axis), split, label=label)
-        return _wait_for(pending)
+        return self._communicator.start_reduce_scatter(x, self._ranks(axis), split, label=label)
 
     def all_to_all(
         self,
@@ -225,6 +249,15 @@ class StageCollectives:
 
 def _is_collective(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+
+
+def _is_kept_part(node: fx.Node) -> bool:
+    """Whether `node` sums a gradient over ranks, and nothing is done with this rank's part but to
+    add it to its buffer."""
+    if node.target is not operators.reduce_scatter.default or len(node.users) != 1:
+        return False
+    (addition,) = node.users
+    return addition.target is aten.add_.Tensor and addition.args[1] is node
 
 
 def _wait_for(pending: Pending) -> Tensor:

@@ -11,7 +11,7 @@ is one more kernel to make, so that there are about 32 at most, whatever their s
 
 The code generator makes buckets by these figures, and the memory model counts their bytes. Inside
 stages, parameters that are held in parts (ZeRO 3) are gathered ahead of their use under the same
-limit.
+limit, and gradients that are kept in parts (ZeRO 2 and 3) are summed beside what computes next.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "early_starts",
     "fill",
     "in_flight_bytes",
+    "late_ends",
     "sum_bytes",
     "sums_in_flight_bytes",
 ]
@@ -109,3 +110,25 @@ def early_starts(sizes: Sequence[float]) -> tuple[int, ...]:
             under_way += sizes[len(starts)]
             starts.append(waited)
     return tuple(starts)
+
+
+def late_ends(sizes: Sequence[float]) -> tuple[int, ...]:
+    """When to wait for each of the sums of gradients of a kernel, which start one after the other.
+
+    Before one starts, the oldest are waited for, so that no more are under way than may be; those
+    that are left are waited for at the end.
+
+    Args:
+        sizes: bytes of what each sums.
+
+    Returns:
+        for each, how many have started before it is waited for.
+    """
+    limit = in_flight_bytes(sum(sizes))
+    ends: list[int] = []
+    for started, size in enumerate(sizes):
+        under_way = sum(sizes[len(ends) : started])
+        while len(ends) < started and under_way + size > limit:
+            under_way -= sizes[len(ends)]
+            ends.append(started)
+    return (*ends, *[len(sizes)] * (len(sizes) - len(ends)))

@@ -202,7 +202,7 @@ def _tensor(
     own = value.type.num_bytes
     optimizer = statement.optimizer
     static, updated, away = own, own if trained else 0, 0
-    summed = once = 0.0
+    summed = early = once = 0.0
     if value.kind is ValueKind.INPUT:
         copies = num_microbatches if value.batch_dim is not None else 1
         static = figures.value_bytes[value.id] * copies
@@ -212,7 +212,8 @@ def _tensor(
         updated = part.updated_bytes
         away = updated if part.is_offloaded else 0
         summed = part.sum_seconds
-        once = part.step_seconds + num_microbatches * part.microbatch_seconds
+        early = part.microbatch_seconds
+        once = part.step_seconds
     elif trained:
         static = 2 * own + math.ceil(own * optimizer.state_bytes_per_parameter_byte)
     backends = {entry.backend for entry in figures.types}
@@ -237,6 +238,7 @@ def _tensor(
         ),
         reduced_bytes=own if trained and len(units) > 1 else 0,
         sum_seconds=summed,
+        early_seconds=early,
     )
 
 
@@ -265,6 +267,7 @@ def _join(first: Shared, second: Shared) -> Shared:
         update_peak_bytes=max(first.update_peak_bytes, second.update_peak_bytes),
         optimizer_seconds=_add(first.optimizer_seconds, second.optimizer_seconds),
         sum_seconds=first.sum_seconds + second.sum_seconds,
+        early_seconds=first.early_seconds + second.early_seconds,
     )
 
 
@@ -280,6 +283,7 @@ def _absorb(unit: Unit, item: Shared) -> Unit:
         update_peak_bytes=max(unit.update_peak_bytes, item.update_peak_bytes),
         optimizer_seconds=_add(unit.optimizer_seconds, item.optimizer_seconds),
         sum_seconds=unit.sum_seconds + item.sum_seconds,
+        early_seconds=unit.early_seconds + item.early_seconds,
     )
 
 

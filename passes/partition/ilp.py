@@ -276,7 +276,9 @@ class _Builder:
         for stage in self.stages:
             self.model.add(updates >= self._updates(stage))
             if any(held.item.sum_seconds for held in self.held[stage]):
-                self.model.add(updates >= self._late_sums(stage))
+                self.model.add(updates >= self._late_sums(stage, early=False))
+            if any(held.item.early_seconds for held in self.held[stage]):
+                self.model.add(updates >= self._late_sums(stage, early=True))
         return compute, exposed, bottleneck, updates
 
     def _compute(self, stage: int) -> Linear:
@@ -290,19 +292,27 @@ class _Builder:
 
     def _updates(self, stage: int) -> Linear:
         return sum(
-            self.ticks(_update_seconds(held) + LEAST_EXPOSED * held.item.sum_seconds) * held.chosen
+            self.ticks(_update_seconds(held) + LEAST_EXPOSED * sum(self._sums(held))) * held.chosen
             for held in self.held[stage]
         )
 
-    def _late_sums(self, stage: int) -> Linear:
-        """Optimizer and sums of gradients, less what these may be hidden behind."""
+    def _sums(self, held: _Held) -> tuple[float, float]:
+        """Seconds of sums of gradients that are made once a step, and of a step's others."""
+        item = held.item
+        return item.sum_seconds, self.problem.num_microbatches * item.early_seconds
+
+    def _late_sums(self, stage: int, *, early: bool) -> Linear:
+        """Optimizer and sums of gradients, less what those made once a step, or once a microbatch
+        (`early`), may be hidden behind; of the others what is exposed at least."""
         total: Linear = 0
+        rounds = self.problem.num_microbatches if early else 1
         for held in self.held[stage]:
             hiding: tuple[float, ...] = ()
             if isinstance(held.item, Unit):
                 hiding = held.item.weight_seconds if stage else held.item.backward_seconds
-            ticks = self.ticks(_update_seconds(held) + held.item.sum_seconds)
-            ticks -= self.ticks(hiding[held.kind]) + 1 if hiding else 0
+            late, others = self._sums(held)[::-1] if early else self._sums(held)
+            ticks = self.ticks(_update_seconds(held) + late + LEAST_EXPOSED * others)
+            ticks -= self.ticks(rounds * hiding[held.kind]) + 1 if hiding else 0
             total += ticks * held.chosen
         return total
 

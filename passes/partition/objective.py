@@ -7,9 +7,10 @@ with t_s the forward plus backward seconds of one microbatch in stage s, r_s the
 receiving its boundary values, g_s those of returning their gradients (both links run at the same
 time as computation and as each other, so they only bound the steady state, but fill and drain
 expose them once), o_s the optimizer's seconds, e_s those of sums of gradients over the ranks of the
-stage that its last backward does not hide, and sync the reduction of tied gradients. This is the
-latency of 1F1B and GPipe without interleaving (Narayanan et al., PipeDream-2BW, 2021; Zheng
-et al., Alpa, 2022), with communication added.
+stage that its last backward does not hide, and m times those that every backward makes and does not
+hide, and sync the reduction of tied gradients. This is the latency of 1F1B and GPipe without
+interleaving (Narayanan et al., PipeDream-2BW, 2021; Zheng et al., Alpa, 2022), with communication
+added.
 """
 
 from __future__ import annotations
@@ -73,24 +74,31 @@ def stage_figures(problem: StageProblem, assignment: Assignment) -> tuple[StageF
 
 def _exposed_seconds(problem: StageProblem, assignment: Assignment, stage: int) -> float:
     """Weight gradients are computed from the last unit to the first; those of the first stage after
-    nothing, so that all its backward hides sums. What stages share is summed at the end."""
+    nothing, so that all its backward hides sums. What stages share is summed at the end. Some sums
+    are made once a step, beside the last backward, others once a microbatch, beside its own."""
     kind = problem.classes[assignment.classes[stage]].type
-    computing: dict[int, float] = {}
-    summing: dict[int, float] = {}
+    computing: list[float] = []
+    summing: dict[int, tuple[float, float]] = {}  # once a step, once a microbatch
     for index in reversed(range(len(problem.units))):
         if assignment.stages[index] == stage:
             unit = problem.units[index]
             seconds = unit.backward_seconds if stage == 0 else unit.weight_seconds
-            computing[index] = seconds[kind] if seconds else 0.0
-            summing[index] = unit.sum_seconds
+            computing.append(seconds[kind] if seconds else 0.0)
+            summing[index] = unit.sum_seconds, unit.early_seconds
     last = 0.0
     for shared in problem.shared:
-        homes = {assignment.stages[user] for user in shared.users} if shared.sum_seconds else ()
-        if homes == {stage}:
-            summing[min(shared.users)] += shared.sum_seconds
-        elif stage in homes:
-            last += shared.sum_seconds
-    return exposed_seconds([*zip(computing.values(), summing.values(), strict=True), (0.0, last)])
+        own = shared.sum_seconds, shared.early_seconds
+        homes = {assignment.stages[user] for user in shared.users} if any(own) else set()
+        if stage in homes:
+            first = min(user for user in shared.users if assignment.stages[user] == stage)
+            once, each = summing[first]
+            alone = homes == {stage}
+            summing[first] = once + (own[0] if alone else 0.0), each + own[1]
+            last += 0.0 if alone else own[0]
+    once, each = zip(*summing.values(), strict=True) if summing else ((), ())
+    exposed = exposed_seconds([*zip(computing, once, strict=True), (0.0, last)])
+    again = exposed_seconds(zip(computing, each, strict=True)) if any(each) else 0.0
+    return exposed + problem.num_microbatches * again
 
 
 def _figures(

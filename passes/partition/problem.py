@@ -42,6 +42,7 @@ class Unit:
         optimizer_seconds: of updating those parameters, by device type.
         weight_seconds: of `backward_seconds`, those of weight gradients.
         sum_seconds: of summing the gradients of those parameters over ranks, once a step.
+        early_seconds: of summing gradients over ranks once a microbatch.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Unit:
     optimizer_seconds: tuple[float, ...] = ()
     weight_seconds: tuple[float, ...] = ()
     sum_seconds: float = 0.0
+    early_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class Shared:
     """Something that each stage with one of `users` holds (parameter) or recomputes (nodes).
 
     `reduced_bytes` is the gradient that the stages holding a tied parameter sum over each other,
-    `sum_seconds` what summing it over the ranks of a stage takes.
+    `sum_seconds` and `early_seconds` what summing it over the ranks of a stage takes, once a step
+    or once a microbatch.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Shared:
     optimizer_seconds: tuple[float, ...] = ()
     reduced_bytes: int = 0
     sum_seconds: float = 0.0
+    early_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

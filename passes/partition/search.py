@@ -263,12 +263,17 @@ def _update_seconds(problem: StageProblem, num_stages: int) -> float:
 
     Of all sums, some are exposed at least; and a stage's backward hides no more than it takes.
     """
-    updates = [min(unit.optimizer_seconds, default=0.0) for unit in problem.units]
-    summed = [unit.sum_seconds for unit in problem.units]
-    ends = [a + LEAST_EXPOSED * b for a, b in zip(updates, summed, strict=True)]
-    hiding = sum(max(unit.backward_seconds) for unit in problem.units) if any(summed) else 0.0
-    late = sum(updates) + sum(summed) - hiding
-    return max(sum(ends) / num_stages, max(ends), late / num_stages)
+    units, count = problem.units, problem.num_microbatches
+    updates = [min(unit.optimizer_seconds, default=0.0) for unit in units]
+    summed = [unit.sum_seconds for unit in units]
+    early = [unit.early_seconds for unit in units]
+    least = [LEAST_EXPOSED * (a + count * b) for a, b in zip(summed, early, strict=True)]
+    ends = [a + b for a, b in zip(updates, least, strict=True)]
+    sums = any(summed) or any(early)
+    hiding = sum(max(unit.backward_seconds) for unit in units) if sums else 0.0
+    once, each = (max(sum(table) - hiding, LEAST_EXPOSED * sum(table)) for table in (summed, early))
+    late = sum(updates) + once + count * each
+    return max(late / num_stages, max(ends))
 
 
 def _relaxed(problem: StageProblem) -> StageProblem:

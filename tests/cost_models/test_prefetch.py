@@ -1,10 +1,10 @@
-"""Gathers of parameters ahead of their use."""
+"""Gathers of parameters ahead of their use, and sums of gradients behind what computes next."""
 
 from __future__ import annotations
 
-from cutset.compiler.ir.buckets import early_starts
+from cutset.compiler.ir.buckets import early_starts, late_ends
 from cutset.cost_models.liveness import Step, live_bytes
-from cutset.cost_models.prefetch import overlapped_seconds, start_early
+from cutset.cost_models.prefetch import finish_late, late_seconds, overlapped_seconds, start_early
 
 MIB = 1 << 20
 
@@ -43,3 +43,42 @@ def test_gathers_hide_behind_what_computes() -> None:
     assert overlapped_seconds([2.0, 3.0, 2.0, 3.0], sizes) == 8.0
     assert overlapped_seconds([2.0, 1.0, 2.0, 3.0], sizes) == 7.0
     assert overlapped_seconds([2.0, 1.0, 2.0, 3.0], [0, 0, 0, 0]) == 8.0
+
+
+def test_sums_end_where_the_next_has_no_room() -> None:
+    """Of 16 MiB, two buckets of an eighth: 4 MiB. Reversed, sums are to ends what gathers are to
+    starts."""
+    sizes = [1 * MIB] * 16
+    assert late_ends(sizes) == (*range(4, 16), 16, 16, 16, 16)
+    assert late_ends([4 * MIB] * 4) == (1, 2, 3, 4)
+    assert late_ends([1 * MIB, 14 * MIB, 1 * MIB]) == (1, 2, 3)
+    assert late_ends([]) == ()
+    mixed = [2 * MIB, 1 * MIB, 3 * MIB, 1 * MIB, 9 * MIB]
+    backwards = early_starts(mixed[::-1])
+    assert late_ends(mixed) == tuple(len(mixed) - waited for waited in backwards[::-1])
+
+
+def test_a_sum_takes_memory_until_it_is_waited_for() -> None:
+    """Two gradients of 8 MiB, summed in buffers of 4: the first is under way while the second is
+    computed, and both it and its buffer are there."""
+    steps = [
+        Step(0, (), ((10, 8.0 * MIB),)),
+        Step(1, (10,), (), 4.0 * MIB),
+        Step(2, (), ((12, 8.0 * MIB),)),
+        Step(3, (12,), (), 4.0 * MIB),
+        Step(4, (), (), 1.0 * MIB),
+    ]
+    numbers = iter(range(100, 200))
+    late = finish_late(steps, [0, 8 * MIB, 0, 8 * MIB, 0], lambda: next(numbers))
+    assert [step.node for step in late] == [0, 1, 2, 1, 3, 4, 3]
+    live = [size / MIB for size in live_bytes(late, {}, ()).at_step]
+    assert live == [8, 12, 20, 20, 12, 13, 12]
+
+
+def test_sums_hide_behind_what_computes_next() -> None:
+    """One is under way at a time: the last is exposed, and of a long one what nothing hides."""
+    size = 8.0 * MIB
+    assert late_seconds([(2.0, 1.0, size), (2.0, 1.0, size), (2.0, 0.0, 0.0)]) == 6.0
+    assert late_seconds([(2.0, 1.0, size), (2.0, 1.0, size)]) == 5.0
+    assert late_seconds([(2.0, 3.0, size), (2.0, 1.0, size)]) == 6.0
+    assert late_seconds([(2.0, 0.0, 0.0), (2.0, 0.0, 0.0)]) == 4.0

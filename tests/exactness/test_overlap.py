@@ -50,3 +50,18 @@ def test_models_train_exactly(name: str, mesh: str, stages: int, schedule: str, 
     errors = entry.errors(stages, schedule, session, axes, layouts)
     limit = sharded_tolerance_of(name, adamw64)
     assert all(error.value <= limit for error in errors.values()), errors
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "stages", "level"),
+    [("gpt2", "data=2", 1, 2), ("gpt2", "data=2", 2, 3), ("resnet", "data=2", 1, 3)],
+)
+def test_gradients_kept_in_parts_train_exactly(
+    name: str, mesh: str, stages: int, level: int
+) -> None:
+    """Few of their sums are under way at once, so that they end in the midst of backward."""
+    entry, axes = subject(name), Mesh.parse(mesh)
+    layouts = zero_layouts_of(entry.captured.graph, axes, level)
+    errors = entry.errors(stages, "1f1b", InProcessSession(axes.size * stages), axes, layouts)
+    limit = sharded_tolerance_of(name, adamw64)
+    assert all(error.value <= limit for error in errors.values()), errors
