@@ -10,6 +10,7 @@ the same on every rank (see `docs/decisions/0008-collectives-inside-stages.md`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,8 +112,8 @@ class StageCollectives:
         have started (`late_ends`), and travel while what comes next computes. All ranks of a group
         start them in the same place, as what they gather and sum is the same there.
         """
-        self._gather_early(graph)
-        self._sum_late(graph)
+        _gather_early(graph, self._parted)
+        _sum_late(graph, self._parted)
         bound: dict[Any, Callable[..., Tensor]] = {
             operators.all_reduce.default: self.all_reduce,
             operators.all_gather.default: self.all_gather,
@@ -125,43 +126,12 @@ class StageCollectives:
             else:
                 node.target = bound.get(node.target, node.target)
 
-    def _gather_early(self, graph: fx.Graph) -> None:
-        gathers = [
-            node
-            for node in graph.nodes
-            if node.op == "call_function"
-            and node.meta.get(_OF_PARAMETER)
-            and node.args[0].op == "placeholder"
-        ]
-        begin = next(node for node in graph.nodes if node.op != "placeholder")
-        waits: list[fx.Node] = []
-        last: dict[int, fx.Node] = {}  # by how many are waited for before, what started last
-        starts = early_starts([node.meta["val"].nbytes for node in gathers])
-        for gather, waited in zip(gathers, starts, strict=True):
-            before = last.get(waited, waits[waited - 1] if waited else None)
-            with graph.inserting_after(before) if before else graph.inserting_before(begin):
-                started = graph.call_function(self.start_all_gather, gather.args)
-            with graph.inserting_before(gather):
-                waits.append(graph.call_function(_wait_for, (started,)))
-            last[waited] = started
-            gather.replace_all_uses_with(waits[-1])
-            graph.erase_node(gather)
-
-    def _sum_late(self, graph: fx.Graph) -> None:
-        sums = [node for node in graph.nodes if _is_kept_part(node)]
-        ends = late_ends([node.args[0].meta["val"].nbytes for node in sums])
-        starts: list[fx.Node] = []
-        for node in sums:
-            with graph.inserting_before(node):
-                starts.append(graph.call_function(self.start_reduce_scatter, node.args))
-        places = [*starts, *(node for node in graph.nodes if node.op == "output")]
-        for node, started, end in zip(sums, starts, ends, strict=True):
-            (addition,) = node.users
-            with graph.inserting_before(places[end]):
-                done = graph.call_function(_wait_for, (started,))
-            done.append(addition)
-            node.replace_all_uses_with(done)
-            graph.erase_node(node)
+    def _parted(self, node: fx.Node) -> _Parted:
+        starts = {
+            operators.all_gather.default: self.start_all_gather,
+            operators.reduce_scatter.default: self.start_reduce_scatter,
+        }
+        return _Parted(starts[node.target], _wait_for)
 
     def _ranks(self, axis: str) -> tuple[int, ...]:
         try:
@@ -233,6 +203,7 @@ class StageCollectives:
         """
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
+        names: dict[str, str] = {}  # by axis
         for node in graph.nodes:
             if node.op != "call_function" or not _is_collective(node):
                 continue
@@ -242,9 +213,76 @@ class StageCollectives:
                 return module, f"ranks {', '.join(map(str, ranks))} have no process group for it"
             if not functional.takes(node):
                 return module, f"{node.target} of this dtype has no functional form"
-            # closures, as Dynamo traces through them
-            node.target = functional.call(node, name)
+            names[node.args[1]] = name
+
+        def parted(node: fx.Node) -> _Parted:
+            start = functional.start(node, names[node.args[1]])
+            return _Parted(start, functional.finish(node), takes_operand=True)
+
+        _gather_early(graph, parted)
+        _sum_late(graph, parted)
+        for node in graph.nodes:
+            if node.op == "call_function" and _is_collective(node):
+                # closures, as Dynamo traces through them
+                node.target = functional.call(node, names[node.args[1]])
         return fx.GraphModule(module, graph), ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parted:
+    """A collective in two calls: `start` with its arguments, `wait` with what that returned, and
+    if it `takes_operand` with the arguments again."""
+
+    start: Callable[..., Any]
+    wait: Callable[..., Tensor]
+    takes_operand: bool = False
+
+    def wait_in(self, graph: fx.Graph, started: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:
+        rest = arguments if self.takes_operand else ()
+        return graph.call_function(self.wait, (started, *rest))
+
+
+def _gather_early(graph: fx.Graph, parted: Callable[[fx.Node], _Parted]) -> None:
+    """Start gathers of parameters ahead of their use (see `early_starts`)."""
+    gathers = [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and node.meta.get(_OF_PARAMETER)
+        and node.args[0].op == "placeholder"
+    ]
+    begin = next(node for node in graph.nodes if node.op != "placeholder")
+    waits: list[fx.Node] = []
+    last: dict[int, fx.Node] = {}  # by how many are waited for before, what started last
+    starts = early_starts([node.meta["val"].nbytes for node in gathers])
+    for gather, waited in zip(gathers, starts, strict=True):
+        halves = parted(gather)
+        before = last.get(waited, waits[waited - 1] if waited else None)
+        with graph.inserting_after(before) if before else graph.inserting_before(begin):
+            started = graph.call_function(halves.start, gather.args)
+        with graph.inserting_before(gather):
+            waits.append(halves.wait_in(graph, started, gather.args))
+        last[waited] = started
+        gather.replace_all_uses_with(waits[-1])
+        graph.erase_node(gather)
+
+
+def _sum_late(graph: fx.Graph, parted: Callable[[fx.Node], _Parted]) -> None:
+    """Wait for sums of gradients after others have started (see `late_ends`)."""
+    sums = [node for node in graph.nodes if _is_kept_part(node)]
+    ends = late_ends([node.args[0].meta["val"].nbytes for node in sums])
+    starts: list[fx.Node] = []
+    for node in sums:
+        with graph.inserting_before(node):
+            starts.append(graph.call_function(parted(node).start, node.args))
+    places = [*starts, *(node for node in graph.nodes if node.op == "output")]
+    for node, started, end in zip(sums, starts, ends, strict=True):
+        (addition,) = node.users
+        with graph.inserting_before(places[end]):
+            done = parted(node).wait_in(graph, started, node.args)
+        done.append(addition)
+        node.replace_all_uses_with(done)
+        graph.erase_node(node)
 
 
 def _is_collective(node: fx.Node) -> bool:

@@ -173,14 +173,16 @@ def test_gathers_of_parameters_hide_behind_computation() -> None:
 
 
 def test_gradients_that_backward_sums_take_time_with_weight_gradients() -> None:
+    """The one that is complete last has nothing beside it, the others are hidden in part."""
     stage, cluster = _stage("data=2", 2)
     assert any(part.summed for part in stage.kept)
     network, kind = Network(cluster, stage.axes), cluster.type_of(0)
     costs = stage_costs(stage, kind, network, None)
     plain = stage_seconds(stage.graph, kind, network=network).backward_weight
     types = {value.origin: value.type for value in stage.graph.values if value.origin}
-    sums = sum(
+    sums = [
         reduce_scatter_seconds(cluster, (0, 1), types[part.name].num_bytes) for part in stage.kept
-    )
-    assert costs.backward_weight.seconds == pytest.approx(plain + sums)
+    ]
+    assert plain + min(sums) <= costs.backward_weight.seconds <= plain + 0.99 * sum(sums)
+    assert costs.backward_weight.hidden and costs.backward_weight.exposed
     assert costs.backward_weight.compute_seconds <= plain

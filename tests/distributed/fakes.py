@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from cutset.runtime.communicator import Communicator, Split
 from cutset.runtime.kernels import trace_inference
 from cutset.runtime.rank import Rank
 from tests.ir.builders import GraphBuilder
+from tests.runtime.late_sums import ROWS, SIZE, traced
+from tests.runtime.test_kernels import run_kernels
 
 TOKEN = TensorType((2,), torch.float32)
 
@@ -201,6 +204,34 @@ class FakeRank:
         expected = whole * count**2
         for result in (kernels.forward([torch.tensor(0), part]), module(torch.tensor(0), part)):
             assert torch.equal(result[0], expected)
+
+    def functional_sums(self) -> None:
+        """Sums of gradients kept in parts, and gathers of parameters, give the same with functional
+        collectives, whose start and wait are apart as well."""
+        kernels = traced(self.communicator)
+        assert kernels.collectives is not None
+        torch.manual_seed(self.rank)
+        count = len(kernels.signature.trained)
+        tensors = [torch.randn(ROWS, SIZE, dtype=torch.float64)]
+        tensors += [torch.randn(SIZE // 2, SIZE, dtype=torch.float64) for _ in range(count)]
+        tangents = [torch.randn(ROWS, SIZE, dtype=torch.float64)]
+        modules = {}
+        for name in ("forward", "input", "weight"):
+            modules[name], reason = kernels.collectives.functional(kernels.modules[name])
+            assert reason == ""
+        (part,) = kernels.backward_weights
+        other = replace(
+            kernels,
+            forward=lambda given: modules["forward"](*given),
+            backward_input=lambda given: modules["input"](*given),
+            backward_weights=(replace(part, kernel=lambda given: modules["weight"](*given)),),
+        )
+        found, same = (run_kernels(each, tensors, tangents) for each in (kernels, other))
+        for expected, result in zip(found[0] + found[1], same[0] + same[1], strict=True):
+            torch.testing.assert_close(result, expected)
+        assert found[2].keys() == same[2].keys() and len(found[2]) == count
+        for index, expected in found[2].items():
+            torch.testing.assert_close(same[2][index], expected)
 
     def await_nothing(self, seconds: float) -> None:
         """Rank 1 waits for a message that nobody sends."""

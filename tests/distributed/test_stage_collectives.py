@@ -29,6 +29,11 @@ def test_functional_collectives_take_parts_of_any_size(pool: WorkerPool) -> None
     assert session.call("functional_parts", {"ranks": (0, 1, 2)}) == [None] * 3
 
 
+def test_functional_collectives_wait_late(pool: WorkerPool) -> None:
+    session = pool.session(2, FAKE)
+    assert session.call("functional_sums") == [None] * 2
+
+
 def test_stages_that_meet_inside_are_exact(pool: WorkerPool) -> None:
     session = pool.session(4)
     session.call("reset")  # other tests leave an optimizer there
