@@ -127,11 +127,11 @@ class StageCollectives:
                 node.target = bound.get(node.target, node.target)
 
     def _parted(self, node: fx.Node) -> _Parted:
-        starts = {
-            operators.all_gather.default: self.start_all_gather,
-            operators.reduce_scatter.default: self.start_reduce_scatter,
-        }
-        return _Parted(starts[node.target], _wait_for)
+        is_gather = node.target is operators.all_gather.default
+        start: Callable[..., Pending] = (
+            self.start_all_gather if is_gather else self.start_reduce_scatter
+        )
+        return _Parted(start, _wait_for)
 
     def _ranks(self, axis: str) -> tuple[int, ...]:
         try:
@@ -213,10 +213,10 @@ class StageCollectives:
                 return module, f"ranks {', '.join(map(str, ranks))} have no process group for it"
             if not functional.takes(node):
                 return module, f"{node.target} of this dtype has no functional form"
-            names[node.args[1]] = name
+            names[str(node.args[1])] = name
 
         def parted(node: fx.Node) -> _Parted:
-            start = functional.start(node, names[node.args[1]])
+            start = functional.start(node, names[str(node.args[1])])
             return _Parted(start, functional.finish(node), takes_operand=True)
 
         _gather_early(graph, parted)
@@ -224,7 +224,7 @@ class StageCollectives:
         for node in graph.nodes:
             if node.op == "call_function" and _is_collective(node):
                 # closures, as Dynamo traces through them
-                node.target = functional.call(node, names[node.args[1]])
+                node.target = functional.call(node, names[str(node.args[1])])
         return fx.GraphModule(module, graph), ""
 
 

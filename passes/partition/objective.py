@@ -91,11 +91,11 @@ def _exposed_seconds(problem: StageProblem, assignment: Assignment, stage: int) 
         homes = {assignment.stages[user] for user in shared.users} if any(own) else set()
         if stage in homes:
             first = min(user for user in shared.users if assignment.stages[user] == stage)
-            once, each = summing[first]
-            alone = homes == {stage}
-            summing[first] = once + (own[0] if alone else 0.0), each + own[1]
+            before, alone = summing[first], homes == {stage}
+            summing[first] = before[0] + (own[0] if alone else 0.0), before[1] + own[1]
             last += 0.0 if alone else own[0]
-    once, each = zip(*summing.values(), strict=True) if summing else ((), ())
+    once = [sums for sums, _ in summing.values()]
+    each = [sums for _, sums in summing.values()]
     exposed = exposed_seconds([*zip(computing, once, strict=True), (0.0, last)])
     again = exposed_seconds(zip(computing, each, strict=True)) if any(each) else 0.0
     return exposed + problem.num_microbatches * again

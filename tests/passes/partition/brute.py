@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -50,6 +51,17 @@ def chain(seconds: tuple[float, ...], devices: int = 2) -> StageProblem:
 
 
 @st.composite
+def _with_sums(draw: st.DrawFn, unit: Unit) -> Unit:
+    """`unit` with gradients that are summed over ranks, once a step or once a microbatch."""
+    amount = st.integers(0, 9).map(float)
+    share = draw(st.sampled_from((0.0, 0.5, 1.0)))
+    weights = tuple(share * seconds for seconds in unit.backward_seconds)
+    return replace(
+        unit, weight_seconds=weights, sum_seconds=draw(amount), early_seconds=draw(amount)
+    )
+
+
+@st.composite
 def problems(draw: st.DrawFn) -> StageProblem:
     """Random DAGs of up to 8 units on 2 to 4 devices of up to 3 classes, memory often binding."""
     devices, most = draw(st.sampled_from(((2, 8), (3, 7), (4, 5))))
@@ -71,6 +83,8 @@ def problems(draw: st.DrawFn) -> StageProblem:
         )
         for index in range(count)
     )
+    if draw(st.booleans()):
+        units = tuple(draw(_with_sums(unit)) for unit in units)
     flows = []
     for producer in range(count - 1):
         later = st.integers(producer + 1, count - 1)
