@@ -27,35 +27,29 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from ..compiler.ir.counts import divisors
-from ..compiler.ir.errors import UsageError
-from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
-from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Alternative, Certificate, Plan
+from ..compiler.ir.plan import DATA, PIPELINE, Alternative, Certificate, Plan
 from ..compiler.sharding.sharding import Sharding
 from ..compiler.sharding.unruled import unruled_warnings
 from .candidates import Candidate, Pricing, Way
 from .context import Context
-from .layout_pins import can_hold, held_placements
-from .microbatches import candidates, pinned_count
+from .mesh_bounds import Bounds, Entry
+from .mesh_space import microbatch_counts, more_microbatches, search_space, ways_to_save
 from .offload import may_offload, offloaded
 from .partition.fitting import Fit
-from .pinned import check_pinned, mesh_is_open, updates_elementwise
+from .pinned import check_pinned, mesh_is_open
 from .squeeze import squeeze
 
-__all__ = ["ChooseMesh", "meshes"]
+__all__ = ["ChooseMesh"]
 
 _PROVEN = 4
 _CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
-_SHARES = (1.0, 1.1)  # of the memory: additive bounds exceed the need by about a tenth
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
 _STARVED = 4.0
-_NO_TIME = 1e-30  # seconds, of a graph that computes nothing
-_STEPS_OF_BOUND = 20  # bounds are about equal if they are within a twentieth
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,37 +65,6 @@ class ChooseMesh:
         return _Search(plan, context).run()
 
 
-def meshes(num_devices: int, rows: int) -> Iterator[Mesh]:
-    """Every data x pipeline x tensor of `num_devices`, in both orders where they differ; the data
-    axis divides `rows`."""
-    for data in divisors(math.gcd(num_devices, rows)):
-        for tensor in divisors(num_devices // data):
-            stages = num_devices // data // tensor
-            axes = {DATA: data, PIPELINE: stages, TENSOR: tensor}
-            orders = [(PIPELINE, DATA, TENSOR)]
-            if data > 1 and stages > 1:
-                orders.append((DATA, PIPELINE, TENSOR))
-            for order in orders:
-                yield Mesh(tuple(MeshAxis(name, axes[name]) for name in order if axes[name] > 1))
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Entry:
-    """Something to price, by what comes first."""
-
-    order: tuple[float, int, str]
-    bound: float = field(compare=False)
-    item: tuple[Mesh, int] = field(compare=False)
-
-    @property
-    def mesh(self) -> Mesh:
-        return self.item[0]
-
-    @property
-    def count(self) -> int:
-        return self.item[1]
-
-
 class _Search:
     """Working state of the search."""
 
@@ -111,20 +74,19 @@ class _Search:
         self.pricing = Pricing(plan, context)
         self.found: list[Candidate] = []
         self.looked_at: dict[int, Fit | None] = {}  # by place in `found`
+        self.known = Bounds(self.pricing)
         self.bounds: list[float] = []  # of what was not priced
         self.tried: set[tuple[Mesh, int]] = set()  # with layouts to choose
         self.squeezed: set[tuple[Mesh, int, bool]] = set()
         self.offload = context.options.offload == "optimizer"
-        self.close: dict[Mesh, dict[int, float]] = {}  # bounds by layouts, by microbatches
-        self.could_rise: set[tuple[Mesh, int]] = set()  # those of them that were enough as they are
-        self.raised = math.inf  # least share of a bound by layouts to that by division
 
     def run(self) -> Plan:
         """Numbers of microbatches are few and typical, larger ones if nothing fits, or only what
         takes far longer; states are offloaded if that does not help."""
         while True:
-            for counts_of in (_microbatch_counts, _more_microbatches):
-                self.search(self.space(counts_of))
+            for counts_of in (microbatch_counts, more_microbatches):
+                rows = self.pricing.layouts.rows
+                self.search(search_space(self.plan, self.context, rows, counts_of))
                 self.confirmed()
                 self.squeeze()
                 if self.confirmed() and not self.is_starved():
@@ -143,21 +105,22 @@ class _Search:
         Bounds come in two kinds, by division and by layouts, which take longer: a bound by layouts
         is asked for where the one by division, raised as the others were, is the least.
         """
-        far = [self.entry(self.bound(*item), item) for item in space]
-        near: list[_Entry] = []
+        known = self.known
+        far = [known.entry(known.by_division(*item), item) for item in space]
+        near: list[Entry] = []
         heapq.heapify(far)
         while far or near:
             best = min((self.found[place].seconds for place in self.possible()), default=math.inf)
-            if not near or (far and far[0].bound * self.raised < near[0].bound):
+            if not near or (far and far[0].bound * known.raised < near[0].bound):
                 entry = heapq.heappop(far)
-                if entry.bound < best and entry.mesh not in self.close:
+                if entry.bound < best and entry.mesh not in known.close:
                     counts = (n for mesh, n in space if mesh == entry.mesh)
-                    may_win = (n for n in counts if self.bound(entry.mesh, n) < best)
-                    self.layout_bound(entry.mesh, min(may_win, default=entry.count), best)
-                bound = max(entry.bound, self.inferred(entry.mesh, entry.count))
+                    may_win = (n for n in counts if known.by_division(entry.mesh, n) < best)
+                    known.by_layouts(entry.mesh, min(may_win, default=entry.count), best)
+                bound = max(entry.bound, known.inferred(entry.mesh, entry.count))
                 if bound < best:
-                    bound = self.layout_bound(entry.mesh, entry.count, best)
-                    heapq.heappush(near, self.entry(bound, entry.item, is_close=True))
+                    bound = known.by_layouts(entry.mesh, entry.count, best)
+                    heapq.heappush(near, known.entry(bound, entry.item, is_close=True))
                 else:
                     self.bounds.append(bound)
                 continue
@@ -168,43 +131,6 @@ class _Search:
             if any(axis.name != PIPELINE for axis in entry.mesh.axes):
                 self.tried.add(entry.item)
             self.price(entry.mesh, entry.count, self.hopeful(entry.mesh, entry.count))
-
-    def entry(self, bound: float, item: tuple[Mesh, int], *, is_close: bool = False) -> _Entry:
-        """Least bound first; of about equal ones by division fewer microbatches, whose bounds say
-        something about more, and of about equal ones by layouts more, which need less memory."""
-        mesh, count = item
-        about = _STEPS_OF_BOUND * math.log(bound or _NO_TIME)
-        about = round(about) if about < math.inf else about
-        return _Entry((about, -count if is_close else count, str(mesh)), bound, item)
-
-    def layout_bound(self, mesh: Mesh, count: int, enough: float = math.inf) -> float:
-        """One of at least `enough` need not be as high as it can be."""
-        found = self.close.setdefault(mesh, {})
-        if count in found and (found[count] >= enough or (mesh, count) not in self.could_rise):
-            return found[count]
-        by_division = self.bound(mesh, count)
-        by_layouts = self.pricing.layouts.lower_bound(mesh, count, enough=enough)
-        bound = found[count] = max(by_division, by_layouts)
-        if enough <= bound:
-            self.could_rise.add((mesh, count))
-        else:
-            self.could_rise.discard((mesh, count))
-        if by_division and bound < math.inf:
-            self.raised = min(self.raised, bound / by_division)
-        return bound
-
-    def inferred(self, mesh: Mesh, count: int) -> float:
-        """A bound from those by layouts of the same mesh with fewer microbatches: a row takes no
-        less time in a smaller microbatch, and only fill and drain weigh less."""
-        stages = mesh.axis(PIPELINE).size
-        return max(
-            (
-                bound * (stages + count - 1) * fewer / ((stages + fewer - 1) * count)
-                for fewer, bound in self.close.get(mesh, {}).items()
-                if fewer <= count
-            ),
-            default=0.0,
-        )
 
     def hopeful(self, mesh: Mesh, count: int) -> Iterator[Way]:
         """The ways on `mesh`; where the first of those with the same layouts does not fit, and the
@@ -217,70 +143,9 @@ class _Search:
             if others and any(candidate is not None for candidate in fit):
                 yield from others
 
-    def space(self, counts_of: Callable[[Plan, Context, int], list[int]]) -> list[tuple[Mesh, int]]:
-        """Meshes with numbers of microbatches."""
-        plan, options = self.plan, self.context.options
-        pinned = options.mesh
-        rows = self.pricing.layouts.rows
-        every = meshes(len(plan.cluster.devices), rows) if pinned is None else (pinned,)
-        table = []
-        for mesh in every:
-            data, stages = mesh.axis(DATA).size, mesh.axis(PIPELINE).size
-            if (options.zero and data == 1) or not self.suits_pins(mesh):
-                continue
-            counts = [
-                count
-                for count in counts_of(plan, self.context, stages)
-                if plan.batch_size // count % data == 0
-            ]
-            table += [(mesh, count) for count in counts]
-        if not table and counts_of is _microbatch_counts:
-            if options.layout_pins:  # says which pin is impossible, and what would be legal
-                whole = Mesh((MeshAxis(TENSOR, len(plan.cluster.devices)),))
-                held_placements(self.context.graph, options.layout_pins, whole)
-            raise UsageError(
-                f"no number of microbatches of a batch of {plan.batch_size} rows suits the mesh",
-                where="mesh",
-                ways_out=("let the data axis divide the rows of a microbatch",),
-            )
-        return table
-
-    def suits_pins(self, mesh: Mesh) -> bool:
-        """Whether pinned layouts are possible on `mesh`; of a pinned mesh they must be."""
-        pins = self.context.options.layout_pins
-        if self.context.options.mesh is not None:
-            held_placements(self.context.graph, pins, mesh)
-            return True
-        return can_hold(self.context.graph, pins, mesh)
-
-    def bound(self, mesh: Mesh, count: int) -> float:
-        """No plan on `mesh` with `count` microbatches is faster."""
-        stages = mesh.axis(PIPELINE).size
-        inner = mesh.axis(DATA).size * mesh.axis(TENSOR).size
-        return (stages + count - 1) / (stages * count) * self.pricing.work_seconds(count) / inner
-
     def ways(self, mesh: Mesh) -> tuple[Way, ...]:
         """Ways to save memory on `mesh`, least first."""
-        options, away = self.context.options, self.offload
-        auto = options.recompute == "auto"
-        kinds = ("none", "selective", "full") if auto else (options.recompute,)
-        if self.plan.mode is Mode.INFER:
-            kinds = ("none",)
-        if all(axis.name == PIPELINE for axis in mesh.axes):
-            return tuple(Way(0, saving=0.0, recompute=kind, offload=away) for kind in kinds)
-        levels: tuple[int, ...] = (0,)
-        if options.zero is not None:
-            levels = (options.zero,)
-        elif self.plan.mode is Mode.INFER:
-            levels = (0,)
-        elif mesh.axis(DATA).size > 1 and updates_elementwise(self.plan.optimizer.name):
-            levels = (0, 1, 2, 3)
-        return tuple(
-            Way(level, saving, kind, away)
-            for kind in kinds
-            for saving in (0.0, *_SHARES)
-            for level in levels
-        )
+        return ways_to_save(self.plan, self.context, mesh, offload=self.offload)
 
     def price(self, mesh: Mesh, count: int, ways: Iterable[Way]) -> None:
         """Price plans on `mesh` with `count` microbatches: the first of `ways` that fits, and if
@@ -335,7 +200,7 @@ class _Search:
         """Look for layouts that fit where the fastest do not, as long as they may win."""
         if not self.pricing.layouts.is_small:
             return
-        short = sorted((self.layout_bound(*item), str(item), item) for item in self.costly())
+        short = sorted((self.known.by_layouts(*item), str(item), item) for item in self.costly())
         fits = self.meshes_that_fit([item for _, _, item in short])
         for bound, _, (mesh, count) in short:
             if bound >= self.best_seconds():
@@ -487,7 +352,7 @@ class _Search:
         """Bounds of what did not fit in the fastest layouts: others may fit that were not found.
         Where the bound is below the `best` step, the memory is counted in."""
         for mesh, count in sorted(self.short(), key=str):
-            bound = self.layout_bound(mesh, count)
+            bound = self.known.by_layouts(mesh, count)
             if bound < best:
                 leanest = {way.recompute: way for way in self.ways(mesh)}
                 of_ways = (self.pricing.short_bound(mesh, count, w) for w in leanest.values())
@@ -520,7 +385,7 @@ class _Search:
         """Nothing fits: what needs least, so that the error of the next pass is about that."""
         count = len(self.plan.cluster.devices)
         mesh = self.context.options.mesh or Mesh((MeshAxis(PIPELINE, count),))
-        counts = _microbatch_counts(self.plan, self.context, mesh.axis(PIPELINE).size)
+        counts = microbatch_counts(self.plan, self.context, mesh.axis(PIPELINE).size)
         if all(axis.name == PIPELINE for axis in mesh.axes):
             whole = replace(self.plan, num_microbatches=counts[-1])
             return offloaded(whole, self.context.graph) if self.offload else whole
@@ -529,21 +394,3 @@ class _Search:
         plan = plan or self.pricing.plan_on(mesh, counts[-1], replace(least, saving=0.0))
         assert plan is not None, "without a limit of memory there are layouts"
         return plan
-
-
-def _microbatch_counts(plan: Plan, context: Context, stages: int) -> list[int]:
-    pinned = pinned_count(plan, context)
-    if pinned is not None:
-        return [pinned]
-    inputs = context.graph.values_of(ValueKind.INPUT)
-    if not any(value.batch_dim is not None for value in inputs):
-        return [1]
-    return list(candidates(plan.batch_size, stages))
-
-
-def _more_microbatches(plan: Plan, context: Context, stages: int) -> list[int]:
-    """More than the typical numbers, if the number is open."""
-    typical = _microbatch_counts(plan, context, stages)
-    if context.options.num_microbatches is not None or typical == [1]:
-        return []
-    return [number for number in divisors(plan.batch_size) if number > typical[-1]]

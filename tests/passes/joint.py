@@ -33,7 +33,7 @@ from cutset.passes.layouts.from_graph import state_layouts
 from cutset.passes.layouts.pricing import Pricer
 from cutset.passes.layouts.problem import Figures, Option, figures
 from cutset.passes.layouts.statement import Decided, LayoutOptions, LayoutStatement
-from cutset.passes.mesh import meshes
+from cutset.passes.mesh_space import meshes
 from cutset.passes.partition.fitting import Needs
 from cutset.passes.partition.from_graph import state_problem
 from cutset.passes.partition.objective import step_seconds

@@ -11,7 +11,7 @@ from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.ir.plan import OptimizerModel
 from cutset.cost_models.presets import local_cpu_cluster, preset
 from cutset.passes.context import PlanOptions
-from cutset.passes.mesh import meshes
+from cutset.passes.mesh_space import meshes
 from cutset.passes.pinned import check_pinned
 
 LBFGS = OptimizerModel("lbfgs", 2.0)
