@@ -51,17 +51,6 @@ def chain(seconds: tuple[float, ...], devices: int = 2) -> StageProblem:
 
 
 @st.composite
-def _with_sums(draw: st.DrawFn, unit: Unit) -> Unit:
-    """`unit` with gradients that are summed over ranks, once a step or once a microbatch."""
-    amount = st.integers(0, 9).map(float)
-    share = draw(st.sampled_from((0.0, 0.5, 1.0)))
-    weights = tuple(share * seconds for seconds in unit.backward_seconds)
-    return replace(
-        unit, weight_seconds=weights, sum_seconds=draw(amount), early_seconds=draw(amount)
-    )
-
-
-@st.composite
 def problems(draw: st.DrawFn) -> StageProblem:
     """Random DAGs of up to 8 units on 2 to 4 devices of up to 3 classes, memory often binding."""
     devices, most = draw(st.sampled_from(((2, 8), (3, 7), (4, 5))))
@@ -83,8 +72,6 @@ def problems(draw: st.DrawFn) -> StageProblem:
         )
         for index in range(count)
     )
-    if draw(st.booleans()):
-        units = tuple(draw(_with_sums(unit)) for unit in units)
     flows = []
     for producer in range(count - 1):
         later = st.integers(producer + 1, count - 1)
@@ -139,4 +126,22 @@ def problems(draw: st.DrawFn) -> StageProblem:
         slow,
         draw(st.integers(1, 6)),
         draw(st.sampled_from(("1f1b", "gpipe", "forward"))),
+    )
+
+
+@st.composite
+def problems_with_sums(draw: st.DrawFn) -> StageProblem:
+    """As `problems`; gradients are summed over ranks, once a step or once a microbatch."""
+    problem = draw(problems())
+    return replace(problem, units=tuple(draw(_with_sums(unit)) for unit in problem.units))
+
+
+@st.composite
+def _with_sums(draw: st.DrawFn, unit: Unit) -> Unit:
+    """`unit` with gradients that are summed over ranks, once a step or once a microbatch."""
+    amount = st.integers(0, 9).map(float)
+    share = draw(st.sampled_from((0.0, 0.5, 1.0)))
+    weights = tuple(share * seconds for seconds in unit.backward_seconds)
+    return replace(
+        unit, weight_seconds=weights, sum_seconds=draw(amount), early_seconds=draw(amount)
     )
