@@ -110,7 +110,6 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"summary": summary, "rows": rows, "failed": failed}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path}")
     if not rows:
         return
     points = [
@@ -124,4 +123,3 @@ def write(
     ]
     picture = scatter_svg(points, title="Seconds of a step", unit="ms", band=BAND)
     path.with_suffix(".svg").write_text(picture)
-    print(f"wrote {path.with_suffix('.svg')}")

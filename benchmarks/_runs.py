@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import re
 import statistics
 import sys
@@ -40,13 +41,13 @@ from cutset.cost_models.simulator import Simulation
 from cutset.runtime.session import LocalSession
 
 __all__ = [
+    "WARM_UP",
     "Case",
     "Measured",
     "Planned",
     "Workers",
     "make_ready",
     "measure_memory",
-    "measure_steps",
     "narrowed",
     "phase_seconds",
     "plan_all",
@@ -54,7 +55,7 @@ __all__ = [
     "say",
 ]
 
-WARM_UP = 2
+WARM_UP = 2  # steps of a round in which caches and the allocator settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,13 @@ def plan_all(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _one_thread) as pool:
         count = len(cases)
-        yield from pool.map(plan_one, cases, [cluster] * count, [profile] * count)
+        for found in pool.map(_plan_in_bytes, cases, [cluster] * count, [profile] * count):
+            yield pickle.loads(found)
+
+
+def _plan_in_bytes(case: Case, cluster: Cluster, profile: str) -> bytes:
+    """`plan_one`, pickled here: torch would pass every tensor by an open file of its own."""
+    return pickle.dumps(plan_one(case, cluster, profile))
 
 
 def _one_thread() -> None:
@@ -234,17 +241,6 @@ class Measured:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
-
-
-def measure_steps(parallel: Parallel, planned: PlannedModel, steps: int) -> Measured:
-    """Train; the first steps, in which the allocator settles, do not count."""
-    args, kwargs = planned.call
-    seconds = []
-    for _ in range(WARM_UP + steps):
-        began = time.perf_counter()
-        parallel.train_step(*args, **kwargs)
-        seconds.append(time.perf_counter() - began)
-    return Measured(tuple(seconds[WARM_UP:]))
 
 
 def measure_memory(parallel: Parallel, planned: PlannedModel) -> list[int]:

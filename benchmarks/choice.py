@@ -21,29 +21,16 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from _report import Pair, row_of, summary_of, table_of
-from _runs import (
-    WARM_UP,
-    Case,
-    Measured,
-    Planned,
-    Workers,
-    make_ready,
-    measure_memory,
-    phase_seconds,
-    plan_all,
-    record_trace,
-    say,
-)
+from _runs import Case, Planned, Workers, make_ready, plan_all, say
+from _turns import run_in_turns
 from _workloads import ON_CPU
 
 from cutset.compiler.ir.text import print_program
-from cutset.compiler.parallel import Parallel
 
 CHOSEN = "auto"
 CASES = "gpt2:2,llama:4,bert:2,t5:4,vit:2,mixtral:4,unet:2,resnet:4"
@@ -125,10 +112,11 @@ def _compare(
             key = "".join(print_program(replace(p, plan_hash="")) for p in entry.planned.programs)
             pairs.setdefault(key, Pair(entry, "plain"))
             same[entry.case.plan] = key
-    _run(list(pairs.values()), workers, options)
+    run_in_turns(list(pairs.values()), workers, options.repeats)
     medians = {
         name: statistics.median(s for part in pairs[key].rounds for s in part.seconds)
         for name, key in same.items()
+        if not pairs[key].error
     }
     others = {name: seconds for name, seconds in medians.items() if name != CHOSEN}
     fastest = min(others, key=others.__getitem__)
@@ -146,39 +134,7 @@ def _compare(
         "medians": medians,
         "without_plan": {e.case.plan: e.error for e in planned if e.planned is None},
     }
-    return result, list(pairs.values())
-
-
-def _run(pairs: Sequence[Pair], workers: Workers, options: argparse.Namespace) -> None:
-    """All of `pairs` in turns, twice `options.repeats` rounds."""
-    at_once = max(1, (os.cpu_count() or 1) // (2 * max(p.planned.case.devices for p in pairs)))
-    with ThreadPoolExecutor(at_once) as pool:
-        running = list(pool.map(lambda item: _start(*item, workers), enumerate(pairs)))
-    for _ in range(2):
-        seconds: list[list[float]] = [[] for _ in pairs]
-        for turn in range(WARM_UP + options.repeats):
-            first = turn % len(pairs)
-            for place in (*range(first, len(pairs)), *range(first)):
-                seconds[place].append(_step(running[place]))
-        for pair, found in zip(pairs, seconds, strict=True):
-            pair.rounds.append(Measured(tuple(found[WARM_UP:])))
-    for pair, parallel in zip(pairs, running, strict=True):
-        events = record_trace(parallel, parallel.planned)
-        pair.phases = phase_seconds(events, len(parallel.planned.programs))
-        pair.peaks = measure_memory(parallel, parallel.planned)
-
-
-def _start(number: int, pair: Pair, workers: Workers) -> Parallel:
-    planned = pair.planned.planned
-    assert planned is not None
-    return workers.parallel(planned, number)
-
-
-def _step(parallel: Parallel) -> float:
-    args, kwargs = parallel.planned.call
-    begin = time.perf_counter()
-    parallel.train_step(*args, **kwargs)
-    return time.perf_counter() - begin
+    return result, [pair for pair in pairs.values() if not pair.error]
 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:

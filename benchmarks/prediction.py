@@ -4,7 +4,7 @@
         [--cluster cluster.toml] [--profile off] [--repeats 8] [--json out/prediction.json]
 
 Each pair of a model and a plan is planned, its programs are simulated, and it trains on workers of
-one thread each; medians of warm steps count. All pairs run twice, one round after the other: the
+one thread each; medians of warm steps count. Pairs of one model take turns, in two rounds: the
 difference between the two is the noise of the machine, which no prediction can be better than.
 Memory is the peak of every rank in one step, by the allocator's events, against the planner's
 bound. Prints a table and writes it as JSON, with a picture beside it.
@@ -16,24 +16,17 @@ worker has a core of its own where there are as many again for threads that carr
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from _report import Pair, row_of, summary_of, table_of, write
-from _runs import (
-    Case,
-    Workers,
-    make_ready,
-    measure_memory,
-    measure_steps,
-    phase_seconds,
-    plan_all,
-    record_trace,
-    say,
-)
+from _runs import Case, Workers, make_ready, plan_all, say
+from _turns import VARIANTS, run_in_turns
 from _workloads import ON_CPU, ON_CUDA
 
 PLANS = {  # by number of devices: for every model, then for some in turn
@@ -48,11 +41,6 @@ PLANS = {  # by number of devices: for every model, then for some in turn
             ("pipeline=4:schedule=gpipe", "data=4:zero=3"),
         ),
     ),
-}
-VARIANTS = {
-    "plain": {"compile": False, "cuda_graphs": False},
-    "eager": {"compile": False, "cuda_graphs": True},
-    "compiled": {"compile": True, "cuda_graphs": True},
 }
 
 
@@ -74,10 +62,12 @@ def main() -> int:
     ]
     loads = [os.getloadavg()[0]]
     with Workers(cluster) as workers:
-        for number in range(2):
-            for pair in sorted(pairs, key=lambda entry: entry.planned.case.devices):
-                if not pair.error:
-                    _measure(pair, workers, options.repeats, last=number == 1)
+        for group in _groups(pairs, options.backend):
+            began_group = time.perf_counter()
+            run_in_turns(group, workers, options.repeats)
+            say(f"{group[0].title} and so on: ran in {time.perf_counter() - began_group:.1f} s")
+            rows = [row_of(pair) for pair in pairs if pair.peaks]
+            write(options.json, rows, summary_of(rows) if rows else {}, {})
     loads.append(os.getloadavg()[0])
     rows = [row_of(pair) for pair in pairs if not pair.error]
     print(table_of(rows))
@@ -90,7 +80,21 @@ def main() -> int:
     print("\n".join(f"{name}: {value}" for name, value in summary.items()))
     failed = {pair.title: pair.error for pair in pairs if pair.error}
     write(options.json, rows, summary, failed)
+    print(f"wrote {options.json} and its picture")
     return 0 if rows else 1
+
+
+def _groups(pairs: Sequence[Pair], backend: str) -> Iterator[list[Pair]]:
+    """Those that take turns: of one model on so many CPUs; alone on GPUs, which they fill."""
+    able = [pair for pair in pairs if not pair.error]
+    if backend == "cuda":
+        yield from ([pair] for pair in able)
+        return
+    able.sort(key=lambda pair: pair.planned.case.devices)
+    for _, group in itertools.groupby(
+        able, key=lambda pair: (pair.planned.case.model, pair.planned.case.devices)
+    ):
+        yield list(group)
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
@@ -103,21 +107,6 @@ def _cases(options: argparse.Namespace) -> list[Case]:
                 plans = always + (turns[place % len(turns)] if turns else ())
             cases += [Case(model, devices, plan) for plan in plans]
     return cases
-
-
-def _measure(pair: Pair, workers: Workers, repeats: int, *, last: bool) -> None:
-    planned = pair.planned.planned
-    assert planned is not None
-    began = time.perf_counter()
-    try:
-        parallel = workers.parallel(planned, **VARIANTS[pair.variant])
-        pair.rounds.append(measure_steps(parallel, planned, repeats))
-        if last:
-            pair.phases = phase_seconds(record_trace(parallel, planned), len(planned.programs))
-            pair.peaks = measure_memory(parallel, planned)
-    except Exception as error:  # the other pairs are still worth measuring
-        pair.error = f"{type(error).__name__}: {error}"
-    say(f"{pair.title}: {pair.error or f'ran in {time.perf_counter() - began:.1f} s'}")
 
 
 def _parse() -> argparse.Namespace:

@@ -66,7 +66,10 @@ class _Nursery:
     def _wait(self, told: bool) -> bool:
         """Sleeps until a worker ends or the launcher wants the end (or has met its own)."""
         watched = [self._woken] if told else [self._woken, self._control.fileno()]
-        ready, _, _ = select.select(watched, [], [])
+        waiting = select.poll()  # `select` takes no descriptor above 1023
+        for descriptor in watched:
+            waiting.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in waiting.poll()}
         if self._woken in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._woken, 4096)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import resource
 import signal
 import socket
 import time
@@ -240,3 +241,17 @@ class TestDriver:
         assert errors.rstrip().endswith("KeyboardInterrupt")
         assert len(pids) == 2
         assert wait_gone(pids, 0) == []
+
+
+def test_workers_start_from_a_process_with_many_open_files() -> None:
+    """`select` takes no descriptor above 1023."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1200:
+        pytest.skip(f"this process may open {soft} files only")
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]
+    try:
+        with launch_local(1) as session:
+            assert session.process_ids
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
