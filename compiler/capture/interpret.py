@@ -11,7 +11,7 @@ from torch import Tensor
 from ...runtime.rng import random_op
 from ..ir.errors import UsageError
 from ..ir.graph import Attribute, Graph, Node, Operand, Value, ValueKind
-from ..ir.ops import resolve
+from ..ir.ops import op_named, resolve, robust
 
 __all__ = ["execute_node", "run_graph"]
 
@@ -75,7 +75,7 @@ def execute_node(
     args = [fill(item) for item in node.args]
     kwargs = {name: fill(item) for name, item in node.kwargs}
     if node.random_draw is None:
-        result = resolve(node.op)(*args, **kwargs)
+        result = resolve(op_named(robust(node.op.name)))(*args, **kwargs)
     elif key is None:
         raise UsageError(f"the graph draws random numbers (node {node.name}) and needs a key")
     else:

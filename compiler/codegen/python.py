@@ -15,16 +15,10 @@ from collections.abc import Collection, Iterator
 import torch
 
 from ..ir.graph import Attribute, Graph, Node, Operand, ValueKind
+from ..ir.ops import robust
 from ..ir.program import Program
 
-__all__ = ["ROBUST", "emit_python", "stage_function_name", "stage_source"]
-
-
-# Whether a view exists depends on strides, and so on the kernels that this device has.
-ROBUST = {
-    "aten.view.default": "aten.reshape.default",
-    "aten._unsafe_view.default": "aten.reshape.default",
-}
+__all__ = ["emit_python", "stage_function_name", "stage_source"]
 
 
 def stage_function_name(index: int) -> str:
@@ -103,7 +97,7 @@ def _call(graph: Graph, node: Node) -> str:
         head = f'rng.random_op("{node.op.name}")'
         args = ["key", str(node.random_draw), *args]
     else:
-        name = ROBUST.get(node.op.name, node.op.name)
+        name = robust(node.op.name)
         head = name if name.startswith("aten.") else f"torch.ops.{name}"
     return f"{targets} = {head}({', '.join(args)})"
 

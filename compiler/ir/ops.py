@@ -16,7 +16,7 @@ import torch
 from .collectives import NAMESPACE as COLLECTIVES
 from .errors import CaptureError
 
-__all__ = ["COLLECTIVES", "Category", "Op", "op_named", "resolve"]
+__all__ = ["COLLECTIVES", "Category", "Op", "op_named", "resolve", "robust"]
 
 
 class Category(enum.Enum):
@@ -141,3 +141,15 @@ def resolve(op: Op) -> torch._ops.OpOverload:
         ) from error
     assert isinstance(target, torch._ops.OpOverload)
     return target
+
+
+# Whether a view exists depends on strides, and so on the kernels that this device has.
+_ROBUST = {
+    "aten.view.default": "aten.reshape.default",
+    "aten._unsafe_view.default": "aten.reshape.default",
+}
+
+
+def robust(name: str) -> str:
+    """The operator that is run for the one called `name`, whatever the strides of its operands."""
+    return _ROBUST.get(name, name)

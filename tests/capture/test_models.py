@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cutset.compiler.capture import capture
 from cutset.compiler.capture.interpret import run_graph
@@ -86,3 +86,17 @@ def _assert_same(found: object, expected: object) -> None:
     assert len(left) == len(right) > 0
     for ours, theirs in zip(left, right, strict=True):
         assert torch.equal(ours, theirs)
+
+
+class _Rows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1)
+
+
+def test_views_exist_whatever_the_strides_of_their_operand() -> None:
+    """Kernels of this device may lay tensors out otherwise than those that were traced."""
+    x = torch.randn(3, 4)
+    graph = capture(_Rows(), (x,), mode=Mode.INFER).graph
+    assert [node.op.name for node in graph.nodes] == ["aten.view.default"]
+    (result,) = run_graph(graph, {"args[0]": x.t().contiguous().t()})
+    assert torch.equal(result, x.flatten())

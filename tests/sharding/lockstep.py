@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cutset.compiler.capture.interpret import execute_node
-from cutset.compiler.codegen.python import ROBUST
 from cutset.compiler.ir.graph import Node, Value
 from cutset.compiler.ir.mesh import Layout, Mesh, Partial, Replicate, Shard
-from cutset.compiler.ir.ops import Category, op_named
+from cutset.compiler.ir.ops import Category
 from cutset.compiler.ir.types import TensorType
 
 __all__ = ["RankGraph", "assemble", "coordinates", "distribute", "run_lockstep"]
@@ -121,7 +120,7 @@ def run_lockstep(
             computed = [[item] for item in _collective(nodes, [item[0] for item in inputs], mesh)]
         else:
             computed = [
-                execute_node(_robust(node), item, key, torch.device("cpu"))
+                execute_node(node, item, key, torch.device("cpu"))
                 for node, item in zip(nodes, inputs, strict=True)
             ]
         for graph, node, mine, results in zip(graphs, nodes, known, computed, strict=True):
@@ -129,12 +128,6 @@ def run_lockstep(
                 _check_value(graph.values[number], tensor, node.op.name)
                 mine[number] = tensor
     return known
-
-
-def _robust(node: Node) -> Node:
-    """The node as code for a rank calls it: parts do not have the strides of wholes."""
-    name = ROBUST.get(node.op.name)
-    return node if name is None else replace(node, op=op_named(name))
 
 
 def _check_value(value: Value, tensor: Tensor, where: str) -> None:
