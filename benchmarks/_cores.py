@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["pin_workers", "separate_cores", "unpin_workers"]
+__all__ = ["pin_workers", "separate_cores", "stolen", "unpin_workers"]
 
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
@@ -18,6 +18,14 @@ def separate_cores() -> tuple[int, ...]:
         siblings = Path(_SIBLINGS.format(number))
         found.setdefault(siblings.read_text() if siblings.exists() else str(number), number)
     return tuple(found.values())
+
+
+def stolen() -> tuple[float, float]:
+    """Processor time of this machine since it started, in ticks: that its host gave to others while
+    it was wanted here, and all that was wanted (Linux)."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    user, nice, system, _, _, interrupt, soft, steal = map(float, fields)
+    return steal, user + nice + system + interrupt + soft + steal
 
 
 def unpin_workers(process_ids: Sequence[int]) -> None:

@@ -25,6 +25,7 @@ class Pair:
     rounds: list[Measured] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
+    busy: list[float] = field(default_factory=list)
     error: str = ""
 
     @property
@@ -35,8 +36,8 @@ class Pair:
 def row_of(pair: Pair) -> dict[str, Any]:
     planned, simulation = pair.planned.planned, pair.planned.simulation
     assert planned is not None and simulation is not None
-    prediction = planned.plan.prediction
-    assert prediction is not None
+    prediction, certificate = planned.plan.prediction, planned.plan.certificate
+    assert prediction is not None and certificate is not None
     measured = statistics.median(
         seconds for measured in pair.rounds for seconds in measured.seconds
     )
@@ -53,10 +54,13 @@ def row_of(pair: Pair) -> dict[str, Any]:
         "microbatches": planned.plan.num_microbatches,
         "measured_seconds": measured,
         "predicted_seconds": simulation.step_seconds,
-        "planner_seconds": prediction.step_seconds,
+        "planner_seconds": certificate.objective,
         "error": simulation.step_seconds / measured - 1.0,
-        "planner_error": prediction.step_seconds / measured - 1.0,
+        "planner_error": certificate.objective / measured - 1.0,
         "noise": abs(second / first - 1.0),
+        "predicted_busy_seconds": [rank.busy_seconds for rank in simulation.ranks],
+        "busy_seconds": pair.busy,
+        "busy_error": sum(r.busy_seconds for r in simulation.ranks) / sum(pair.busy) - 1.0,
         "bound_bytes": bounds,
         "simulated_bytes": list(simulation.peak_memory_bytes),
         "peak_bytes": pair.peaks,
@@ -72,7 +76,7 @@ def row_of(pair: Pair) -> dict[str, Any]:
 def table_of(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{'model':9} {'plan':28} {'variant':8} {'micro':>5} {'measured ms':>11} "
-        f"{'predicted':>9} {'error':>7} {'planner':>9} {'error':>7} {'noise':>6} | "
+        f"{'predicted':>9} {'error':>7} {'planner':>9} {'error':>7} {'noise':>6} {'busy':>7} | "
         f"{'peak MiB':>8} {'bound':>8} {'error':>7} {'least':>6}"
     ]
     for row in rows:
@@ -81,7 +85,8 @@ def table_of(rows: list[dict[str, Any]]) -> str:
             f"{row['model']:9} {row['plan']:28} {row['variant']:8} {row['microbatches']:>5} "
             f"{row['measured_seconds'] * 1e3:>11.1f} {row['predicted_seconds'] * 1e3:>9.1f} "
             f"{row['error']:>+7.1%} {row['planner_seconds'] * 1e3:>9.1f} "
-            f"{row['planner_error']:>+7.1%} {row['noise']:>6.1%} | "
+            f"{row['planner_error']:>+7.1%} {row['noise']:>6.1%} "
+            f"{row['busy_error']:>+7.1%} | "
             f"{row['peak_bytes'][peak] / 2**20:>8.1f} {row['bound_bytes'][peak] / 2**20:>8.1f} "
             f"{row['memory_error']:>+7.1%} {row['least_bound']:>6.2f}"
         )
@@ -93,10 +98,12 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return [(row[key], row["measured_seconds"]) for row in rows]
 
     noises = [row["noise"] for row in rows]
+    busy = [(1.0 + row["busy_error"], 1.0) for row in rows]
     memory = [(1.0 + row["memory_error"], 1.0) for row in rows]
     return {
         "step time, simulated": asdict(errors_of(pairs("predicted_seconds"))),
-        "step time, planner's": asdict(errors_of(pairs("planner_seconds"))),
+        "step time, by the planner's formula": asdict(errors_of(pairs("planner_seconds"))),
+        "busy time of ranks": asdict(errors_of(busy)),
         "rank correlation": rank_correlation(pairs("predicted_seconds")),
         "noise": {"median": statistics.median(noises), "worst": max(noises)},
         "peak memory": asdict(errors_of(memory)),

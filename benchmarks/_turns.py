@@ -74,4 +74,5 @@ def _step(parallel: Parallel, seconds: list[float]) -> None:
 def _look_inside(pair: Pair, parallel: Parallel) -> None:
     events = record_trace(parallel, parallel.planned)
     pair.phases = phase_seconds(events, len(parallel.planned.programs))
+    pair.busy = parallel.busy_seconds()
     pair.peaks = measure_memory(parallel, parallel.planned)

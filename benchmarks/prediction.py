@@ -6,6 +6,8 @@
 Each pair of a model and a plan is planned, its programs are simulated, and it trains on workers of
 one thread each; medians of warm steps count. Pairs of one model take turns, in two rounds: the
 difference between the two is the noise of the machine, which no prediction can be better than.
+So that errors of prices are not taken for what the machine does, `busy` compares the time that the
+threads which compute had of their processors, waiting and time taken by others apart.
 Memory is the peak of every rank in one step, by the allocator's events, against the planner's
 bound. Prints a table and writes it as JSON, with a picture beside it.
 
@@ -24,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from _cores import stolen
 from _report import Pair, row_of, summary_of, table_of, write
 from _runs import Case, Workers, make_ready, plan_all, say
 from _turns import VARIANTS, run_in_turns
@@ -61,6 +64,7 @@ def main() -> int:
         Pair(entry, variant, error=entry.error) for entry in planned for variant in options.variants
     ]
     loads = [os.getloadavg()[0]]
+    before = stolen()
     with Workers(cluster) as workers:
         for group in _groups(pairs, options.backend):
             began_group = time.perf_counter()
@@ -75,6 +79,7 @@ def main() -> int:
         if pair.error:
             print(f"{pair.title}: {pair.error.splitlines()[0]}")
     summary = summary_of(rows) if rows else {}
+    summary |= {"taken by other machines on this host": _taken(before, stolen())}
     summary |= {"cores": len(os.sched_getaffinity(0)), "loads": loads, "profile": options.profile}
     summary["seconds"] = time.perf_counter() - began
     print("\n".join(f"{name}: {value}" for name, value in summary.items()))
@@ -82,6 +87,12 @@ def main() -> int:
     write(options.json, rows, summary, failed)
     print(f"wrote {options.json} and its picture")
     return 0 if rows else 1
+
+
+def _taken(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """The share of processor time that virtual machines beside this one had of what it wanted."""
+    wanted = after[1] - before[1]
+    return (after[0] - before[0]) / wanted if wanted else 0.0
 
 
 def _groups(pairs: Sequence[Pair], backend: str) -> Iterator[list[Pair]]:

@@ -20,10 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..compiler.ir.cluster import Cluster
 
-__all__ = ["HostSeconds", "bucket_seconds", "send_seconds"]
+if TYPE_CHECKING:
+    from .exchanges import Exchange
+
+__all__ = ["HostSeconds", "ahead_seconds", "bucket_seconds", "send_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,17 @@ def send_seconds(cluster: Cluster, source: int, target: int, num_bytes: float) -
     if cluster.type_of(source).backend != "cpu":
         return 0.0
     return num_bytes / cluster.link(source, target).bytes_per_second
+
+
+def ahead_seconds(cluster: Cluster, rank: int, entry: Exchange) -> float:
+    """Of collectives inside a stage that travel beside its computation: asking for their messages,
+    and copying them into sockets."""
+    if cluster.type_of(rank).backend != "cpu" or entry.collective == "all_reduce":
+        return 0.0
+    sent = sum(
+        size / cluster.link(*edge).bytes_per_second for edge, size in entry.edges if edge[0] == rank
+    )
+    return entry.latency_seconds + sent
 
 
 def bucket_seconds(

@@ -55,7 +55,7 @@ from ..compiler.ir.types import TensorType
 from .collectives import Network
 from .discrete_events import Clock, Event, Process, Work
 from .exchanges import ActionCost, Exchange, StageCosts, exchange, stage_costs
-from .host_messages import HostSeconds, bucket_seconds, send_seconds
+from .host_messages import HostSeconds, ahead_seconds, bucket_seconds, send_seconds
 from .memory import ActionMemory
 from .memory_curve import MemoryCurve, types_of
 from .simulation import RankSeconds, Simulation, Span, covered_seconds, joined
@@ -337,6 +337,7 @@ class _Run:
         for _ in range(pieces):
             for entry in piece.hidden:
                 self._meet(rank, entry, f"{_axis(entry)} beside {name}", "hidden")
+                yield from self._work(rank, ahead_seconds(self.cluster, rank.index, entry))
             yield from self._work(rank, piece.compute_seconds)
             for entry in piece.exposed:
                 meeting = self._meet(rank, entry, f"{_axis(entry)} in {name}", "exposed")

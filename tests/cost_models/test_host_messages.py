@@ -2,7 +2,12 @@ import pytest
 
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.cost_models.exchanges import exchange
-from cutset.cost_models.host_messages import HostSeconds, bucket_seconds, send_seconds
+from cutset.cost_models.host_messages import (
+    HostSeconds,
+    ahead_seconds,
+    bucket_seconds,
+    send_seconds,
+)
 
 MEMORY, WIRE = 10.0, 4.0  # bytes per second
 LATENCY = 0.5
@@ -49,3 +54,10 @@ def test_an_all_gather_sends_its_part_and_copies_the_others_out() -> None:
 
 def test_cuda_devices_do_it_beside_their_kernels() -> None:
     assert bucket("reduce_scatter", backend="cuda") == HostSeconds()
+
+
+def test_collectives_beside_computation_are_asked_for_and_sent_by_its_thread() -> None:
+    where = cluster("cpu")
+    gather = exchange(where, "all_gather", (0, 1, 2, 3), 80.0)
+    assert ahead_seconds(where, 2, gather) == pytest.approx(3 * LATENCY + 60 / WIRE)
+    assert ahead_seconds(where, 2, exchange(where, "all_reduce", (0, 1, 2, 3), 80.0)) == 0.0
