@@ -42,7 +42,7 @@ def row_of(pair: Pair) -> dict[str, Any]:
         seconds for measured in pair.rounds for seconds in measured.seconds
     )
     first, second = (entry.median for entry in pair.rounds)
-    bounds = [entry.total_bytes for entry in prediction.memory]
+    bounds = [entry.bound_bytes for entry in prediction.memory]
     fullest = max(range(len(pair.peaks)), key=pair.peaks.__getitem__)
     return {
         "model": pair.planned.case.model,
