@@ -32,7 +32,7 @@ __all__ = ["measured_links"]
 
 _TIMEOUT_SECONDS = 300.0
 _LARGEST = 1 << 25  # where not all devices are CUDA devices
-_AT_ONCE_BYTES = 1 << 22
+_AT_ONCE_BYTES, _AT_ONCE_ON_CUDA = 1 << 22, 1 << 26  # so much that latency is next to nothing
 _Class = tuple[str, str]
 
 
@@ -53,6 +53,7 @@ class _Links:
         self._cluster = cluster
         alike = all(cluster.type_of(d.index).backend == "cuda" for d in cluster.devices)
         self._sizes = [size for size in sizes if alike or size <= _LARGEST]
+        self._at_once = _AT_ONCE_ON_CUDA if alike else _AT_ONCE_BYTES
         self._qualities: list[Quality] = []
 
     def run(
@@ -75,8 +76,8 @@ class _Links:
             for key, own in groups.items():
                 rules[key] = self._collective(rules[key], name, own)
         progress("transfers beside others and beside computation")
-        share = share_taken(self._call("time_overlap", {"size": _AT_ONCE_BYTES}))
-        rows = self._call("time_streams", {"size": _AT_ONCE_BYTES})
+        share = share_taken(self._call("time_overlap", {"size": self._at_once}))
+        rows = self._call("time_streams", {"size": self._at_once})
         alone, together = (max(row[way] for row in rows) for way in (0, 1))
         at_once = streams(alone, together, count) if len(self._nodes()) == 1 else None
         found = [replace(rule, compute_share=share, streams=at_once) for rule in rules.values()]

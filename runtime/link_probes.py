@@ -6,6 +6,7 @@ Everything is repeated, and the lower quartile counts: what else a machine does 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ _ROUNDS = 16
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 200
 _ENOUGH_SECONDS = 0.25  # of one kind of operation and size
 _ANSWER_BYTES = 8
-_COMPUTED = 256  # rows of the matrices that are multiplied beside a transfer
+_COMPUTED = {"cpu": 256, "cuda": 2048}  # rows of matrices that are multiplied beside a transfer
 _LONGER = 2.0  # than the transfer
 
 
@@ -95,28 +96,30 @@ class LinkProbes:
     def collective(
         self, name: str, ranks: tuple[int, ...], sizes: Sequence[int]
     ) -> list[tuple[int, float]]:
-        """(bytes, seconds) of collectives called `name` over `ranks`; the bytes are those of the
-        whole tensor. Nothing on other ranks."""
+        """(bytes, seconds) of collectives called `name` over `ranks`; the bytes are those that the
+        cost model counts: of the whole tensor, of an all-to-all what each rank holds. Nothing on
+        other ranks."""
         self._communicator.barrier(label="the next collective")
         if self._rank not in ranks:
             return []
         found = []
         for size in sizes:
-            once = self._collective_once(name, ranks, size)
-            found.append((size, self._quartile(once, agreed=ranks)))
+            num_bytes, start = self._starter(name, ranks, size)
+            once = functools.partial(self._at_once, start)
+            found.append((num_bytes, self._quartile(once, agreed=ranks)))
         return found
 
-    def _collective_once(self, name: str, ranks: tuple[int, ...], size: int) -> Callable[[], None]:
-        start = self._starter(name, ranks, size)
-        return lambda: self._finish([start()])
+    def _at_once(self, start: Callable[[], Pending]) -> None:
+        self._finish([start()])
 
-    def _starter(self, name: str, ranks: tuple[int, ...], size: int) -> Callable[[], Pending]:
-        """Starts one collective on a tensor of about `size` bytes, float32."""
+    def _starter(
+        self, name: str, ranks: tuple[int, ...], size: int
+    ) -> tuple[int, Callable[[], Pending]]:
+        """What starts one collective on float32 of about `size` bytes, and how many there are."""
         count = len(ranks)
         rows = max(1, size // (4 * count * count)) * count
         whole = torch.zeros(rows, count, device=self._device)
         split = Split(0, (rows // count,) * count)
-        across = Split(1, (1,) * count)
         part = whole[: rows // count].clone()
         communicator = self._communicator
         starters: dict[str, Callable[[], Pending]] = {
@@ -126,18 +129,23 @@ class LinkProbes:
                 whole, ranks, split, label=name
             ),
             "all_to_all": lambda: communicator.start_all_to_all(
-                part, ranks, gathered=split, split=across, label=name
+                whole,
+                ranks,
+                gathered=Split(0, (rows,) * count),
+                split=Split(1, (1,) * count),
+                label=name,
             ),
         }
-        return starters[name]
+        return whole.numel() * whole.element_size(), starters[name]
 
     def overlap(self, size: int) -> tuple[float, float, float]:
         """Seconds of an all-reduce of `size` bytes over all ranks alone, of a computation alone
         that takes longer, and of the computation when the all-reduce starts with it."""
         ranks = tuple(range(self._num_ranks))
-        start = self._starter("all_reduce", ranks, size)
-        alone = self._together(self._collective_once("all_reduce", ranks, size))
-        matrix = torch.ones(_COMPUTED, _COMPUTED, device=self._device) / _COMPUTED
+        _, start = self._starter("all_reduce", ranks, size)
+        alone = self._together(functools.partial(self._at_once, start))
+        rows = _COMPUTED[self._device.type]
+        matrix = torch.ones(rows, rows, device=self._device) / rows
         one = self._together(lambda: _multiply(matrix, 1))
         count = self._agreed(max(1, round(_LONGER * alone / one)), ranks)
         computing = self._together(lambda: _multiply(matrix, count))
