@@ -47,15 +47,21 @@ def check_target(target: Path, what: str) -> None:
         what: the kind of file, for messages.
 
     Raises:
-        UsageError: the file is a folder, or its folder does not exist.
+        UsageError: the file is a folder, or its folder does not exist or takes no files.
     """
-    if target.is_dir() or not target.absolute().parent.is_dir():
+    folder = target.absolute().parent
+    if target.is_dir() or not folder.is_dir():
         raise UsageError(
             f"the {what} file cannot be written: "
             + ("this is a folder" if target.is_dir() else "its folder does not exist"),
             where=str(target),
             ways_out=("name a file in an existing folder",),
         )
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise unusable(target, "write", what, error) from error
 
 
 def unusable(path: Path, verb: str, what: str, error: OSError) -> UsageError:

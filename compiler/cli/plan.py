@@ -138,9 +138,12 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from ..api import compare_strategies, optimizer_model_of
     from ..compare import render_comparison
     from ..explain import explain, explain_json
+    from ..files import check_target
     from ..plan_json import save_plan
     from .model_loader import choose_optimizer, for_inference, load_model
 
+    if options.output is not None:
+        check_target(options.output, "plan")
     console.progress(f"load {options.model}")
     loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
     factory = choose_optimizer(loaded, options.optimizer, options.lr)

@@ -95,7 +95,27 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
     assert main(["calibrate", "--devices", "cpu:1", "-o", str(tmp_path / output)]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
+    assert "starting" not in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that takes no files")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["calibrate", "--devices", "cpu:1", "-o", "/proc/cluster.toml"],
+        ["plan", "nowhere.py:make", "--devices", "2", "-o", "/proc/plan.json"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_folder_that_takes_no_files_is_found_out_before_the_work(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/proc, as even root cannot write there."""
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write the {command[-1][6:].split('.')[0]} file" in error
+    assert "starting" not in error and "load" not in error
 
 
 @pytest.mark.parametrize(
