@@ -25,6 +25,7 @@ def calibration_file(found: Calibration, *, format: str = "toml") -> str:
     head = [
         f"measured by cutset calibrate in {found.seconds:.0f} s, torch {torch.__version__}",
         "edit what you know better; docs/cost-models.md explains the keys",
+        *_not_measured(found.cluster),
         "",
         *quality_lines(found.qualities),
     ]
@@ -34,21 +35,28 @@ def calibration_file(found: Calibration, *, format: str = "toml") -> str:
 def quality_lines(qualities: Sequence[tuple[str, tuple[Quality, ...]]]) -> Iterator[str]:
     """A table of how well models fit. Errors are relative; of curves, those of a size that is
     left out."""
-    yield f"{'fit':<56} samples  median   worst"
-    for title, found in qualities:
-        for quality in found:
-            yield (
-                f"{f'{title}: {quality.name}':<56} {quality.samples:7d} "
-                f"{quality.median_error:7.1%} {quality.worst_error:7.1%}"
-            )
+    rows = [(f"{title}: {entry.name}", entry) for title, found in qualities for entry in found]
+    width = max((len(name) for name, _ in rows), default=0)
+    yield f"{'fit':<{width}} samples  median   worst"
+    for name, quality in rows:
+        errors = (quality.median_error, quality.worst_error)
+        told = " ".join("      -" if error is None else f"{error:7.1%}" for error in errors)
+        yield f"{name:<{width}} {quality.samples:7d} {told}"
 
 
 def figure_lines(cluster: Cluster) -> Iterator[str]:
     """The main figures of device types and links."""
     for entry in cluster.types:
         yield from _type_lines(cluster, entry)
-    for rule in cluster.links:
-        yield from _link_lines(rule)
+    yield from _not_measured(cluster)
+    if len(cluster.devices) > 1:
+        for rule in cluster.links:
+            yield from _link_lines(rule)
+
+
+def _not_measured(cluster: Cluster) -> Iterator[str]:
+    if len(cluster.devices) == 1:
+        yield "one device has no links to measure: theirs are typical figures"
 
 
 def _type_lines(cluster: Cluster, entry: DeviceType) -> Iterator[str]:

@@ -40,18 +40,20 @@ class Quality:
     Args:
         name: what was fitted.
         samples: how many measurements.
-        median_error, worst_error: relative to what was measured.
+        median_error, worst_error: relative to what was measured; None without measurements.
     """
 
     name: str
     samples: int
-    median_error: float
-    worst_error: float
+    median_error: float | None
+    worst_error: float | None
 
     @staticmethod
     def of(name: str, pairs: Sequence[tuple[float, float]]) -> Quality:
         """Of (predicted, measured) pairs."""
         errors = [abs(predicted - measured) / measured for predicted, measured in pairs]
+        if not errors:
+            return Quality(name, 0, None, None)
         return Quality(name, len(errors), statistics.median(errors), max(errors))
 
 
@@ -133,17 +135,15 @@ def rates_by_size(
 def left_out(samples: Sequence[tuple[float, float]], overhead_seconds: float, name: str) -> Quality:
     """How well a curve through all other sizes predicts each size between them.
 
-    That is what a size that was not measured may be off by.
+    That is what a size that was not measured may be off by. Two sizes have none between them.
 
     Args:
         samples, overhead_seconds: as for `rates_by_size`.
     """
     points = rates_by_size(samples, overhead_seconds)
     pairs = []
-    for position in range(len(points)):
+    for position in range(1, len(points) - 1):
         size, rate = points[position]
-        others = (*points[:position], *points[position + 1 :]) or points
-        if 0 < position < len(points) - 1 or len(points) < 3:
-            curve = RateCurve("memory", "", others)
-            pairs.append((size / curve.at(size) + overhead_seconds, size / rate + overhead_seconds))
+        curve = RateCurve("memory", "", (*points[:position], *points[position + 1 :]))
+        pairs.append((size / curve.at(size) + overhead_seconds, size / rate + overhead_seconds))
     return Quality.of(name, pairs)

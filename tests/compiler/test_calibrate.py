@@ -15,7 +15,7 @@ from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.verify import verify_cluster
 from cutset.compiler.probes import op_probes, rate_probes, tiny_probe, work_of
 from cutset.cost_models.cluster_file import parse_cluster
-from cutset.cost_models.fits import Quality
+from cutset.cost_models.fits import Quality, left_out
 from cutset.cost_models.presets import parse_devices
 
 LITTLE = Effort((("cpu", ("f32",)),), every=3, most=2, link_bytes=(1 << 12, 1 << 20))
@@ -59,6 +59,18 @@ def test_fits_stand_in_the_file_as_comments() -> None:
     line = next(line for line in text.splitlines() if "matmul f32" in line)
     assert line.startswith("# cpu-core: matmul f32") and line.split()[-3:] == ["5", "3.1%", "12.0%"]
     assert any("any number of messages" in row for row in figure_lines(parse_devices("cpu:2")))
+
+
+def test_what_was_not_measured_has_no_quality() -> None:
+    name = "_native_batch_norm_legit_functional backward_input"
+    few = left_out([(1e5, 2e-5), (1e6, 2e-4)], 0.0, name)
+    found = Calibration(parse_devices("cpu:1"), (("cpu-core", (few,)),), 1.0)
+    text = calibration_file(found)
+    head, row = (next(r for r in text.splitlines() if key in r) for key in ("samples", name))
+    assert row.split()[-3:] == ["0", "-", "-"] and len(row) == len(head)
+    lines = (text, "\n".join(figure_lines(found.cluster)))
+    assert all("one device has no links to measure" in told for told in lines)
+    assert "GB/s\nlink" not in lines[1]
 
 
 def test_probes_count_what_the_cost_model_counts() -> None:

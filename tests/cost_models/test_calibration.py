@@ -92,7 +92,7 @@ def test_costs_of_operators_are_found_again() -> None:
 
 
 def test_an_optimizer_is_an_operator_on_what_it_moves() -> None:
-    samples = [(n, 5 * OVERHEAD + n / 3e10) for n in (1e3, 1e6, 1e8)]
+    samples = [(n, 5 * OVERHEAD + n / 3e10) for n in (1e3, 1e6, 1e7, 1e8)]
     cost, quality = fitted_optimizer(BASE, "adamw", samples)
     assert (cost.name, cost.phase) == ("adamw", "forward")
     assert cost.kernels == pytest.approx(5.0, rel=0.05)

@@ -96,6 +96,12 @@ def test_a_size_that_was_left_out_tells_how_good_a_curve_is() -> None:
     assert quality.median_error == pytest.approx((5**0.5 - 1 + 0.8) / 2)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_tells_how_good_a_curve_of_one_or_two_sizes_is(count: int) -> None:
+    sizes = (1e5, 1e6)[:count]
+    assert left_out([(n, n / 5e9) for n in sizes], 0.0, "few") == Quality("few", 0, None, None)
+
+
 def test_quality_is_relative_to_what_was_measured() -> None:
     assert Quality.of("q", [(1.1, 1.0), (2.0, 2.0), (1.0, 2.0)]) == Quality(
         "q", 3, pytest.approx(0.1), 0.5

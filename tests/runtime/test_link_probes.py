@@ -25,8 +25,8 @@ def test_collectives_are_of_the_size_that_is_told(
     counted = Counted(monkeypatch)
     rows = on_ranks(
         count,
-        lambda end: lambda: LinkProbes(end, torch.device("cpu"), 10.0).collective(
-            name, ranks, [1 << 14]
+        lambda end: (
+            lambda: LinkProbes(end, torch.device("cpu"), 10.0).collective(name, ranks, [1 << 14])
         ),
     )
     ((num_bytes, seconds),) = rows[0]
