@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ _OPTIMIZERS: tuple[tuple[str, Callable[..., torch.optim.Optimizer], float], ...]
     ("sgd", lambda group: torch.optim.SGD(group, lr=1e-3, momentum=0.9), 1.0),
 )
 _OPTIMIZED = ((1 << 8, 16), (1 << 14, 8), (1 << 18, 4), (1 << 21, 2))  # (elements, tensors)
+_MORE_ON_CUDA = ((1 << 24, 4),)  # more than caches hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +150,7 @@ class _Type:
     kind: DeviceType
     ranks: tuple[int, ...]
     call_seconds: float = 0.0
-    times: list[OpTime] | None = None
-    qualities: list[Quality] | None = None
+    qualities: list[Quality] = field(default_factory=list)
 
 
 class _Measuring:
@@ -164,11 +164,7 @@ class _Measuring:
         self._effort = effort
         self._progress = progress
         self._types = [
-            _Type(
-                entry,
-                tuple(d.index for d in cluster.devices if d.type == entry.name),
-                qualities=[],
-            )
+            _Type(entry, tuple(d.index for d in cluster.devices if d.type == entry.name))
             for entry in cluster.types
         ]
 
@@ -182,7 +178,7 @@ class _Measuring:
         self._hosts()
         kinds = tuple(entry.kind for entry in self._types)
         cluster = replace(self._cluster, types=kinds)
-        qualities = [(entry.kind.name, tuple(entry.qualities or ())) for entry in self._types]
+        qualities = [(entry.kind.name, tuple(entry.qualities)) for entry in self._types]
         if len(cluster.devices) > 1:
             sizes = self._effort.link_bytes
             rules, found = measured_links(self._session, cluster, self._progress, sizes)
@@ -261,7 +257,6 @@ class _Measuring:
                     samples.append((size, self._each(entry, probe, seconds[phase])))
         dtype = "" if kind == "memory" else rows[0][0].dtype
         curve, quality = fitted_curve(kind, dtype, samples, entry.kind.overhead_seconds)
-        assert entry.qualities is not None
         entry.qualities.append(quality)
         return curve
 
@@ -292,7 +287,6 @@ class _Measuring:
             # the curve of convolutions has all that they take
             costs += tuple(OpCost("convolution", phase, 1.0) for phase in PHASES)
             entry.kind = replace(entry.kind, op_costs=costs)
-            assert entry.qualities is not None
             entry.qualities += qualities
 
     def _measure(self, lists: Sequence[list[Probe]]) -> list[list[tuple[Probe, tuple[float, ...]]]]:
@@ -312,17 +306,28 @@ class _Measuring:
 
     def _times(self, probes: Sequence[Probe]) -> list[tuple[float, ...]]:
         """Seconds of the phases of one probe for each type, medians over its devices."""
-        arguments = {}
-        for entry, probe in zip(self._types, probes, strict=True):
-            given = {
+        given = [
+            {
                 "program": print_program(probe.program),
                 "source": emit_python(probe.program),
                 "copies": probe.copies,
                 "compile": False,
                 "cuda_graphs": self._on_cuda(entry),
             }
-            arguments.update(dict.fromkeys(entry.ranks, given))
-        found = self._call("time_block", [arguments[rank] for rank in sorted(arguments)])
+            for entry, probe in zip(self._types, probes, strict=True)
+        ]
+        return self._call_types("time_block", given)
+
+    def _call_types(
+        self, method: str, arguments: Sequence[dict[str, Any]]
+    ) -> list[tuple[float, ...]]:
+        """Call with `arguments` of each type; of what its devices answer, the medians."""
+        by_rank = {
+            rank: given
+            for entry, given in zip(self._types, arguments, strict=True)
+            for rank in entry.ranks
+        }
+        found = self._call(method, [by_rank[rank] for rank in sorted(by_rank)])
         return [_medians(found[rank] for rank in entry.ranks) for entry in self._types]
 
     # -- host ----------------------------------------------------------------------------------
@@ -334,29 +339,35 @@ class _Measuring:
         found = self._call("time_instructions", arguments)
         for entry in self._types:
             seconds = statistics.median(found[rank] for rank in entry.ranks)
-            # each of three instructions issues about two operators
-            left = seconds - 2 * entry.kind.overhead_seconds
-            entry.kind = replace(entry.kind, instruction_seconds=rounded(max(left, seconds / 4)))
+            if not self._on_cuda(entry):  # there the host goes on while operators run
+                # each of three instructions issues about two operators
+                left = seconds - 2 * entry.kind.overhead_seconds
+                seconds = max(left, seconds / 4)
+            entry.kind = replace(entry.kind, instruction_seconds=rounded(seconds))
 
     def _optimizers(self) -> None:
         self._progress("optimizers")
         for name, make, states in _OPTIMIZERS:
             parameter = torch.nn.Parameter(torch.zeros(1))
             spec = describe_optimizer(make([parameter]), {id(parameter): "p"})
-            samples: list[list[tuple[float, float]]] = [[] for _ in self._types]
-            for elements, count in _OPTIMIZED[:: self._effort.every]:
-                arguments = {"spec": spec, "elements": elements, "count": count}
-                found = self._call("time_optimizer", arguments)
-                for entry, own in zip(self._types, samples, strict=True):
-                    seconds = statistics.median(found[rank] for rank in entry.ranks)
+            sizes = [self._optimized(entry) for entry in self._types]
+            found = self._call_types(
+                "time_optimizer", [{"spec": spec, "sizes": own} for own in sizes]
+            )
+            for entry, own, times in zip(self._types, sizes, found, strict=True):
+                samples = []
+                for (elements, count), seconds in zip(own, times, strict=True):
                     at_once = count if self._on_cuda(entry) else 1
                     moved = 4.0 * elements * at_once * (4 + 2 * states)
-                    own.append((moved, seconds * at_once / count))
-            for entry, own in zip(self._types, samples, strict=True):
-                cost, quality = fitted_optimizer(entry.kind, name, own)
+                    samples.append((moved, seconds * at_once / count))
+                cost, quality = fitted_optimizer(entry.kind, name, samples)
                 entry.kind = replace(entry.kind, op_costs=(*entry.kind.op_costs, cost))
-                assert entry.qualities is not None
                 entry.qualities.append(quality)
+
+    def _optimized(self, entry: _Type) -> tuple[tuple[int, int], ...]:
+        """(elements, tensors) that optimizers update."""
+        more = _MORE_ON_CUDA if self._on_cuda(entry) else ()
+        return (*_OPTIMIZED, *more)[:: self._effort.every]
 
     def _hosts(self) -> None:
         """The host of accelerators, where optimizer states may lie."""
@@ -376,13 +387,12 @@ class _Measuring:
             for size, seconds in rows[rank][way]
         ]
         link, quality = fitted_link(samples, "host")
-        assert entry.qualities is not None
         entry.qualities.append(quality)
         rates = [
             2.0 * rows[rank]["host"][-1][0] / rows[rank]["host"][-1][1] for rank in entry.ranks
         ]
         memory = entry.kind.host.memory_bytes if entry.kind.host is not None else 1 << 34
-        return Host(link, memory, rounded(statistics.median(rates)))
+        return Host(link, memory >> 20 << 20, rounded(statistics.median(rates)))
 
 
 def _medians(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:

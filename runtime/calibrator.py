@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..compiler.ir.program import Program
 from ..compiler.ir.text import parse_program
 from .clock import busy_clock
 from .executor import Executor, Step
-from .link_probes import LinkProbes
+from .link_probes import LinkProbes, lower_quartile
 from .optimizer import OptimizerSpec, RankOptimizer
 from .profile_block import block_kernels
 from .profiler import Profiler
@@ -82,9 +83,15 @@ class Calibrator(Profiler):
             executor.take_result()
         return statistics.median(found) / len(parsed.instructions)
 
-    def time_optimizer(self, *, spec: OptimizerSpec, elements: int, count: int) -> float:
-        """Median seconds of zeroing `count` gradients of `elements` numbers each and of one update
-        by them."""
+    def time_optimizer(
+        self, *, spec: OptimizerSpec, sizes: Sequence[tuple[int, int]]
+    ) -> list[float]:
+        """For each (elements, tensors) of `sizes`, median seconds of zeroing so many gradients of
+        so many numbers each and of one update by them."""
+        self._communicator.barrier(label="the start of measuring")
+        return [self._optimizer_seconds(spec, elements, count) for elements, count in sizes]
+
+    def _optimizer_seconds(self, spec: OptimizerSpec, elements: int, count: int) -> float:
         names = [f"p{index}" for index in range(count)]
         parameters = {
             name: torch.nn.Parameter(torch.ones(elements, device=self._device)) for name in names
@@ -94,7 +101,6 @@ class Calibrator(Profiler):
         optimizer = RankOptimizer(OptimizerSpec(spec.class_name, (group,)), parameters)
         options = (spec.groups[0][1],)
         clock = busy_clock(self._device)
-        self._communicator.barrier(label="the start of measuring")
         found = []
         for _ in range(_ROUNDS):
             begin = clock()
@@ -107,7 +113,8 @@ class Calibrator(Profiler):
 
     def time_host(self) -> dict[str, list[tuple[int, float]]]:
         """(bytes, seconds) of copies from and to pinned memory of the host, and within it; nothing
-        on a CPU."""
+        on a CPU. Processes that share the host only ever add: the lower quartile counts."""
+        self._communicator.barrier(label="the start of measuring")
         if self._device.type != "cuda":
             return {}
         clock = busy_clock(self._device)
@@ -126,7 +133,7 @@ class Calibrator(Profiler):
                     begin = clock()
                     target.copy_(source)
                     found.append(clock() - begin)
-                table[name].append((size, statistics.median(found[1:])))
+                table[name].append((size, lower_quartile(found[1:])))
         return table
 
     # -- links ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..compiler.ir.types import TensorType
 from .communicator import Communicator, Pending, Split
 
-__all__ = ["LinkProbes"]
+__all__ = ["LinkProbes", "lower_quartile"]
 
 _ROUNDS = 16
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 200
@@ -87,7 +87,7 @@ class LinkProbes:
                 self._finish(pending)
                 self._synchronize()
                 found.append(time.perf_counter() - begin)
-            return _lower_quartile(found)
+            return lower_quartile(found)
 
         return exchange((0,)), exchange(range(self._num_ranks))
 
@@ -158,7 +158,7 @@ class LinkProbes:
             self._synchronize()
             found.append(time.perf_counter() - begin)
             self._finish([pending])
-        return alone, computing, _lower_quartile(found)
+        return alone, computing, lower_quartile(found)
 
     # -- how it is timed -----------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class LinkProbes:
             once()
             self._synchronize()
             found.append(time.perf_counter() - begin)
-        return _lower_quartile(found)
+        return lower_quartile(found)
 
     def _quartile(self, once: Callable[[], None], *, agreed: Sequence[int]) -> float:
         """Seconds of `once`, which those of `agreed` do together, one after the other."""
@@ -185,7 +185,7 @@ class LinkProbes:
             if len(found) == _LEAST_ROUNDS:
                 wanted = round(_ENOUGH_SECONDS / statistics.median(found))
                 rounds = self._agreed(min(_MOST_ROUNDS, max(wanted, _LEAST_ROUNDS)), agreed)
-        return _lower_quartile(found[1:])
+        return lower_quartile(found[1:])
 
     def _agreed(self, number: int, ranks: Sequence[int]) -> int:
         """The least of the numbers of `ranks`."""
@@ -218,7 +218,8 @@ def _multiply(matrix: Tensor, times: int) -> None:
         torch.mm(matrix, matrix)
 
 
-def _lower_quartile(found: Sequence[float]) -> float:
+def lower_quartile(found: Sequence[float]) -> float:
+    """A quarter of `found` is at most this."""
     if len(found) < 2:
         return found[0]
     return statistics.quantiles(found, n=4, method="inclusive")[0]

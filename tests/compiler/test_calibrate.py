@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cutset.compiler.calibrate import Calibration, Effort, calibrate, local_devices
+from cutset.compiler.calibrate import (
+    FULL,
+    Calibration,
+    Effort,
+    _Measuring,
+    calibrate,
+    local_devices,
+)
 from cutset.compiler.calibration_text import calibration_file, figure_lines
 from cutset.compiler.cli import main
-from cutset.compiler.ir.cluster import COLLECTIVES, PHASES
+from cutset.compiler.ir.cluster import COLLECTIVES, PHASES, DeviceType
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.verify import verify_cluster
 from cutset.compiler.probes import op_probes, rate_probes, tiny_probe, work_of
+from cutset.cost_models import make_cluster
 from cutset.cost_models.cluster_file import parse_cluster
 from cutset.cost_models.fits import Quality, left_out
 from cutset.cost_models.presets import parse_devices
@@ -50,6 +59,70 @@ def test_two_workers_are_measured() -> None:
     assert {"messages", "all-reduce", "instructions"} <= set(said)
     for format in ("toml", "json"):
         assert parse_cluster(calibration_file(found, format=format), format=format) == cluster
+
+
+class OnCuda:
+    """Answers for two CUDA devices that are as fast as they are said to be here."""
+
+    num_ranks = 2
+    BYTES_PER_SECOND = 1e12
+    CALL_SECONDS, INSTRUCTION_SECONDS = 1e-4, 5e-5
+
+    def call(
+        self, method: str, arguments: Any = (), *, timeout_seconds: float | None = None
+    ) -> list[Any]:
+        if method == "time_instructions":
+            return [self.INSTRUCTION_SECONDS] * 2
+        if method == "time_host":
+            sizes = (1 << 12, 1 << 26)
+            ways = {way: [(n, 1e-5 + n / 2e10) for n in sizes] for way in ("down", "up", "host")}
+            return [ways] * 2
+        assert method == "time_optimizer"
+        passes = 8 if arguments[0]["spec"].class_name.endswith("AdamW") else 6
+        return [
+            [
+                self.CALL_SECONDS + 4.0 * elements * count * passes / self.BYTES_PER_SECOND
+                for elements, count in given["sizes"]
+            ]
+            for given in arguments
+        ]
+
+    def close(self) -> None: ...
+
+
+def on_cuda() -> DeviceType:
+    cluster = make_cluster("h200", 2)
+    (kind,) = cluster.types
+    assert kind.host is not None
+    host = replace(kind.host, memory_bytes=94603995136)
+    cluster = replace(cluster, types=(replace(kind, overhead_seconds=2e-6, host=host),))
+    measuring = _Measuring(OnCuda(), cluster, FULL, lambda line: None)
+    measuring._instructions()
+    measuring._optimizers()
+    measuring._hosts()
+    return measuring._types[0].kind
+
+
+def test_optimizers_on_cuda_update_more_than_caches_hold() -> None:
+    """All tensors at once, up to the sizes at which memory is what takes time."""
+    kind = on_cuda()
+    cost = kind.op_cost("adamw", "optimizer", "forward")
+    assert cost is not None
+    assert cost.kernels * kind.overhead_seconds == pytest.approx(OnCuda.CALL_SECONDS, rel=0.05)
+    assert cost.points[-1][0] == pytest.approx(8 * 4 * (4 << 24), rel=1e-3)
+    assert cost.points[-1][1] == pytest.approx(OnCuda.BYTES_PER_SECOND, rel=0.01)
+
+
+def test_instructions_on_cuda_take_the_time_of_the_host_alone() -> None:
+    """The device works on operators meanwhile: their overhead is none of the host's."""
+    assert on_cuda().instruction_seconds == OnCuda.INSTRUCTION_SECONDS
+
+
+def test_memory_of_the_host_is_whole_mebibytes() -> None:
+    host = on_cuda().host
+    assert host is not None and host.memory_bytes == 94603995136 >> 20 << 20
+    assert host.memory_bytes_per_second == pytest.approx(4e10, rel=0.01)
+    assert host.link.bytes_per_second == pytest.approx(2e10, rel=0.01)
 
 
 def test_fits_stand_in_the_file_as_comments() -> None:
