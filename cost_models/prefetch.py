@@ -7,6 +7,7 @@ started, `late_ends` when each sum is waited for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -47,11 +48,16 @@ def start_early(
 def finish_late(
     steps: Sequence[Step], sizes: Sequence[float], new_storage: Callable[[], int]
 ) -> tuple[Step, ...]:
-    """`steps` with the memory of sums, and of what they sum, until they are waited for.
+    """`steps` with the memory of sums until they are waited for.
+
+    What is sent is among the temporaries of a step that sums: the gradient itself, where it lies as
+    it is sent, else a copy, after which the gradient may go. A part of something larger that lies
+    so keeps all of that.
 
     Args:
         sizes: by step, bytes of the gradient that it sums; 0: it sums none.
     """
+    made_bytes = {storage: size for step in steps for storage, size in step.writes}
     places = [position for position, size in enumerate(sizes) if size]
     ends = late_ends([sizes[position] for position in places])
     changed: dict[int, Step] = {}
@@ -60,7 +66,10 @@ def finish_late(
         step, storage = steps[position], new_storage()
         writes = (*step.writes, (storage, step.temporary_bytes))
         changed[position] = replace(step, writes=writes, temporary_bytes=0.0)
-        reads = (*step.reads, *(made for made, _ in writes))
+        larger = [
+            item for item in step.reads if made_bytes.get(item, math.inf) > step.temporary_bytes
+        ]
+        reads = (*larger, *(made for made, _ in writes))
         place = places[end] if end < len(places) else len(steps)
         later.setdefault(place, []).append(Step(step.node, reads, ()))
     made: list[Step] = []

@@ -59,20 +59,32 @@ def test_sums_end_where_the_next_has_no_room() -> None:
 
 
 def test_a_sum_takes_memory_until_it_is_waited_for() -> None:
-    """Two gradients of 8 MiB, summed in buffers of 4: the first is under way while the second is
-    computed, and both it and its buffer are there."""
+    """Two gradients of 8 MiB, each sent and received in buffers of 16: what the first has under way
+    is there while the second is computed, and the gradient is not, but as it is sent."""
     steps = [
         Step(0, (), ((10, 8.0 * MIB),)),
-        Step(1, (10,), (), 4.0 * MIB),
+        Step(1, (10,), (), 16.0 * MIB),
         Step(2, (), ((12, 8.0 * MIB),)),
-        Step(3, (12,), (), 4.0 * MIB),
+        Step(3, (12,), (), 16.0 * MIB),
         Step(4, (), (), 1.0 * MIB),
     ]
     numbers = iter(range(100, 200))
     late = finish_late(steps, [0, 8 * MIB, 0, 8 * MIB, 0], lambda: next(numbers))
     assert [step.node for step in late] == [0, 1, 2, 1, 3, 4, 3]
     live = [size / MIB for size in live_bytes(late, {}, ()).at_step]
-    assert live == [8, 12, 20, 20, 12, 13, 12]
+    assert live == [8, 24, 24, 24, 24, 17, 16]
+
+
+def test_a_sum_of_a_part_keeps_the_whole_until_it_is_waited_for() -> None:
+    """Of a tensor of 32 MiB, or one of which nothing is known, a quarter is summed."""
+    steps = [
+        Step(0, (), ((10, 32.0 * MIB),)),
+        Step(1, (10, 11), (), 16.0 * MIB),
+        Step(2, (), (), 1.0 * MIB),
+    ]
+    late = finish_late(steps, [0, 8 * MIB, 0], lambda: 100)
+    live = [size / MIB for size in live_bytes(late, {11: 64.0 * MIB}, ()).at_step]
+    assert live == [96, 112, 113, 112]
 
 
 def test_sums_hide_behind_what_computes_next() -> None:
