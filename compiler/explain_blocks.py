@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..cost_models.memory import memory_profile
+from ..cost_models.node_memory import memory_profile
 from ..cost_models.ops import NodeCost, price
 from ..cost_models.slowest import slowest_type
 from ..passes.columns import Column, column_of

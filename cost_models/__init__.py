@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .cluster_file import read_cluster, write_cluster
-from .memory import MemoryModel, NodeMemory, memory_model, memory_profile, stage_memory
+from .memory import stage_memory
+from .memory_tables import MemoryModel, memory_model
+from .node_memory import NodeMemory, memory_profile
 from .ops import NodeCost, price
 from .presets import limit_memory, make_cluster, parse_devices, preset, preset_names
 from .simulator import Simulation, Span, simulate

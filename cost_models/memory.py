@@ -11,20 +11,15 @@ What a rank holds while a step runs:
 * when no activation is left: buckets in which gradients are summed, as many as may be under way;
   at the optimizer step, its own temporaries; then buckets that gather updated parameters.
 
-`stage_memory` counts these by liveness of the stage's steps. `memory_profile` gives additive
-figures per node for a planner that does not know the stages yet:
-
-    stage peak <= static + in_flight * (sum saved + received) + sum deferred + max transient
-
-where `received` are bytes of boundary values read.
+`stage_memory` counts these by liveness of the stage's steps. For planners that do not know the
+stages yet there are additive figures per node (`node_memory.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..compiler.ir.buckets import (
     bucket_ends,
@@ -33,282 +28,19 @@ from ..compiler.ir.buckets import (
     sums_in_flight_bytes,
 )
 from ..compiler.ir.graph import Graph, Mode, ValueKind
-from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.messages import MAX_SENDS_UNDER_WAY
 from ..compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
-from .adjoint_types import Adjoint, NodeContext
-from .adjoints import adjoint
-from .analysis import Storages, batch_values, find_storages, weight_like_values
-from .backward import StageSteps, stage_steps
+from .action_memory import memory_of_steps
+from .backward import StageSteps
 from .buffers import most_under_way
-from .liveness import live_bytes
+from .memory_tables import MemoryModel, memory_model
 from .parameters import ParameterFigures
-from .recompute import nodes_with_inputs
 
 _CUBLAS_BYTES = 2 * 2**25  # torch gives it 32 MiB a stream on Hopper; graphs have a stream
 _MARGIN, _MARGIN_BYTES = 0.025, 1024
 _CUDA_BLOCK_BYTES = 512  # sizes are rounded up to it
 
-__all__ = [
-    "ActionMemory",
-    "MemoryModel",
-    "NodeMemory",
-    "action_memory",
-    "consuming_stages",
-    "library_bytes",
-    "memory_model",
-    "memory_profile",
-    "node_memory",
-    "optimizer_temporaries",
-    "rerun_nodes",
-    "stage_memory",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeMemory:
-    """Additive memory figures of one node, one microbatch; see the module docstring.
-
-    Args:
-        saved_bytes: storages made by this node that some backward reads.
-        transient_bytes: what else is live while the node or its backward runs.
-        deferred_bytes: gradients that wait for its weight gradient, from B to W.
-    """
-
-    saved_bytes: int
-    transient_bytes: int
-    deferred_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PartMemory:
-    """A part of the weight gradients: its peak above what was kept before it, and what is kept
-    after it, in bytes."""
-
-    peak_bytes: float
-    left_bytes: float
-
-
-@dataclass(frozen=True, slots=True)
-class ActionMemory:
-    """Memory of one stage's actions on one microbatch, in bytes.
-
-    Args:
-        received_bytes: boundary values, which are among the forward's.
-        saved_bytes: kept from the end of the forward to the backward.
-        left_bytes: kept between input gradients and weight gradients.
-        forward_bytes: peak of the forward, what it saves included.
-        backward_input_bytes: peak of the input gradients above `saved_bytes`.
-        weight_parts: the weight gradients, which may be computed in parts.
-    """
-
-    received_bytes: float
-    saved_bytes: float
-    left_bytes: float
-    forward_bytes: float
-    backward_input_bytes: float
-    weight_parts: tuple[PartMemory, ...]
-
-    @property
-    def part_bytes(self) -> tuple[float, ...]:
-        """The most that is live in each part of the weight gradients."""
-        before = (self.left_bytes, *(part.left_bytes for part in self.weight_parts))
-        pairs = zip(before, self.weight_parts, strict=False)
-        return tuple(kept + part.peak_bytes for kept, part in pairs)
-
-    @property
-    def backward_weight_bytes(self) -> float:
-        """Peak of the weight gradients above `left_bytes`."""
-        return max(self.part_bytes, default=0.0) - self.left_bytes
-
-    @property
-    def peak_bytes(self) -> float:
-        """Most that is live, what is saved of this microbatch included."""
-        return max(
-            self.forward_bytes,
-            self.saved_bytes + self.backward_input_bytes,
-            self.left_bytes + self.backward_weight_bytes,
-        )
-
-    @property
-    def backward_bytes(self) -> float:
-        """Peak of the whole backward above `saved_bytes`."""
-        later = self.left_bytes + self.backward_weight_bytes - self.saved_bytes
-        return max(self.backward_input_bytes, later)
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryModel:
-    """What memory prediction derives once from a graph; make it with `memory_model`."""
-
-    graph: Graph
-    backend: str
-    sizes: tuple[float, ...]
-    storages: Storages
-    adjoints: tuple[Adjoint, ...]
-    weights: frozenset[int]
-
-    def steps(
-        self,
-        nodes: Iterable[int],
-        consumers: Mapping[int, int] | None = None,
-        recomputed: Collection[int] = (),
-        kept: Mapping[int, float] | None = None,
-        parts: Sequence[Collection[int]] = (),
-    ) -> StageSteps:
-        """Kernels of the stage made of `nodes`; other arguments as in `stage_steps`.
-
-        A boundary value arrives contiguous; where it is not so in the whole graph, copies differ,
-        and the stage's storages and rules are derived anew.
-        """
-        chosen = tuple(sorted(nodes))
-        storages, adjoints = self.storages, self.adjoints
-        if self._arrives_otherwise(chosen):
-            storages = find_storages(self.graph, chosen)
-            own = {node: self._adjoint(node, storages) for node in chosen}
-            adjoints = tuple(own.get(node.id, Adjoint()) for node in self.graph.nodes)
-        return stage_steps(
-            self.graph,
-            chosen,
-            adjoints=adjoints,
-            storages=storages,
-            sizes=self.sizes,
-            consumers=consumers,
-            recomputed=recomputed,
-            kept=kept,
-            parts=parts,
-        )
-
-    def _arrives_otherwise(self, nodes: tuple[int, ...]) -> bool:
-        made = {value for node in nodes for value in self.graph.nodes[node].outputs}
-        read = {value for node in nodes for value in self.graph.nodes[node].inputs}
-        return any(
-            not self.storages.stands_contiguous(self.graph.values[value]) for value in read - made
-        )
-
-    def _adjoint(self, node: int, storages: Storages) -> Adjoint:
-        context = NodeContext(
-            self.graph, self.graph.nodes[node], storages, self.sizes, self.backend
-        )
-        return adjoint(context)
-
-
-def memory_model(graph: Graph, *, batch_fraction: float = 1.0, backend: str = "cpu") -> MemoryModel:
-    """Prepare memory prediction of `graph`.
-
-    Args:
-        batch_fraction: predict for this multiple of the microbatch it was captured at.
-        backend: torch device type that runs it; kernels differ in what they save.
-    """
-    return MemoryModel(graph, backend, *_memory_tables(graph, batch_fraction, backend))
-
-
-@once_per_object
-def _memory_tables(
-    graph: Graph, batch_fraction: float, backend: str
-) -> tuple[tuple[float, ...], Storages, tuple[Adjoint, ...], frozenset[int]]:
-    """The other fields of `MemoryModel`; they do not hold the graph, which would never die."""
-    batched = batch_values(graph)
-    sizes = tuple(
-        value.type.num_bytes * (batch_fraction if value.id in batched else 1.0)
-        for value in graph.values
-    )
-    storages = find_storages(graph)
-    adjoints = tuple(
-        adjoint(NodeContext(graph, node, storages, sizes, backend)) for node in graph.nodes
-    )
-    return sizes, storages, adjoints, weight_like_values(graph)
-
-
-def rerun_nodes(graph: Graph, recomputed: Collection[int]) -> frozenset[int]:
-    """Those of `recomputed` whose results backward really needs again."""
-    return _rerun_nodes(graph, frozenset(recomputed)) if recomputed else frozenset()
-
-
-@once_per_object
-def _rerun_nodes(graph: Graph, recomputed: frozenset[int]) -> frozenset[int]:
-    model = memory_model(graph)
-    return model.steps(range(len(graph.nodes)), recomputed=recomputed).rerun
-
-
-def memory_profile(
-    graph: Graph,
-    *,
-    batch_fraction: float = 1.0,
-    backend: str = "cpu",
-    recomputed: Collection[int] = (),
-) -> tuple[NodeMemory, ...]:
-    """Additive memory figures of every node of `graph`, in node order.
-
-    Args:
-        recomputed: nodes whose results backward computes again.
-    """
-    return _memory_profile(graph, batch_fraction, backend, frozenset(recomputed))
-
-
-@once_per_object
-def _memory_profile(
-    graph: Graph, batch_fraction: float, backend: str, recomputed: frozenset[int]
-) -> tuple[NodeMemory, ...]:
-    model = memory_model(graph, batch_fraction=batch_fraction, backend=backend)
-    return node_memory(model, model.steps(range(len(graph.nodes)), recomputed=recomputed))
-
-
-def node_memory(model: MemoryModel, steps: StageSteps) -> tuple[NodeMemory, ...]:
-    """`memory_profile` from the steps of all nodes of the model's graph."""
-    graph = model.graph
-    maker = {storage: step.node for step in steps.forward for storage, _ in step.writes}
-    saved = [0.0] * len(graph.nodes)
-    for storage, size in steps.saved.items():
-        if storage in maker:
-            saved[maker[storage]] += size
-    deferred = _deferred(model, steps)
-    transient = _transients(steps, len(graph.nodes))
-    return tuple(
-        NodeMemory(math.ceil(saved[i]), math.ceil(transient[i]), math.ceil(deferred[i]))
-        for i in range(len(graph.nodes))
-    )
-
-
-def _deferred(model: MemoryModel, steps: StageSteps) -> list[float]:
-    """Per node, arriving gradients that its weight gradient reads (less what B has freed)."""
-    table = [0.0] * len(model.graph.nodes)
-    backward = (*steps.backward_input, *steps.backward_weight)
-    gradients = {
-        storage: size
-        for step in backward
-        for storage, size in step.writes
-        if storage not in steps.copies and storage not in steps.under_way
-    }
-    joined = nodes_with_inputs(backward, steps.copies)
-    readers: set[tuple[int, int]] = set()
-    for step in backward:
-        if not _is_weight_step(model, step.node) or step.node in joined:
-            continue
-        for storage in step.reads:
-            if storage in gradients and (step.node, storage) not in readers:
-                readers.add((step.node, storage))
-                table[step.node] += gradients[storage]
-    return table
-
-
-def _is_weight_step(model: MemoryModel, node: int) -> bool:
-    return any(index in model.weights for index in model.graph.nodes[node].inputs)
-
-
-def _transients(steps: StageSteps, count: int) -> list[float]:
-    """Per node, live bytes beside saved ones while its forward or backward runs."""
-    table = [0.0] * count
-    forward = live_bytes(steps.forward, steps.received, steps.outputs | set(steps.saved))
-    saved_so_far = 0.0
-    for step, live in zip(steps.forward, forward.at_step, strict=True):
-        saved_so_far += sum(steps.saved[s] for s, _ in step.writes if s in steps.saved)
-        table[step.node] = max(table[step.node], live - saved_so_far)
-    backward = (*steps.backward_input, *steps.backward_weight)
-    gradients = live_bytes(backward, steps.arriving, set(steps.returned))
-    for step, live in zip(backward, gradients.at_step, strict=True):
-        table[step.node] = max(table[step.node], live)
-    return table
+__all__ = ["consuming_stages", "library_bytes", "optimizer_temporaries", "stage_memory"]
 
 
 def stage_memory(
@@ -359,7 +91,7 @@ def stage_memory(
     }
     parts = _summed_parts(model, chosen, trained, figures)
     steps = model.steps(chosen, consumers, recomputed, kept, parts)
-    actions = _action_memory(steps, train)
+    actions = memory_of_steps(steps, train)
     saved = actions.saved_bytes
     activations = saved * max(in_flight, 1) if train else 0.0
     messages = _messages(
@@ -506,59 +238,6 @@ def _parameters(
         elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
             held += value.type.num_bytes
     return trained, held
-
-
-def action_memory(
-    model: MemoryModel,
-    nodes: Iterable[int] | None,
-    recomputed: Collection[int] = (),
-    kept: Mapping[int, float] | None = None,
-    parts: Sequence[Collection[int]] = (),
-) -> ActionMemory:
-    """Memory of each action of the stage made of `nodes` (None: all nodes of the graph).
-
-    Args:
-        recomputed: nodes whose results backward computes again.
-        kept: parameters of which backward sums the gradient, and bytes of the buffers for that.
-        parts: parameters whose gradients each part of the weight gradients completes.
-    """
-    chosen = range(len(model.graph.nodes)) if nodes is None else nodes
-    steps = model.steps(chosen, recomputed=recomputed, kept=kept, parts=parts)
-    return _action_memory(steps, model.graph.mode is Mode.TRAIN)
-
-
-def _action_memory(steps: StageSteps, train: bool) -> ActionMemory:
-    received = set(steps.received)
-    keep = steps.outputs | received | (set(steps.saved) if train else set())
-    forward = live_bytes(steps.forward, steps.received, keep)
-    if not train:
-        return ActionMemory(sum(steps.received.values()), 0.0, 0.0, forward.peak_bytes, 0.0, ())
-    saved = sum(steps.saved.values())
-    start = {**steps.saved, **steps.arriving}
-    later = {storage for step in steps.backward_weight for storage in step.reads}
-    keep_b = (later & {*start, *steps.passed}) | set(steps.arriving) | set(steps.returned)
-    first = live_bytes(steps.backward_input, start, keep_b)
-    left = {storage: size for storage, size in first.end.items() if storage in later}
-    return ActionMemory(
-        received_bytes=sum(steps.received.values()),
-        saved_bytes=saved,
-        left_bytes=sum(left.values()),
-        forward_bytes=forward.peak_bytes,
-        backward_input_bytes=first.peak_bytes - saved,
-        weight_parts=tuple(_part_memory(steps, left)),
-    )
-
-
-def _part_memory(steps: StageSteps, left: Mapping[int, float]) -> Iterator[PartMemory]:
-    """`left`: what B leaves."""
-    live = dict(left)
-    for number, part in enumerate(steps.weight_parts):
-        rest = steps.weight_parts[number + 1 :]
-        later = {storage for steps in rest for step in steps for storage in step.reads}
-        found = live_bytes(part, live, later)
-        kept = {storage: size for storage, size in found.end.items() if storage in later}
-        yield PartMemory(found.peak_bytes - sum(live.values()), sum(kept.values()))
-        live = kept
 
 
 def _messages(

@@ -20,9 +20,11 @@ from ..compiler.ir.program import (
     StageProgram,
 )
 from ..compiler.ir.types import TensorType
+from .action_memory import ActionMemory, action_memory
 from .buffers import bucket_gather_bytes, bucket_scatter_bytes, scatter_bytes
 from .held import held_memory
-from .memory import ActionMemory, action_memory, memory_model, optimizer_temporaries
+from .memory import optimizer_temporaries
+from .memory_tables import memory_model
 
 __all__ = ["MemoryCurve", "MemoryPeak", "types_of"]
 

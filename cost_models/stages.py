@@ -17,7 +17,7 @@ from ..compiler.ir.plan import OptimizerModel
 from ..compiler.ir.program import GradientPart, StageProgram
 from .collectives import Network
 from .links import reduce_scatter_seconds
-from .memory import memory_model
+from .memory_tables import memory_model
 from .ops import NodeCost, price
 from .prefetch import late_seconds, overlapped_seconds
 from .recompute import with_reruns

@@ -15,7 +15,7 @@ from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
 from ..compiler.sharding.sharding import make_sharding
 from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.corrections import least
-from ..cost_models.memory import rerun_nodes
+from ..cost_models.memory_tables import rerun_nodes
 from ..cost_models.ops import NodeCost, price
 from .columns import Column, column_of, layouts_key, parameters_of
 from .context import Context

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from ..compiler.ir.graph import Mode
 from ..compiler.ir.plan import MemoryPrediction, Plan, Prediction
 from ..cost_models.analysis import batch_rows
-from ..cost_models.memory import consuming_stages, memory_model, rerun_nodes, stage_memory
+from ..cost_models.memory import consuming_stages, stage_memory
+from ..cost_models.memory_tables import memory_model, rerun_nodes
 from ..cost_models.ops import price_once
 from ..cost_models.recompute import with_reruns
 from .columns import Column, column_of

@@ -24,7 +24,7 @@ from ..compiler.ir.blocks import find_blocks
 from ..compiler.ir.graph import Graph, Node, producers
 from ..compiler.ir.ops import Category
 from ..cost_models.backward import StageSteps
-from ..cost_models.memory import MemoryModel, memory_model
+from ..cost_models.memory_tables import MemoryModel, memory_model
 
 __all__ = ["Segment", "find_segments", "full_recompute", "selective_recompute"]
 

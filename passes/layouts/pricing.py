@@ -21,7 +21,8 @@ from ...compiler.sharding.lowering import LocalGraph, Lowering, Ref
 from ...compiler.sharding.rules import rule_of
 from ...compiler.sharding.strategy import OpStrategy, OpView
 from ...cost_models.collectives import Network
-from ...cost_models.memory import memory_model, node_memory
+from ...cost_models.memory_tables import memory_model
+from ...cost_models.node_memory import node_memory
 from ...cost_models.ops import NodeCost, gradient_sum_seconds, price
 from .facts import GraphFacts
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from ...compiler.ir.plan import MemoryPrediction, Stage
 from ...cost_models.analysis import batch_rows
-from ...cost_models.memory import MemoryModel, consuming_stages, memory_model, stage_memory
+from ...cost_models.memory import consuming_stages, stage_memory
+from ...cost_models.memory_tables import MemoryModel, memory_model
 from ..replicate import complete_stages
 from .closest import closest_partition
 from .devices import used_types

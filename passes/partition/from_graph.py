@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Mode, OutputKind, Value, ValueKind, users
 from ...cost_models.analysis import batch_rows, batch_values
-from ...cost_models.memory import memory_profile
+from ...cost_models.node_memory import memory_profile
 from ...cost_models.ops import NodeCost, price_once
 from ...cost_models.recompute import with_reruns
 from ...cost_models.stages import optimizer_seconds

@@ -6,7 +6,7 @@ from ...compiler.ir.errors import UsageError
 from ...compiler.ir.graph import Mode
 from ...compiler.ir.plan import Plan
 from ...cost_models.analysis import batch_rows
-from ...cost_models.memory import rerun_nodes
+from ...cost_models.memory_tables import rerun_nodes
 from ...cost_models.ops import price_once
 from ..coarsen import Coarsening, coarsen
 from ..context import Context

@@ -16,7 +16,8 @@ from ...compiler.ir.graph import Graph
 from ...compiler.ir.plan import MemoryPrediction, OptimizerModel, Stage
 from ...compiler.ir.schedule import Schedule
 from ...compiler.ir.stage_edges import StageEdge
-from ...cost_models.memory import MemoryModel, consuming_stages, memory_model, stage_memory
+from ...cost_models.memory import consuming_stages, stage_memory
+from ...cost_models.memory_tables import MemoryModel, memory_model
 
 __all__ = ["placed_memory"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cutset.cost_models.memory import action_memory, memory_model
+from cutset.cost_models.action_memory import action_memory
+from cutset.cost_models.memory_tables import memory_model
 
 from .measured import StageRun, alone
 from .op_cases import CASES, LOOSE, case_graph, case_tensors

@@ -16,15 +16,11 @@ from cutset.compiler.codegen.cut import cut_stages
 from cutset.compiler.ir.graph import Graph, Mode, ValueKind
 from cutset.compiler.ir.plan import OptimizerModel, Stage
 from cutset.cost_models import simulate
+from cutset.cost_models.action_memory import action_memory
 from cutset.cost_models.liveness import Step, live_bytes
-from cutset.cost_models.memory import (
-    action_memory,
-    consuming_stages,
-    library_bytes,
-    memory_model,
-    memory_profile,
-    stage_memory,
-)
+from cutset.cost_models.memory import consuming_stages, library_bytes, stage_memory
+from cutset.cost_models.memory_tables import memory_model
+from cutset.cost_models.node_memory import memory_profile
 from tests.ir.builders import GraphBuilder, mlp, residual, tied_embedding
 
 from .measured import StageRun

@@ -12,7 +12,9 @@ from cutset.compiler.capture import capture
 from cutset.compiler.codegen.cut import cut_stages
 from cutset.compiler.ir.graph import Graph, Mode, OutputKind
 from cutset.compiler.ir.plan import Stage
-from cutset.cost_models.memory import action_memory, memory_model, memory_profile, rerun_nodes
+from cutset.cost_models.action_memory import action_memory
+from cutset.cost_models.memory_tables import memory_model, rerun_nodes
+from cutset.cost_models.node_memory import memory_profile
 from cutset.cost_models.ops import price
 from cutset.cost_models.presets import local_cpu_cluster
 from cutset.cost_models.stages import stage_seconds

@@ -6,7 +6,8 @@ import pytest
 
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.graph import Graph, Mode
-from cutset.cost_models.memory import action_memory, memory_model
+from cutset.cost_models.action_memory import action_memory
+from cutset.cost_models.memory_tables import memory_model
 from cutset.cost_models.presets import local_cpu_cluster
 from cutset.passes.context import PlanOptions
 from cutset.passes.pipeline import plan_graph
