@@ -25,7 +25,7 @@ from .links import (
     all_to_all_seconds,
     reduce_scatter_seconds,
 )
-from .memory import rerun_nodes
+from .memory_tables import rerun_nodes
 from .ops import price
 from .stages import StageSeconds, hidden_sum_seconds, in_weights, stage_seconds
 
@@ -49,6 +49,7 @@ class Exchange:
         collective: the kind; that of most bytes, where they are of several kinds.
         latency_seconds, wire_seconds: on idle wires.
         edges: ((source, target), bytes).
+        kinds: (collective, seconds on idle wires), where they are of several kinds.
         count: how many.
     """
 
@@ -57,6 +58,7 @@ class Exchange:
     latency_seconds: float
     wire_seconds: float
     edges: tuple[tuple[tuple[int, int], float], ...]
+    kinds: tuple[tuple[str, float], ...]
     count: float = 1.0
 
     @property
@@ -67,6 +69,15 @@ class Exchange:
         """Over so much earlier, as far as it travels for so long."""
         return replace(self, wire_seconds=max(self.wire_seconds - seconds, 0.0))
 
+    def faster(self, share: float) -> Exchange:
+        """In a share of the seconds."""
+        return replace(
+            self,
+            latency_seconds=self.latency_seconds * share,
+            wire_seconds=self.wire_seconds * share,
+            kinds=tuple((kind, seconds * share) for kind, seconds in self.kinds),
+        )
+
     def among(self, groups: Mapping[tuple[int, ...], tuple[int, ...]]) -> Exchange:
         """The same among the ranks that `groups` has for its own."""
         ranks = groups[self.ranks]
@@ -76,13 +87,8 @@ class Exchange:
 
     def scaled(self, share: float) -> Exchange:
         """A part of it."""
-        return replace(
-            self,
-            latency_seconds=self.latency_seconds * share,
-            wire_seconds=self.wire_seconds * share,
-            edges=tuple((edge, size * share) for edge, size in self.edges),
-            count=self.count * share,
-        )
+        edges = tuple((edge, size * share) for edge, size in self.edges)
+        return replace(self.faster(share), edges=edges, count=self.count * share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +165,14 @@ def edge_bytes(
 def exchange(cluster: Cluster, collective: str, ranks: Sequence[int], num_bytes: float) -> Exchange:
     """One collective; `num_bytes` as in `edge_bytes`."""
     seconds = _SECONDS[collective]
-    latency = seconds(cluster, ranks, 0.0)
+    latency, whole = seconds(cluster, ranks, 0.0), seconds(cluster, ranks, num_bytes)
     return Exchange(
         ranks=tuple(ranks),
         collective=collective,
         latency_seconds=latency,
-        wire_seconds=seconds(cluster, ranks, num_bytes) - latency,
+        wire_seconds=whole - latency,
         edges=edge_bytes(cluster, collective, ranks, num_bytes),
+        kinds=((collective, whole),),
     )
 
 
@@ -206,11 +213,13 @@ def _divided(seconds: float, exchanges: Iterable[Exchange], hidden: float) -> Ac
     if not total:
         return ActionCost(seconds, hidden=joined)
     share = min(hidden / total, 1.0)
-    exposed = min((1.0 - share) * total, seconds)
+    if total > seconds:  # measured: they took no longer than all
+        joined = tuple(entry.faster(seconds / total) for entry in joined)
+        total = seconds
     return ActionCost(
-        seconds - exposed,
-        tuple(entry.scaled(exposed / total) for entry in joined) if exposed else (),
-        tuple(entry.scaled(1.0 - exposed / total) for entry in joined) if exposed < total else (),
+        seconds - (1.0 - share) * total,
+        tuple(entry.scaled(1.0 - share) for entry in joined) if share < 1.0 else (),
+        tuple(entry.scaled(share) for entry in joined) if share > 0.0 else (),
     )
 
 
@@ -224,15 +233,19 @@ def _joined(exchanges: Iterable[Exchange]) -> tuple[Exchange, ...]:
 
 def _sum(entries: Sequence[Exchange]) -> Exchange:
     edges: dict[tuple[int, int], float] = {}
+    kinds: dict[str, float] = {}
     for entry in entries:
         for edge, size in entry.edges:
             edges[edge] = edges.get(edge, 0.0) + size
+        for kind, seconds in entry.kinds:
+            kinds[kind] = kinds.get(kind, 0.0) + seconds
     return Exchange(
         ranks=entries[0].ranks,
         collective=max(entries, key=lambda entry: entry.wire_seconds).collective,
         latency_seconds=sum(entry.latency_seconds for entry in entries),
         wire_seconds=sum(entry.wire_seconds for entry in entries),
         edges=tuple(sorted(edges.items())),
+        kinds=tuple(kinds.items()),
         count=sum(entry.count for entry in entries),
     )
 

@@ -24,6 +24,7 @@ from ..compiler.ir.ops import Category
 from . import functional_collectives as functional
 from .communicator import Communicator, Pending, Split
 from .recompute import mark_like
+from .recorder import Recorder
 
 __all__ = ["StageCollectives", "expand_local", "has_collectives", "mark_parameter_gathers"]
 
@@ -90,6 +91,8 @@ class StageCollectives:
         communicator: prepared for the program.
         axes: ranks along each mesh axis, in the order of their parts.
         stage: for messages.
+
+    `recorder` is told of the collectives of a step that is recorded.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class StageCollectives:
         self._communicator = communicator
         self._axes = axes
         self._place = f"in stage {stage}"
+        self.recorder: Recorder | None = None
 
     @property
     def is_capturable(self) -> bool:
@@ -131,7 +135,20 @@ class StageCollectives:
         start: Callable[..., Pending] = (
             self.start_all_gather if is_gather else self.start_reduce_scatter
         )
-        return _Parted(start, _wait_for)
+        return _Parted(start, self.wait_for)
+
+    def wait_for(self, pending: Pending) -> Tensor:
+        """The result of a collective that was started."""
+        tensor = pending.wait()
+        assert tensor is not None
+        if self.recorder is not None:
+            self.recorder.ended([pending])
+        return tensor
+
+    def _started(self, pending: Pending, collective: str, axis: str) -> Pending:
+        if self.recorder is not None:
+            self.recorder.started_inside(pending, collective, self._ranks(axis))
+        return pending
 
     def _ranks(self, axis: str) -> tuple[int, ...]:
         try:
@@ -148,31 +165,38 @@ class StageCollectives:
 
     def all_reduce_in_place(self, x: Tensor, axis: str, reduction: str) -> Tensor:
         label = f"all_reduce {self._place}"
-        return self._communicator.all_reduce(x, self._ranks(axis), reduction, label=label)
+        ranks = self._ranks(axis)
+        pending = self._communicator.start_all_reduce(x, ranks, reduction, label=label)
+        self.wait_for(self._started(pending, "all_reduce", axis))
+        return x
 
     def all_gather(
         self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int, partial: bool
     ) -> Tensor:
-        return _wait_for(self.start_all_gather(x, axis, dim, sizes, index, partial))
+        return self.wait_for(self.start_all_gather(x, axis, dim, sizes, index, partial))
 
     def start_all_gather(
         self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int, partial: bool
     ) -> Pending:
         split = Split(dim, tuple(sizes))
         label = f"all_gather {self._place}"
-        return self._communicator.start_all_gather(x, self._ranks(axis), split, label=label)
+        ranks = self._ranks(axis)
+        pending = self._communicator.start_all_gather(x, ranks, split, label=label)
+        return self._started(pending, "all_gather", axis)
 
     def reduce_scatter(
         self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int
     ) -> Tensor:
-        return _wait_for(self.start_reduce_scatter(x, axis, dim, sizes, index))
+        return self.wait_for(self.start_reduce_scatter(x, axis, dim, sizes, index))
 
     def start_reduce_scatter(
         self, x: Tensor, axis: str, dim: int, sizes: Sequence[int], index: int
     ) -> Pending:
         split = Split(dim, tuple(sizes))
         label = f"reduce_scatter {self._place}"
-        return self._communicator.start_reduce_scatter(x, self._ranks(axis), split, label=label)
+        ranks = self._ranks(axis)
+        pending = self._communicator.start_reduce_scatter(x, ranks, split, label=label)
+        return self._started(pending, "reduce_scatter", axis)
 
     def all_to_all(
         self,
@@ -191,7 +215,7 @@ class StageCollectives:
             split=Split(to_dim, tuple(to_sizes)),
             label=f"all_to_all {self._place}",
         )
-        return _wait_for(pending)
+        return self.wait_for(self._started(pending, "all_to_all", axis))
 
     # -- Inductor ------------------------------------------------------------------------------
 
@@ -296,12 +320,6 @@ def _is_kept_part(node: fx.Node) -> bool:
         return False
     (addition,) = node.users
     return addition.target is aten.add_.Tensor and addition.args[1] is node
-
-
-def _wait_for(pending: Pending) -> Tensor:
-    tensor = pending.wait()
-    assert tensor is not None
-    return tensor
 
 
 _NEW = frozenset(

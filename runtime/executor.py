@@ -172,6 +172,9 @@ class Executor:
         self._keep = keep
         self._optimize = optimize
         self._recorder = Recorder(self._program.rank, self._device) if record else None
+        for kernels in self._kernels.values():
+            if kernels.collectives is not None:
+                kernels.collectives.recorder = self._recorder
         self._position = 0
         self._registers: dict[Register, Tensor | Pending] = {}
         self._contexts: dict[tuple[int, int], _Context] = {}
@@ -292,7 +295,7 @@ class Executor:
             self._execute(instruction)
         else:
             self._saw_end(awaited)
-            began = recorder.begin()
+            began = recorder.begin(instruction)
             self._execute(instruction)
             recorder.executed(instruction, began)
         self._position += 1

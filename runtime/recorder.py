@@ -1,14 +1,18 @@
-"""When a rank's instructions ran and its communications ended, for a trace of one step."""
+"""When a rank's instructions ran and its communications ended, for a trace of one step.
+
+Collectives inside stages are seen where the host waits for them: on CPUs, in kernels that are not
+compiled. On CUDA they are part of what the device does, and the host goes on.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ..compiler.ir.program import AllGather, AllReduce, Instruction, Recv, ReduceScatter, Send
-from ..compiler.ir.trace import Lane, TraceEvent, event_name
+from ..compiler.ir.trace import Lane, TraceEvent, event_name, inner_name
 from .clock import busy_clock
 from .communicator import Pending
 
@@ -29,12 +33,15 @@ class Recorder:
         self.events: list[TraceEvent] = []
         self.busy_seconds = 0.0
         self._rank = rank
+        self._on_host = device.type == "cpu"
+        self._action = ""  # the instruction that is executed
         self._clock = busy_clock(device)
         self._under_way: dict[int, tuple[Pending, str, float]] = {}
         self._origin = time.perf_counter()
 
-    def begin(self) -> tuple[float, float]:
-        """Seconds since the step began, and the busy clock: an instruction begins."""
+    def begin(self, instruction: Instruction) -> tuple[float, float]:
+        """Seconds since the step began, and the busy clock: `instruction` begins."""
+        self._action = event_name(instruction) or ""
         return self._now(), self._clock()
 
     def _now(self) -> float:
@@ -59,6 +66,12 @@ class Recorder:
         """A communication is under way."""
         name = event_name(instruction)
         if name is not None:
+            self._under_way[id(pending)] = (pending, name, self._now())
+
+    def started_inside(self, pending: Pending, collective: str, ranks: Sequence[int]) -> None:
+        """A collective inside the instruction that is executed is under way."""
+        if self._on_host:
+            name = inner_name(collective, ranks, self._action)
             self._under_way[id(pending)] = (pending, name, self._now())
 
     def ended(self, pendings: Iterable[Pending]) -> None:

@@ -59,8 +59,10 @@ class _Alone:
     def is_capturable(self, ranks: Sequence[int]) -> bool:
         return True
 
-    def all_reduce(self, tensor: Tensor, ranks: object, reduction: str, *, label: str) -> Tensor:
-        return tensor
+    def start_all_reduce(
+        self, tensor: Tensor, ranks: object, reduction: str, *, label: str
+    ) -> _Ready:
+        return _Ready(tensor)
 
     def start_all_gather(
         self, tensor: Tensor, ranks: object, split: Split, *, label: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .program import (
@@ -21,7 +22,7 @@ from .program import (
     Send,
 )
 
-__all__ = ["Lane", "TraceEvent", "event_name"]
+__all__ = ["Lane", "TraceEvent", "event_name", "inner_name"]
 
 
 class Lane(enum.StrEnum):
@@ -38,7 +39,7 @@ class TraceEvent:
     Args:
         rank: who did it.
         lane: with what.
-        name: as `event_name` calls it.
+        name: as `event_name` or `inner_name` calls it.
         begin_seconds, end_seconds: from when until when. A measured communication ends where the
             rank saw that it had ended.
     """
@@ -77,3 +78,12 @@ def event_name(instruction: Instruction) -> str | None:
             return type(instruction).__name__
         case _:
             return None
+
+
+def inner_name(collective: str, ranks: Sequence[int], action: str) -> str:
+    """What a collective over `ranks` inside the action called `action` is called.
+
+    >>> inner_name("all_reduce", (0, 2), "F 0.1")
+    'all_reduce over 0,2 in F 0.1'
+    """
+    return f"{collective} over {','.join(map(str, ranks))} in {action}"

@@ -61,6 +61,28 @@ def test_the_time_of_a_rank_adds_up() -> None:
     assert result.ranks[1].exposed_seconds > 0.0 and result.ranks[0].hidden_seconds > 0.0
 
 
+def test_an_action_waits_for_what_goes_on_beside_it() -> None:
+    """Sums and gathers of ZeRO-3 take four times as long as the action that should hide them."""
+    made = planned("data=4", zero=3)
+    where = made.plan.cluster
+    slow = replace(where, links=tuple(replace(rule, streams=0.25) for rule in where.links))
+    plain, result = (simulate(made.programs, cluster=one) for one in (where, slow))
+    assert any(entry.hidden_seconds > 0.0 for entry in plain.ranks)
+    assert result.step_seconds > plain.step_seconds
+    assert max(event.end_seconds for event in result.events) <= result.step_seconds
+    for entry in result.ranks:
+        parts = entry.busy_seconds + entry.exposed_seconds + entry.host_seconds
+        assert parts + entry.idle_seconds == pytest.approx(result.step_seconds)
+
+
+def test_collectives_take_no_longer_than_the_measured_action_that_holds_them() -> None:
+    made = planned("data=4", zero=3)
+    short = {0: StageSeconds(1e-7, 0.0, 1e-7)}
+    quick = simulate(made.programs, cluster=made.plan.cluster, measured=short)
+    spans = [span for span in quick.timeline if span.kind in "FIW"]
+    assert spans and all(s.end_seconds - s.begin_seconds <= 1.001e-7 for s in spans)
+
+
 def test_transfers_slow_down_the_computation_beside_them() -> None:
     """Every byte takes half a worker at both ends; a message lasts a second."""
     link = Link(0.0, 128.0)
@@ -93,13 +115,16 @@ def test_a_sender_waits_for_its_oldest_message() -> None:
 
 
 def planned(
-    mesh: str, devices: str | Cluster = "h100:4", constraints: dict[str, int | str] | None = None
+    mesh: str,
+    devices: str | Cluster = "h100:4",
+    constraints: dict[str, int | str] | None = None,
+    zero: int | None = None,
 ) -> PlannedModel:
     model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
     batch = (torch.randn(64, 512), torch.randn(64, 512))
     return plan_model(
         model, devices, example_inputs=batch, loss_fn=F.mse_loss, mesh=mesh,
-        num_microbatches=2, check=False, constraints=constraints,
+        num_microbatches=2, check=False, constraints=constraints, zero=zero,
     )  # fmt: skip
 
 

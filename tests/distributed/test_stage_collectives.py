@@ -6,6 +6,7 @@ import pytest
 
 from cutset.compiler.ir.program import AllReduce
 from tests.runtime.tensor_parallel import check_step, load_arguments
+from tests.runtime.traces import events_inside, recorded_and_simulated
 
 from .conftest import WorkerPool
 from .test_agreement import program
@@ -40,6 +41,16 @@ def test_stages_that_meet_inside_are_exact(pool: WorkerPool) -> None:
     session.call("load", load_arguments())
     for step in range(2):
         check_step(session, step)
+
+
+def test_a_recorded_step_tells_of_collectives_inside_stages(pool: WorkerPool) -> None:
+    session = pool.session(4)
+    session.call("reset")  # other tests leave an optimizer there
+    measured, simulated = recorded_and_simulated(session, "data=2,tensor=2", 0)
+    names = [{(one.rank, one.lane, one.name) for one in each} for each in (measured, simulated)]
+    assert names[0] == names[1]
+    assert all(one.begin_seconds <= one.end_seconds for one in events_inside(measured))
+    assert {one.rank for one in events_inside(measured)} == set(range(4))
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def course(kernels: StageKernels) -> list[str]:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     kernels.collectives.bind(graph)
-    names = {"mm": "mm", "start_reduce_scatter": "start", "_wait_for": "wait", "add_": "add"}
+    names = {"mm": "mm", "start_reduce_scatter": "start", "wait_for": "wait", "add_": "add"}
     called = [str(getattr(node.target, "__name__", node.target)) for node in graph.nodes]
     return [names[name.split(".")[0]] for name in called if name.split(".")[0] in names]
 
