@@ -6,6 +6,7 @@ measured. Workers are started once for each number of ranks, and forget one mode
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import multiprocessing
 import os
@@ -46,6 +47,7 @@ __all__ = [
     "Measured",
     "Planned",
     "Workers",
+    "add_options",
     "make_ready",
     "measure_memory",
     "narrowed",
@@ -107,14 +109,39 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(listed, lr=1e-4, fused=on_cuda or None)
 
 
-def make_ready(file: str | None, backend: str, devices: int, output: Path) -> Cluster:
-    """The cluster of a file, or of the devices of this machine, calibrated, which goes to `output`.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark that plans in processes and runs on workers."""
+    parser.add_argument("--profile", choices=("off", "blocks", "ops"), default="off")
+    parser.add_argument(
+        "--cluster", help="a cluster file of as many devices at least; default: calibrate"
+    )
+    parser.add_argument(
+        "--cores",
+        type=lambda text: tuple(int(number) for number in text.split(",")),
+        help="processors to use, workers first; default: one of each core, as the system says",
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="plans made at once; default: as many as have cores"
+    )
 
-    This process and those that it starts keep to one processor of each core, from now on.
+
+def make_ready(
+    options: argparse.Namespace, backend: str, devices: int, output: Path
+) -> tuple[Cluster, int]:
+    """The cluster of a file, or of the devices of this machine, calibrated, which goes to `output`;
+    and how many plans to make at once: where blocks are measured, no two share a core.
+
+    This process and those that it starts keep to the processors asked for from now on.
     """
     torch.set_num_threads(1)
     if backend == "cpu":
-        os.sched_setaffinity(0, separate_cores())
+        os.sched_setaffinity(0, options.cores or separate_cores())
+    own = devices if options.profile != "off" else 1
+    jobs = options.jobs or max(1, len(os.sched_getaffinity(0)) // own - 1)
+    return _cluster(options.cluster, backend, devices, output), jobs
+
+
+def _cluster(file: str | None, backend: str, devices: int, output: Path) -> Cluster:
     if file is not None:
         return parse_devices(file)
     found = calibrate(local_devices(f"{backend}:{devices}"), progress=say)
@@ -189,13 +216,13 @@ class Workers(contextlib.ExitStack):
     CPU workers have one thread, and a core of their own where there are enough.
     """
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, cores: Sequence[int] | None = None) -> None:
         super().__init__()
         self._cluster = replace(
             cluster, types=tuple(_of_one_thread(entry) for entry in cluster.types), local=True
         )
         self._sessions: dict[tuple[int, int], LocalSession] = {}
-        allowed = sorted(os.sched_getaffinity(0))
+        allowed = cores or sorted(os.sched_getaffinity(0))
         count = len(cluster.devices)
         on_cpu = all(entry.backend == "cpu" for entry in cluster.types)
         self.cores = tuple(allowed[:count]) if on_cpu and len(allowed) >= 2 * count else ()

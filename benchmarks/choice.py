@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from _report import Pair, row_of, summary_of, table_of
-from _runs import Case, Planned, Workers, make_ready, plan_all, say
+from _runs import Case, Planned, Workers, add_options, make_ready, plan_all, say
 from _turns import run_in_turns
 from _workloads import ON_CPU
 
@@ -54,18 +53,18 @@ def main() -> int:
     options = _parse()
     began = time.perf_counter()
     count = max(devices for _, devices in options.cases)
-    cluster = make_ready(options.cluster, "cpu", count, options.json.with_name("cluster.toml"))
+    cluster, jobs = make_ready(options, "cpu", count, options.json.with_name("cluster.toml"))
     cases = [
         Case(model, size, plan)
         for model, size in options.cases
         for plan in (CHOSEN, *(options.plans or _plans(size)))
     ]
     planned = []
-    for found in plan_all(cases, cluster, profile=options.profile, jobs=options.jobs):
+    for found in plan_all(cases, cluster, profile=options.profile, jobs=jobs):
         say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
         planned.append(found)
     results, rows = [], []
-    with Workers(cluster) as workers:
+    with Workers(cluster, options.cores) as workers:
         for case, group in itertools.groupby(planned, key=lambda entry: _key(entry.case)):
             result, pairs = _compare(list(group), workers, options)
             say(f"{case[0]} on {case[1]}: {time.perf_counter() - began:.0f} s")
@@ -166,12 +165,8 @@ def _parse() -> argparse.Namespace:
         type=lambda text: text.split(";"),
         help="beside the chosen one, separated by `;` (default: all families)",
     )
-    parser.add_argument("--profile", choices=("off", "blocks", "ops"), default="off")
-    parser.add_argument(
-        "--cluster", help="a cluster file of as many devices at least; default: calibrate"
-    )
     parser.add_argument("--repeats", type=int, default=6, help="measured steps of each half")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2))
+    add_options(parser)
     parser.add_argument("--json", type=Path, default=Path("out/choice.json"))
     return parser.parse_args()
 

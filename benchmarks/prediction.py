@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from _cores import stolen
 from _report import Pair, row_of, summary_of, table_of, write
-from _runs import Case, Workers, make_ready, plan_all, say
+from _runs import Case, Workers, add_options, make_ready, plan_all, say
 from _turns import VARIANTS, run_in_turns
 from _workloads import ON_CPU, ON_CUDA
 
@@ -50,14 +50,14 @@ PLANS = {  # by number of devices: for every model, then for some in turn
 def main() -> int:
     options = _parse()
     began = time.perf_counter()
-    cluster = make_ready(
-        options.cluster,
+    cluster, jobs = make_ready(
+        options,
         options.backend,
         max(options.devices),
         options.json.with_name("cluster.toml"),
     )
     planned = []
-    for found in plan_all(_cases(options), cluster, profile=options.profile, jobs=options.jobs):
+    for found in plan_all(_cases(options), cluster, profile=options.profile, jobs=jobs):
         say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
         planned.append(found)
     pairs = [
@@ -65,7 +65,7 @@ def main() -> int:
     ]
     loads = [os.getloadavg()[0]]
     before = stolen()
-    with Workers(cluster) as workers:
+    with Workers(cluster, options.cores) as workers:
         for group in _groups(pairs, options.backend):
             began_group = time.perf_counter()
             run_in_turns(group, workers, options.repeats)
@@ -133,13 +133,9 @@ def _parse() -> argparse.Namespace:
         type=lambda text: tuple(text.split(";")),
         help="separated by `;`: a mesh or auto, then pinned decisions, as data=4:zero=2",
     )
-    parser.add_argument("--profile", choices=("off", "blocks", "ops"), default="off")
-    parser.add_argument(
-        "--cluster", help="a cluster file of as many devices at least; default: calibrate"
-    )
     parser.add_argument("--repeats", type=int, default=8, help="measured steps of a round")
     parser.add_argument("--variants", type=names, help=", ".join(VARIANTS))
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2))
+    add_options(parser)
     parser.add_argument("--json", type=Path, default=Path("out/prediction.json"))
     options = parser.parse_args()
     on_cpu = options.backend == "cpu"
