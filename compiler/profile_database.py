@@ -26,7 +26,7 @@ __all__ = ["BlockKey", "ProfileDatabase", "Record"]
 
 _FORMAT = "cutset profile"
 FORMAT_VERSION = 1
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 """Of how blocks are made and measured, by kernels of this cutset: others do not compare."""
 
 _ABANDONED_SECONDS = 3600.0  # so old a temporary file has no writer any more

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.ir.graph import Mode, Value, ValueKind
+from ..compiler.ir.graph import Mode
 from ..compiler.ir.program import StageProgram
 from .clock import busy_clock
 from .cuda_graphs import GraphSlots
 from .kernels import Kernel, Source, StageKernels, trace_inference, trace_training
+from .made_up import index_limits, made_up
 from .stand_in import StandIns, filled
 
-__all__ = ["BlockRun", "block_kernels", "made_up"]
+__all__ = ["BlockRun", "block_kernels"]
 
 _WARM = 3  # runs before those that count: CUDA graphs are recorded in the second
 _LEAST, _MOST = 5, 40  # runs that count
@@ -45,7 +46,8 @@ class _Set:
     def __init__(self, stage: StageProgram, kernels: StageKernels, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         signature, values = kernels.signature, stage.graph.values
-        self.arguments = [made_up(value, generator).to(device) for value in signature.arguments]
+        limits = index_limits([stage.graph])
+        self.arguments = [made_up(v, generator, limits).to(device) for v in signature.arguments]
         self.gradients = {i: torch.zeros_like(self.arguments[i]) for i in signature.trained}
         outputs = [values[stage.graph.outputs[place].value] for place in signature.tangents]
         self.tangents = [filled(v.type.shape, v.type.dtype, device) for v in outputs]
@@ -160,17 +162,3 @@ class BlockRun:
         if self._slots is None:
             return list(kernel(arguments))
         return self._slots.backward(own.slot, name, kernel, arguments)
-
-
-def made_up(value: Value, generator: torch.Generator) -> Tensor:
-    """Random numbers that neither grow nor vanish through layers; ones for vectors (variances),
-    zeros for integers (legal indices)."""
-    shape, dtype = value.type.shape, value.type.dtype
-    if not value.type.is_float or len(shape) < 2 and value.kind is not ValueKind.INPUT:
-        fill = torch.ones if value.type.is_float or dtype is torch.bool else torch.zeros
-        return fill(shape, dtype=dtype)
-    numbers = torch.randn(shape, generator=generator)
-    if value.kind is ValueKind.PARAMETER:
-        fan_in = max(1, value.type.numel // max(1, shape[0]))
-        numbers *= (2.0 / fan_in) ** 0.5
-    return numbers.to(dtype)

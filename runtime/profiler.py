@@ -25,7 +25,8 @@ from ..compiler.ir.text import parse_program
 from ..compiler.ir.types import TensorType
 from .clock import busy_clock
 from .communicator import Communicator
-from .profile_block import BlockRun, block_kernels, made_up
+from .made_up import index_limits, made_up
+from .profile_block import BlockRun, block_kernels
 from .rank import stage_functions
 
 __all__ = ["Profiler"]
@@ -131,11 +132,12 @@ class _Run:
         self._nodes = [(functions[f"stage_{stage.index}"], stage) for stage in stages]
         self._given: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
+        limits = index_limits([stage.graph for stage in stages])
         for stage in stages:
             for value in stage.graph.values:
                 named = value.kind not in (ValueKind.RESULT, ValueKind.BOUNDARY)
                 if named and value.name not in self._given:
-                    self._given[value.name] = made_up(value, generator).to(device)
+                    self._given[value.name] = made_up(value, generator, limits).to(device)
         last = {
             value.name: stage.index
             for stage in stages
