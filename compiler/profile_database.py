@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 import warnings
 from collections.abc import Iterable
@@ -31,6 +30,7 @@ METHOD_VERSION = 2
 
 _ABANDONED_SECONDS = 3600.0  # so old a temporary file has no writer any more
 _MOST_SECONDS = 1e6
+_LATEST_SECONDS = 1e11  # since the epoch, thousands of years from now
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class ProfileDatabase:
         removed = 0
         for path in self._files():
             record = self._read(path, quiet=True)
-            age = now - (record.measured_at if record else _changed_at(path))
+            age = max(0.0, now - (record.measured_at if record else _changed_at(path)))
             is_meant = record is None or device.lower() in record.key.device.lower()
             if age >= older_than_seconds and is_meant:
                 _remove(path)
@@ -152,7 +152,8 @@ class ProfileDatabase:
         return self._directory / f"{key.digest}.json"
 
     def _files(self) -> Iterable[Path]:
-        return sorted(self._directory.glob("[!.]*.json"))
+        found = self._directory.glob("[!.]*.json")
+        return sorted(path for path in found if not path.is_dir())
 
     def _read(self, path: Path, *, quiet: bool = False) -> Record | None:
         try:
@@ -170,7 +171,7 @@ class ProfileDatabase:
 
 def _changed_at(path: Path) -> float:
     try:
-        return path.stat().st_mtime
+        return path.lstat().st_mtime
     except OSError:  # another process was faster
         return time.time()
 
@@ -214,7 +215,7 @@ def _parsed(text: str) -> Record:
         path=_typed(document["path"], "path", str),
         num_nodes=_typed(document["num_nodes"], "num_nodes", int),
         seconds=(seconds[0], seconds[1], seconds[2]),
-        measured_at=_amount(document["measured_at"], "measured_at", most=math.inf),
+        measured_at=_amount(document["measured_at"], "measured_at", most=_LATEST_SECONDS),
     )
 
 

@@ -96,7 +96,10 @@ class Correction:
             raise ValueError(f"a correction has {len(PHASES)} factors: {text!r}")
         signature = Signature(op, attributes, tuple(operands.split()), tuple(results.split()))
         signature.types()
-        return Correction(signature, *numbers)
+        found = Correction(signature, *numbers)
+        if str(found) != text:
+            raise ValueError(f"not as a correction is written: {text!r}, but {str(found)!r}")
+        return found
 
 
 def _factor(text: str) -> float:

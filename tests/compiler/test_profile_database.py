@@ -58,6 +58,7 @@ def test_what_is_put_is_got_and_nothing_else(database: ProfileDatabase) -> None:
         (lambda d: d.update(seconds=["1", 0.0, 0.0]), "no number"),
         (lambda d: d.update(seconds=[0.1, 0.2]), "not three"),
         (lambda d: d.update(seconds=0.1), "not of type list"),
+        (lambda d: d.update(measured_at=10**400), "which cannot be"),
         (lambda d: d.update(more=1), "more"),
         (lambda d: d.pop("path"), "path"),
         (lambda d: d["key"].update(copies=True), "key.copies"),
@@ -187,6 +188,23 @@ def test_a_directory_without_permission_costs_one_warning(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="are not kept"):
         ProfileDatabase(tmp_path).put(record())
     tmp_path.chmod(0o700)
+
+
+def test_only_files_are_records(database: ProfileDatabase) -> None:
+    database.put(record())
+    (database.directory / "folder.json").mkdir()
+    (database.directory / "nowhere.json").symlink_to("/nowhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(database.records()) == 1
+    assert database.clear() == 2
+    assert [path.name for path in database.directory.iterdir()] == ["folder.json"]
+
+
+def test_records_of_a_clock_that_is_ahead_are_cleared_too(database: ProfileDatabase) -> None:
+    database.put(record(age=-86400.0))
+    assert database.clear(older_than_seconds=60.0) == 0
+    assert database.clear() == 1
 
 
 def test_clear_takes_what_is_meant(database: ProfileDatabase) -> None:

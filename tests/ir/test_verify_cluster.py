@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from cutset.compiler.ir.cluster import Cluster, Device, Link, LinkRule, OpCost, RateCurve
+from cutset.compiler.ir.corrections import Correction, Corrections, Signature
 from cutset.compiler.ir.errors import VerificationError
 from cutset.compiler.ir.mesh import Layout, Mesh
 from cutset.compiler.ir.types import TensorType
 from cutset.compiler.ir.verify import verify_cluster, verify_layout, verify_mesh
 from tests.ir.pipelines import cluster
 
+FACTOR = Correction(
+    Signature("aten.mm.default", "(%0, %1)", ("f32[8,4]", "f32[4,2]"), ("f32[8,2]",)),
+    2.0,
+    None,
+    None,
+)
 INSIDE = LinkRule(Link(1e-6, 1e10), same_node=True)
 ACROSS = LinkRule(Link(1e-5, 1e9), same_node=False)
 
@@ -29,6 +36,14 @@ def kind(**changes: object) -> Cluster:
     return replace(right, types=(replace(right.types[0], **changes),))
 
 
+def corrected(*entries: Correction) -> Cluster:
+    return kind(corrections=Corrections(entries))
+
+
+def named(op: str) -> Correction:
+    return replace(FACTOR, signature=replace(FACTOR.signature, op=op))
+
+
 def linked(**changes: object) -> Cluster:
     return replace(cluster(2), links=(replace(LinkRule(Link(0.0, 1e9)), **changes),))
 
@@ -38,6 +53,7 @@ def test_right_clusters_pass() -> None:
     verify_cluster(replace(cluster(1), links=()))
     verify_cluster(two_nodes(INSIDE, ACROSS))
     verify_cluster(two_nodes(LinkRule(Link(0.0, 1e9))))
+    verify_cluster(corrected(FACTOR, named("aten.mv.default")))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +71,12 @@ def test_right_clusters_pass() -> None:
         (lambda: kind(flops_per_second=()), "it has no rate"),
         (lambda: kind(flops_per_second=(("f33", 1.0),)), "'f33' is not a dtype"),
         (lambda: kind(flops_per_second=(("f32", float("inf")),)), "is inf, not positive"),
+        (lambda: corrected(), "there are none"),
+        (lambda: corrected(FACTOR, replace(FACTOR, forward=3.0)), "two are of aten.mm.default"),
+        (lambda: corrected(FACTOR, replace(FACTOR, forward=1.0)), "they are not in order"),
+        (lambda: corrected(replace(FACTOR, forward=-1.0)), "not a factor: '-1'"),
+        (lambda: corrected(replace(FACTOR, forward=None)), "aten.mm.default has no factor"),
+        (lambda: corrected(named("mm")), "'mm' is not an operator name"),
         (lambda: kind(instruction_seconds=-1.0), "instruction_seconds is -1.0"),
         (lambda: kind(curves=(RateCurve("tensor", "f32", ((1.0, 1.0),)),)), "no such kind"),
         (lambda: kind(curves=(RateCurve("memory", "f32", ((1.0, 1.0),)),)), "not its dtype"),

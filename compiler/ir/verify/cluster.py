@@ -6,8 +6,11 @@ import math
 from itertools import pairwise
 
 from ..cluster import COLLECTIVES, CURVES, PHASES, Cluster, DeviceType, LinkRule, RateCurve
-from ..errors import ClusterError, VerificationError
+from ..corrections import Correction, Corrections
+from ..errors import CaptureError, ClusterError, VerificationError
+from ..memo import once_per_object
 from ..mesh import Layout, Mesh, Shard
+from ..ops import op_named
 from ..types import DTYPES_BY_NAME, TensorType
 from .report import check, first_repeated
 
@@ -89,12 +92,37 @@ def _verify_device_type(entry: DeviceType, here: str) -> None:
         _verify_points(title, cost.points, here)
     double = first_repeated((cost.name, cost.phase) for cost in entry.op_costs)
     check(double is None, f"two costs are of {double}", here)
+    if entry.corrections is not None:
+        problem = _problem_of(entry.corrections)
+        check(not problem, problem, f"corrections of {here}")
     if entry.host is not None:
         place = f"host of {here}"
         _positive("memory_bytes", entry.host.memory_bytes, place)
         _positive("memory_bytes_per_second", entry.host.memory_bytes_per_second, place)
         _positive("bytes_per_second", entry.host.link.bytes_per_second, place)
         _not_negative("latency_seconds", entry.host.link.latency_seconds, place)
+
+
+@once_per_object
+def _problem_of(corrections: Corrections) -> str:
+    """What is wrong with `corrections`; empty: nothing."""
+    lines = list(map(str, corrections.entries))
+    if not lines:
+        return "there are none"
+    if lines != sorted(lines):
+        return "they are not in order"
+    twice = first_repeated(entry.signature for entry in corrections.entries)
+    if twice is not None:
+        return f"two are of {twice.op} with the same types"
+    for entry in corrections.entries:
+        try:
+            op_named(entry.signature.op)
+            Correction.parse(str(entry))
+        except (CaptureError, ValueError) as error:
+            return str(error)
+        if all(getattr(entry, phase) is None for phase in PHASES):
+            return f"one of {entry.signature.op} has no factor"
+    return ""
 
 
 def _verify_curve(curve: RateCurve, here: str) -> None:
