@@ -39,6 +39,7 @@ __all__ = [
 RANK_FACTORY = "cutset.runtime.rank:Rank"
 PRELOAD = ("torch._dynamo",)  # the first optimizer or make_fx of a process imports it (1.7 s)
 _HOST = "127.0.0.1"
+_WORKER_BYTES = 96 << 20  # that a worker has for itself before it has tensors
 
 
 def under_torchrun() -> bool:
@@ -106,6 +107,7 @@ def launch_local(
         raise UsageError(f"{len(places)} devices were given for {num_ranks} ranks")
     if backend not in ("gloo", "nccl"):
         raise UsageError(f"unknown backend {backend!r}", ways_out=("use 'gloo' or 'nccl'",))
+    _check_room(num_ranks)
     each = (
         threads_per_rank
         if isinstance(threads_per_rank, Sequence)
@@ -210,6 +212,18 @@ def _join(limit: timedelta) -> tuple[Store, object]:
     port = [own.port if own is not None else 0]
     dist.broadcast_object_list(port, src=0, group=gloo)
     return own or join_store(host, port[0], limit), gloo
+
+
+def _check_room(num_ranks: int) -> None:
+    """Refuse workers that would take the memory of this machine from whatever runs on it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    most = memory // _WORKER_BYTES
+    if num_ranks > most:
+        raise UsageError(
+            f"{num_ranks} workers take {num_ranks * _WORKER_BYTES / 2**30:.0f} GiB before they "
+            f"compute anything, this machine has {memory / 2**30:.0f}",
+            ways_out=(f"use at most {most} workers here", "plan for more without running them"),
+        )
 
 
 def _store(port: int, timeout_seconds: float) -> HostedStore:

@@ -174,6 +174,12 @@ class TestStart:
         with pytest.raises(UsageError, match="unknown backend 'mpi'"):
             launch_local(2, backend="mpi")
 
+    def test_more_workers_than_the_memory_of_this_machine_holds(self) -> None:
+        """They would be killed, and other processes with them."""
+        with pytest.raises(UsageError, match="1000000 workers take .* GiB before") as caught:
+            launch_local(1_000_000)
+        assert "use at most" in caught.value.ways_out[0]
+
     def test_not_under_torchrun(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("RANK", raising=False)
         assert not under_torchrun()
