@@ -55,6 +55,10 @@ def figure_lines(cluster: Cluster) -> Iterator[str]:
 
 
 def _not_measured(cluster: Cluster) -> Iterator[str]:
+    for entry in cluster.types:
+        guessed = [d for d, _ in entry.flops_per_second if entry.curve("matmul", d) is None]
+        if guessed:
+            yield f"{entry.name}: products of {', '.join(guessed)} have typical rates, not measured"
     if len(cluster.devices) == 1:
         yield "one device has no links to measure: theirs are typical figures"
 

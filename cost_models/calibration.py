@@ -78,18 +78,19 @@ def _rounded(points: Points) -> Points:
 
 
 def with_curves(base: DeviceType, curves: Iterable[RateCurve]) -> DeviceType:
-    """`base` with `curves`, and with their ends as its sustained rates."""
+    """`base` with `curves`, and with their ends as its sustained rates; element types without a
+    curve keep theirs."""
     found = tuple(sorted(curves, key=lambda curve: CURVES.index(curve.kind)))
-    rates = tuple(
-        (curve.dtype, max(rate for _, rate in curve.points))
+    rates = dict(base.flops_per_second) | {
+        curve.dtype: max(rate for _, rate in curve.points)
         for curve in found
         if curve.kind == "matmul"
-    )
+    }
     memory = next((curve for curve in found if curve.kind == "memory"), None)
     return replace(
         base,
         curves=found,
-        flops_per_second=rates or base.flops_per_second,
+        flops_per_second=tuple(rates.items()),
         memory_bytes_per_second=(
             base.memory_bytes_per_second if memory is None else memory.points[-1][1]
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,9 @@ def test_sustained_rates_are_those_of_the_largest_and_the_fastest() -> None:
     slow_end = RateCurve("matmul", "bf16", ((1e6, 5e10), (1e9, 4e10)))
     kind = with_curves(BASE, [MEMORY, slow_end])
     assert kind.memory_bytes_per_second == 1e10
-    assert kind.flops_per_second == (("bf16", 5e10),)
+    assert kind.flops_per_second == (("f32", 1e9), ("bf16", 5e10))
+    again = with_curves(kind, [replace(slow_end, dtype="f32")])
+    assert again.flops_per_second == (("f32", 5e10), ("bf16", 5e10))
     assert kind.rate(torch.bfloat16, 1e9) == 4e10
     assert with_curves(BASE, []) == BASE
 
