@@ -43,7 +43,8 @@ _TIMEOUT_SECONDS = 300.0
 _LOCAL = ("shard", "as_partial")  # collectives that look at the rank's own tensor alone
 _LEAST_SHARE = 1e-3  # of the graph's time, for a part to be measured
 _MOST_COPIES = 16
-_WORKING_SET_BYTES = 32 << 20  # of all copies: more than one worker has of the caches
+# of all copies: more than one worker has of the caches
+_WORKING_SET_BYTES, _ON_CUDA_BYTES = 32 << 20, 128 << 20
 Phases = tuple[float, float, float]
 
 
@@ -99,13 +100,17 @@ class BlockWorkers:
                 timeout_seconds=_TIMEOUT_SECONDS,
                 factory=_FACTORY,
             )
-        arguments = {
-            "program": print_program(program),
-            "source": emit_python(program),
-            "copies": copies_of(part),
-            "compile": self._options.compile,
-            "cuda_graphs": self._options.cuda_graphs,
-        }
+        text, source = print_program(program), emit_python(program)
+        arguments = [
+            {
+                "program": text,
+                "source": source,
+                "copies": copies_of(part, self._cluster.type_of(device.index).backend),
+                "compile": self._options.compile,
+                "cuda_graphs": self._options.cuda_graphs,
+            }
+            for device in self._cluster.devices
+        ]
         found = self._session.call("time_block", arguments, timeout_seconds=_TIMEOUT_SECONDS)
         return [(row[0], row[1], row[2]) for row in found]
 
@@ -114,11 +119,12 @@ class BlockWorkers:
             self._session.close()
 
 
-def copies_of(part: Part) -> int:
+def copies_of(part: Part, backend: str) -> int:
     """Sets of tensors that a part is measured on: so many that backward does not find in caches
     what forward has left, nor a microbatch the weights that the one before has used."""
     size = sum(value.type.num_bytes for value in part.stage.graph.values)
-    return max(1, min(_MOST_COPIES, -(-_WORKING_SET_BYTES // max(1, size))))
+    wanted = _ON_CUDA_BYTES if backend == "cuda" else _WORKING_SET_BYTES
+    return max(1, min(_MOST_COPIES, -(-wanted // max(1, size))))
 
 
 def _program(part: Part) -> Program:
@@ -232,18 +238,16 @@ class BlockTimes:
         return "block" if self._options.kind == "blocks" else "operator"
 
     def _key(self, part: Part, name: str) -> BlockKey:
+        backend = self._cluster.type_of(self._types[name]).backend
         return BlockKey(
             content=part.digest,
             mode=part.stage.graph.mode.value,
             device=self._hardware[name],
-            copies=copies_of(part),
+            copies=copies_of(part, backend),
             compiled=self._options.compile,
-            cuda_graphs=self._options.cuda_graphs and self._is_cuda(name),
+            cuda_graphs=self._options.cuda_graphs and backend == "cuda",
             torch=torch.__version__,
         )
-
-    def _is_cuda(self, name: str) -> bool:
-        return self._cluster.type_of(self._types[name]).backend == "cuda"
 
     def _look_up(self, part: Part) -> bool:
         if all((part.digest, name) in self._seconds for name in self._types):

@@ -110,7 +110,7 @@ def local_devices(devices: str | None) -> Cluster:
         UsageError: they are none of this machine.
     """
     found = job_cluster() if devices is None else parse_devices(devices)
-    if not found.local:
+    if not found.local or any(entry.backend not in _OF_MEMORY for entry in found.types):
         raise UsageError(
             f"{devices} are not devices of this machine: they cannot be measured",
             where="--devices",

@@ -45,7 +45,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.quiet = job_rank() > 0
     target: Path = options.output
     format = _format(target)
-    check_target(target, "cluster")
+    if not console.quiet:  # the machine of another rank need not have the folder
+        check_target(target, "cluster")
     effort = QUICK if options.quick else FULL
     found = calibrate(local_devices(options.devices), effort=effort, progress=console.progress)
     text = calibration_file(found, format=format)

@@ -23,9 +23,9 @@ from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.verify import verify_cluster
 from cutset.compiler.probes import op_probes, rate_probes, tiny_probe, work_of
 from cutset.cost_models import make_cluster
-from cutset.cost_models.cluster_file import parse_cluster
+from cutset.cost_models.cluster_file import parse_cluster, write_cluster
 from cutset.cost_models.fits import Quality, left_out
-from cutset.cost_models.presets import parse_devices
+from cutset.cost_models.presets import parse_devices, preset
 
 LITTLE = Effort((("cpu", ("f32",)),), every=3, most=2, link_bytes=(1 << 12, 1 << 20))
 FACTORY = """
@@ -159,9 +159,13 @@ def test_probes_count_what_the_cost_model_counts() -> None:
         assert sizes == sorted(sizes) and sizes[0] > 0.0
 
 
-def test_only_devices_of_this_machine_are_measured() -> None:
+def test_only_devices_of_this_machine_are_measured(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="h100-node are not devices of this machine"):
         local_devices("h100-node")
+    tpus = replace(preset("tpu-like-slice"), local=True)
+    write_cluster(tpus, tmp_path / "mine.toml")
+    with pytest.raises(UsageError, match=r"mine.toml are not devices of this machine"):
+        local_devices(str(tmp_path / "mine.toml"))
     assert local_devices("cpu:3") == parse_devices("cpu:3")
     assert local_devices(None).local
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cutset.compiler.block_times import copies_of
 from cutset.compiler.ir.graph import Graph, Mode
 from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.profile_parts import Part, parts_of
@@ -62,3 +63,10 @@ def test_the_first_layer_computes_no_gradient_of_its_input() -> None:
 def test_a_part_is_a_stage_of_its_own() -> None:
     part = parts_of(mlp(4, mode=Mode.TRAIN), Mesh.parse("data=2,tensor=4"), "blocks")[0]
     assert part.stage.axes == (("data", (0, 1)), ("tensor", (0, 1, 2, 3)))
+
+
+def test_copies_of_a_part_are_more_than_caches_hold() -> None:
+    part = parts_of(mlp(4, width=1024, mode=Mode.TRAIN), NO_MESH, "blocks")[0]
+    size = sum(value.type.num_bytes for value in part.stage.graph.values)
+    counts = {backend: copies_of(part, backend) for backend in ("cpu", "cuda")}
+    assert counts["cpu"] * size >= 32 << 20 and 1 < counts["cpu"] < counts["cuda"] <= 16
