@@ -1,7 +1,7 @@
 """A model under a plan: planned, simulated, run on workers, and how long its steps really took.
 
-Planning takes seconds a plan and a core; `plan_all` spreads it over processes, before anything is
-measured. Workers are started once for each number of ranks, and forget one model before the next.
+Planning takes seconds a plan and a core; `Planners` spread it over processes, which rest while steps
+are measured. Workers are started once for each number of ranks, and forget one model before the next.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
     "measure_memory",
     "narrowed",
     "phase_seconds",
-    "plan_all",
+    "Planners",
     "record_trace",
     "say",
 ]
@@ -186,19 +186,32 @@ def plan_one(case: Case, cluster: Cluster, profile: str) -> Planned:
     return Planned(case, planned, simulation, time.perf_counter() - began)
 
 
-def plan_all(
-    cases: Sequence[Case], cluster: Cluster, *, profile: str, jobs: int
-) -> Iterator[Planned]:
-    """`plan_one` of each case, in their order, by `jobs` processes."""
-    if jobs < 2:
-        for case in cases:
-            yield plan_one(case, cluster, profile)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _one_thread) as pool:
+class Planners(contextlib.ExitStack):
+    """Plans cases by `jobs` processes that stay for the next ones; they end with the context."""
+
+    def __init__(self, cluster: Cluster, profile: str, jobs: int) -> None:
+        super().__init__()
+        self._cluster, self._profile = cluster, profile
+        self._pool = None
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = self.enter_context(ProcessPoolExecutor(jobs, context, _one_thread))
+
+    def plan(self, cases: Sequence[Case]) -> list[Planned]:
+        """`plan_one` of each, in their order."""
+        found = []
+        for planned in self._planned(cases):
+            say(f"{planned.case}: {planned.error or f'planned in {planned.seconds:.1f} s'}")
+            found.append(planned)
+        return found
+
+    def _planned(self, cases: Sequence[Case]) -> Iterator[Planned]:
+        if self._pool is None:
+            yield from (plan_one(case, self._cluster, self._profile) for case in cases)
+            return
         count = len(cases)
-        for found in pool.map(_plan_in_bytes, cases, [cluster] * count, [profile] * count):
-            yield pickle.loads(found)
+        options = [self._cluster] * count, [self._profile] * count
+        yield from map(pickle.loads, self._pool.map(_plan_in_bytes, cases, *options))
 
 
 def _plan_in_bytes(case: Case, cluster: Cluster, profile: str) -> bytes:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from _report import Pair, row_of, summary_of, table_of
-from _runs import Case, Planned, Workers, add_options, make_ready, plan_all, say
+from _runs import Case, Planned, Planners, Workers, add_options, make_ready, say
 from _turns import run_in_turns
 from _workloads import ON_CPU
 
@@ -59,14 +59,13 @@ def main() -> int:
         for model, size in options.cases
         for plan in (CHOSEN, *(options.plans or _plans(size)))
     ]
-    planned = []
-    for found in plan_all(cases, cluster, profile=options.profile, jobs=jobs):
-        say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
-        planned.append(found)
     results, rows = [], []
-    with Workers(cluster, options.cores) as workers:
-        for case, group in itertools.groupby(planned, key=lambda entry: _key(entry.case)):
-            result, pairs = _compare(list(group), workers, options)
+    with (
+        Workers(cluster, options.cores) as workers,
+        Planners(cluster, options.profile, jobs) as planners,
+    ):
+        for case, group in itertools.groupby(cases, key=_key):
+            result, pairs = _compare(planners.plan(list(group)), workers, options)
             say(f"{case[0]} on {case[1]}: {time.perf_counter() - began:.0f} s")
             results.append({"model": case[0], "devices": case[1], **result})
             rows += [row_of(pair) for pair in pairs]

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from _cores import stolen
 from _report import Pair, row_of, summary_of, table_of, write
-from _runs import Case, Workers, add_options, make_ready, plan_all, say
+from _runs import Case, Planners, Workers, add_options, make_ready, say
 from _turns import VARIANTS, run_in_turns
 from _workloads import ON_CPU, ON_CUDA
 
@@ -56,20 +56,22 @@ def main() -> int:
         max(options.devices),
         options.json.with_name("cluster.toml"),
     )
-    planned = []
-    for found in plan_all(_cases(options), cluster, profile=options.profile, jobs=jobs):
-        say(f"{found.case}: {found.error or f'planned in {found.seconds:.1f} s'}")
-        planned.append(found)
-    pairs = [
-        Pair(entry, variant, error=entry.error) for entry in planned for variant in options.variants
-    ]
+    pairs: list[Pair] = []
     loads = [os.getloadavg()[0]]
     before = stolen()
-    with Workers(cluster, options.cores) as workers:
-        for group in _groups(pairs, options.backend):
-            began_group = time.perf_counter()
-            run_in_turns(group, workers, options.repeats)
-            say(f"{group[0].title} and so on: ran in {time.perf_counter() - began_group:.1f} s")
+    with (
+        Workers(cluster, options.cores) as workers,
+        Planners(cluster, options.profile, jobs) as planners,
+    ):
+        for cases in _groups(_cases(options), options.backend):
+            planned = planners.plan(cases)
+            group = [
+                Pair(entry, variant, error=entry.error)
+                for entry in planned
+                for variant in options.variants
+            ]
+            pairs += group
+            _measure([pair for pair in group if not pair.error], workers, options)
             rows = [row_of(pair) for pair in pairs if pair.peaks]
             write(options.json, rows, summary_of(rows) if rows else {}, {})
     loads.append(os.getloadavg()[0])
@@ -95,17 +97,24 @@ def _taken(before: tuple[float, float], after: tuple[float, float]) -> float:
     return (after[0] - before[0]) / wanted if wanted else 0.0
 
 
-def _groups(pairs: Sequence[Pair], backend: str) -> Iterator[list[Pair]]:
-    """Those that take turns: of one model on so many CPUs; alone on GPUs, which they fill."""
-    able = [pair for pair in pairs if not pair.error]
+def _groups(cases: Sequence[Case], backend: str) -> Iterator[list[Case]]:
+    """Those that are planned, and then take turns: of one model on so many CPUs; on GPUs each
+    alone, as it fills them. What is measured for a plan is so measured shortly before its steps."""
     if backend == "cuda":
-        yield from ([pair] for pair in able)
+        yield from ([case] for case in cases)
         return
-    able.sort(key=lambda pair: pair.planned.case.devices)
-    for _, group in itertools.groupby(
-        able, key=lambda pair: (pair.planned.case.model, pair.planned.case.devices)
-    ):
+    ordered = sorted(cases, key=lambda case: case.devices)
+    for _, group in itertools.groupby(ordered, key=lambda case: (case.model, case.devices)):
         yield list(group)
+
+
+def _measure(pairs: Sequence[Pair], workers: Workers, options: argparse.Namespace) -> None:
+    """Variants of one plan do not take turns on GPUs either."""
+    for group in [pairs] if options.backend == "cpu" else [[pair] for pair in pairs]:
+        if group:
+            began = time.perf_counter()
+            run_in_turns(group, workers, options.repeats)
+            say(f"{group[0].title} and so on: ran in {time.perf_counter() - began:.1f} s")
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
