@@ -49,7 +49,11 @@ class Clock:
         self._count = 0
 
     def run(self) -> None:
-        """Let time pass until nothing is left to happen."""
+        """Let time pass until nothing is left to happen.
+
+        Raises:
+            OverflowError: something takes for ever.
+        """
         while self._queue:
             self.now, _, call = heapq.heappop(self._queue)
             call()
@@ -86,7 +90,7 @@ class Clock:
         work.since, work.speed = self.now, speed
         work.version += 1
         version = work.version
-        if speed > 0.0 and work.left < _NEVER:
+        if speed > 0.0:
             self._at(self.now + work.left / speed, lambda: self._finish(work, version))
 
     def _finish(self, work: Work, version: int) -> None:
@@ -94,5 +98,7 @@ class Clock:
             self.happen(work.end)
 
     def _at(self, seconds: float, call: Callable[[], None]) -> None:
+        if not seconds < _NEVER:
+            raise OverflowError(f"{seconds} s is no time at which something happens")
         heapq.heappush(self._queue, (seconds, self._count, call))
         self._count += 1

@@ -89,27 +89,31 @@ def simulate(
         measured: by stage, seconds that replace the predicted ones, with the collectives inside.
 
     Raises:
-        VerificationError: the programs cannot run to their end (a rank waits for ever).
+        VerificationError: the programs cannot run to their end (a rank waits for ever), or
+            something takes more seconds than there are numbers.
     """
     run = _Run(programs, cluster, optimizer, measured or {})
-    for rank in run.ranks:
-        run.clock.start(run.execute(rank))
-    run.clock.run()
+    try:
+        for rank in run.ranks:
+            run.clock.start(run.execute(rank))
+        run.clock.run()
+    except OverflowError as error:
+        raise VerificationError(
+            f"the programs take no finite time on cluster {cluster.name}: {_waiting(run)}",
+            ways_out=("look for rates close to zero, and for endless latencies, in the cluster",),
+        ) from error
     if any(rank.current is not None for rank in run.ranks):
-        raise _stuck(run)
+        raise VerificationError(
+            f"the programs do not run to their end: {_waiting(run)}",
+            ways_out=("generate the programs again from the plan",),
+        )
     return run.result()
 
 
-def _stuck(run: _Run) -> VerificationError:
-    lines = [
-        f"rank {rank.index} waits at {rank.current}"
-        for rank in run.ranks
-        if rank.current is not None
-    ]
-    return VerificationError(
-        f"the programs do not run to their end: {'; '.join(lines)}",
-        ways_out=("generate the programs again from the plan",),
-    )
+def _waiting(run: _Run) -> str:
+    """Where ranks are that are not done."""
+    waiting = [rank for rank in run.ranks if rank.current is not None]
+    return "; ".join(f"rank {rank.index} waits at {rank.current}" for rank in waiting)
 
 
 class _Run:

@@ -77,21 +77,28 @@ def _memory(plan: Plan) -> tuple[MemoryPrediction, ...]:
 def _from_plan_alone(plan: Plan) -> tuple[Simulation, tuple[int, ...]]:
     """The schedule at the plan's own stage times, and the memory that the plan predicts."""
     from ..ir.errors import UsageError
+    from ..ir.graph import Mode
     from ..ir.stage_edges import schedule_edges
     from ..timeline import ideal_simulation
 
-    if plan.schedule is None or plan.prediction is None:
+    found = plan.prediction
+    if (
+        plan.schedule is None
+        or found is None
+        or not found.stage_forward_seconds
+        or (plan.mode is Mode.TRAIN and not found.stage_backward_seconds)
+    ):
         raise UsageError(
             "the plan has no schedule or no predicted stage times",
             ways_out=("add --model FILE.py:FACTORY", "plan the model again"),
         )
     simulation = ideal_simulation(
         plan.schedule,
-        plan.prediction.stage_forward_seconds,
-        plan.prediction.stage_backward_seconds,
+        found.stage_forward_seconds,
+        found.stage_backward_seconds,
         edges=schedule_edges(plan, None),
     )
-    return simulation, tuple(entry.total_bytes for entry in plan.prediction.memory)
+    return simulation, tuple(entry.total_bytes for entry in found.memory)
 
 
 def _figures(simulation: Simulation, data: dict[str, Any], peaks: list[str]) -> str:

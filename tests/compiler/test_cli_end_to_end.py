@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from cutset.compiler.cli import main
 from cutset.compiler.export import validate_onnx
+from cutset.compiler.plan_json import load_plan, save_plan
 
 FACTORIES = """
 import torch
@@ -157,6 +159,17 @@ def test_simulate_counts_communication_with_the_model(
     assert whole["step_seconds"] > alone["step_seconds"] > 0
     assert {(link["source"], link["target"]) for link in whole["link_bytes"]} == {(0, 1), (1, 0)}
     assert len(whole["peak_memory_bytes"]) == 2
+
+
+def test_simulate_wants_times_of_all_actions_or_the_model(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = load_plan(plan_file)
+    assert plan.prediction is not None
+    untimed = replace(plan.prediction, stage_backward_seconds=())
+    save_plan(replace(plan, prediction=untimed), tmp_path / "plan.json")
+    assert main(["simulate", str(tmp_path / "plan.json")]) == 2
+    assert "no predicted stage times" in capsys.readouterr().err
 
 
 def test_export_writes_onnx_that_passes_the_validator(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cutset.compiler.api import plan_model
 from cutset.compiler.ir.cluster import Cluster, DeviceType, Link, LinkRule
+from cutset.compiler.ir.errors import VerificationError
 from cutset.compiler.ir.messages import MAX_SENDS_UNDER_WAY
 from cutset.compiler.ir.program import Recv, Send
 from cutset.compiler.ir.trace import Lane
@@ -92,6 +93,12 @@ def test_transfers_slow_down_the_computation_beside_them() -> None:
     )
     assert shared.step_seconds > alone.step_seconds
     assert sum(shared.busy_fraction) * shared.step_seconds > 24.0
+
+
+@pytest.mark.parametrize("link", [Link(0.0, 1e-320), Link(1e308, 1e9)], ids=["slow", "late"])
+def test_a_step_without_end_is_refused(link: Link) -> None:
+    with pytest.raises(VerificationError, match="no finite time on cluster .*rank 1 waits at"):
+        run(cluster(link))
 
 
 def test_a_sender_waits_for_its_oldest_message() -> None:

@@ -154,6 +154,10 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: memory(p, parameters_bytes=(1 << 20) + 1),
         "device 0 needs 1048817 bytes, 241 more than its 1048576",
     ),
+    "seconds without end": (
+        lambda p: prediction(p, stage_forward_seconds=(1e308,) * 3),
+        "stage_forward_seconds adds up to no number",
+    ),
     "memory of no device": (lambda p: memory(p, device=5), "memory of device 5"),
     "memory given twice": (lambda p: memory(p, device=1), "device 1 has two memory predictions"),
     "memory missing": (

@@ -234,6 +234,8 @@ def _verify_prediction(plan: Plan, prediction: Prediction) -> None:
     ):
         good = all(math.isfinite(figure) and figure >= 0 for figure in figures)
         check(good, f"{name} has a figure that is negative or no number: {figures}", here)
+        total = plan.num_microbatches * sum(figures)
+        check(math.isfinite(total), f"{name} adds up to no number: {figures}", here)
         check(
             name == "step_seconds" or len(figures) in (0, len(plan.stages)),
             f"{name} has {len(figures)} figures for {len(plan.stages)} stages",
