@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     format = _format(target)
     if not console.quiet:  # the machine of another rank need not have the folder
         check_target(target, "cluster")
+    _say_if_busy(console)
     effort = QUICK if options.quick else FULL
     found = calibrate(local_devices(options.devices), effort=effort, progress=console.progress)
     text = calibration_file(found, format=format)
@@ -55,6 +57,16 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         write_whole(target, text, "cluster")
     console.note(f"wrote {target}")
     console.result(_data(found, target), _text(found))
+
+
+def _say_if_busy(console: Console) -> None:
+    """Other work of this machine makes it look slower than it is, its links above all."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        console.note(
+            f"this machine is busy (load {load:.1f} on {cores} cores): figures will be too low, "
+            "measure again when it is quiet"
+        )
 
 
 def _format(target: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from cutset.compiler.calibrate import (
 )
 from cutset.compiler.calibration_text import calibration_file, figure_lines
 from cutset.compiler.cli import main
+from cutset.compiler.cli.calibrate import _say_if_busy
+from cutset.compiler.cli.console import Console
 from cutset.compiler.ir.cluster import COLLECTIVES, PHASES, DeviceType
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.verify import verify_cluster
@@ -132,6 +136,16 @@ def test_fits_stand_in_the_file_as_comments() -> None:
     line = next(line for line in text.splitlines() if "matmul f32" in line)
     assert line.startswith("# cpu-core: matmul f32") and line.split()[-3:] == ["5", "3.1%", "12.0%"]
     assert any("any number of messages" in row for row in figure_lines(parse_devices("cpu:2")))
+
+
+def test_a_busy_machine_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.01, 9.0, 9.0))
+    _say_if_busy(Console(False, err=told))
+    assert told.getvalue() == ""
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e4, 0.0, 0.0))
+    _say_if_busy(Console(False, err=told))
+    assert "this machine is busy (load 10000.0 on" in told.getvalue()
 
 
 def test_what_was_not_measured_has_no_quality() -> None:
