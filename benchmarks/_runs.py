@@ -1,7 +1,8 @@
 """A model under a plan: planned, simulated, run on workers, and how long its steps really took.
 
-Planning takes seconds a plan and a core; `Planners` spread it over processes, which rest while steps
-are measured. Workers are started once for each number of ranks, and forget one model before the next.
+Planning takes seconds a plan and a core; `Planners` spread it over processes, which rest while
+steps are measured. Workers are started once for each number of ranks, and forget one model before
+the next.
 """
 
 from __future__ import annotations
