@@ -60,8 +60,7 @@ def signature_of(
     """
 
     def typed(value: Value) -> str:
-        scale = batch_fraction if value.id in batched else 1.0
-        return str(_scaled(value.type, scale))
+        return _text(value.type, batch_fraction if value.id in batched else 1.0)
 
     def marked(value: Value) -> str:
         if not value.requires_grad:
@@ -79,10 +78,12 @@ def signature_of(
     )
 
 
-def _scaled(type: TensorType, scale: float) -> TensorType:
+@functools.lru_cache(maxsize=65536)
+def _text(type: TensorType, scale: float) -> str:
+    """`type` with `scale` times the rows, in words."""
     if scale == 1.0 or not type.shape:
-        return type
-    return TensorType((max(1, round(type.shape[0] * scale)), *type.shape[1:]), type.dtype)
+        return str(type)
+    return str(TensorType((max(1, round(type.shape[0] * scale)), *type.shape[1:]), type.dtype))
 
 
 # -- look-up ---------------------------------------------------------------------------------------
@@ -92,22 +93,21 @@ def _scaled(type: TensorType, scale: float) -> TensorType:
 class FactorTable:
     """The corrections of one device type, ready to be asked; see the module docstring."""
 
-    exact: Mapping[Signature, Correction]
     by_op: Mapping[str, tuple[Correction, ...]]
     by_category: Mapping[Category, Factors]
     _known: dict[Signature, Factors] = field(default_factory=dict)
+    _looks: dict[str, tuple[_Look, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(entries: Iterable[Correction]) -> FactorTable:
         """The table of `entries`."""
         by_op: dict[str, list[Correction]] = {}
         by_category: dict[Category, list[Correction]] = {}
-        exact = {entry.signature: entry for entry in entries}
-        for signature, entry in exact.items():
+        distinct = {entry.signature: entry for entry in sorted(entries, key=str)}
+        for signature, entry in distinct.items():
             by_op.setdefault(signature.op, []).append(entry)
             by_category.setdefault(op_named(signature.op).category, []).append(entry)
         return FactorTable(
-            exact,
             {name: tuple(found) for name, found in by_op.items()},
             {category: _typical(found) for category, found in by_category.items()},
         )
@@ -115,26 +115,28 @@ class FactorTable:
     def factors(self, signature: Signature) -> Factors:
         """Of forward, input and weight gradients."""
         if signature not in self._known:
-            first, second, third = (self._factor(signature, phase) for phase in PHASES)
-            self._known[signature] = first, second, third
+            self._known[signature] = self._factors(signature)
         return self._known[signature]
 
-    def _factor(self, signature: Signature, phase: str) -> float:
-        entry = self.exact.get(signature)
-        own: float | None = getattr(entry, phase) if entry is not None else None
-        if own is not None:
-            return own
-        others = [
-            item for item in self.by_op.get(signature.op, ()) if getattr(item, phase) is not None
-        ]
-        if others:
-            nearest = min(
-                others, key=lambda item: (_distance(signature, item.signature), str(item))
-            )
-            found: float = getattr(nearest, phase)
-            return found
+    def _factors(self, signature: Signature) -> Factors:
+        entries = self.by_op.get(signature.op, ())
         typical = self.by_category.get(op_named(signature.op).category, (1.0, 1.0, 1.0))
-        return typical[PHASES.index(phase)]
+        if not entries:
+            return typical
+        if signature.op not in self._looks:
+            self._looks[signature.op] = tuple(_Look.of(entry.signature) for entry in entries)
+        own = _Look.of(signature)
+        distances = [
+            -1.0 if entry.signature == signature else own.distance(look)
+            for entry, look in zip(entries, self._looks[signature.op], strict=True)
+        ]
+        # of those at one distance the first by text
+        nearest = [entries[i] for i in sorted(range(len(entries)), key=distances.__getitem__)]
+        first, second, third = (
+            next((f for e in nearest if (f := getattr(e, phase)) is not None), other)
+            for phase, other in zip(PHASES, typical, strict=True)
+        )
+        return first, second, third
 
 
 def factors_of(corrections: Corrections) -> FactorTable:
@@ -157,27 +159,40 @@ def _typical(entries: Iterable[Correction]) -> Factors:
     return first, second, third
 
 
-@functools.lru_cache(maxsize=4096)
-def _types(signature: Signature) -> tuple[TensorType, ...]:
-    return signature.types()
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What the distance of two signatures is told from."""
 
+    attributes: str
+    marks: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    dims: tuple[int, ...]
+    logs: tuple[float, ...]  # of the sizes of all dims, base two
+    num_bytes: int
 
-def _distance(one: Signature, other: Signature) -> float:
-    distance = 0.0 if one.attributes == other.attributes else _UNLIKE
-    marks = [[text.partition("]")[2] for text in item.operands] for item in (one, other)]
-    distance += 0.0 if marks[0] == marks[1] else _UNLIKE
-    ours, theirs = _types(one), _types(other)
-    if [dtype_name(t.dtype) for t in ours] != [dtype_name(t.dtype) for t in theirs]:
-        distance += _UNLIKE
-    if [len(type.shape) for type in ours] != [len(type.shape) for type in theirs]:
-        sizes = (sum(type.num_bytes for type in types) for types in (ours, theirs))
-        return distance + _FAR + abs(math.log2(max(1, next(sizes)) / max(1, next(sizes))))
-    pairs = (
-        (max(1, a), max(1, b))
-        for mine, other_type in zip(ours, theirs, strict=True)
-        for a, b in zip(mine.shape, other_type.shape, strict=True)
-    )
-    return distance + sum(abs(math.log2(a / b)) for a, b in pairs)
+    @staticmethod
+    def of(signature: Signature) -> _Look:
+        types = signature.types()
+        return _Look(
+            signature.attributes,
+            tuple(text.partition("]")[2] for text in signature.operands),
+            tuple(dtype_name(type.dtype) for type in types),
+            tuple(len(type.shape) for type in types),
+            tuple(math.log2(max(1, size)) for type in types for size in type.shape),
+            sum(type.num_bytes for type in types),
+        )
+
+    def distance(self, other: _Look) -> float:
+        unlike = (
+            (self.attributes != other.attributes)
+            + (self.marks != other.marks)
+            + (self.dtypes != other.dtypes)
+        )
+        if self.dims != other.dims:
+            sizes = max(1, self.num_bytes), max(1, other.num_bytes)
+            return _UNLIKE * unlike + _FAR + abs(math.log2(sizes[0] / sizes[1]))
+        pairs = zip(self.logs, other.logs, strict=True)
+        return _UNLIKE * unlike + sum(abs(ours - theirs) for ours, theirs in pairs)
 
 
 @once_per_object
