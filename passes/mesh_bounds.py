@@ -76,14 +76,15 @@ class Bounds:
         return bound
 
     def inferred(self, mesh: Mesh, count: int) -> float:
-        """A bound from those by layouts of the same mesh with fewer microbatches: a row takes no
-        less time in a smaller microbatch, and only fill and drain weigh less."""
+        """A bound from those by layouts of the same mesh with fewer microbatches, where a row takes
+        no less time in a smaller one: only fill and drain weigh less. Elsewhere there is none."""
+        gains = self._pricing.layouts.gains_with_size
         stages = mesh.axis(PIPELINE).size
         return max(
             (
                 bound * (stages + count - 1) * fewer / ((stages + fewer - 1) * count)
                 for fewer, bound in self.close.get(mesh, {}).items()
-                if fewer <= count
+                if fewer == count or (gains and fewer < count)
             ),
             default=0.0,
         )

@@ -48,6 +48,11 @@ class StageLayouts:
         """Whether layouts are chosen so fast that each size of microbatches gets its own."""
         return len(self.facts.classes) <= _FEW_CLASSES
 
+    @functools.cached_property
+    def gains_with_size(self) -> bool:
+        """Whether a row takes no less time in a smaller microbatch."""
+        return all(kind.gains_with_size for kind in self.plan.cluster.types)
+
     @property
     def memory_bytes(self) -> int:
         """Of one device."""
@@ -135,8 +140,8 @@ class StageLayouts:
 
     def _like(self, count: int) -> float:
         """Microbatches of like size share layouts: `portion` up to the next power of four; in a
-        small graph itself."""
-        if self.is_small:
+        small graph itself, and where prices of more rows say nothing about fewer."""
+        if self.is_small or not self.gains_with_size:
             return self.portion(count)
         return 4.0 ** math.ceil(math.log(self.portion(count), 4) - 1e-9)
 
@@ -146,7 +151,7 @@ class StageLayouts:
         graph, to the nearest power of two."""
         rounds = mesh.axis(PIPELINE).size + count - 1
         spread = rounds * self.portion(count) / self._like(count)
-        if bounding or self.is_small:
+        if bounding or self.is_small or not self.gains_with_size:
             return spread
         return float(1 << max(0, round(math.log2(spread))))
 

@@ -184,6 +184,15 @@ class DeviceType:
         curve = self.curve("memory")
         return self.memory_bytes_per_second if curve is None else curve.at(num_bytes)
 
+    @property
+    def gains_with_size(self) -> bool:
+        """Whether a row takes no longer in a larger microbatch: no rate falls as the work grows,
+        and nothing was measured of some sizes alone."""
+        tables = [item.points for item in (*self.curves, *self.op_costs)]
+        return self.corrections is None and all(
+            before <= after for points in tables for (_, before), (_, after) in pairwise(points)
+        )
+
     def at_its_best(self) -> DeviceType:
         """A type on which nothing takes longer: no overhead, and every rate at its highest."""
         return replace(

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Node, OutputKind, Value, ValueKind
 from ...compiler.ir.mesh import Layout, Placement, Replicate, Shard
 from ...compiler.sharding.conversions import conversion_steps
@@ -370,18 +371,27 @@ def _held_option(statement: LayoutStatement, pricer: Pricer, value: Value, state
     summed = sum(
         pricer.network.sum_bytes_seconds(statement.mesh.axes[axis].name, size) for axis in axes
     )
-    once, twice = (
-        optimizer_seconds(pricer.device_type, options.optimizer, parameter_bytes=count * size)
-        for count in (1, 2)
-    )
     states = math.ceil(size * options.optimizer.state_bytes_per_parameter_byte)
-    # of the update what grows with bytes: launches are the same however tensors lie
-    update = options.update_share * (twice - once)
+    update = _update_seconds(options, pricer.device_type, size)
     return Option(
         step_seconds=options.sum_share * summed + update,
         sum_seconds=summed,
         static_bytes=2 * size + states,
     )
+
+
+def _update_seconds(options: LayoutOptions, device_type: DeviceType, size: int) -> float:
+    """Of the update of `size` bytes what grows with bytes: launches are the same however tensors
+    lie. Ranks share it or make all of it, whichever takes less."""
+
+    def seconds(num_bytes: float, launches: int) -> float:
+        return optimizer_seconds(
+            device_type, options.optimizer, parameter_bytes=num_bytes, num_parameters=launches
+        )
+
+    if device_type.curves or device_type.op_costs:
+        return min(seconds(share * size, 0) for share in (1.0, options.update_share))
+    return options.update_share * (seconds(2 * size, 1) - seconds(size, 1))
 
 
 # -- flows -----------------------------------------------------------------------------------------
