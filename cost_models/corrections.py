@@ -35,7 +35,15 @@ from ..compiler.ir.ops import Category, op_named
 from ..compiler.ir.text import print_attributes
 from ..compiler.ir.types import TensorType, dtype_name
 
-__all__ = ["FactorTable", "Share", "factors_of", "fit_corrections", "least", "signature_of"]
+__all__ = [
+    "FactorTable",
+    "Share",
+    "factors_of",
+    "fit_corrections",
+    "least",
+    "least_of_gradients",
+    "signature_of",
+]
 
 _UNLIKE = 8.0  # powers of two that other attributes, marks or dtypes are worth
 _FAR = 1e6  # other numbers of dims
@@ -193,6 +201,13 @@ class _Look:
             return _UNLIKE * unlike + _FAR + abs(math.log2(sizes[0] / sizes[1]))
         pairs = zip(self.logs, other.logs, strict=True)
         return _UNLIKE * unlike + sum(abs(ours - theirs) for ours, theirs in pairs)
+
+
+@once_per_object
+def least_of_gradients(corrections: Corrections) -> float:
+    """A factor that gradients of no operator have less of, at most one."""
+    factors = [f for e in corrections.entries for f in (e.backward_input, e.backward_weight)]
+    return min([1.0, *(factor for factor in factors if factor is not None)])
 
 
 @once_per_object

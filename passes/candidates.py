@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.mesh import Mesh
-from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
+from ..compiler.ir.plan import DATA, PIPELINE, Plan
 from ..compiler.sharding.sharding import make_sharding
 from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.corrections import least
-from ..cost_models.memory_tables import rerun_nodes
 from ..cost_models.ops import NodeCost, price
 from .columns import Column, column_of, layouts_key, parameters_of
 from .context import Context
@@ -49,13 +48,13 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A priced plan without stages; its layouts' bound is `share` of what they cost."""
+    """A priced plan without stages; no layouts on its mesh take less than `lower_bound`, and on a
+    mesh without layouts, no stages."""
 
     plan: Plan
     way: Way
     seconds: float
     lower_bound: float
-    share: float
 
 
 class Pricing:
@@ -101,39 +100,34 @@ class Pricing:
         # layouts that sum less may be faster
         plan = self.plan_on(mesh, count, way, late=True)
         if found is not None and plan == found.plan:  # best by both forms, so by the larger
-            late = self._share(mesh, count, way, late=True)
-            share = min(found.share, late)
-            scale = share / found.share if found.share else 0.0
-            return replace(found, lower_bound=scale * found.lower_bound, share=share)
+            return found
         others = self._priced(plan, way, late=True)
-        best = min(
+        return min(
             (item for item in (found, others) if item is not None),
             key=lambda item: item.seconds,
             default=None,
         )
-        if best is None:
-            return None
-        bound = min(best.lower_bound, self.layouts.lower_bound(mesh, count))
-        return replace(best, lower_bound=bound, share=0.0)
 
-    def _share(self, mesh: Mesh, count: int, way: Way, *, late: bool) -> float:
-        """What no layouts are better than, as a share of the chosen ones."""
-        choice = self._choice(mesh, count, way, late=late)
-        assert choice is not None
-        return choice.lower_bound / choice.objective if choice.objective else 1.0
+    def bound(self, plan: Plan, of_stages: float) -> float:
+        """No layouts on the mesh of `plan` with so many microbatches take less, however they are
+        cut into stages.
+
+        A bound `of_stages` is that of one plan's layouts alone: others may be cut more evenly, or
+        sum gradients where more of backward hides them.
+        """
+        if not plan.stage_mesh.axes:
+            return of_stages
+        return self.layouts.lower_bound(plan.mesh, plan.num_microbatches)
 
     def _priced(self, plan: Plan | None, way: Way, *, late: bool = False) -> Candidate | None:
         """`plan` has layouts for sums of gradients that backward hides, or in part (`late`)."""
         if plan is None:
             return None
-        mesh, count = plan.mesh, plan.num_microbatches
-        share = 1.0
         if plan.stage_mesh.axes:
-            choice = self._choice(mesh, count, way, late=late)
+            choice = self._choice(plan.mesh, plan.num_microbatches, way, late=late)
             assert choice is not None
             if self._is_far_too_large(plan, way, choice):
                 return None
-            share = self._share(mesh, count, way, late=late)
         statement, counts = self._pipeline(plan)
         if statement is None or self._is_too_large(plan, statement):
             return None
@@ -142,7 +136,7 @@ class Pricing:
         solution = estimate(problem, counts, limits)
         if math.isinf(solution.seconds):
             return None
-        return Candidate(plan, way, solution.seconds, solution.lower_bound * share, share)
+        return Candidate(plan, way, solution.seconds, self.bound(plan, solution.lower_bound))
 
     def fit(self, plan: Plan) -> Fit | None:
         """The fastest stages of `plan` that fit by liveness, over units made for its microbatches;
@@ -173,22 +167,15 @@ class Pricing:
         """No plan on `mesh` with `count` microbatches is faster that recomputes and offloads as
         `way` says, saves no more by ZeRO and fits; infinite if none fits.
 
-        Every stage holds what it trains, and a microbatch's saved tensors if it recomputes nothing;
-        recomputing takes the time of its nodes, divided perfectly.
+        Every stage holds what it trains, and a microbatch's saved tensors if it recomputes nothing.
+        What recomputing takes is not counted: collectives keep their results, and so a rank may
+        compute nothing again of what the whole graph would (`compiler/sharding/recompute.py`).
         """
         layouts = self.layouts
         in_flight = 0.0 if self.recomputed(way.recompute) else layouts.portion(count)
         memory = self.memory(mesh, count, way, 1.0, bounding=True)
         memory = replace(memory, in_flight=in_flight)
-        stages, inner = mesh.axis(PIPELINE).size, mesh.axis(DATA).size * mesh.axis(TENSOR).size
-        rerun = self._rerun_seconds(way.recompute, count) / inner
-        return layouts.lower_bound(mesh, count, memory) + (stages + count - 1) / stages * rerun
-
-    def _rerun_seconds(self, how: str, count: int) -> float:
-        """Of what one of `count` microbatches computes again, on one device."""
-        nodes = rerun_nodes(self.context.graph, self.recomputed(how))
-        costs = self._node_costs(count)
-        return sum(costs[node].forward_seconds for node in nodes)
+        return layouts.lower_bound(mesh, count, memory)
 
     def _node_costs(self, count: int) -> tuple[NodeCost, ...]:
         """Of one of `count` microbatches on one device at its best; no part of it is priced less

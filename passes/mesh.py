@@ -247,14 +247,6 @@ class _Search:
         """Of what fits, or may fit."""
         return min((self.seconds(place) for place in self.possible()), default=math.inf)
 
-    def short(self) -> set[tuple[Mesh, int]]:
-        """What did not fit in the fastest layouts."""
-        return self.tried - {
-            (item.plan.mesh, item.plan.num_microbatches)
-            for item in (self.found[place] for place in self.possible())
-            if not item.way.saving
-        }
-
     def costly(self) -> set[tuple[Mesh, int]]:
         """What fits in the fastest layouts at best if it shares more than the update or recomputes
         more than it has to."""
@@ -349,9 +341,10 @@ class _Search:
         return replace(plan, warnings=(*plan.warnings, *warnings))
 
     def short_of_memory(self, best: float) -> Iterator[float]:
-        """Bounds of what did not fit in the fastest layouts: others may fit that were not found.
-        Where the bound is below the `best` step, the memory is counted in."""
-        for mesh, count in sorted(self.short(), key=str):
+        """Bounds of what did not fit in the fastest layouts, or took recomputation to: others may
+        fit that were not found. Where the bound is below the `best` step, the memory is counted
+        in."""
+        for mesh, count in sorted(self.costly(), key=str):
             bound = self.known.by_layouts(mesh, count)
             if bound < best:
                 leanest = {way.recompute: way for way in self.ways(mesh)}
@@ -367,9 +360,8 @@ class _Search:
         for number, place in enumerate(order):
             candidate = self.found[place]
             bound = candidate.lower_bound
-            if bound < best and number < _PROVEN:
-                found = self.pricing.searched(candidate.plan)
-                bound = max(bound, found.lower_bound * candidate.share)
+            if bound < best and number < _PROVEN and not candidate.plan.stage_mesh.axes:
+                bound = max(bound, self.pricing.searched(candidate.plan).lower_bound)
             yield bound
 
     def told(self) -> str:

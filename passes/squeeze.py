@@ -93,17 +93,10 @@ class _Walk:
         if fit is None:
             self.unfit.append(choice)
             return False
-        seconds, bound = fit.solution.seconds, fit.solution.lower_bound
+        seconds = fit.solution.seconds
         if seconds < self.best:
-            share = choice.lower_bound / choice.objective if choice.objective else 1.0
-            layouts = self.pricing.layouts
-            if layouts.sums_are_late(self.mesh, self.count):  # others may sum less
-                share = 0.0
-                bound = min(bound, layouts.lower_bound(self.mesh, self.count))
+            bound = self.pricing.bound(plan, fit.solution.lower_bound)
             way = replace(self.way, saving=1.0) if self.unfit else self.way
-            self.found = (
-                Candidate(plan, way, seconds, bound if share == 0.0 else share * bound, share),
-                fit,
-            )
+            self.found = Candidate(plan, way, seconds, bound), fit
             self.best = seconds
         return True

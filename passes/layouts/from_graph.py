@@ -22,7 +22,7 @@ from ...cost_models.stages import optimizer_seconds
 from .facts import GraphFacts
 from .pricing import Pricer
 from .problem import Choice, Flow, LayoutProblem, Option, Use, with_backward_share
-from .statement import Decided, LayoutStatement
+from .statement import Decided, LayoutOptions, LayoutStatement
 
 __all__ = ["StatedProblem", "state_layouts"]
 

@@ -21,6 +21,7 @@ from ...compiler.sharding.lowering import LocalGraph, Lowering, Ref
 from ...compiler.sharding.rules import rule_of
 from ...compiler.sharding.strategy import OpStrategy, OpView
 from ...cost_models.collectives import Network
+from ...cost_models.corrections import least_of_gradients
 from ...cost_models.memory_tables import memory_model
 from ...cost_models.node_memory import node_memory
 from ...cost_models.ops import NodeCost, gradient_sum_seconds, price
@@ -97,12 +98,15 @@ class Pricer:
         return local_type(type, layout, self.mesh, self.coordinate).num_bytes
 
     def sum_seconds(self, value: Value, layout: Layout) -> float:
-        """Adding one gradient to another one of the same value."""
+        """Adding one gradient to another one of the same value: at least, as it is corrected like
+        the gradients of whichever node reads the value."""
         if self.graph.mode is not Mode.TRAIN:
             return 0.0
         scale = 1.0 if value.id in self.facts.weight_like else self.batch_fraction
         size = self.local_bytes(value.type, layout)
-        return gradient_sum_seconds(self.device_type, scale * size)
+        seconds = gradient_sum_seconds(self.device_type, scale * size)
+        corrections = self.device_type.corrections
+        return seconds if corrections is None else least_of_gradients(corrections) * seconds
 
     def _seconds(self, costs: Sequence[NodeCost]) -> tuple[float, float]:
         """Of forward and backward, and of backward alone."""
