@@ -194,7 +194,7 @@ class _Search:
     def is_starved(self) -> bool:
         """Whether something may be faster by far that did not fit."""
         best = min(map(self.seconds, self.finalists()))
-        return any(_STARVED * bound < best for bound in self.short_of_memory(best))
+        return any(_STARVED * bound < best for bound in self.short_of_memory(self.short(), best))
 
     def squeeze(self) -> None:
         """Look for layouts that fit where the fastest do not, as long as they may win."""
@@ -247,6 +247,14 @@ class _Search:
         """Of what fits, or may fit."""
         return min((self.seconds(place) for place in self.possible()), default=math.inf)
 
+    def short(self) -> set[tuple[Mesh, int]]:
+        """What did not fit in the fastest layouts."""
+        return self.tried - {
+            (item.plan.mesh, item.plan.num_microbatches)
+            for item in (self.found[place] for place in self.possible())
+            if not item.way.saving
+        }
+
     def costly(self) -> set[tuple[Mesh, int]]:
         """What fits in the fastest layouts at best if it shares more than the update or recomputes
         more than it has to."""
@@ -262,7 +270,8 @@ class _Search:
         """The fastest of the finalists, of which there is one."""
         best = min(self.finalists(), key=self.preference)
         seconds = self.seconds(best)
-        floor = min([seconds, *self.bounds, *self.short_of_memory(seconds), *self.proven(seconds)])
+        short = self.short_of_memory(self.costly(), seconds)
+        floor = min([seconds, *self.bounds, *short, *self.proven(seconds)])
         certificate = Certificate(
             objective=seconds,
             lower_bound=floor,
@@ -340,11 +349,11 @@ class _Search:
             )
         return replace(plan, warnings=(*plan.warnings, *warnings))
 
-    def short_of_memory(self, best: float) -> Iterator[float]:
-        """Bounds of what did not fit in the fastest layouts, or took recomputation to: others may
-        fit that were not found. Where the bound is below the `best` step, the memory is counted
-        in."""
-        for mesh, count in sorted(self.costly(), key=str):
+    def short_of_memory(self, items: set[tuple[Mesh, int]], best: float) -> Iterator[float]:
+        """Bounds of `items`, which did not fit in the fastest layouts, or took recomputation to:
+        others may fit that were not found. Where the bound is below the `best` step, the memory is
+        counted in."""
+        for mesh, count in sorted(items, key=str):
             bound = self.known.by_layouts(mesh, count)
             if bound < best:
                 leanest = {way.recompute: way for way in self.ways(mesh)}

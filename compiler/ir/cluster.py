@@ -188,7 +188,7 @@ class DeviceType:
     def gains_with_size(self) -> bool:
         """Whether a row takes no longer in a larger microbatch: no rate falls as the work grows,
         and nothing was measured of some sizes alone."""
-        tables = [item.points for item in (*self.curves, *self.op_costs)]
+        tables = [curve.points for curve in self.curves] + [cost.points for cost in self.op_costs]
         return self.corrections is None and all(
             before <= after for points in tables for (_, before), (_, after) in pairwise(points)
         )
