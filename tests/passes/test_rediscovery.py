@@ -144,7 +144,7 @@ def test_the_same_model_without_room_is_sharded_by_zero(golden: Golden) -> None:
     graph = small_llama()
     whole = 4 * parameter_bytes(graph)  # parameters, gradients, two states
     plan = planned(graph, limit_memory(slow_links(4), whole - 2 * MIB), 1024)
-    assert str(plan.mesh) == "data=4" and plan.zero_level >= 1
+    assert plan.mesh.axis("data").size > 1 and plan.zero_level >= 1
     states = {entry.value: str(entry.state) for entry in plan.parameter_layouts}
     assert sum("S(" in layout for layout in states.values()) == len(held(graph, plan))
     assert plan.prediction is not None
