@@ -133,7 +133,7 @@ def test_a_layout_that_turns_out_slow_is_left(tmp_path: Path) -> None:
     assert str(report.first.mesh) == chosen
     assert plan.prediction is not None
     assert plan.prediction.step_seconds < report.first_seconds
-    assert report.first_seconds > 1.5 * report.first.step_seconds
+    assert report.first_seconds > 1.1 * report.first.step_seconds
 
 
 def test_what_was_measured_is_what_is_predicted(tmp_path: Path) -> None:
