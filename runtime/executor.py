@@ -226,8 +226,8 @@ class Executor:
             self._recorder.restart()
 
     def _zero_gradients(self) -> None:
-        for gradient in self._gradients.values():
-            gradient.zero_()
+        if self._gradients:
+            torch._foreach_zero_(list(self._gradients.values()))  # one launch for all of them
 
     def _rehearse_stage(self, graph: Graph, stage: int, count: int) -> None:
         """Forward of `count` microbatches, then the backward of each."""
