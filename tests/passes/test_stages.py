@@ -28,7 +28,7 @@ def state_bytes(graph: Graph) -> int:
 
 def test_stages_are_balanced_where_compute_dominates() -> None:
     graph = mlp(8, width=512, batch=64)
-    found = plan(graph, 4, 64 * 16, num_microbatches=16)
+    found = plan(graph, 4, 64 * 16, num_microbatches=16, num_stages=4)
     assert found.prediction is not None and found.certificate is not None
     forward, backward = (
         found.prediction.stage_forward_seconds,
