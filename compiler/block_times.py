@@ -18,13 +18,12 @@ import torch
 from ..cost_models.analysis import weight_like_values
 from ..cost_models.collectives import Network
 from ..cost_models.corrections import Share, fit_corrections, signature_of
-from ..cost_models.ops import NodeCost, price
+from ..cost_models.ops import NodeCost, price_once
 from ..cost_models.stages import in_weights
 from ..runtime.session import LocalSession
 from .codegen.python import emit_python
 from .hardware import hardware_of
 from .ir.cluster import Cluster
-from .ir.errors import UsageError
 from .ir.graph import Graph, Node
 from .ir.mesh import Mesh
 from .ir.ops import Category
@@ -33,12 +32,11 @@ from .ir.program import Program
 from .ir.text import print_program
 from .profile_database import BlockKey, ProfileDatabase, Record
 from .profile_parts import Part, parts_of
-from .ranks import start_workers
+from .ranks import check_measurable, profiling_session
 from .words import plural, seconds_text
 
 __all__ = ["BlockTimes", "BlockWorkers", "Measurer", "Phases", "ProfileOptions", "cost_alone"]
 
-_FACTORY = "cutset.runtime.profiler:Profiler"
 _TIMEOUT_SECONDS = 300.0
 _LOCAL = ("shard", "as_partial")  # collectives that look at the rank's own tensor alone
 _LEAST_SHARE = 1e-3  # of the graph's time, for a part to be measured
@@ -80,26 +78,16 @@ class BlockWorkers:
     """Workers on all devices of a local cluster, started when there is something to measure."""
 
     def __init__(self, cluster: Cluster, options: ProfileOptions) -> None:
-        if not cluster.local:
-            raise UsageError(
-                f"cluster {cluster.name!r} is not this machine: its devices cannot be measured",
-                where="profile",
-                ways_out=("pass profile='off'", "mark the cluster with local = true if it is"),
-            )
+        check_measurable(cluster)
         self._cluster = cluster
         self._options = options
         self._session: LocalSession | None = None
 
     def measure(self, part: Part) -> list[Phases]:
         """Raises RuntimeFailure: a worker failed."""
-        program = _program(part)
+        program = Program.unscheduled(part.stage.graph.mode, (part.stage,))
         if self._session is None:
-            self._session = start_workers(
-                self._cluster,
-                len(self._cluster.devices),
-                timeout_seconds=_TIMEOUT_SECONDS,
-                factory=_FACTORY,
-            )
+            self._session = profiling_session(self._cluster, timeout_seconds=_TIMEOUT_SECONDS)
         text, source = print_program(program), emit_python(program)
         arguments = [
             {
@@ -125,20 +113,6 @@ def copies_of(part: Part, backend: str) -> int:
     size = sum(value.type.num_bytes for value in part.stage.graph.values)
     wanted = _ON_CUDA_BYTES if backend == "cuda" else _WORKING_SET_BYTES
     return max(1, min(_MOST_COPIES, -(-wanted // max(1, size))))
-
-
-def _program(part: Part) -> Program:
-    return Program(
-        rank=0,
-        num_ranks=1,
-        mode=part.stage.graph.mode,
-        num_microbatches=1,
-        stages=(part.stage,),
-        stage_ranks=(0,),
-        instructions=(),
-        plan_hash="",
-        memory_limit_bytes=0,
-    )
 
 
 class BlockTimes:
@@ -224,7 +198,7 @@ class BlockTimes:
         shares: dict[str, float] = {}  # of the graph's time
         parts = parts_of(graph, mesh, self._options.kind)
         for index in self._types.values():
-            costs = price(graph, self._cluster.type_of(index), network=network)
+            costs = price_once(graph, self._cluster.type_of(index), network=network)
             own = {part.digest: part.count * sum(_phases(part, costs)) for part in parts}
             whole = sum(own.values())
             for digest, amount in own.items():
@@ -294,7 +268,7 @@ class BlockTimes:
 
     def _share(self, graph: Graph, network: Network | None, parts: tuple[Part, ...]) -> None:
         for name, index in self._types.items():
-            costs = price(graph, self._cluster.type_of(index), network=network)
+            costs = price_once(graph, self._cluster.type_of(index), network=network)
             for part in parts:
                 key = part.digest, name
                 if key in self._seconds and key not in self._shares:
@@ -306,7 +280,7 @@ class BlockTimes:
         """The parts of `graph` whose times are known, on every type of device."""
         table = []
         for name, index in sorted(self._types.items()):
-            costs = price(graph, self._cluster.type_of(index), network=network)
+            costs = price_once(graph, self._cluster.type_of(index), network=network)
             for part in self._parts(graph, mesh, network):
                 if (part.digest, name) not in self._seconds:
                     continue

@@ -152,6 +152,10 @@ class _Type:
     call_seconds: float = 0.0
     qualities: list[Quality] = field(default_factory=list)
 
+    @property
+    def on_cuda(self) -> bool:
+        return self.kind.backend == "cuda"
+
 
 class _Measuring:
     """One calibration: every method measures something on all devices at once."""
@@ -189,9 +193,6 @@ class _Measuring:
     def _call(self, method: str, arguments: Any = ()) -> list[Any]:
         return self._session.call(method, arguments, timeout_seconds=_TIMEOUT_SECONDS)
 
-    def _on_cuda(self, entry: _Type) -> bool:
-        return entry.kind.backend == "cuda"
-
     # -- device --------------------------------------------------------------------------------
 
     def _memory(self) -> None:
@@ -207,7 +208,7 @@ class _Measuring:
                     if rows[device.index]["node"] == node
                     and self._cluster.type_of(device.index).backend == "cpu"
                 ]
-                sharing = 1 if self._on_cuda(entry) else len(on_cpu)
+                sharing = 1 if entry.on_cuda else len(on_cpu)
                 share.append(rows[rank]["memory_bytes"] / sharing)
             memory = int(_OF_MEMORY[entry.kind.backend] * min(share)) >> 20 << 20
             entry.kind = replace(entry.kind, memory_bytes=memory)
@@ -240,7 +241,7 @@ class _Measuring:
             dtypes = tuple(dtype for dtype in dtypes if dtype != "f64")
         if position >= len(dtypes):
             return []
-        probes = rate_probes(kind, dtypes[position], on_cuda=self._on_cuda(entry))
+        probes = rate_probes(kind, dtypes[position], on_cuda=entry.on_cuda)
         return self._some(list(probes))
 
     def _some(self, probes: list[Probe]) -> list[Probe]:
@@ -267,7 +268,7 @@ class _Measuring:
     def _ops(self) -> None:
         self._progress("kinds of operators")
         times: list[list[OpTime]] = [[] for _ in self._types]
-        kinds = [op_probes("f32", on_cuda=self._on_cuda(entry)) for entry in self._types]
+        kinds = [op_probes("f32", on_cuda=entry.on_cuda) for entry in self._types]
         for lists in zip(*kinds, strict=True):
             found = self._measure([self._some(probes) for probes in lists])
             for entry, own, rows in zip(self._types, times, found, strict=True):
@@ -312,7 +313,7 @@ class _Measuring:
                 "source": emit_python(probe.program),
                 "copies": probe.copies,
                 "compile": False,
-                "cuda_graphs": self._on_cuda(entry),
+                "cuda_graphs": entry.on_cuda,
             }
             for entry, probe in zip(self._types, probes, strict=True)
         ]
@@ -339,7 +340,7 @@ class _Measuring:
         found = self._call("time_instructions", arguments)
         for entry in self._types:
             seconds = statistics.median(found[rank] for rank in entry.ranks)
-            if not self._on_cuda(entry):  # there the host goes on while operators run
+            if not entry.on_cuda:  # there the host goes on while operators run
                 # each of three instructions issues about two operators
                 left = seconds - 2 * entry.kind.overhead_seconds
                 seconds = max(left, seconds / 4)
@@ -357,7 +358,7 @@ class _Measuring:
             for entry, own, times in zip(self._types, sizes, found, strict=True):
                 samples = []
                 for (elements, count), seconds in zip(own, times, strict=True):
-                    at_once = count if self._on_cuda(entry) else 1
+                    at_once = count if entry.on_cuda else 1
                     moved = 4.0 * elements * at_once * (4 + 2 * states)
                     samples.append((moved, seconds * at_once / count))
                 cost, quality = fitted_optimizer(entry.kind, name, samples)
@@ -366,17 +367,17 @@ class _Measuring:
 
     def _optimized(self, entry: _Type) -> tuple[tuple[int, int], ...]:
         """(elements, tensors) that optimizers update."""
-        more = _MORE_ON_CUDA if self._on_cuda(entry) else ()
+        more = _MORE_ON_CUDA if entry.on_cuda else ()
         return (*_OPTIMIZED, *more)[:: self._effort.every]
 
     def _hosts(self) -> None:
         """The host of accelerators, where optimizer states may lie."""
-        if not any(self._on_cuda(entry) for entry in self._types):
+        if not any(entry.on_cuda for entry in self._types):
             return
         self._progress("memory of the host")
         rows = self._call("time_host")
         for entry in self._types:
-            if self._on_cuda(entry):
+            if entry.on_cuda:
                 entry.kind = replace(entry.kind, host=self._host(entry, rows))
 
     def _host(self, entry: _Type, rows: list[dict[str, list[tuple[int, float]]]]) -> Host:

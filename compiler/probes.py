@@ -234,7 +234,7 @@ class _Chain:
             ((result.name, (1,)),),
             tuple((value.name, 0) for value in graph.values_of(ValueKind.BOUNDARY)),
         )
-        return Program(0, 1, self._mode, 1, (stage,), (0,), (), "", 0)
+        return Program.unscheduled(self._mode, (stage,))
 
 
 def rate_probes(kind: str, dtype: str, *, on_cuda: bool) -> Iterator[Probe]:

@@ -10,20 +10,17 @@ import math
 import statistics
 
 from ..passes.context import Measured
-from ..runtime.session import LocalSession
 from .capture import Captured
 from .codegen.cut import cut_stages
 from .codegen.python import emit_python
 from .ir.cluster import Cluster, Link
-from .ir.errors import UsageError
 from .ir.plan import Stage
 from .ir.program import Program
 from .ir.text import print_program
-from .ranks import start_workers
+from .ranks import check_measurable, profiling_session
 
 __all__ = ["measure"]
 
-_FACTORY = "cutset.runtime.profiler:Profiler"
 _REPEATS = 7
 _TIMEOUT_SECONDS = 300.0
 
@@ -35,21 +32,14 @@ def measure(captured: Captured, cluster: Cluster) -> Measured:
         UsageError: the devices are not those of this machine.
         RuntimeFailure: a worker failed.
     """
-    if not cluster.local:
-        raise UsageError(
-            f"cluster {cluster.name!r} is not this machine: its devices cannot be measured",
-            where="profile",
-            ways_out=("pass profile='off'", "mark the cluster with local = true if it is"),
-        )
+    check_measurable(cluster)
     program = _program(captured)
     arguments = {
         "program": print_program(program),
         "source": emit_python(program),
         "repeats": _REPEATS,
     }
-    session: LocalSession = start_workers(
-        cluster, len(cluster.devices), timeout_seconds=_TIMEOUT_SECONDS, factory=_FACTORY
-    )
+    session = profiling_session(cluster, timeout_seconds=_TIMEOUT_SECONDS)
     try:
         nodes = session.call("time_nodes", arguments, timeout_seconds=_TIMEOUT_SECONDS)
         messages = session.call("time_messages", timeout_seconds=_TIMEOUT_SECONDS)
@@ -76,14 +66,4 @@ def _program(captured: Captured) -> Program:
     """One node a stage, all on one rank."""
     graph = captured.graph
     stages = cut_stages(graph, tuple(Stage(n.id, (0,), (n.id,)) for n in graph.nodes))
-    return Program(
-        rank=0,
-        num_ranks=1,
-        mode=graph.mode,
-        num_microbatches=1,
-        stages=stages,
-        stage_ranks=(0,) * len(stages),
-        instructions=(),
-        plan_hash="",
-        memory_limit_bytes=0,
-    )
+    return Program.unscheduled(graph.mode, stages)

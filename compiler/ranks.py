@@ -24,13 +24,16 @@ from .ir.errors import UsageError
 __all__ = [
     "Ranks",
     "calibration_session",
+    "check_measurable",
     "job_cluster",
     "message_backend",
     "place_of",
+    "profiling_session",
     "start_workers",
 ]
 
 _CALIBRATOR_FACTORY = "cutset.runtime.calibrator:Calibrator"
+_PROFILER_FACTORY = "cutset.runtime.profiler:Profiler"
 
 
 class Ranks:
@@ -191,3 +194,27 @@ def calibration_session(cluster: Cluster, *, timeout_seconds: float) -> Session:
             ways_out=(f"pass --devices {session.num_ranks}", "start as many processes"),
         )
     return session
+
+
+def check_measurable(cluster: Cluster) -> None:
+    """Refuse to profile on devices that are not here.
+
+    Raises:
+        UsageError: the devices are not those of this machine.
+    """
+    if not cluster.local:
+        raise UsageError(
+            f"cluster {cluster.name!r} is not this machine: its devices cannot be measured",
+            where="profile",
+            ways_out=("pass profile='off'", "mark the cluster with local = true if it is"),
+        )
+
+
+def profiling_session(cluster: Cluster, *, timeout_seconds: float) -> LocalSession:
+    """Workers on all devices of a local cluster that measure parts of graphs."""
+    return start_workers(
+        cluster,
+        len(cluster.devices),
+        timeout_seconds=timeout_seconds,
+        factory=_PROFILER_FACTORY,
+    )

@@ -24,12 +24,19 @@ from .links import (
     all_reduce_seconds,
     all_to_all_seconds,
     reduce_scatter_seconds,
+    ring,
 )
 from .memory_tables import rerun_nodes
-from .ops import price
-from .stages import StageSeconds, hidden_sum_seconds, in_weights, stage_seconds
+from .ops import price_once
+from .stages import (
+    StageSeconds,
+    hidden_sum_seconds,
+    in_weights,
+    reached_values,
+    stage_seconds,
+)
 
-__all__ = ["ActionCost", "Exchange", "StageCosts", "edge_bytes", "exchange", "ring", "stage_costs"]
+__all__ = ["ActionCost", "Exchange", "StageCosts", "edge_bytes", "exchange", "stage_costs"]
 
 Seconds = Callable[[Cluster, Sequence[int], float], float]
 _SECONDS: dict[str, Seconds] = {
@@ -137,14 +144,6 @@ class StageCosts:
         )
 
 
-def ring(cluster: Cluster, ranks: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Edges of the ring of `ranks`, ordered by node; none of a single one."""
-    ordered = sorted(set(ranks), key=lambda index: (cluster.devices[index].node, index))
-    if len(ordered) < 2:
-        return ()
-    return tuple(zip(ordered, (*ordered[1:], ordered[0]), strict=True))
-
-
 def edge_bytes(
     cluster: Cluster, collective: str, ranks: Sequence[int], num_bytes: float
 ) -> tuple[tuple[tuple[int, int], float], ...]:
@@ -185,7 +184,7 @@ def stage_costs(
         measured: seconds of the actions with all that they wait for; None: as predicted.
     """
     graph = stage.graph
-    costs = price(graph, device_type, network=network)
+    costs = price_once(graph, device_type, network=network)
     seconds = stage_seconds(
         graph, device_type, recomputed=stage.recomputed, network=network, kept=stage.kept
     )
@@ -286,15 +285,11 @@ class _Found:
         if self._graph.mode is not Mode.TRAIN:
             return [], []
         values = self._graph.values
-        reached = {v.id for v in self._graph.values_of(ValueKind.BOUNDARY) if v.requires_grad}
-        returns = bool(reached)
-        for node in self._graph.nodes:
-            if any(value in reached for value in node.inputs):
-                reached.update(node.outputs)
+        reached = reached_values(self._graph)
         first: list[Exchange] = []
         second: list[Exchange] = []
         again = rerun_nodes(self._graph, recomputed)
-        (first if returns else second).extend(self.forward(again))
+        (first if reached else second).extend(self.forward(again))
         for node in reversed(self._nodes):
             wanted = any(values[i].requires_grad for i in node.inputs)
             if wanted and any(values[i].requires_grad for i in node.outputs):

@@ -8,7 +8,7 @@ pass over n bytes. A link may have latency and bandwidth of its own for the step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..compiler.ir.cluster import Cluster, Link
 from ..compiler.ir.memo import once_per_object
@@ -20,6 +20,7 @@ __all__ = [
     "broadcast_seconds",
     "group_link",
     "reduce_scatter_seconds",
+    "ring",
     "transfer_seconds",
 ]
 
@@ -39,12 +40,12 @@ def _ring_links(cluster: Cluster) -> dict[_Key, Link]:
     return {}
 
 
-def _ring_link(cluster: Cluster, devices: Sequence[int], collective: str | None) -> Link:
-    pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
-    links = [cluster.link(first, second, collective) for first, second in pairs if first != second]
-    return Link(
-        max(link.latency_seconds for link in links), min(link.bytes_per_second for link in links)
-    )
+def ring(cluster: Cluster, devices: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Edges of the ring of `devices`, ordered by node; none of a single one."""
+    ordered = sorted(set(devices), key=lambda index: (cluster.devices[index].node, index))
+    if len(ordered) < 2:
+        return ()
+    return tuple(zip(ordered, (*ordered[1:], ordered[0]), strict=True))
 
 
 def group_link(cluster: Cluster, devices: Sequence[int], collective: str | None = None) -> Link:
@@ -53,8 +54,11 @@ def group_link(cluster: Cluster, devices: Sequence[int], collective: str | None 
     links = _ring_links(cluster)
     key = collective, tuple(devices)
     if key not in links:
-        ordered = sorted(set(devices), key=lambda index: (cluster.devices[index].node, index))
-        links[key] = _ring_link(cluster, ordered, collective)
+        around = [cluster.link(*edge, collective) for edge in ring(cluster, devices)]
+        links[key] = Link(
+            max(link.latency_seconds for link in around),
+            min(link.bytes_per_second for link in around),
+        )
     return links[key]
 
 

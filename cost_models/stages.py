@@ -11,14 +11,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..compiler.ir.cluster import PHASES, DeviceType, Host, Link
-from ..compiler.ir.graph import Graph, Mode, ValueKind
+from ..compiler.ir.graph import Graph, Mode, ValueKind, users
+from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.ops import Category
 from ..compiler.ir.plan import OptimizerModel
 from ..compiler.ir.program import GradientPart, StageProgram
 from .collectives import Network
 from .links import reduce_scatter_seconds
 from .memory_tables import memory_model
-from .ops import NodeCost, price
+from .ops import NodeCost, price_once
 from .prefetch import late_seconds, overlapped_seconds
 from .recompute import with_reruns
 
@@ -28,6 +29,7 @@ __all__ = [
     "in_weights",
     "optimizer_seconds",
     "part_shares",
+    "reached_values",
     "stage_seconds",
 ]
 
@@ -53,7 +55,6 @@ def stage_seconds(
     graph: Graph,
     device_type: DeviceType,
     *,
-    batch_fraction: float = 1.0,
     recomputed: Collection[int] = (),
     network: Network | None = None,
     kept: Sequence[GradientPart] = (),
@@ -66,7 +67,7 @@ def stage_seconds(
             computes with the input gradients (see `recompute.py`) count there.
         kept: gradients that are summed as soon as they are complete (ZeRO 2), in `network`.
     """
-    costs = price(graph, device_type, batch_fraction=batch_fraction, network=network)
+    costs = price_once(graph, device_type, network=network)
     whole = sum(cost.forward_seconds for cost in costs)
     forward = overlapped_seconds([cost.forward_seconds for cost in costs], _gathered(graph))
     if graph.mode is Mode.INFER:
@@ -112,30 +113,37 @@ def _sums_kept(
     """By the node that completes it, seconds and bytes of each sum of `kept`."""
     if network is None or not kept:
         return {}
-    first_use: dict[int, int] = {}
-    for node in reversed(graph.nodes):
-        first_use.update(dict.fromkeys(node.inputs, node.id))
     by_origin = {value.origin: value for value in graph.values_of(ValueKind.PARAMETER)}
     table: dict[int, list[tuple[float, float]]] = {}
     for part in kept:
         value = by_origin[part.name]
-        if part.summed and value.id in first_use:
+        readers = users(graph)[value.id]
+        if part.summed and readers:
             group, size = network.group(part.axis), float(value.type.num_bytes)
             seconds = reduce_scatter_seconds(network.cluster, group, size)
-            table.setdefault(first_use[value.id], []).append((seconds, size))
+            table.setdefault(readers[0], []).append((seconds, size))
     return table
+
+
+@once_per_object
+def reached_values(graph: Graph) -> frozenset[int]:
+    """Boundary inputs that the stage returns gradients of, and what is computed from them."""
+    reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
+    for node in graph.nodes:
+        if any(value in reached for value in node.inputs):
+            reached.update(node.outputs)
+    return frozenset(reached)
 
 
 def in_weights(graph: Graph, costs: Sequence[NodeCost]) -> list[float]:
     """By node, the seconds of its backward that are in W."""
-    reached = {value.id for value in graph.values_of(ValueKind.BOUNDARY) if value.requires_grad}
-    table = []
-    for node, cost in zip(graph.nodes, costs, strict=True):
-        before_weights = any(value in reached for value in node.inputs)
-        if before_weights:
-            reached.update(node.outputs)
-        table.append(cost.backward_weight_seconds if before_weights else cost.backward_seconds)
-    return table
+    reached = reached_values(graph)
+    return [
+        cost.backward_weight_seconds
+        if any(value in reached for value in node.inputs)
+        else cost.backward_seconds
+        for node, cost in zip(graph.nodes, costs, strict=True)
+    ]
 
 
 def part_shares(
@@ -149,12 +157,10 @@ def part_shares(
     graph, count = stage.graph, len(stage.parts)
     if not count:
         return ()
-    costs = with_reruns(price(graph, device_type, network=network), stage.recomputed)
+    costs = with_reruns(price_once(graph, device_type, network=network), stage.recomputed)
     seconds = in_weights(graph, costs)
-    first_use: dict[int, int] = {}
-    for node in reversed(graph.nodes):
-        first_use.update(dict.fromkeys(node.inputs, node.id))
-    use_of = {v.origin: first_use[v.id] for v in graph.values if v.id in first_use and v.origin}
+    readers = users(graph)
+    use_of = {v.origin: readers[v.id][0] for v in graph.values if readers[v.id] and v.origin}
     parts = [0.0] * count
     begin = len(graph.nodes)
     for number, names in enumerate(stage.parts):

@@ -16,7 +16,7 @@ from ..compiler.ir.text import parse_program
 from .clock import busy_clock
 from .executor import Executor, Step
 from .link_probes import LinkProbes, lower_quartile
-from .optimizer import OptimizerSpec, RankOptimizer
+from .optimizer import OptimizerSpec, RankOptimizer, zero_gradients
 from .profile_block import block_kernels
 from .profiler import Profiler
 from .rank import stage_functions
@@ -105,8 +105,7 @@ class Calibrator(Profiler):
         for _ in range(_ROUNDS):
             begin = clock()
             for _ in range(_STEPS):
-                for gradient in gradients.values():
-                    gradient.zero_()
+                zero_gradients(gradients.values())
                 optimizer.step(gradients, options)
             found.append((clock() - begin) / _STEPS)
         return statistics.median(found[1:])

@@ -41,6 +41,7 @@ from ..compiler.ir.trace import TraceEvent
 from .communicator import Communicator, Pending
 from .cuda_graphs import GraphSlots
 from .kernels import Kernel, Source, StageKernels
+from .optimizer import zero_gradients
 from .parts import (
     start_all_gather,
     start_all_reduce,
@@ -189,7 +190,7 @@ class Executor:
             for stage in self._program.stages
             for value in stage.graph.values_of(ValueKind.INPUT)
         }
-        self._zero_gradients()
+        zero_gradients(self._gradients.values())
         if self._recorder is not None:
             self._recorder.restart()
 
@@ -221,13 +222,9 @@ class Executor:
         self._tensors.update(buffers)
         self.touched = set()
         self.result = StepResult()
-        self._zero_gradients()
+        zero_gradients(self._gradients.values())
         if self._recorder is not None:
             self._recorder.restart()
-
-    def _zero_gradients(self) -> None:
-        if self._gradients:
-            torch._foreach_zero_(list(self._gradients.values()))  # one launch for all of them
 
     def _rehearse_stage(self, graph: Graph, stage: int, count: int) -> None:
         """Forward of `count` microbatches, then the backward of each."""

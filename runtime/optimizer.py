@@ -26,6 +26,7 @@ __all__ = [
     "RankOptimizer",
     "current_hyperparameters",
     "describe_optimizer",
+    "zero_gradients",
 ]
 
 Hyperparameters = dict[str, Any]
@@ -297,3 +298,10 @@ class RankOptimizer:
     def state_bytes(self) -> int:
         """Bytes of these tensors."""
         return sum(value.numel() * value.element_size() for value in self.state_tensors())
+
+
+def zero_gradients(gradients: Iterable[Tensor]) -> None:
+    """Fill all with zeros, in one launch where that is possible."""
+    tensors = list(gradients)
+    if tensors:
+        torch._foreach_zero_(tensors)

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..ir.errors import UsageError
+from ..words import plural, seconds_text
 from .command import Command, positive_float
 from .console import Console
 
@@ -40,7 +41,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         age = (options.older_than or 0.0) * _DAY_SECONDS
         removed = database.clear(older_than_seconds=age, device=options.device)
         data = {"directory": str(database.directory), "removed": removed}
-        console.result(data, f"removed {_counted(removed)} from {database.directory}")
+        console.result(data, f"removed {plural(removed, 'record')} from {database.directory}")
         return
     if options.older_than is not None:
         raise UsageError(
@@ -50,10 +51,6 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     records = [item for item in database.records() if wanted in item.key.device.lower()]
     data = {"directory": str(database.directory), "records": [_json(item) for item in records]}
     console.result(data, _text(records, str(database.directory)))
-
-
-def _counted(count: int) -> str:
-    return f"{count} record" if count == 1 else f"{count} records"
 
 
 def _json(record: Record) -> dict[str, object]:
@@ -79,9 +76,7 @@ def _runs_as(record: Record) -> str:
 
 
 def _text(records: list[Record], directory: str) -> str:
-    from ..words import seconds_text
-
-    lines = [f"{_counted(len(records))} in {directory}"]
+    lines = [f"{plural(len(records), 'record')} in {directory}"]
     device = None
     now = time.time()
     for record in records:

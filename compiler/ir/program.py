@@ -318,6 +318,11 @@ class Program:
     gradient_terms: tuple[tuple[str, tuple[int, ...]], ...] = ()
     offloaded: tuple[str, ...] = ()
 
+    @staticmethod
+    def unscheduled(mode: Mode, stages: tuple[StageProgram, ...]) -> Program:
+        """Stages of one rank without instructions, to be measured one by one."""
+        return Program(0, 1, mode, 1, stages, (0,) * len(stages), (), "", 0)
+
     def trained(self) -> dict[str, Value]:
         """The parameters with gradients that the rank holds, by name, with local types."""
         if self.mode is not Mode.TRAIN:

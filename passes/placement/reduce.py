@@ -129,7 +129,5 @@ def _together(problem: PlacementProblem, value: float, *, contiguous: bool) -> l
 
 
 def _relabelled(label: list[int], before: PlacementProblem, after: PlacementProblem) -> list[int]:
-
     where = {operator: unit for unit, members in enumerate(after.members) for operator in members}
-
     return [where[before.members[unit][0]] for unit in label]

@@ -91,10 +91,8 @@ def test_objective_is_the_price_of_the_local_graph(
     assert choice.seconds == pytest.approx(wanted, rel=1e-9)
 
 
-def test_what_differs_in_how_tensors_are_held_is_stated_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    graph, mesh, machine = mlp(), Mesh.parse("data=2,tensor=2"), cluster(4, 1e9)
+def frames_made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows with every frame that is stated from now on."""
     made: list[object] = []
     plain = from_graph._frame
 
@@ -103,6 +101,14 @@ def test_what_differs_in_how_tensors_are_held_is_stated_once(
         return plain(statement, pricer)
 
     monkeypatch.setattr(from_graph, "_frame", counted)
+    return made
+
+
+def test_what_differs_in_how_tensors_are_held_is_stated_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, mesh, machine = mlp(), Mesh.parse("data=2,tensor=2"), cluster(4, 1e9)
+    made = frames_made(monkeypatch)
     facts = GraphFacts.of(graph)
     for options in (
         LayoutOptions(),
@@ -119,14 +125,7 @@ def test_what_differs_in_how_tensors_are_held_is_stated_once(
 def test_what_counts_of_backward_is_stated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A share of backward scales its seconds, and nothing else of a problem."""
     graph, mesh, machine = mlp(), Mesh.parse("tensor=2"), cluster(2, 1e9)
-    made: list[object] = []
-    plain = from_graph._frame
-
-    def counted(statement: LayoutStatement, pricer: Pricer) -> object:
-        made.append(statement)
-        return plain(statement, pricer)
-
-    monkeypatch.setattr(from_graph, "_frame", counted)
+    made = frames_made(monkeypatch)
     facts = GraphFacts.of(graph)
     whole = LayoutFront.of(facts, mesh, machine, range(2), LayoutOptions())
     found = figures(whole.stated.problem, whole.fastest.picks)
