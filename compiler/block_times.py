@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from ..runtime.session import LocalSession
 from .codegen.python import emit_python
 from .hardware import hardware_of
 from .ir.cluster import Cluster
+from .ir.errors import WorkerLost
 from .ir.graph import Graph, Node
 from .ir.mesh import Mesh
 from .ir.ops import Category
@@ -33,9 +35,18 @@ from .ir.text import print_program
 from .profile_database import BlockKey, ProfileDatabase, Record
 from .profile_parts import Part, parts_of
 from .ranks import check_measurable, profiling_session
+from .turns import measuring_turn
 from .words import plural, seconds_text
 
-__all__ = ["BlockTimes", "BlockWorkers", "Measurer", "Phases", "ProfileOptions", "cost_alone"]
+__all__ = [
+    "BlockTimes",
+    "BlockWorkers",
+    "Measurer",
+    "Phases",
+    "ProfileOptions",
+    "Row",
+    "cost_alone",
+]
 
 _TIMEOUT_SECONDS = 300.0
 _LOCAL = ("shard", "as_partial")  # collectives that look at the rank's own tensor alone
@@ -44,6 +55,7 @@ _MOST_COPIES = 16
 # of all copies: more than one worker has of the caches
 _WORKING_SET_BYTES, _ON_CUDA_BYTES = 32 << 20, 128 << 20
 Phases = tuple[float, float, float]
+Row = Phases | str  # what one device took, or why it could not run the part
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +77,13 @@ class ProfileOptions:
 class Measurer(Protocol):
     """Runs parts; see `BlockWorkers`."""
 
-    def measure(self, part: Part) -> list[Phases]:
-        """Seconds of forward, input gradients and weight gradients on every device."""
+    def turn(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
+        """What to measure in: nobody else does on these devices, or `say` was told."""
+        ...
+
+    def measure(self, part: Part) -> list[Row]:
+        """Seconds of forward, input gradients and weight gradients on every device, or why its
+        memory does not suffice."""
         ...
 
     def close(self) -> None:
@@ -83,8 +100,12 @@ class BlockWorkers:
         self._options = options
         self._session: LocalSession | None = None
 
-    def measure(self, part: Part) -> list[Phases]:
-        """Raises RuntimeFailure: a worker failed."""
+    def turn(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
+        return measuring_turn(say)
+
+    def measure(self, part: Part) -> list[Row]:
+        """Raises RuntimeFailure: a worker failed. One that was lost, as for want of memory, is
+        started anew for the next part."""
         program = Program.unscheduled(part.stage.graph.mode, (part.stage,))
         if self._session is None:
             self._session = profiling_session(self._cluster, timeout_seconds=_TIMEOUT_SECONDS)
@@ -99,8 +120,11 @@ class BlockWorkers:
             }
             for device in self._cluster.devices
         ]
-        found = self._session.call("time_block", arguments, timeout_seconds=_TIMEOUT_SECONDS)
-        return [(row[0], row[1], row[2]) for row in found]
+        try:
+            return self._session.call("time_block", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+        except WorkerLost as error:
+            self._session = None
+            return [error.cause.partition(";")[0]] * len(arguments)
 
     def close(self) -> None:
         if self._session is not None:
@@ -146,6 +170,8 @@ class BlockTimes:
         self._hardware = {name: hardware_of(cluster, i) for name, i in self._types.items()}
         self._seconds: dict[tuple[str, str], Phases] = {}  # by digest and type
         self._shares: dict[tuple[str, str], tuple[Share, ...]] = {}
+        self._failed: set[tuple[str, str]] = set()  # what could not be measured
+        self.warnings: list[str] = []
         self.spent_seconds = 0.0
         self.num_measured = 0
         self.num_known = 0
@@ -172,7 +198,7 @@ class BlockTimes:
 
     def learn(self, graph: Graph, mesh: Mesh, network: Network | None) -> bool:
         """Get the times of the parts of `graph` that count, the longest first; False if the budget
-        ended before.
+        ended before. What cannot be measured is warned of and keeps its price.
 
         Args:
             mesh: the axes of its collectives.
@@ -181,16 +207,27 @@ class BlockTimes:
         parts = self._parts(graph, mesh, network)
         missing = [part for part in parts if not self._look_up(part)]
         if missing and not self.is_spent:
+            with self._measurer.turn(self._say):
+                # whoever was waited for may have measured the same
+                self._measure_all([part for part in missing if not self._look_up(part)], len(parts))
+        self._share(graph, network, parts)
+        return all(self._is_settled(part, name) for part in parts for name in self._types)
+
+    def _measure_all(self, missing: list[Part], count: int) -> None:
+        """Measure of `count` parts those that are `missing`, within the budget."""
+        if missing:
             self._say(
-                f"measure {plural(len(missing), self._noun, 's')} of {len(parts)} on "
+                f"measure {plural(len(missing), self._noun, 's')} of {count} on "
                 f"{plural(len(self._cluster.devices), 'worker', 's')}"
             )
         for number, part in enumerate(missing, 1):
             if self.is_spent:
                 break
             self._measure(part, f"{number} of {len(missing)}")
-        self._share(graph, network, parts)
-        return all((part.digest, name) in self._seconds for part in parts for name in self._types)
+
+    def _is_settled(self, part: Part, name: str) -> bool:
+        """Whether the times of `part` on type `name` are known, or cannot be."""
+        return (part.digest, name) in self._seconds or (part.digest, name) in self._failed
 
     def _parts(self, graph: Graph, mesh: Mesh, network: Network | None) -> tuple[Part, ...]:
         """The parts of `graph`, by what they are predicted to take on any type of device, without
@@ -224,7 +261,7 @@ class BlockTimes:
         )
 
     def _look_up(self, part: Part) -> bool:
-        if all((part.digest, name) in self._seconds for name in self._types):
+        if all(self._is_settled(part, name) for name in self._types):
             return True
         found = {name: self._database.get(self._key(part, name)) for name in self._types}
         if not all(found.values()):
@@ -239,13 +276,16 @@ class BlockTimes:
         began = self._clock()
         rows = self._measurer.measure(part)
         self.spent_seconds += self._clock() - began
-        self.num_measured += 1
         for name in self._types:
             own = [
                 row
                 for device, row in zip(self._cluster.devices, rows, strict=True)
                 if device.type == name
             ]
+            reasons = [row for row in own if isinstance(row, str)]
+            if reasons:
+                self._give_up(part, name, reasons[0])
+                continue
             first, second, third = (sum(column) / len(own) for column in zip(*own, strict=True))
             seconds = first, second, third
             self._seconds[part.digest, name] = seconds
@@ -253,6 +293,17 @@ class BlockTimes:
             count = len(part.stage.graph.nodes)
             key = self._key(part, name)
             self._database.put(Record(key, part.path, count, seconds, time.time()))
+        self.num_measured += any((part.digest, name) in self._seconds for name in self._types)
+
+    def _give_up(self, part: Part, name: str, reason: str) -> None:
+        self._failed.add((part.digest, name))
+        told = (
+            f"{self._noun} {_told(part)} could not be measured on {name}, its time is a predicted "
+            f"one: {reason}"
+        )
+        if told not in self.warnings:  # of other sizes of the same
+            self.warnings.append(told)
+        self._say(told)
 
     # -- corrections -------------------------------------------------------------------------------
 

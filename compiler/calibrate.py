@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..cost_models.calibration import (
 )
 from ..cost_models.fits import Quality, Sample
 from ..cost_models.presets import parse_devices
+from ..runtime.launcher import is_first_here
 from ..runtime.optimizer import describe_optimizer
 from ..runtime.session import Session
 from .calibrate_links import measured_links
@@ -36,6 +38,7 @@ from .ir.errors import UsageError
 from .ir.text import print_program
 from .probes import Probe, instruction_program, op_probes, rate_probes, tiny_probe, work_of
 from .ranks import calibration_session, job_cluster
+from .turns import measuring_turn
 
 __all__ = ["FULL", "QUICK", "Calibration", "Effort", "calibrate", "local_devices"]
 
@@ -122,7 +125,8 @@ def local_devices(devices: str | None) -> Cluster:
 def calibrate(
     cluster: Cluster, *, effort: Effort = FULL, progress: Callable[[str], None] = print
 ) -> Calibration:
-    """Measure the devices of `cluster`, which are those of this machine or this job.
+    """Measure the devices of `cluster`, which are those of this machine or this job, when no other
+    measurement runs here.
 
     Args:
         cluster: from `local_devices`; names, nodes and threads are kept, figures are replaced.
@@ -133,14 +137,15 @@ def calibrate(
         UsageError: the job has another number of ranks.
         RuntimeFailure: a worker failed.
     """
-    began = time.monotonic()
-    progress(f"starting {len(cluster.devices)} workers")
-    session = calibration_session(cluster, timeout_seconds=_TIMEOUT_SECONDS)
-    try:
-        found = _Measuring(session, cluster, effort, progress).run()
-    finally:
-        session.close()
-    return replace(found, seconds=time.monotonic() - began)
+    with measuring_turn(progress) if is_first_here() else nullcontext():
+        began = time.monotonic()
+        progress(f"starting {len(cluster.devices)} workers")
+        session = calibration_session(cluster, timeout_seconds=_TIMEOUT_SECONDS)
+        try:
+            found = _Measuring(session, cluster, effort, progress).run()
+        finally:
+            session.close()
+        return replace(found, seconds=time.monotonic() - began)
 
 
 @dataclass(slots=True)

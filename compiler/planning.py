@@ -126,11 +126,17 @@ class Planning:
         count = self.first_count(options)
         captured = self.captured(count)
         options = replace(options, num_microbatches=count)
+        warnings = self._crowding()
         if self._measures_nodes(options):
             self.say("measure operators on every type of device")
-            options = replace(options, measured=measure(captured, self.cluster))
+            measured, reason = measure(captured, self.cluster, self.say)
+            options = replace(options, measured=measured)
+            if measured is None:
+                cause = f"operators could not be measured, times are predicted ones: {reason}"
+                self.say(cause)
+                warnings = (*warnings, cause)
         plan = self._plan(captured, options)
-        return captured, replace(plan, warnings=(*plan.warnings, *self._crowding()))
+        return captured, replace(plan, warnings=(*plan.warnings, *warnings))
 
     def _measures_nodes(self, options: PlanOptions) -> bool:
         """Whether every node is measured in its place, as for placing single operators."""

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 
 from ..passes.context import Measured
 from .capture import Captured
 from .codegen.cut import cut_stages
 from .codegen.python import emit_python
 from .ir.cluster import Cluster, Link
+from .ir.errors import WorkerLost
 from .ir.plan import Stage
 from .ir.program import Program
 from .ir.text import print_program
 from .ranks import check_measurable, profiling_session
+from .turns import measuring_turn
 
 __all__ = ["measure"]
 
@@ -25,8 +28,14 @@ _REPEATS = 7
 _TIMEOUT_SECONDS = 300.0
 
 
-def measure(captured: Captured, cluster: Cluster) -> Measured:
-    """Seconds of every node of the graph, and of messages.
+def measure(
+    captured: Captured, cluster: Cluster, say: Callable[[str], None]
+) -> tuple[Measured | None, str]:
+    """Seconds of every node of the graph, and of messages; None and why, if the memory of a device
+    does not suffice.
+
+    Args:
+        say: is told if another measurement has to end first.
 
     Raises:
         UsageError: the devices are not those of this machine.
@@ -39,17 +48,23 @@ def measure(captured: Captured, cluster: Cluster) -> Measured:
         "source": emit_python(program),
         "repeats": _REPEATS,
     }
-    session = profiling_session(cluster, timeout_seconds=_TIMEOUT_SECONDS)
-    try:
-        nodes = session.call("time_nodes", arguments, timeout_seconds=_TIMEOUT_SECONDS)
-        messages = session.call("time_messages", timeout_seconds=_TIMEOUT_SECONDS)
-    finally:
-        session.close()
+    with measuring_turn(say):
+        session = profiling_session(cluster, timeout_seconds=_TIMEOUT_SECONDS)
+        try:
+            nodes = session.call("time_nodes", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+            messages = session.call("time_messages", timeout_seconds=_TIMEOUT_SECONDS)
+        except WorkerLost as error:
+            return None, error.cause.partition(";")[0]
+        finally:
+            session.close()
+    for rank, row in enumerate(nodes):
+        if isinstance(row, str):
+            return None, f"rank {rank}, {row}"
     links = {
         name: Link(latency, 1.0 / per_byte if per_byte > 0 else math.inf)
         for name, (latency, per_byte) in _by_type(cluster, messages).items()
     }
-    return Measured(_by_type(cluster, nodes), links)
+    return Measured(_by_type(cluster, nodes), links), ""
 
 
 def _by_type(cluster: Cluster, rows: list[list[float]]) -> dict[str, tuple[float, ...]]:

@@ -57,6 +57,8 @@ def search_measured(planning: Planning, options: PlanOptions, times: BlockTimes)
             complete = _learn(item, options, times) and complete
         if times.num_parts == known:
             ended = "all that counts of the plan and of what comes close to it is measured"
+            if times.warnings:
+                ended += ", but for what could not be"
         elif rounds == _MOST_ROUNDS:
             ended = f"the choice was not stable after {rounds} rounds"
         else:
@@ -80,7 +82,12 @@ def search_measured(planning: Planning, options: PlanOptions, times: BlockTimes)
         first_seconds=_seconds_on_mesh_of(planning, first[1], plan, options),
         blocks=times.blocks(*_local(found, options)),
     )
-    return captured, replace(plan, profile=report, certificate=_named(plan, times))
+    return captured, replace(
+        plan,
+        profile=report,
+        certificate=_named(plan, times),
+        warnings=(*plan.warnings, *times.warnings),
+    )
 
 
 def _leading(

@@ -61,6 +61,7 @@ import json
 import tomllib
 from pathlib import Path
 
+from ..compiler.files import write_whole
 from ..compiler.ir.cluster import Cluster, Device, DeviceType, Host, LinkRule
 from ..compiler.ir.errors import ClusterError
 from .cluster_fields import (
@@ -326,6 +327,10 @@ def _check_links(cluster: Cluster, source: Source) -> None:
 
 
 def write_cluster(cluster: Cluster, path: str | Path) -> None:
-    """Write `cluster` to a `.toml` or `.json` file that `read_cluster` reads back equal."""
+    """Write `cluster` to a `.toml` or `.json` file that `read_cluster` reads back equal.
+
+    Raises:
+        UsageError: the file cannot be written; one that was there is as it was.
+    """
     path = Path(path)
-    path.write_text(render_cluster(cluster, format=path.suffix.removeprefix(".")), encoding="utf-8")
+    write_whole(path, render_cluster(cluster, format=path.suffix.removeprefix(".")), "cluster")

@@ -28,6 +28,7 @@ __all__ = [
     "RANK_FACTORY",
     "cache_directory",
     "fair_threads",
+    "is_first_here",
     "job_rank",
     "job_size",
     "launch_local",
@@ -50,6 +51,11 @@ def under_torchrun() -> bool:
 def job_rank() -> int:
     """This process's rank in its job; 0 outside of one."""
     return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
+def is_first_here() -> bool:
+    """Whether this process is the first rank of its job on this machine, or of no job."""
+    return not under_torchrun() or _local_rank() == 0
 
 
 def cache_directory() -> Path:
@@ -184,11 +190,14 @@ def spmd_session(
     return SpmdSession(target, rank, num_ranks, communicator=communicator, store=store, gloo=gloo)
 
 
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+
+
 def _own_device() -> torch.device:
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if torch.cuda.is_available() and torch.cuda.device_count() >= ranks_here:
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", _local_rank())
     return torch.device("cpu")
 
 

@@ -6,6 +6,7 @@ profiler; the running sum of those events is the live memory relative to the sta
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
     "give_back",
+    "if_it_fits",
     "measure_peak",
     "peak_resident_bytes",
     "reset_peak_resident",
@@ -40,6 +42,33 @@ def give_back(tensor: Tensor) -> None:
     """
     if tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor.untyped_storage().resize_(0)
+
+
+def if_it_fits(run: Callable[[], T], device: torch.device) -> tuple[T | None, str]:
+    """Result of `run()`, or None and what the allocator said if it had no memory left.
+
+    What `run` had allocated is free again then.
+    """
+    try:
+        return run(), ""
+    except (MemoryError, RuntimeError) as error:
+        reason = _no_room(error)
+        if not reason:
+            raise
+    gc.collect()  # frames of the error held tensors
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, reason
+
+
+def _no_room(error: Exception) -> str:
+    """What an allocator says that could not give what was asked for; empty: another error."""
+    lines = str(error).splitlines() or [""]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return lines[0] or "out of memory"
+    if "DefaultCPUAllocator" in lines[0]:  # torch has no type for it
+        return lines[0].partition("DefaultCPUAllocator: ")[2]
+    return ""
 
 
 def measure_peak(

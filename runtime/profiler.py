@@ -26,6 +26,7 @@ from ..compiler.ir.types import TensorType
 from .clock import busy_clock
 from .communicator import Communicator
 from .made_up import index_limits, made_up
+from .memory import if_it_fits
 from .profile_block import BlockRun, block_kernels
 from .rank import stage_functions
 
@@ -55,8 +56,8 @@ class Profiler:
     def reset(self) -> None:
         """Nothing is kept between calls."""
 
-    def time_nodes(self, *, program: str, source: str, repeats: int) -> list[float]:
-        """Median seconds of every node.
+    def time_nodes(self, *, program: str, source: str, repeats: int) -> list[float] | str:
+        """Median seconds of every node; where memory does not suffice, at which and by how much.
 
         Args:
             program: text form of a program with one node a stage, in an order in which they run.
@@ -65,16 +66,22 @@ class Profiler:
         """
         stages = parse_program(program).stages
         functions = stage_functions(source, f"<cutset profile of rank {self._rank}>")
-        run = _Run(stages, functions, self._device)
+        run, reason = if_it_fits(lambda: _Run(stages, functions, self._device), self._device)
         self._communicator.barrier(label="the start of measuring")
-        run.times()
-        rows = [run.times() for _ in range(repeats)]
+        if run is None:
+            return f"parameters and inputs: {reason}"
+        rows, reason = if_it_fits(
+            lambda: [run.times() for _ in range(repeats + 1)][1:], self._device
+        )
+        if rows is None:
+            return f"{run.current}: {reason}"
         return [statistics.median(column) for column in zip(*rows, strict=True)]
 
     def time_block(
         self, *, program: str, source: str, copies: int, compile: bool, cuda_graphs: bool
-    ) -> tuple[float, float, float]:
-        """Median seconds of F, B and W of the one stage of `program`.
+    ) -> tuple[float, float, float] | str:
+        """Median seconds of F, B and W of the one stage of `program`; where memory does not
+        suffice, what the allocator says.
 
         Args:
             program: text form.
@@ -85,10 +92,18 @@ class Profiler:
         parsed = parse_program(program)
         (stage,) = parsed.stages
         functions = stage_functions(source, f"<cutset profile of rank {self._rank}>")
-        kernels = block_kernels(functions[f"stage_{stage.index}"], stage, self._device, compile)
-        run = BlockRun(stage, kernels, self._device, copies, cuda_graphs)
+        function = functions[f"stage_{stage.index}"]
+
+        def prepared() -> BlockRun:
+            kernels = block_kernels(function, stage, self._device, compile)
+            return BlockRun(stage, kernels, self._device, copies, cuda_graphs)
+
+        run, reason = if_it_fits(prepared, self._device)
         self._communicator.barrier(label="the start of measuring")
-        return run.median_seconds()
+        if run is None:
+            return reason
+        found, reason = if_it_fits(run.median_seconds, self._device)
+        return reason if found is None else found
 
     def time_messages(self) -> tuple[float, float]:
         """Seconds for which this rank works on a message, sent or received: on any, and on a byte.
@@ -129,6 +144,7 @@ class _Run:
         self._device = device
         self._clock = busy_clock(device)
         self._key = torch.zeros((), dtype=torch.int64, device=device)
+        self.current = ""  # the operator that runs
         self._nodes = [(functions[f"stage_{stage.index}"], stage) for stage in stages]
         self._given: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
@@ -155,6 +171,7 @@ class _Run:
         with torch.no_grad():
             for (function, stage), dead in zip(self._nodes, self._dead, strict=True):
                 graph = stage.graph
+                self.current = graph.nodes[0].name
                 arguments = [
                     made[value.name]
                     if value.kind is ValueKind.BOUNDARY

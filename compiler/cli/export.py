@@ -23,10 +23,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace, console: Console) -> None:
     from ..export import to_onnx
+    from ..files import check_target
     from ..ir.fingerprint import plan_hash
     from ..plan_json import load_plan
     from .planned import planned_from
 
+    check_target(options.onnx, "ONNX")
     plan = load_plan(options.plan)
     planned = planned_from(options, plan, console)
     console.progress(f"write {options.onnx}")

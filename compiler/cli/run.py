@@ -67,7 +67,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="record one more step, for chrome://tracing or Perfetto, as simulate --trace does",
+        help="record one more step (of inference, the last), for chrome://tracing or Perfetto, as "
+        "simulate --trace does",
     )
     add_model_arguments(parser)
     add_optimizer_arguments(parser)
@@ -77,12 +78,15 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     from ...runtime.launcher import job_rank
     from ..api import auto_partition
     from ..checkpoint import refuse_existing
+    from ..files import check_target
     from ..plan_json import load_plan
     from ..reference import train_reference
     from .model_loader import choose_optimizer, for_inference
     from .run_inference import run_inference
 
     console.quiet = job_rank() > 0
+    if options.trace is not None and not console.quiet:
+        check_target(options.trace, "trace")
     plan = load_plan(options.plan)
     if plan.mode.value != "train":
         loaded = for_inference(_loaded(options, console))
@@ -155,12 +159,13 @@ def _measured(
             console.progress(f"save {options.save_checkpoint}")
             parallel.save_checkpoint(options.save_checkpoint)
         if options.trace is not None:
-            console.progress(f"trace one more step to {options.trace}")
+            console.progress("trace one more step")
             parallel.record_trace()
             parallel.train_step(*loaded.args, **loaded.kwargs)
             if not console.quiet:
                 trace = chrome_trace(parallel.trace(), title="measured")
                 write_chrome_trace(options.trace, trace)
+                console.note(f"wrote {options.trace}")
 
     return measure_training(
         parallel,

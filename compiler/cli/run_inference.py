@@ -35,6 +35,7 @@ def run_inference(
         UsageError: an option is for training.
     """
     from ..api import auto_partition
+    from ..chrome_trace import chrome_trace, write_chrome_trace
     from ..measure import measure_inference
     from ..reference import infer_reference, relative_error
 
@@ -65,6 +66,10 @@ def run_inference(
         measured = measure_inference(
             parallel, loaded.args, loaded.kwargs, steps=options.steps, progress=console.progress
         )
+        if options.trace is not None and not console.quiet:
+            trace = chrome_trace(parallel.trace(), title="measured")
+            write_chrome_trace(options.trace, trace)
+            console.note(f"wrote {options.trace}, the last of these steps")
     error = None
     if options.compare and not console.quiet:
         console.progress("infer with the unpartitioned model")

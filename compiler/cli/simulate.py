@@ -35,9 +35,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, console: Console) -> None:
     from ...cost_models import render_timeline, simulate
     from ..explain_memory import peak_text
+    from ..files import check_target
     from ..plan_json import load_plan
     from .planned import planned_from
 
+    if options.trace is not None:
+        check_target(options.trace, "trace")
     plan = load_plan(options.plan)
     if options.model:
         planned = planned_from(options, plan, console)
@@ -51,6 +54,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
 
         trace = chrome_trace(simulation.events, simulation.memory_curves, title="simulated")
         write_chrome_trace(options.trace, trace)
+        console.note(f"wrote {options.trace}")
     data = {
         "step_seconds": simulation.step_seconds,
         "bubble_fraction": simulation.bubble_fraction,

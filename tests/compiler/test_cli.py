@@ -92,6 +92,24 @@ def test_malformed_command_lines_exit_with_2(
     assert "cutset" in captured.err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["simulate", "no-plan.json", "--trace"],
+        ["run", "no-model.py:f", "--plan", "no-plan.json", "--trace"],
+        ["export", "no-plan.json", "--model", "no-model.py:f", "--onnx"],
+        ["plan", "no-model.py:f", "--devices", "2", "-o"],
+    ],
+)
+def test_a_result_that_has_nowhere_to_go_is_refused_before_any_work(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target, reason in ((tmp_path / "no" / "x.json", "does not exist"), (tmp_path, "a folder")):
+        assert main([*arguments, str(target)]) == 2
+        told = capsys.readouterr().err
+        assert reason in told and str(target) in told
+
+
 def test_help_starts_without_torch() -> None:
     code = "import sys; from cutset.compiler.cli import main; main(['--help']); "
     code += "assert 'torch' not in sys.modules"

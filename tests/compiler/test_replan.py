@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from cutset.compiler.api import plan_model
-from cutset.compiler.block_times import BlockTimes, Measurer, Phases, ProfileOptions, cost_alone
+from cutset.compiler.block_times import BlockTimes, Measurer, ProfileOptions, Row, cost_alone
 from cutset.compiler.explain import explain, explain_json
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.compiler.ir.errors import UsageError
@@ -50,7 +51,10 @@ class MadeUp:
         self.parts: list[Part] = []
         self.closed = 0
 
-    def measure(self, part: Part) -> list[Phases]:
+    def turn(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def measure(self, part: Part) -> list[Row]:
         self.now += self.seconds
         self.parts.append(part)
         graph = part.stage.graph
@@ -183,6 +187,65 @@ def test_the_budget_ends_measuring_and_what_is_known_counts(tmp_path: Path) -> N
     assert plan.cluster.types[0].corrections is not None
 
 
+def test_what_memory_does_not_suffice_for_keeps_its_price_and_is_warned_of(tmp_path: Path) -> None:
+    class NoRoomForActivations(MadeUp):
+        def measure(self, part: Part) -> list[Row]:
+            rows = super().measure(part)
+            is_large = part.stage.graph.nodes[0].op.packet == "gelu"
+            return [rows[0], "out of memory: tried to allocate 3.00 GiB"] if is_large else rows
+
+    said: list[str] = []
+    search = planning()
+    search.say = said.append
+    times = BlockTimes(
+        search.cluster,
+        ProfileOptions("ops"),
+        ProfileDatabase(tmp_path),
+        NoRoomForActivations(lambda part: 3.0),
+        search.say,
+    )
+    plan = search_measured(search, PlanOptions(), times)[1]
+    report = report_of(plan)
+    assert report.ended.endswith("is measured, but for what could not be")
+    assert report.num_measured == len(ProfileDatabase(tmp_path).records()) > 0
+    told = [line for line in plan.warnings if "could not be measured" in line]
+    assert told and set(told) <= set(said) and len(told) == len(set(told))
+    assert "operator aten.gelu.default 0.1 could not be measured on worker" in told[0]
+    assert "its time is a predicted one: out of memory: tried to allocate 3.00 GiB" in told[0]
+    assert told[0] in explain(plan)
+    assert all(block.path != "0.1" for block in report.blocks)
+
+
+def test_all_that_cannot_be_measured_leaves_the_plan_by_rates(tmp_path: Path) -> None:
+    class NoRoom(MadeUp):
+        def measure(self, part: Part) -> list[Row]:
+            super().measure(part)
+            return ["out of memory"] * 2
+
+    before = planning().search_once(PlanOptions())[1]
+    measurer = NoRoom(lambda part: 3.0)
+    plan = searched(measurer, tmp_path)
+    assert (plan.mesh, plan.stages) == (before.mesh, before.stages)
+    assert plan.prediction == before.prediction
+    assert report_of(plan).num_measured == 0 and report_of(plan).rounds == 0
+    digests = [part.digest for part in measurer.parts]
+    assert len(digests) == len(set(digests))  # nothing is tried a second time
+    assert ProfileDatabase(tmp_path).records() == ()
+
+
+def test_what_another_planner_measured_meanwhile_is_not_measured_again(tmp_path: Path) -> None:
+    class WaitsForAnother(MadeUp):
+        def turn(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
+            say("waits")
+            searched(MadeUp(lambda part: 3.0), tmp_path)
+            return nullcontext()
+
+    measurer = WaitsForAnother(lambda part: 1 / 0)
+    plan = searched(measurer, tmp_path)
+    assert measurer.parts == [] and report_of(plan).num_measured == 0
+    assert report_of(plan).num_known > 0
+
+
 def test_the_file_of_the_plan_simulates_as_the_plan_does(tmp_path: Path) -> None:
     search = planning()
     measurer: Measurer = MadeUp(lambda part: 4.0)
@@ -224,9 +287,10 @@ def test_operators_that_are_placed_have_the_times_of_their_blocks(tmp_path: Path
     search.call = (torch.randn(32, 128),), {}
 
     class OneIsSlow(MadeUp):
-        def measure(self, part: Part) -> list[Phases]:
-            rows = super().measure(part)
-            return [rows[0], (9 * rows[0][0], 0.0, 0.0)]
+        def measure(self, part: Part) -> list[Row]:
+            first, _ = super().measure(part)
+            assert not isinstance(first, str)
+            return [first, (9 * first[0], 0.0, 0.0)]
 
     times = BlockTimes(
         search.cluster,
