@@ -11,7 +11,8 @@ in program order, as many in each part, parts on devices in the best order by th
 
 `load` is what the busiest device does for one microbatch, in ms: its own working time, in which
 waiting and other processes do not count. `rows/s` are of the fastest step of each, by the wall
-clock, which other load on the machine slows. `bound/peak` is the least ratio of predicted memory of
+clock, which other load on the machine slows; `busy` is the share of it for which the busiest device
+of our plan worked. `bound/peak` is the least ratio of predicted memory of
 a device to what it took.
 """
 
@@ -22,8 +23,11 @@ import itertools
 import json
 import os
 import re
+import statistics
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,12 +45,12 @@ from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRu
 from cutset.compiler.ir.fingerprint import fingerprint  # noqa: E402
 from cutset.compiler.ir.graph import Mode  # noqa: E402
 from cutset.compiler.ir.plan import Objective, Plan  # noqa: E402
+from cutset.compiler.ir.trace import Lane  # noqa: E402
 from cutset.compiler.planning import Planning  # noqa: E402
-from cutset.compiler.profile import measure  # noqa: E402
+from cutset.compiler.profile_database import ProfileDatabase  # noqa: E402
 from cutset.compiler.reference import flatten_outputs, infer_reference, relative_error  # noqa: E402
 from cutset.cost_models import parse_devices  # noqa: E402
 from cutset.passes.context import Context, PlanOptions  # noqa: E402
-from cutset.passes.pipeline import plan_graph  # noqa: E402
 from cutset.passes.place import place_by_hand  # noqa: E402
 from cutset.passes.placement.from_graph import state_workload  # noqa: E402
 
@@ -90,10 +94,17 @@ MODELS: dict[str, Callable[[int], Made]] = {"inception": _inception, "clip": _cl
 
 @dataclass(frozen=True)
 class Run:
-    """What one plan did: working seconds of every device for a microbatch, seconds of its steps."""
+    """What one plan did.
+
+    Args:
+        busy: working seconds of every device for a microbatch, the least of all steps.
+        seconds: of its steps.
+        pieces: seconds of every piece by the wall clock, the medians of the last step.
+    """
 
     busy: tuple[float, ...]
     seconds: tuple[float, ...]
+    pieces: tuple[float, ...]
 
 
 def main() -> int:
@@ -138,17 +149,16 @@ def _case(name: str, cluster: Cluster, options: argparse.Namespace) -> dict[str,
     planning = Planning(model, (args, kwargs), cluster, Mode.INFER, None, False, _say)
     captured = planning.captured(count)
     graph = captured.graph
-    _say(f"{name}: measure {len(graph.nodes)} nodes")
-    measured = measure(captured, cluster)
+    _say(f"{name}: place {len(graph.nodes)} nodes")
     pinned = PlanOptions(
         objective=Objective.THROUGHPUT,
         num_microbatches=count,
-        measured=measured,
         placement_seconds=options.time_limit,
     )
-    context = Context(graph, pinned)
-    _say(f"{name}: place")
-    placed = plan_graph(graph, cluster, batch_size=planning.rows, options=pinned)
+    with tempfile.TemporaryDirectory() as nothing_known:
+        database = ProfileDatabase(Path(nothing_known))
+        placed, measured = planning.placed_by_measuring(captured, pinned, database)
+    context = Context(graph, replace(pinned, measured=measured))
     start = Plan(
         fingerprint=fingerprint(graph, type(model).__name__),
         cluster=cluster,
@@ -217,9 +227,19 @@ def _in_turns(
             count = parallel.plan.num_microbatches
             busy[index].append([work / count for work in parallel.busy_seconds()])
     return [
-        Run(tuple(map(min, zip(*rows, strict=True))), tuple(own))
-        for rows, own in zip(busy, seconds, strict=True)
+        Run(tuple(map(min, zip(*rows, strict=True))), tuple(own), _piece_seconds(parallel))
+        for rows, own, parallel in zip(busy, seconds, parallels, strict=True)
     ]
+
+
+def _piece_seconds(parallel: Any) -> tuple[float, ...]:
+    """Of every stage of the plan, from the trace of the last step."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for event in parallel.trace():
+        if event.lane is Lane.COMPUTE:
+            stage = int(event.name.removeprefix("F ").partition(".")[0])
+            found[stage].append(event.end_seconds - event.begin_seconds)
+    return tuple(statistics.median(found[index]) for index in sorted(found))
 
 
 def _row(
@@ -254,9 +274,29 @@ def _row(
         "equal_rows_per_second": rates[1],
         "speedup": rates[0] / rates[1],
         "fast_enough": rates[0] / rates[1] >= SPEEDUP,
-        "step_seconds": list(runs[0].seconds),
-        "equal_step_seconds": list(runs[1].seconds),
+        **_course(placed, runs[0], ""),
+        **_course(equal, runs[1], "equal_"),
     }
+
+
+def _course(plan: Plan, run: Run, prefix: str) -> dict[str, Any]:
+    """What became of a plan, piece by piece, to see where a prediction fails."""
+    assert plan.prediction is not None
+    loads = plan.prediction.loads
+    predicted = plan.prediction.stage_forward_seconds
+    found = {
+        "busiest_share": max(run.busy) * plan.num_microbatches / min(run.seconds),
+        "step_seconds": list(run.seconds),
+        "predicted_step_seconds": plan.prediction.step_seconds,
+        "predicted_compute": [load.compute_seconds for load in loads],
+        "predicted_communication": [load.communication_seconds for load in loads],
+        "busy": list(run.busy),
+        "piece_devices": [stage.device for stage in plan.stages],
+        "piece_nodes": [len(stage.nodes) for stage in plan.stages],
+        "piece_predicted": list(predicted),
+        "piece_measured": list(run.pieces),
+    }
+    return {f"{prefix}{key}": value for key, value in found.items()}
 
 
 def _memory(plan: Plan, peaks: list[int]) -> dict[str, Any]:
@@ -286,6 +326,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], object]], ...] = (
     ("rows/s", "6.2f", lambda row: row["rows_per_second"]),
     ("equal", "6.2f", lambda row: row["equal_rows_per_second"]),
     ("speedup", "7.2f", lambda row: row["speedup"]),
+    ("busy", "5.0%", lambda row: row["busiest_share"]),
     ("bound/peak", "10.2f", lambda row: row["bound_over_peak"]),
 )
 

@@ -268,7 +268,8 @@ class BlockTimes:
             return False
         for name, record in found.items():
             assert record is not None
-            self._seconds[part.digest, name] = record.seconds
+            first, second, third = record.seconds
+            self._seconds[part.digest, name] = first, second, third
         self.num_known += 1
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,13 +18,18 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def hardware_of(cluster: Cluster, device: int) -> str:
-    """The hardware of one device of a local cluster, and how many workers there are beside it."""
-    count = len(cluster.devices)
+    """The hardware of one device of a local cluster, and of the workers beside it."""
+    others = Counter(_alone(cluster, i) for i in range(len(cluster.devices)) if i != device)
+    beside = " and ".join(f"{count} of {name}" for name, count in sorted(others.items()))
+    return f"{_alone(cluster, device)}; beside {beside or 'no other'}"
+
+
+def _alone(cluster: Cluster, device: int) -> str:
     place = place_of(cluster, device)
     if place.type == "cuda":
-        return f"{torch.cuda.get_device_name(place)}, {count} workers"
-    threads = cluster.type_of(device).threads or fair_threads(count)
-    return f"{_cpu_model()}, {threads} threads, {count} workers"
+        return torch.cuda.get_device_name(place)
+    threads = cluster.type_of(device).threads or fair_threads(len(cluster.devices))
+    return f"{_cpu_model()}, {threads} threads"
 
 
 def _cpu_model() -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ..passes.context import PlanOptions
+from ..passes.context import Measured, PlanOptions
 from ..passes.pinned import check_pinned, mesh_is_open
 from ..passes.pipeline import plan_graph
 from ..passes.place import check_placement
@@ -28,7 +28,8 @@ from .ir.counts import divisors
 from .ir.errors import CaptureError, UsageError
 from .ir.graph import Mode
 from .ir.plan import DATA, PIPELINE, Objective, Plan
-from .profile import measure
+from .place_measured import place_measured
+from .profile import NodeTimes, NotMeasured
 from .profile_database import ProfileDatabase
 from .replan import search_measured
 
@@ -128,15 +129,35 @@ class Planning:
         options = replace(options, num_microbatches=count)
         warnings = self._crowding()
         if self._measures_nodes(options):
-            self.say("measure operators on every type of device")
-            measured, reason = measure(captured, self.cluster, self.say)
-            options = replace(options, measured=measured)
-            if measured is None:
-                cause = f"operators could not be measured, times are predicted ones: {reason}"
+            database = ProfileDatabase(cache_directory())
+            try:
+                plan, _ = self.placed_by_measuring(captured, options, database)
+                return captured, replace(plan, warnings=(*plan.warnings, *warnings))
+            except NotMeasured as error:
+                cause = f"operators could not be measured, times are predicted ones: {error}"
                 self.say(cause)
                 warnings = (*warnings, cause)
         plan = self._plan(captured, options)
         return captured, replace(plan, warnings=(*plan.warnings, *warnings))
+
+    def placed_by_measuring(
+        self, captured: Captured, options: PlanOptions, database: ProfileDatabase
+    ) -> tuple[Plan, Measured]:
+        """The operators of `captured` placed by times measured here, and these times.
+
+        Args:
+            database: of times that are known.
+
+        Raises:
+            NotMeasured: the memory of a device does not suffice to run all operators.
+        """
+        times = NodeTimes(captured, self.cluster, database, self.say)
+        try:
+            return place_measured(
+                captured.graph, options, times, lambda now: self._plan(captured, now), self.say
+            )
+        finally:
+            times.close()
 
     def _measures_nodes(self, options: PlanOptions) -> bool:
         """Whether every node is measured in its place, as for placing single operators."""

@@ -1,4 +1,4 @@
-"""Times of blocks that were measured on this machine, kept from one planning to the next.
+"""Times that were measured on this machine, kept from one planning to the next.
 
 One file a record, `<cache>/profile/<hash of the key>.json`, written beside its place and moved over
 it: writers need no lock, a reader sees a whole record or none, and a crash leaves at most a file
@@ -8,6 +8,7 @@ there, with a warning that names the file; it is overwritten by the next measure
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 import time
@@ -21,11 +22,11 @@ from .files import write_whole
 from .ir.errors import UsageError
 from .json_fields import strict_json
 
-__all__ = ["BlockKey", "ProfileDatabase", "Record"]
+__all__ = ["BlockKey", "Measurement", "ProfileDatabase", "Record"]
 
 _FORMAT = "cutset profile"
-FORMAT_VERSION = 1
-METHOD_VERSION = 2
+FORMAT_VERSION = 2
+METHOD_VERSION = 3
 """Of how blocks are made and measured, by kernels of this cutset: others do not compare."""
 
 _ABANDONED_SECONDS = 3600.0  # so old a temporary file has no writer any more
@@ -33,18 +34,28 @@ _MOST_SECONDS = 1e6
 _LATEST_SECONDS = 1e11  # since the epoch, thousands of years from now
 
 
+class Measurement(enum.StrEnum):
+    """What a record has the seconds of."""
+
+    PART = "part"  # of a local graph: forward, input gradients and weight gradients
+    NODES = "nodes"  # of a graph, each in its place
+    MESSAGE = "message"  # work on any, and on a byte of it
+
+
 @dataclass(frozen=True, slots=True)
 class BlockKey:
-    """What a time depends on.
+    """What times depend on.
 
     Args:
-        content: SHA-256 of the local graph of the block: operators, local types, dtypes.
+        content: SHA-256 of what runs: operators, local types, dtypes; of nodes in their places also
+            what the workers beside run.
         mode: `train` or `infer`.
-        device: the hardware, and how many workers measured at once (see `hardware.py`).
+        device: the hardware, and the workers that measured beside it (see `hardware.py`).
         copies: sets of tensors that it ran on in turn.
         compiled: by Inductor.
         cuda_graphs: replayed as CUDA graphs.
         torch: version.
+        kind: what was measured.
         method: `METHOD_VERSION`.
     """
 
@@ -55,6 +66,7 @@ class BlockKey:
     compiled: bool
     cuda_graphs: bool
     torch: str
+    kind: Measurement = Measurement.PART
     method: int = METHOD_VERSION
 
     @property
@@ -68,16 +80,16 @@ class Record:
     """One measurement.
 
     Args:
-        path: module path of the block where it was found.
+        path: module path of the block where it was found; empty for nodes and messages.
         num_nodes: operators in it.
-        seconds: of forward, input gradients and weight gradients.
+        seconds: as the kind of the key says.
         measured_at: seconds since the epoch.
     """
 
     key: BlockKey
     path: str
     num_nodes: int
-    seconds: tuple[float, float, float]
+    seconds: tuple[float, ...]
     measured_at: float
 
 
@@ -202,19 +214,24 @@ def _parsed(text: str) -> Record:
     if set(key) != {field.name for field in fields(BlockKey)}:
         raise ValueError("its key has other fields")
     for name, kind in (
-        *((name, str) for name in ("content", "mode", "device", "torch")),
+        *((name, str) for name in ("content", "mode", "device", "torch", "kind")),
         *((name, int) for name in ("copies", "method")),
         *((name, bool) for name in ("compiled", "cuda_graphs")),
     ):
         _typed(key[name], f"key.{name}", kind)
     seconds = [_amount(item, "seconds") for item in _typed(document["seconds"], "seconds", list)]
-    if len(seconds) != 3 or not seconds[0] > 0.0:
-        raise ValueError("seconds are not three, or forward takes no time")
+    num_nodes = _typed(document["num_nodes"], "num_nodes", int)
+    measured = Measurement(key["kind"])
+    wanted = {Measurement.PART: 3, Measurement.NODES: num_nodes, Measurement.MESSAGE: 2}[measured]
+    if len(seconds) != wanted:
+        raise ValueError(f"seconds of a {measured} record are {wanted}, not {len(seconds)}")
+    if measured is Measurement.PART and not seconds[0] > 0.0:
+        raise ValueError("forward takes no time")
     return Record(
-        key=BlockKey(**key),
+        key=BlockKey(**(key | {"kind": measured})),
         path=_typed(document["path"], "path", str),
-        num_nodes=_typed(document["num_nodes"], "num_nodes", int),
-        seconds=(seconds[0], seconds[1], seconds[2]),
+        num_nodes=num_nodes,
+        seconds=tuple(seconds),
         measured_at=_amount(document["measured_at"], "measured_at", most=_LATEST_SECONDS),
     )
 

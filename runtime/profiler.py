@@ -14,6 +14,7 @@ hold of each what they hold in the model.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,7 @@ __all__ = ["Profiler"]
 
 _MESSAGE_BYTES = (4 << 10, 4 << 20)
 _MESSAGES = 15
+_LEAST_RUNS = 5
 _Kernel = Callable[..., tuple[Tensor, ...]]
 
 
@@ -56,13 +58,15 @@ class Profiler:
     def reset(self) -> None:
         """Nothing is kept between calls."""
 
-    def time_nodes(self, *, program: str, source: str, repeats: int) -> list[float] | str:
+    def time_nodes(self, *, program: str, source: str, seconds: float) -> list[float] | str:
         """Median seconds of every node; where memory does not suffice, at which and by how much.
 
         Args:
-            program: text form of a program with one node a stage, in an order in which they run.
+            program: text form of a program with one node a stage, in an order in which they run;
+                what none of them computes is made up.
             source: their stage functions.
-            repeats: runs that are timed, after one that is not.
+            seconds: for which runs are timed at least, so that workers of different speed measure
+                beside each other all the time.
         """
         stages = parse_program(program).stages
         functions = stage_functions(source, f"<cutset profile of rank {self._rank}>")
@@ -70,9 +74,7 @@ class Profiler:
         self._communicator.barrier(label="the start of measuring")
         if run is None:
             return f"parameters and inputs: {reason}"
-        rows, reason = if_it_fits(
-            lambda: [run.times() for _ in range(repeats + 1)][1:], self._device
-        )
+        rows, reason = if_it_fits(lambda: run.repeated(seconds), self._device)
         if rows is None:
             return f"{run.current}: {reason}"
         return [statistics.median(column) for column in zip(*rows, strict=True)]
@@ -149,10 +151,16 @@ class _Run:
         self._given: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
         limits = index_limits([stage.graph for stage in stages])
+        results = {
+            stage.graph.values[output.value].name
+            for stage in stages
+            for output in stage.graph.outputs
+        }
         for stage in stages:
             for value in stage.graph.values:
-                named = value.kind not in (ValueKind.RESULT, ValueKind.BOUNDARY)
-                if named and value.name not in self._given:
+                comes = value.kind is ValueKind.BOUNDARY and value.name in results
+                known = comes or value.kind is ValueKind.RESULT or value.name in self._given
+                if not known:
                     self._given[value.name] = made_up(value, generator, limits).to(device)
         last = {
             value.name: stage.index
@@ -164,6 +172,15 @@ class _Run:
         for name, index in last.items():
             self._dead[position[index]].append(name)
 
+    def repeated(self, seconds: float) -> list[list[float]]:
+        """Times of runs for so many seconds, after one that does not count."""
+        self.times()
+        rows: list[list[float]] = []
+        began = time.perf_counter()
+        while len(rows) < _LEAST_RUNS or time.perf_counter() - began < seconds:
+            rows.append(self.times())
+        return rows
+
     def times(self) -> list[float]:
         """Seconds of every node in one run."""
         made: dict[str, Tensor] = {}
@@ -173,9 +190,7 @@ class _Run:
                 graph = stage.graph
                 self.current = graph.nodes[0].name
                 arguments = [
-                    made[value.name]
-                    if value.kind is ValueKind.BOUNDARY
-                    else self._given[value.name]
+                    self._given[value.name] if value.name in self._given else made[value.name]
                     for value in graph.values
                     if value.kind is not ValueKind.RESULT
                 ]

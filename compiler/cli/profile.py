@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["COMMAND"]
 
 _DAY_SECONDS = 86400.0
+_PHASES = {
+    "part": ("forward_seconds", "backward_input_seconds", "backward_weight_seconds"),
+    "nodes": ("forward_seconds",),
+    "message": ("message_seconds", "byte_seconds"),
+}
+_NAMELESS = {"part": "of no module", "nodes": "nodes, each in its place", "message": "a message"}
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +62,22 @@ def _run(options: argparse.Namespace, console: Console) -> None:
 def _json(record: Record) -> dict[str, object]:
     key = record.key
     return {
+        "kind": key.kind.value,
         "path": record.path,
         "num_nodes": record.num_nodes,
         "device": key.device,
         "mode": key.mode,
         "runs_as": _runs_as(record),
         "torch": key.torch,
-        "forward_seconds": record.seconds[0],
-        "backward_input_seconds": record.seconds[1],
-        "backward_weight_seconds": record.seconds[2],
+        **dict(zip(_PHASES[key.kind], _phases(record), strict=True)),
         "measured_at": record.measured_at,
         "content": key.content,
     }
+
+
+def _phases(record: Record) -> tuple[float, ...]:
+    """Seconds by phase: of nodes, which are of a forward pass, the sum."""
+    return (sum(record.seconds),) if record.key.kind == "nodes" else record.seconds
 
 
 def _runs_as(record: Record) -> str:
@@ -83,10 +93,11 @@ def _text(records: list[Record], directory: str) -> str:
         if record.key.device != device:
             device = record.key.device
             lines.append(device)
-        times = " + ".join(map(seconds_text, record.seconds))
+        times = " + ".join(map(seconds_text, _phases(record)))
         days = max(0.0, now - record.measured_at) / _DAY_SECONDS
+        name = record.path or _NAMELESS[record.key.kind]
         lines.append(
-            f"  {record.path or 'of no module':<28} {record.num_nodes:>4} ops  {times:<30} "
+            f"  {name:<28} {record.num_nodes:>4} ops  {times:<30} "
             f"{record.key.mode}, {_runs_as(record)}, torch {record.key.torch}, {days:.1f} days old"
         )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cutset.compiler.cli import main
-from cutset.compiler.profile_database import BlockKey, ProfileDatabase, Record
+from cutset.compiler.profile_database import BlockKey, Measurement, ProfileDatabase, Record
 
 KEY = BlockKey("ab" * 32, "train", "Some CPU, 1 threads, 2 workers", 4, False, False, "2.13.0")
 
@@ -56,7 +56,7 @@ def test_what_is_put_is_got_and_nothing_else(database: ProfileDatabase) -> None:
         (lambda d: d.update(seconds=[0.0, 0.0, 0.0]), "takes no time"),
         (lambda d: d.update(seconds=[1e9, 0.0, 0.0]), "which cannot be"),
         (lambda d: d.update(seconds=["1", 0.0, 0.0]), "no number"),
-        (lambda d: d.update(seconds=[0.1, 0.2]), "not three"),
+        (lambda d: d.update(seconds=[0.1, 0.2]), "are 3, not 2"),
         (lambda d: d.update(seconds=0.1), "not of type list"),
         (lambda d: d.update(measured_at=10**400), "which cannot be"),
         (lambda d: d.update(more=1), "more"),
@@ -64,6 +64,9 @@ def test_what_is_put_is_got_and_nothing_else(database: ProfileDatabase) -> None:
         (lambda d: d["key"].update(copies=True), "key.copies"),
         (lambda d: d["key"].pop("torch"), "key has other fields"),
         (lambda d: d["key"].update(torch="2.0"), "about something else"),
+        (lambda d: d["key"].update(kind="guess"), "'guess' is not a valid Measurement"),
+        (lambda d: d["key"].update(kind="nodes"), "are 17, not 3"),
+        (lambda d: d["key"].update(kind="message"), "are 2, not 3"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_ignored_and_named(
@@ -241,6 +244,26 @@ def test_records_are_listed_by_device(
     assert entry["device"] == "NVIDIA H200, 2 workers"
     assert entry["runs_as"] == "eager in CUDA graphs"
     assert entry["forward_seconds"] == 0.25
+
+
+def test_nodes_and_messages_are_listed_beside_blocks(
+    filled: ProfileDatabase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, seconds in [(Measurement.NODES, (0.1, 0.0, 0.2)), (Measurement.MESSAGE, (1e-4, 0.0))]:
+        key = replace(KEY, kind=kind, device=kind)
+        kept = Record(key, "", len(seconds), seconds, time.time())
+        filled.put(kept)
+        assert filled.get(key) == kept
+    assert main(["profile", "list"]) == 0
+    text = capsys.readouterr().out
+    assert "nodes, each in its place" in text and "300 ms" in text
+    assert "a message" in text and "100 us + 0 s" in text
+    assert main(["profile", "list", "--device", "message", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["records"]
+    assert entry["kind"] == "message" and entry["message_seconds"] == 1e-4
+    filled.clear(device="nodes")
+    filled.clear(device="message")
+    assert len(filled.records()) == 2
 
 
 def test_records_are_cleared(filled: ProfileDatabase, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from cutset.compiler import profile
 from cutset.compiler.api import auto_partition
-from cutset.compiler.ir.graph import Graph
+from cutset.compiler.ir.graph import Graph, Mode
 from cutset.compiler.ir.ops import Category
 from cutset.compiler.ir.plan import Plan
 from cutset.compiler.measure import measure_inference
 from cutset.compiler.plan_json import load_plan
+from cutset.compiler.planning import Planning
+from cutset.compiler.profile import NodeTimes
+from cutset.compiler.profile_database import ProfileDatabase
 from cutset.compiler.reference import flatten_outputs, infer_reference, relative_error
 from tests.exactness.placed import cpu_type, cpu_workers, placed_by, scattered
 from tests.models.nets import Inception
@@ -136,13 +141,17 @@ def test_a_worker_without_room_gets_less(pool: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize("objective", ["throughput", "latency"])
-def test_workers_start_with_the_threads_of_their_type_and_are_measured(objective: str) -> None:
+def test_workers_start_with_the_threads_of_their_type_and_are_measured(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUTSET_CACHE", str(tmp_path))
     torch.manual_seed(0)
     model, args = Inception().double().eval(), images()
     two = replace(cpu_type("two-threads"), threads=2)
+    cluster = cpu_workers(two, cpu_type("one-thread"))
     with auto_partition(
         model,
-        cpu_workers(two, cpu_type("one-thread")),
+        cluster,
         example_inputs=args,
         mode="infer",
         objective=objective,
@@ -157,6 +166,24 @@ def test_workers_start_with_the_threads_of_their_type_and_are_measured(objective
     loads = plan.prediction.loads
     assert all(load.compute_seconds > 0 for load in loads)
     assert {stage.device for stage in plan.stages} == {0, 1}
+    records = ProfileDatabase(tmp_path).records()
+    threads = {record.key.device.partition(";")[0].split(", ")[-1] for record in records}
+    assert threads == {"1 threads", "2 threads"}
+
+    def starts_no_worker(*arguments: object, **options: object) -> None:
+        raise AssertionError("everything is known")
+
+    monkeypatch.setattr(profile, "profiling_session", starts_no_worker)
+    planning = Planning(model, (args, {}), cluster, Mode.INFER, None, False, lambda line: None)
+    captured = planning.captured(plan.num_microbatches)
+    times = NodeTimes(captured, cluster, ProfileDatabase(tmp_path), planning.say)
+    times.everywhere()
+    if objective == "throughput":
+        measured = times.in_place(plan)
+        for load in loads:
+            seconds = measured.nodes[cluster.type_of(load.device).name]
+            nodes = [n for stage in plan.stages if stage.device == load.device for n in stage.nodes]
+            assert sum(seconds[node] for node in nodes) == pytest.approx(load.compute_seconds)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from cutset.compiler.codegen.cut import cut_stages
 from cutset.compiler.codegen.python import emit_python
 from cutset.compiler.ir.graph import Mode, OutputKind
+from cutset.compiler.ir.plan import Stage
 from cutset.compiler.ir.program import Program, StageProgram
 from cutset.compiler.ir.text import print_program
 from cutset.runtime.local_communicator import LocalNetwork
@@ -49,10 +53,10 @@ def test_a_block_without_room_is_told_and_the_next_one_measured(mode: Mode) -> N
 def test_an_operator_without_room_is_named() -> None:
     worker = profiler()
     program = outer_product(Mode.INFER, TOO_MANY)
-    reason = worker.time_nodes(**arguments(program), repeats=1)
+    reason = worker.time_nodes(**arguments(program), seconds=0.01)
     assert isinstance(reason, str)
     assert reason.startswith(program.stages[0].graph.nodes[0].name) and "allocate" in reason
-    found = worker.time_nodes(**arguments(outer_product(Mode.INFER, 8)), repeats=1)
+    found = worker.time_nodes(**arguments(outer_product(Mode.INFER, 8)), seconds=0.01)
     assert not isinstance(found, str) and len(found) == 1
 
 
@@ -71,3 +75,24 @@ def test_other_errors_stay_errors() -> None:
     assert if_it_fits(is_full, CPU) == (None, "CUDA out of memory. Tried to allocate 2 GiB.")
     assert if_it_fits(is_full_too, CPU) == (None, "out of memory")
     assert if_it_fits(lambda: 3, CPU) == (3, "")
+
+
+def branches() -> Program:
+    """Three nodes: two branches of one input, and their sum."""
+    build = GraphBuilder("branches", Mode.INFER)
+    x = build.input("x", (4, 8))
+    left = build.op("aten.relu.default", x)
+    right = build.op("aten.linear.default", x, build.parameter("w", (8, 8)))
+    build.output(build.op("aten.add.Tensor", left, right))
+    graph = build.build()
+    stages = cut_stages(graph, tuple(Stage(node.id, (0,), (node.id,)) for node in graph.nodes))
+    return Program.unscheduled(graph.mode, stages)
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 2), (2,), (1, 2), ()])
+def test_what_others_compute_is_made_up(kept: tuple[int, ...]) -> None:
+    whole = branches()
+    own = replace(whole, stages=tuple(whole.stages[index] for index in kept))
+    seconds = profiler().time_nodes(**arguments(own), seconds=0.01)
+    assert len(seconds) == len(kept)
+    assert not isinstance(seconds, str) and all(item > 0.0 for item in seconds)
