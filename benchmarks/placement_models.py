@@ -184,7 +184,8 @@ def _case(name: str, cluster: Cluster, options: argparse.Namespace) -> dict[str,
         peaks = ours.peak_memory_bytes()
     error = relative_error(outputs, infer_reference(model, (args, kwargs), count))
     row = _row(name, (placed, equal), runs, error.value, len(graph.nodes), options.dtype)
-    return row | _memory(placed, peaks)
+    whole = {kind: sum(seconds) for kind, seconds in measured.nodes.items()}
+    return row | _memory(placed, peaks) | {"whole_model": whole, "rows": options.rows}
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
