@@ -15,7 +15,7 @@ from .intervals import Pieces
 from .load_table import LoadTable
 from .problem import PlacementProblem
 
-__all__ = ["anneal", "anneal_pieces"]
+__all__ = ["anneal", "anneal_pieces", "annealing_seconds"]
 
 _POWER = 24.0
 _START, _END = 0.01, 0.0001  # temperature, in power sums of one device at the mean of the start
@@ -72,6 +72,11 @@ def anneal_pieces(
     return Pieces(tuple(slot_of), pieces.sequence), value
 
 
+def annealing_seconds(problem: PlacementProblem, seconds: float) -> float:
+    """What the moves of the given time come to, which are fewer for small problems."""
+    return min(seconds, _MOST_MOVES_PER_UNIT * problem.num_units / _MOVES_A_SECOND)
+
+
 class _Annealing:
     def __init__(
         self,
@@ -96,7 +101,7 @@ class _Annealing:
     def run(self, seconds: float, at_most: float) -> tuple[list[int], float]:
         """Cool down over the moves of the given time."""
         end = time.monotonic() + at_most
-        moves = int(min(_MOST_MOVES_PER_UNIT * self.problem.num_units, _MOVES_A_SECOND * seconds))
+        moves = int(_MOVES_A_SECOND * annealing_seconds(self.problem, seconds))
         temperature = _START
         for number in range(moves):
             if number % _CHECK == 0:

@@ -56,7 +56,7 @@ def solve_assignment(
             for s, var in enumerate(model.at[unit]):
                 if not isinstance(var, int):
                     model.model.add_hint(var, s == slot)
-    outcome, solver = solve(model.model, seconds=seconds, clauses_share=_CLAUSES_SHARE)
+    outcome, solver, _ = solve(model.model, seconds=seconds, clauses_share=_CLAUSES_SHARE)
     slots = model.slots(solver) if outcome is Outcome.FOUND else None
     return AssignmentAnswer(slots, outcome is Outcome.INFEASIBLE)
 

@@ -6,6 +6,7 @@ time, a weaker bound is asked for, as it is easier to prove.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -36,6 +37,7 @@ def descend(
     first_aim: float,
     share: float,
     share_each: float,
+    enough: float = math.inf,
 ) -> None:
     """Ask, and take what is found, until the gap is closed or a share of the time is over.
 
@@ -47,11 +49,14 @@ def descend(
         first_aim: relative improvement to ask for first; the allowed gap if that is larger.
         share: of the time limit, after which nothing is asked.
         share_each: of the time left until then, for one answer.
+        enough: a bound at which to stop, too.
     """
     step = max(0.9 * best.gap, SMALLEST_STEP)
     aim = first = max(step, first_aim)
     unanswered = 0.0
     while not best.done and best.left(share) > 0.02 and best.value > 0:
+        if best.bound >= enough:
+            break
         room = 1 - best.bound / best.value
         if room <= step:
             break

@@ -24,14 +24,26 @@ class SearchState:
         time_limit: seconds from now.
         gap: relative gap at which the search may stop.
         progress: told of improvements.
+        clock_limit: seconds from now; with it, `time_limit` is one of work that parts of the search
+            say they have done (`spend`), so that the search is the same on a busy machine. The
+            clock only ends it.
     """
 
     def __init__(
-        self, workload: Workload, *, time_limit: float, gap: float, progress: Progress | None = None
+        self,
+        workload: Workload,
+        *,
+        time_limit: float,
+        gap: float,
+        progress: Progress | None = None,
+        clock_limit: float | None = None,
     ) -> None:
         self.workload, self.gap, self.progress = workload, gap, progress
         self.begin = time.monotonic()
         self.time_limit = time_limit
+        self.clock_limit = time_limit if clock_limit is None else clock_limit
+        self.counts_work = clock_limit is not None
+        self.work = 0.0
         self.placement: tuple[int, ...] | None = None
         self.value = float("inf")
         self.bound = 0.0
@@ -42,9 +54,25 @@ class SearchState:
         """Time since the search began."""
         return time.monotonic() - self.begin
 
+    @property
+    def clock_left(self) -> float:
+        """Seconds until the search has to end; at least 0."""
+        return max(0.0, self.clock_limit - self.seconds)
+
+    @property
+    def used(self) -> float:
+        """Of the time limit: work where that is counted, else time since the search began."""
+        return self.work if self.counts_work else self.seconds
+
     def left(self, share: float = 1.0) -> float:
-        """Seconds until a share of the time limit is over; at least 0."""
-        return max(0.0, share * self.time_limit - self.seconds)
+        """Seconds until a share of the time limit is used; at least 0."""
+        if self.counts_work and not self.clock_left:
+            return 0.0
+        return max(0.0, share * self.time_limit - self.used)
+
+    def spend(self, seconds: float) -> None:
+        """Count work by what it usually takes."""
+        self.work += seconds
 
     @property
     def done(self) -> bool:

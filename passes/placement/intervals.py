@@ -20,9 +20,10 @@ import numpy as np
 from .feasibility import MEMORY_TOLERANCE
 from .problem import Floats, Integers, PlacementProblem
 
-__all__ = ["Pieces", "best_pieces", "blocks_of_order", "interval_loads"]
+__all__ = ["Pieces", "best_pieces", "blocks_of_order", "interval_loads", "pieces_seconds"]
 
-_MOST_CELLS = 6e7  # of all tables of one order: about a quarter of a second
+_MOST_CELLS = 6e7  # of all tables of one order
+_CELLS_A_SECOND, _UNITS_A_SECOND = 2.4e8, 1e5
 _MOST_BLOCKS = 1200
 _SEQUENCES = 4
 
@@ -41,10 +42,7 @@ def best_pieces(problem: PlacementProblem, order: Sequence[int], *, seed: int = 
     Exact for the order where it has few units and the devices have few kinds; otherwise the ends
     of pieces are restricted to where little is open, and kinds follow some sequences.
     """
-    states = math.prod(count + 1 for count in problem.counts) * len(problem.counts)
-    all_states = states <= _most_steps(problem)
-    steps = states if all_states else _SEQUENCES * problem.num_devices
-    blocks = min(problem.num_units, _MOST_BLOCKS, int((_MOST_CELLS / steps) ** 0.5) + 1)
+    all_states, _, blocks = _size(problem)
     block_of = blocks_of_order(problem, order, blocks)
     loads = interval_loads(problem, order, block_of)
     if all_states:
@@ -54,6 +52,21 @@ def best_pieces(problem: PlacementProblem, order: Sequence[int], *, seed: int = 
         found = min(tried, key=lambda pair: pair[0])
     value, stages = found
     return None if math.isinf(value) else _decode(problem, order, block_of, stages)
+
+
+def pieces_seconds(problem: PlacementProblem) -> float:
+    """What the best pieces of one order usually take to find."""
+    _, steps, blocks = _size(problem)
+    return steps * blocks**2 / _CELLS_A_SECOND + problem.num_units / _UNITS_A_SECOND
+
+
+def _size(problem: PlacementProblem) -> tuple[bool, int, int]:
+    """Whether all counts of kinds are gone through, steps of the programme, and blocks."""
+    states = math.prod(count + 1 for count in problem.counts) * len(problem.counts)
+    all_states = states <= _most_steps(problem)
+    steps = states if all_states else _SEQUENCES * problem.num_devices
+    blocks = min(problem.num_units, _MOST_BLOCKS, int((_MOST_CELLS / steps) ** 0.5) + 1)
+    return all_states, steps, blocks
 
 
 def _most_steps(problem: PlacementProblem) -> int:

@@ -21,6 +21,7 @@ __all__ = ["bound_by_reduction", "reduction_bound"]
 _PRECISION = 1e-4  # relative; of the bisection
 _FIRST = 1e-3  # of the range
 _SHARE = 0.25  # of the time limit; it takes much less on all but the largest graphs
+_UNITS_A_SECOND = 1e4  # of one probe
 _MOST_FOR_WINDOWS = 1500  # units; windows need the transitive closure
 
 
@@ -28,13 +29,18 @@ def bound_by_reduction(problem: PlacementProblem, best: Incumbent, *, contiguous
     """Raise the bound of a search that has a placement."""
     if best.done:
         return
-    end = min(best.seconds + _SHARE * best.time_limit, best.time_limit)
+    end = min(best.used + _SHARE * best.time_limit, best.time_limit)
+
+    def seconds_left() -> float:
+        return min(end - best.used, best.clock_left)
+
     bound = reduction_bound(
         problem,
         best.bound,
         best.value,
         contiguous=contiguous,
-        seconds_left=lambda: end - best.seconds,
+        seconds_left=seconds_left,
+        probed=lambda: best.spend(problem.num_units / _UNITS_A_SECOND),
     )
     best.prove(bound, "what cannot be cut")
 
@@ -46,6 +52,7 @@ def reduction_bound(
     *,
     contiguous: bool,
     seconds_left: Callable[[], float],
+    probed: Callable[[], None] = lambda: None,
 ) -> float:
     """A bound between a known one and the value of a placement.
 
@@ -53,6 +60,7 @@ def reduction_bound(
         low: bound to start from.
         high: the value of a placement.
         seconds_left: the bisection ends when this is 0.
+        probed: called after each look at a value.
     """
     enough = _PRECISION * high
     # most problems gain nothing, and many of the others everything: look at both ends first
@@ -60,6 +68,7 @@ def reduction_bound(
     while high - low > enough and seconds_left() > 0:
         probe = probes.pop() if probes else (low + high) / 2
         least = _least_below(problem, probe, seconds_left, contiguous=contiguous)
+        probed()
         if least >= probe:
             low = probe
         else:

@@ -34,10 +34,15 @@ _CLAUSES_SHARE = 0.7  # of the solver's time; see `cpsat`
 
 @dataclass(frozen=True, slots=True)
 class StageAnswer:
-    """What the solver found out: pieces within the limit, or that there are none, or neither."""
+    """What the solver found out: pieces within the limit, or that there are none, or neither.
+
+    Args:
+        spent: seconds that the solver's work usually takes.
+    """
 
     pieces: Pieces | None
     infeasible: bool
+    spent: float
 
 
 def solve_stages(
@@ -46,17 +51,23 @@ def solve_stages(
     *,
     precision: float,
     seconds: float,
+    at_most: float,
 ) -> StageAnswer:
-    """Search contiguous pieces of loads up to a limit (see `whole_numbers` for the rounding)."""
+    """Search contiguous pieces of loads up to a limit (see `whole_numbers` for the rounding).
+
+    Args:
+        seconds, at_most: see `cpsat`.
+    """
     found = windows(problem, limit)
     if found is None:
-        return StageAnswer(None, True)
+        return StageAnswer(None, True, 0.0)
     whole = whole_problem(problem, limit, precision)
     model = _StageModel(whole, found, whole.limit(limit))
-    outcome, solver = solve(model.model, seconds=seconds, clauses_share=_CLAUSES_SHARE)
-    if outcome is Outcome.FOUND:
-        return StageAnswer(model.pieces(solver), False)
-    return StageAnswer(None, outcome is Outcome.INFEASIBLE)
+    outcome, solver, spent = solve(
+        model.model, seconds=seconds, clauses_share=_CLAUSES_SHARE, at_most=at_most
+    )
+    pieces = model.pieces(solver) if outcome is Outcome.FOUND else None
+    return StageAnswer(pieces, outcome is Outcome.INFEASIBLE, spent)
 
 
 class _StageModel:

@@ -2,6 +2,10 @@
 
 The objective and the constraints are those of Tarnawski et al., "Efficient Algorithms for Device
 Placement of DNN Graph Operators" (NeurIPS 2020), for any number of kinds of device.
+
+A free search is never worse than the contiguous one of the same time limit: it makes that one's
+search, whose effort is counted by work rather than by the clock, and stops that only where its
+bound shows that nothing better than what is known can come of it.
 """
 
 from __future__ import annotations
@@ -13,17 +17,20 @@ from ...compiler.ir.workload import Workload
 from .arrangements import search_arrangements
 from .feasibility import require_feasible
 from .incumbent import Incumbent, Progress
+from .intervals import Pieces
 from .problem import PlacementProblem, placement_problem
 from .reduction_bound import bound_by_reduction
 from .result import PlacementResult
 from .throughput_contiguous import prove_pieces, search_pieces
-from .throughput_free import any_placement, search_and_prove
+from .throughput_free import any_placement, improve_merged, search_and_prove
 from .work_bound import work_bound
 
 __all__ = ["place_throughput"]
 
-_START_SHARE = 0.3  # of the time limit, for the contiguous placement that a free search starts from
+_CONTIGUOUS_SHARE = 0.6  # of the time limit, as work, for a contiguous search
+_CLOCK_SHARE = 0.95  # of the time limit, when a contiguous search ends in any case
 _ORDERS_SHARE = 0.45  # of the time limit, until which a free search tries intervals
+_CONTIGUOUS_FROM = 0.55  # of the time limit, when contiguous pieces are proven at the latest
 
 
 def place_throughput(
@@ -46,40 +53,67 @@ def place_throughput(
     Raises:
         InfeasibleError: no placement satisfies memory, colours and support; the cause has figures.
     """
-    best = Incumbent(workload, time_limit=time_limit, gap=gap, progress=progress)
-    problem = placement_problem(workload, contiguous=contiguous)
-    require_feasible(workload, problem)
-    best.prove(work_bound(problem).value, "work alone")
     if contiguous:
-        prove_pieces(problem, search_pieces(problem, best), best)
-    else:
-        search_and_prove(problem, _start(workload, problem, best), best)
+        search = _ContiguousSearch(workload, time_limit, gap, progress)
+        search.find()
+        search.prove()
+        return search.best.result()
+    best = Incumbent(workload, time_limit=time_limit, gap=gap, progress=progress)
+    _place_freely(workload, best)
     return best.result()
 
 
-def _start(workload: Workload, problem: PlacementProblem, best: Incumbent) -> list[int]:
-    """Slots of the best contiguous placement that is found in a share of the time, if there is one,
-    or of better intervals of its orders; else of any placement."""
-    first = Incumbent(workload, time_limit=_START_SHARE * best.time_limit, gap=best.gap)
-    first.prove(best.bound, best.proved_by)
+class _ContiguousSearch:
+    """The search for contiguous pieces, in two parts. It does the same whoever makes it.
+
+    Raises:
+        InfeasibleError: on making and on `find`: no pieces satisfy the constraints.
+    """
+
+    def __init__(
+        self, workload: Workload, time_limit: float, gap: float, progress: Progress | None = None
+    ) -> None:
+        self.best = Incumbent(
+            workload,
+            time_limit=_CONTIGUOUS_SHARE * time_limit,
+            gap=gap,
+            progress=progress,
+            clock_limit=_CLOCK_SHARE * time_limit,
+        )
+        self.problem = placement_problem(workload, contiguous=True)
+        require_feasible(workload, self.problem)
+        self.best.prove(work_bound(self.problem).value, "work alone")
+
+    def find(self) -> Pieces:
+        self.pieces = search_pieces(self.problem, self.best)
+        return self.pieces
+
+    def prove(self, *, enough: float = float("inf")) -> Pieces:
+        self.pieces = prove_pieces(self.problem, self.pieces, self.best, enough=enough)
+        return self.pieces
+
+
+def _place_freely(workload: Workload, best: Incumbent) -> None:
+    problem = placement_problem(workload, contiguous=False)
+    require_feasible(workload, problem)
+    best.prove(work_bound(problem).value, "work alone")
     pieced = placement_problem(workload, contiguous=True)
     try:
-        require_feasible(workload, pieced)
-        pieces = search_pieces(pieced, first)
+        first = _ContiguousSearch(workload, best.time_limit, best.gap)
+        slots = _slots(pieced, first.find().slot_of, problem)
+        best.offer(problem, slots, first.best.found_by)
     except InfeasibleError:
+        first = None
         slots = any_placement(problem, best)
         best.offer(problem, slots, "packing")
-        bound_by_reduction(problem, best, contiguous=False)
-        return search_arrangements(problem, pieced, slots, best, share=_ORDERS_SHARE)
-    best.offer(pieced, pieces.slot_of, first.found_by)
     bound_by_reduction(problem, best, contiguous=False)
-    slots = _slots(pieced, pieces.slot_of, problem)
     slots = search_arrangements(problem, pieced, slots, best, share=_ORDERS_SHARE)
-    if not best.done and first.bound < best.value:
-        pieces = prove_pieces(pieced, pieces, first)
-        if best.offer(pieced, pieces.slot_of, first.found_by):
+    slots = improve_merged(problem, pieced, slots, best, until=_CONTIGUOUS_FROM)
+    if first is not None and best.bound < best.value:
+        pieces = first.prove(enough=best.value)
+        if best.offer(pieced, pieces.slot_of, first.best.found_by):
             slots = _slots(pieced, pieces.slot_of, problem)
-    return slots
+    search_and_prove(problem, slots, best)
 
 
 def _slots(

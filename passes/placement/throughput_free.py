@@ -1,10 +1,10 @@
 """Free placement for throughput: a device may run several disconnected pieces.
 
-The search starts from the best contiguous pieces, divides merged operators anew (`coarsen`), and
-anneals. Then CP-SAT is asked for placements below the best by the gap that is allowed, on the
-problem that is left when all that cannot be cut below that value is merged (`reduce`): a placement
-is the next value to beat, and none is the proof. What time is left goes to large-neighbourhood
-search.
+The search starts from the best contiguous pieces, divides merged operators anew (`coarsen`),
+anneals, and bounds what devices can hold (`cover_bound`). Then CP-SAT is asked for placements below
+the best by the gap that is allowed, on the problem that is left when all that cannot be cut below
+that value is merged (`reduce`): a placement is the next value to beat, and none is the proof. What
+time is left goes to large-neighbourhood search.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from .anneal import anneal
 from .assignment_model import solve_assignment
 from .coarsen import search_coarse
+from .cover_bound import DeviceCovers
 from .descent import SMALLEST_STEP, Answer, descend
 from .feasibility import MEMORY_TOLERANCE, no_packing
 from .incumbent import Incumbent
@@ -25,26 +26,51 @@ from .neighbourhood import improve_few_devices
 from .problem import PlacementProblem
 from .reduce import MOST_TO_REDUCE, below
 
-__all__ = ["any_placement", "search_and_prove"]
+__all__ = ["any_placement", "improve_merged", "search_and_prove"]
 
 _METHOD = "CP-SAT over devices"
 _MOST_VARIABLES, _VARIABLES_A_SECOND = 60_000, 6_000  # building them takes time, too
 _LEVELS = (1.0, 0.3, 0.6, 0.9, 1.0)  # between bound and value
 _COARSE_SHARE = 0.15  # of the time limit
+_UNTIL_OF_LARGE = 0.9  # of the time limit, for graphs on which nothing else is tried
+_FIRST_COVERS_SHARE = 0.3
 _ANNEAL_SHARE, _ANNEAL_SHARE_OF_LARGE = 0.2, 0.6  # of the time limit
+
+
+def improve_merged(
+    problem: PlacementProblem,
+    pieced: PlacementProblem,
+    slot_of: Sequence[int],
+    best: Incumbent,
+    *,
+    until: float,
+) -> list[int]:
+    """Improve a placement by moving what is merged, and the bound by covers; the best slots.
+
+    Args:
+        pieced: the contiguous problem of the same workload.
+        until: share of the time limit at which it ends at the latest.
+    """
+    slots = list(slot_of)
+    if problem.num_units > MOST_TO_REDUCE:
+        return _anneal_merged(problem, slots, best, until=_UNTIL_OF_LARGE)
+    covers = DeviceCovers(problem, pieced)
+    covers.prove(best, share=_FIRST_COVERS_SHARE, halve=False)
+    if best.done:
+        return slots
+    slots = search_coarse(problem, slots, best, share=_COARSE_SHARE)
+    slots = _anneal_merged(problem, slots, best, until=until)
+    covers.prove(best, share=until, halve=True)
+    return slots
 
 
 def search_and_prove(
     problem: PlacementProblem, slot_of: Sequence[int], best: Incumbent
 ) -> list[int]:
     """Improve a placement and its bound as far as time allows; the best slots at the end."""
-    slots = list(slot_of)
-    if problem.num_units <= MOST_TO_REDUCE:
-        slots = search_coarse(problem, slots, best, share=_COARSE_SHARE)
-    slots = _anneal_merged(problem, slots, best)
     if problem.num_units > MOST_TO_REDUCE:
-        return slots
-    slots = _ask_below(problem, slots, best, share=0.7)
+        return list(slot_of)
+    slots = _ask_below(problem, list(slot_of), best, share=0.8)
     return improve_few_devices(problem, slots, best, share=1.0)
 
 
@@ -86,7 +112,9 @@ def _largest_first(problem: PlacementProblem) -> list[int] | None:
     return slots
 
 
-def _anneal_merged(problem: PlacementProblem, slots: list[int], best: Incumbent) -> list[int]:
+def _anneal_merged(
+    problem: PlacementProblem, slots: list[int], best: Incumbent, *, until: float
+) -> list[int]:
     """Anneal the problem, and what it is reduced to below values that may be reached.
 
     Where results are large, single units cannot leave their neighbours; what is merged can.
@@ -106,7 +134,7 @@ def _anneal_merged(problem: PlacementProblem, slots: list[int], best: Incumbent)
             reduced.problem,
             start,
             seconds=share / len(_LEVELS) * best.time_limit,
-            at_most=best.left(0.9),
+            at_most=best.left(until),
             seed=run,
         )
         expanded = reduced.expand(found)
