@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,9 +109,10 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         objective=options.objective,
         contiguous=not options.non_contiguous,
         method=options.method,
-        time_limit=max(options.time_limit - console.seconds, _LEAST_SECONDS),
+        time_limit=options.time_limit,
         gap=options.gap,
         progress=_shown_by(console),
+        begin=max(console.started, time.monotonic() - options.time_limit + _LEAST_SECONDS),
     )
     data = _figures(workload, result, options)
     if options.output is not None:

@@ -51,6 +51,7 @@ def place_baseline(
     contiguous: bool,
     time_limit: float,
     progress: Progress | None = None,
+    begin: float | None = None,
 ) -> PlacementResult:
     """The placement that a simple method gives.
 
@@ -60,6 +61,7 @@ def place_baseline(
         contiguous: one piece a device; a balanced cut cannot promise that.
         time_limit: seconds, of local search; the others take what they take.
         progress: called with the best value and bound when one of them improves.
+        begin: `time.monotonic()` from which the time limit counts; None: now.
 
     Raises:
         InfeasibleError: no placement exists, or the method finds none.
@@ -73,14 +75,19 @@ def place_baseline(
         )
     search: _Search
     if objective == "throughput":
-        best = Incumbent(workload, time_limit=time_limit, gap=0.0, progress=progress)
+        best = Incumbent(workload, time_limit=time_limit, gap=0.0, progress=progress, begin=begin)
         search = _ForThroughput(workload, contiguous, best)
     else:
         search = _ForLatency(
             workload,
             contiguous,
             LatencyIncumbent(
-                workload, contiguous=contiguous, time_limit=time_limit, gap=0.0, progress=progress
+                workload,
+                contiguous=contiguous,
+                time_limit=time_limit,
+                gap=0.0,
+                progress=progress,
+                begin=begin,
             ),
         )
     require_feasible(workload, search.units)
@@ -182,7 +189,7 @@ class _ForThroughput(_Search):
             self.pieces = pieces
 
     def improve(self) -> None:
-        times = {"seconds": self.best.time_limit, "at_most": self.best.left()}
+        times = {"seconds": self.best.left(), "at_most": self.best.left()}
         if not self.contiguous:
             slot_of, _ = anneal(self.units, self.current(), **times, seed=_SEED)
             self.offer(slot_of, "local search")

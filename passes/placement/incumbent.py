@@ -21,12 +21,13 @@ class SearchState:
 
     Args:
         workload: the original graph.
-        time_limit: seconds from now.
+        time_limit: seconds from the beginning.
         gap: relative gap at which the search may stop.
         progress: told of improvements.
-        clock_limit: seconds from now; with it, `time_limit` is one of work that parts of the search
-            say they have done (`spend`), so that the search is the same on a busy machine. The
-            clock only ends it.
+        clock_limit: seconds from the beginning; with it, `time_limit` is one of work that parts of
+            the search say they have done (`spend`), so that the search is the same on a busy
+            machine. The clock only ends it.
+        begin: `time.monotonic()` at the beginning; None: now.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class SearchState:
         gap: float,
         progress: Progress | None = None,
         clock_limit: float | None = None,
+        begin: float | None = None,
     ) -> None:
         self.workload, self.gap, self.progress = workload, gap, progress
-        self.begin = time.monotonic()
+        self.begin = time.monotonic() if begin is None else begin
         self.time_limit = time_limit
         self.clock_limit = time_limit if clock_limit is None else clock_limit
         self.counts_work = clock_limit is not None

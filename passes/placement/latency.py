@@ -50,6 +50,7 @@ def place_latency(
     time_limit: float,
     gap: float,
     progress: Progress | None = None,
+    begin: float | None = None,
 ) -> LatencyResult:
     """Search the placement with the least latency, and prove a bound.
 
@@ -60,12 +61,18 @@ def place_latency(
         time_limit: seconds; kept to within the time that one step takes.
         gap: relative gap between value and bound at which the search stops.
         progress: called with the best value and bound when one of them improves.
+        begin: `time.monotonic()` from which the time limit counts; None: now.
 
     Raises:
         InfeasibleError: no placement satisfies memory, colours, support and contiguity.
     """
     best = LatencyIncumbent(
-        workload, contiguous=contiguous, time_limit=time_limit, gap=gap, progress=progress
+        workload,
+        contiguous=contiguous,
+        time_limit=time_limit,
+        gap=gap,
+        progress=progress,
+        begin=begin,
     )
     require_feasible(workload, placement_problem(workload, contiguous=False))
     problem = latency_problem(workload)

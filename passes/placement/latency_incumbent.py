@@ -34,9 +34,10 @@ class LatencyIncumbent(SearchState):
     Args:
         workload: the original graph.
         contiguous: a machine runs one piece.
-        time_limit: seconds from now.
+        time_limit: seconds from the beginning.
         gap: relative gap at which the search may stop.
         progress: told of improvements.
+        begin: `time.monotonic()` at the beginning; None: now.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class LatencyIncumbent(SearchState):
         time_limit: float,
         gap: float,
         progress: Progress | None,
+        begin: float | None = None,
     ) -> None:
-        super().__init__(workload, time_limit=time_limit, gap=gap, progress=progress)
+        super().__init__(workload, time_limit=time_limit, gap=gap, progress=progress, begin=begin)
         self.contiguous = contiguous
         self.pieces: Pieces | None = None
 

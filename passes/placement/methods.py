@@ -28,6 +28,7 @@ def place(
     time_limit: float = 55.0,
     gap: float = 0.0,
     progress: Progress | None = None,
+    begin: float | None = None,
 ) -> PlacementResult:
     """Place operators for an objective.
 
@@ -39,6 +40,7 @@ def place(
         time_limit: seconds.
         gap: relative gap between value and bound at which `auto` stops.
         progress: called with the best value and bound when one of them improves.
+        begin: `time.monotonic()` from which the time limit counts; None: now.
 
     Raises:
         InfeasibleError: no placement satisfies the constraints, or a baseline finds none.
@@ -52,6 +54,7 @@ def place(
             time_limit=time_limit,
             gap=0.0 if method == "exact" else gap,
             progress=progress,
+            begin=begin,
         )
     return place_baseline(
         workload,
@@ -60,4 +63,5 @@ def place(
         contiguous=contiguous,
         time_limit=time_limit,
         progress=progress,
+        begin=begin,
     )

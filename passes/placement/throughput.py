@@ -40,6 +40,7 @@ def place_throughput(
     time_limit: float,
     gap: float,
     progress: Progress | None = None,
+    begin: float | None = None,
 ) -> PlacementResult:
     """Search the placement whose largest device load is least, and prove a bound.
 
@@ -49,16 +50,17 @@ def place_throughput(
         time_limit: seconds; kept to within the time that one step takes.
         gap: relative gap between value and bound at which the search stops.
         progress: called with the best value and bound when one of them improves.
+        begin: `time.monotonic()` from which the time limit counts; None: now.
 
     Raises:
         InfeasibleError: no placement satisfies memory, colours and support; the cause has figures.
     """
     if contiguous:
-        search = _ContiguousSearch(workload, time_limit, gap, progress)
+        search = _ContiguousSearch(workload, time_limit, gap, progress, begin)
         search.find()
         search.prove()
         return search.best.result()
-    best = Incumbent(workload, time_limit=time_limit, gap=gap, progress=progress)
+    best = Incumbent(workload, time_limit=time_limit, gap=gap, progress=progress, begin=begin)
     _place_freely(workload, best)
     return best.result()
 
@@ -71,7 +73,12 @@ class _ContiguousSearch:
     """
 
     def __init__(
-        self, workload: Workload, time_limit: float, gap: float, progress: Progress | None = None
+        self,
+        workload: Workload,
+        time_limit: float,
+        gap: float,
+        progress: Progress | None,
+        begin: float | None,
     ) -> None:
         self.best = Incumbent(
             workload,
@@ -79,6 +86,7 @@ class _ContiguousSearch:
             gap=gap,
             progress=progress,
             clock_limit=_CLOCK_SHARE * time_limit,
+            begin=begin,
         )
         self.problem = placement_problem(workload, contiguous=True)
         require_feasible(workload, self.problem)
@@ -99,7 +107,7 @@ def _place_freely(workload: Workload, best: Incumbent) -> None:
     best.prove(work_bound(problem).value, "work alone")
     pieced = placement_problem(workload, contiguous=True)
     try:
-        first = _ContiguousSearch(workload, best.time_limit, best.gap)
+        first = _ContiguousSearch(workload, best.time_limit, best.gap, None, best.begin)
         slots = _slots(pieced, first.find().slot_of, problem)
         best.offer(problem, slots, first.best.found_by)
     except InfeasibleError:

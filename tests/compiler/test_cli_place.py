@@ -147,6 +147,16 @@ def test_text_and_no_file(
     assert [path.name for path in tmp_path.iterdir()] == ["workload.json"]
 
 
+def test_torch_is_not_loaded(workload: Path) -> None:
+    """The time limit counts from the start of the command, of which torch can take most."""
+    script = (
+        "import sys; from cutset.compiler.cli import main; "
+        f"main(['place', {str(workload)!r}, '--method', 'greedy']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
 def test_both_formats_are_placed_alike(
     workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,14 +129,20 @@ def test_is_repeatable_and_tells_of_progress(contiguous: bool) -> None:
     assert all(a[0] >= b[0] and a[1] <= b[1] for a, b in zip(half, half[1:], strict=False))
 
 
-def test_free_is_never_worse_than_contiguous() -> None:
+@pytest.mark.parametrize(
+    ("count", "num_devices", "seconds", "gap"), [(25, 2, 20.0, 0.05), (150, 4, 1.5, 0.0)]
+)
+def test_free_is_never_worse_than_contiguous(
+    count: int, num_devices: int, seconds: float, gap: float
+) -> None:
+    """Also where time is too short for either search to end by itself."""
     for seed in range(4):
-        workload = layered(25, 2, seed=seed)
+        workload = layered(count, num_devices, seed=seed)
         pieces, free = (
-            place_throughput(workload, contiguous=contiguous, time_limit=20, gap=0.05)
+            place_throughput(workload, contiguous=contiguous, time_limit=seconds, gap=gap)
             for contiguous in (True, False)
         )
-        assert free.value <= pieces.value * (1 + 1e-9)
+        assert free.value <= pieces.value
         assert not contiguity_breaks(workload, pieces.placement)
 
 
