@@ -37,7 +37,8 @@ class StageLayouts:
         self.context = context
         self.rows = batch_rows(context.graph)
         self._fronts: dict[object, LayoutFront | None] = {}
-        self._choices: dict[object, LayoutChoice | None] = {}
+        self._choices: dict[tuple[int, Memory], LayoutChoice | None] = {}
+        self._bounds: dict[tuple[int, Memory], float] = {}
 
     @functools.cached_property
     def facts(self) -> GraphFacts:
@@ -73,12 +74,7 @@ class StageLayouts:
         Sums of gradients count as hidden by the last backward but for a part, or if they are
         `late`, as all that it cannot hide.
         """
-        front = self._front(mesh, count, bounding=bounding, late=late)
-        if front is None:
-            return None
-        if id(front) not in self._choices:
-            self._choices[id(front)] = front.within(Memory())
-        return self._choices[id(front)]
+        return self._within(self._front(mesh, count, bounding=bounding, late=late), Memory())
 
     def choice_within(
         self,
@@ -92,7 +88,17 @@ class StageLayouts:
         """The fastest layouts whose additive bound is within `memory`, and that are none of
         `others`."""
         front = self._front(mesh, count, late=late)
-        return front.within(memory, others) if front is not None else None
+        if front is not None and others:
+            return front.within(memory, others)
+        return self._within(front, memory)
+
+    def _within(self, front: LayoutFront | None, memory: Memory) -> LayoutChoice | None:
+        if front is None:
+            return None
+        key = id(front), memory
+        if key not in self._choices:
+            self._choices[key] = front.within(memory)
+        return self._choices[key]
 
     def effort(self, mesh: Mesh, count: int) -> int:
         """About what one `choice_within` takes, in no unit."""
@@ -231,8 +237,19 @@ class StageLayouts:
                 return math.inf
             least = max(least, choice.lower_bound)
             if memory is not None:
-                least = max(least, front.lower_bound(memory))
+                least = max(least, self._bound_within(front, memory))
         return rounds * least
+
+    def _bound_within(self, front: LayoutFront, memory: Memory) -> float:
+        """Infinite too, without another look, where it is so within more memory."""
+        key = id(front), memory
+        if key not in self._bounds:
+            is_starved = any(
+                bound == math.inf and known == id(front) and memory.is_within(more)
+                for (known, more), bound in self._bounds.items()
+            )
+            self._bounds[key] = math.inf if is_starved else front.lower_bound(memory)
+        return self._bounds[key]
 
     def least_seconds(self, mesh: Mesh, count: int, choice: LayoutChoice) -> float:
         """No stages of a plan with the layouts `choice` take less, likewise."""

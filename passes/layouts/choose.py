@@ -122,6 +122,17 @@ class Memory:
     trained_share: float = 1.0
     input_share: float = 1.0
 
+    def is_within(self, other: Memory) -> bool:
+        """Whether layouts that do not fit into `other` do not fit into this either."""
+        if self.limit_bytes is None:
+            return other.limit_bytes is None
+        return (
+            (other.limit_bytes is None or self.limit_bytes <= other.limit_bytes)
+            and self.in_flight >= other.in_flight
+            and self.trained_share >= other.trained_share
+            and self.input_share >= other.input_share
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LayoutFront:

@@ -63,6 +63,28 @@ def test_others_come_in_order(graph: Graph, parts: int, speed: float) -> None:
         known.append(choice)
 
 
+@st.composite
+def memories(draw: st.DrawFn) -> Memory:
+    """In which some layouts of a small graph fit, or none."""
+    share = st.sampled_from((0.25, 0.5, 1.0))
+    limit = draw(st.sampled_from((0, 16, 256, 4096, None)))
+    return Memory(limit, 2.0 * draw(share), draw(share), draw(share))
+
+
+@settings(max_examples=60)
+@given(graphs(most_nodes=3), st.integers(2, 4), memories(), memories())
+def test_bounds_are_no_lower_within_less_memory(
+    graph: Graph, parts: int, less: Memory, more: Memory
+) -> None:
+    entry = front(graph, parts, 1e9)
+    low, high = entry.lower_bound(more), entry.lower_bound(less)
+    assert less.is_within(less)
+    if less.is_within(more):
+        assert high >= low * (1 - 1e-9)
+    elif more.is_within(less):
+        assert low >= high * (1 - 1e-9)
+
+
 @settings(max_examples=60)
 @given(graphs(), st.integers(2, 4), _SPEEDS)
 def test_a_stage_holds_what_the_bound_counts(graph: Graph, parts: int, speed: float) -> None:
