@@ -6,6 +6,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 COPY   := build/checked
 
+# Processes that run the tests; each takes a core and about 2 GiB. With 0 there is only this one.
+JOBS   ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --no-loadscope-reorder
+
 # Two or more processes share the cores in most tests: one thread each is fastest and repeatable.
 export OMP_NUM_THREADS ?= 1
 
@@ -21,10 +25,10 @@ demo: $(STAMP) ## partition a GPT-2 over 4 local processes, train, infer, compar
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP) ## run the tests (minutes)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP) ## run the tests, the slow ones too
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: $(STAMP) ## lint, format, types, import contracts, doctests
 	$(BIN)/ruff check .

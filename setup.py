@@ -53,6 +53,7 @@ DEVELOPMENT = [
     "import-linter>=2.2",
     "mypy>=1.15",
     "pytest>=8",
+    "pytest-xdist>=3.7",
     "ruff>=0.12",
 ]
 

@@ -1,10 +1,12 @@
-"""What all tests share: golden files, and property tests that are the same on every run."""
+"""What all tests share: golden files, property tests that are the same on every run, and which
+tests run in one process where several run them."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -39,6 +41,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         by_use["golden" in getattr(item, "fixturenames", ())].append(item)
     items[:] = by_use[True]
     config.hook.pytest_deselected(items=by_use[False])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With -n, hand out whole files, whose tests share what they have captured; all files of
+    tests/distributed to one process, whose pool of workers they share."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByPool(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            folder = "tests/distributed/"
+            return folder if file.startswith(folder) else file
+
+    return ByPool(config, log)
 
 
 @pytest.fixture

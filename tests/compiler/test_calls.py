@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput  # imported in a trace, it is no tree
 
 from cutset.compiler.ir.errors import CaptureError, UsageError
 
@@ -68,19 +69,13 @@ class Output:
     logits: Tensor
 
 
-def _model_output(loss: Tensor, logits: Tensor) -> Any:
-    from transformers.modeling_outputs import CausalLMOutput
-
-    return CausalLMOutput(loss=loss, logits=logits)
-
-
 @pytest.mark.parametrize(
     "wrap",
     [
         lambda loss, out: loss,
         lambda loss, out: (loss, out),
         lambda loss, out: {"logits": out, "loss": loss},
-        _model_output,
+        lambda loss, out: CausalLMOutput(loss=loss, logits=out),
     ],
     ids=["the loss", "a tuple", "a dict", "a ModelOutput"],
 )

@@ -100,7 +100,7 @@ def test_no_example_inputs() -> None:
 
 
 def test_training_state_three_times_one_device_is_refused_on_one_and_planned_on_four() -> None:
-    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(32)))
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(16)))
     state_bytes = 4 * 4 * sum(parameter.numel() for parameter in model.parameters())
     limit = state_bytes // 3
     batch = torch.randn(4, 128), torch.randn(4, 128)

@@ -56,6 +56,7 @@ def cluster(devices: int, weights: float) -> Cluster:
     return limit_memory(parse_devices(f"h100:{devices}"), limit)
 
 
+@functools.cache
 def planned(devices: int, weights: float, **options: object) -> Plan:
     chosen = PlanOptions(num_microbatches=2, optimizer=ADAMW, **options)  # type: ignore[arg-type]
     graph = subject().captured.graph
