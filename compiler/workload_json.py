@@ -40,6 +40,7 @@ Objective = Literal["throughput", "latency"]
 
 _FORMAT = "cutset-workload"
 _MOST_DEVICES = 100_000
+_LEAST, _LARGEST = 1e-100, 1e100  # of figures other than 0: products and sums stay in range
 _SAME_COST = 1e-6  # the public files repeat a producer's cost on every edge, rounded
 _WAY_OUT = ("correct the workload file; docs/workload-format.md describes it",)
 
@@ -130,6 +131,15 @@ def _build(
     operators: tuple[Operator, ...],
     edges: tuple[tuple[int, int], ...],
 ) -> Workload:
+    for operator in operators:
+        for figure in (*operator.times, *operator.transfers, operator.size):
+            if figure and not _LEAST <= figure <= _LARGEST:
+                raise UsageError(
+                    f"{figure:g} is out of range; figures other than 0 are from {_LEAST:g} to"
+                    f" {_LARGEST:g}",
+                    where=f"{source}: operator {operator.name!r}",
+                    ways_out=("measure in another unit",),
+                )
     try:
         return Workload(kinds, operators, edges)
     except UsageError as error:

@@ -55,6 +55,7 @@ class _Outcome(Enum):
     PROVEN = "no placement"
     COVERED = "fractions of sets cover all units"
     STALLED = "prices do not get better"
+    UNFINISHED = "time is over"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class DeviceCovers:
         self._pieced = pieced
         self._orders: list[list[int]] = []
         self._known: list[_Set] = []
+        self._unproven = math.inf  # the least limit that was asked for in vain
+        self._exhausted = False
 
     def prove(self, best: Incumbent, *, share: float, halve: bool) -> None:
         """Raise the bound of a search as far as it goes until a share of its time is over.
@@ -87,16 +90,24 @@ class DeviceCovers:
         """
         low, high = best.bound, best.value * (1 - max(0.9 * best.gap, 1e-6))
         limit = high
-        while not best.done and best.left(share) > 0 and low < limit:
+        if limit >= self._unproven:
+            high = self._unproven
+            limit = (low + high) / 2
+        while not (self._exhausted or best.done) and best.left(share) > 0 and low < limit:
             answer = self._search(limit, best, share)
             if answer is None:
                 break
             outcome, bound = answer
-            best.prove(min(bound, limit), _METHOD)
+            improved = best.prove(min(bound, limit), _METHOD)
+            if outcome is _Outcome.UNFINISHED:
+                break
             if outcome is _Outcome.PROVEN:
                 low = limit
             else:
+                # prices that get no better than work do not at lower limits either
+                self._exhausted = outcome is _Outcome.STALLED and not improved
                 low, high = max(low, best.bound), limit
+                self._unproven = limit
             if not halve or high - low < _NARROW * high:
                 break
             limit = (low + high) / 2
@@ -185,9 +196,9 @@ class _Cover:
         work = work_bound(problem).work
         even = work / work.sum() if work.sum() > 0 else np.full(len(work), 1 / len(work))
         prices, centre, worth = even, even, 0.0
-        bound = 0.0
-        stalled = 0
-        for iteration in range(10**6):
+        bound, mixed = 0.0, 1.0
+        sweeps = stalled = 0
+        while True:
             whole, pieces = self._whole(prices)
             proven, now_worth, found = self._sweep(whole, pieces)
             bound = max(bound, proven)
@@ -204,13 +215,16 @@ class _Cover:
             duals, value = programme.solve()
             if value <= 1:
                 return _Outcome.COVERED, bound
+            settled = not added and not mixed
+            if settled or stalled > _MOST_STALLED or not duals.any():
+                return _Outcome.STALLED, bound
+            if best.left(share) <= 0:
+                return _Outcome.UNFINISHED, bound
+            sweeps += 1
             mixed = 0.0
             if added:
-                mixed = _MIXED if iteration > _SETTLED else _MIXED_AT_FIRST
-            if stalled > _MOST_STALLED or not duals.any() or best.left(share) <= 0:
-                break
+                mixed = _MIXED if sweeps > _SETTLED else _MIXED_AT_FIRST
             prices = mixed * centre + (1 - mixed) * duals / duals.sum()
-        return _Outcome.STALLED, bound
 
     def _whole(self, prices: Floats) -> tuple[list[int], int]:
         """Whole prices, by rounding their sums along the order, and their sum."""

@@ -197,6 +197,8 @@ MALFORMED = {
     "missing time": (without("nodes", "cpuLatency"), "cpuLatency is missing"),
     "unknown colour": (with_node(colorClass="mauve"), "colorClass"),
     "negative size": (with_node(size=-1), "-1 is not a finite number of at least 0"),
+    "huge time": (with_node(cpuLatency=1e308), "1e+308 is out of range"),
+    "tiny time": (with_node(cpuLatency=1e-200), "1e-200 is out of range"),
     "NaN": (with_node(size=float("nan")), "NaN is not a JSON number"),
     "duplicate id": (with_node(id=3), "two nodes have id 3"),
     "unknown end": (with_edge(destId=80), "no node has id 80"),
