@@ -40,8 +40,9 @@ _METHOD = "covers by devices"
 _MOST_ORDERS = 8
 _MOST_STATES = 1500  # of one step of a sweep
 _MOST_CELLS = 1.5e8  # states x prices of a sweep; about four seconds
-_PRICE_CELLS = 300  # whole prices that an even share of all units has
-_HIGHEST_SHARE = 1.5  # of an even share, above which amounts are not told apart
+_PRICE_CELLS = 200  # whole prices that an even share of all units has
+_HIGHEST_SHARE = 1.5  # of a kind's share of the work, above which amounts are not told apart
+_LEAST_SHARE = 0.2  # of an even share, below which no kind's share is taken to be
 _TAKEN_EACH = 3  # sets of a sweep
 _LARGEST_PRICE = 20.0  # times the work, above which a unit may rather stay uncovered
 _LEAST_WORK = 0.02  # of the mean
@@ -161,6 +162,7 @@ class _Cover:
     order: list[int]
     limit: float
     sweeps: list[DeviceSweep]
+    highest: list[int]  # amount of each kind above which amounts are not told apart
 
     @classmethod
     def made(
@@ -175,10 +177,15 @@ class _Cover:
         order = _best_order(problem, orders)
         kinds = range(len(problem.counts))
         sweeps = [DeviceSweep(problem, k, order, most_states=_MOST_STATES) for k in kinds]
-        cells = sum(sweep.num_states for sweep in sweeps) * _PRICE_CELLS * _HIGHEST_SHARE
+        shares = work_bound(problem).weights * problem.num_devices
+        highest = [
+            math.ceil(_PRICE_CELLS * _HIGHEST_SHARE * max(share, _LEAST_SHARE))
+            for share in shares.tolist()
+        ]
+        cells = sum(s.num_states * most for s, most in zip(sweeps, highest, strict=True))
         if cells > _MOST_CELLS:
             return None
-        return cls(original, reduced, order, limit, sweeps)
+        return cls(original, reduced, order, limit, sweeps, highest)
 
     def search(self, known: list[_Set], best: Incumbent, share: float) -> tuple[_Outcome, float]:
         """Whether the limit is proven, and the best bound on the reduced problem.
@@ -239,8 +246,10 @@ class _Cover:
         self, prices: list[int], total: int
     ) -> tuple[float, float, list[tuple[int, list[int]]]]:
         """The bound at prices, what they are worth at the limit (above 1: proven), and sets."""
-        highest = int(_PRICE_CELLS * _HIGHEST_SHARE)
-        loads = [sweep.least_loads(prices, highest) for sweep in self.sweeps]
+        loads = [
+            sweep.least_loads(prices, highest)
+            for sweep, highest in zip(self.sweeps, self.highest, strict=True)
+        ]
         worth = total / max(1, self._held(loads, self.limit * (1 + _ROUNDING), total))
         bound = self._least_limit(loads, total)
         sets = []
