@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from ...compiler.ir.errors import InfeasibleError
 from ...compiler.ir.workload import Workload
 from .arrangements import search_arrangements
+from .cover_bound import DeviceCovers
 from .feasibility import require_feasible
 from .incumbent import Incumbent, Progress
 from .intervals import Pieces
@@ -116,12 +117,13 @@ def _place_freely(workload: Workload, best: Incumbent) -> None:
         best.offer(problem, slots, "packing")
     bound_by_reduction(problem, best, contiguous=False)
     slots = search_arrangements(problem, pieced, slots, best, share=_ORDERS_SHARE)
-    slots = improve_merged(problem, pieced, slots, best, until=_CONTIGUOUS_FROM)
+    covers = DeviceCovers(problem, pieced)
+    slots = improve_merged(problem, covers, slots, best, until=_CONTIGUOUS_FROM)
     if first is not None and best.bound < best.value:
         pieces = first.prove(enough=best.value)
         if best.offer(pieced, pieces.slot_of, first.best.found_by):
             slots = _slots(pieced, pieces.slot_of, problem)
-    search_and_prove(problem, slots, best)
+    search_and_prove(problem, covers, slots, best)
 
 
 def _slots(

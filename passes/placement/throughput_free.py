@@ -33,13 +33,13 @@ _MOST_VARIABLES, _VARIABLES_A_SECOND = 60_000, 6_000  # building them takes time
 _LEVELS = (1.0, 0.3, 0.6, 0.9, 1.0)  # between bound and value
 _COARSE_SHARE = 0.15  # of the time limit
 _UNTIL_OF_LARGE = 0.9  # of the time limit, for graphs on which nothing else is tried
-_FIRST_COVERS_SHARE = 0.3
+_FIRST_COVERS_SHARE, _COVERS_SHARE = 0.3, 0.7  # of the time limit, until which it tries
 _ANNEAL_SHARE, _ANNEAL_SHARE_OF_LARGE = 0.2, 0.6  # of the time limit
 
 
 def improve_merged(
     problem: PlacementProblem,
-    pieced: PlacementProblem,
+    covers: DeviceCovers,
     slot_of: Sequence[int],
     best: Incumbent,
     *,
@@ -48,13 +48,12 @@ def improve_merged(
     """Improve a placement by moving what is merged, and the bound by covers; the best slots.
 
     Args:
-        pieced: the contiguous problem of the same workload.
+        covers: bounds of the problem.
         until: share of the time limit at which it ends at the latest.
     """
     slots = list(slot_of)
     if problem.num_units > MOST_TO_REDUCE:
         return _anneal_merged(problem, slots, best, until=_UNTIL_OF_LARGE)
-    covers = DeviceCovers(problem, pieced)
     covers.prove(best, share=_FIRST_COVERS_SHARE, halve=False)
     if best.done:
         return slots
@@ -65,11 +64,12 @@ def improve_merged(
 
 
 def search_and_prove(
-    problem: PlacementProblem, slot_of: Sequence[int], best: Incumbent
+    problem: PlacementProblem, covers: DeviceCovers, slot_of: Sequence[int], best: Incumbent
 ) -> list[int]:
     """Improve a placement and its bound as far as time allows; the best slots at the end."""
     if problem.num_units > MOST_TO_REDUCE:
         return list(slot_of)
+    covers.prove(best, share=_COVERS_SHARE, halve=True)
     slots = _ask_below(problem, list(slot_of), best, share=0.8)
     return improve_few_devices(problem, slots, best, share=1.0)
 
