@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import stat
 import time
 import warnings
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ METHOD_VERSION = 3
 """Of how blocks are made and measured, by kernels of this cutset: others do not compare."""
 
 _ABANDONED_SECONDS = 3600.0  # so old a temporary file has no writer any more
+_MOST_BYTES = 1 << 16
 _MOST_SECONDS = 1e6
 _LATEST_SECONDS = 1e11  # since the epoch, thousands of years from now
 
@@ -169,8 +171,8 @@ class ProfileDatabase:
 
     def _read(self, path: Path, *, quiet: bool = False) -> Record | None:
         try:
-            return _parsed(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            return _parsed(_text_of(path))
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError) as error:
             if not quiet:
@@ -179,6 +181,14 @@ class ProfileDatabase:
 
     def _ignore(self, path: Path, reason: str) -> None:
         warnings.warn(f"the profile record {path} is ignored: {reason}", stacklevel=4)
+
+
+def _text_of(path: Path) -> str:
+    """What a record's file says. Raises OSError or ValueError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+        raise ValueError(f"it is no file of at most {_MOST_BYTES} bytes")  # reading might not end
+    return path.read_text(encoding="utf-8")
 
 
 def _changed_at(path: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ __all__ = [
     "quantity",
     "quantity_of",
     "typed",
+    "whole_bytes",
 ]
 
 _T = TypeVar("_T")
@@ -80,9 +82,16 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "collective": ("latency", "bandwidth"),
 }
 KEYS_HELP = {
-    level: f"keys of a {level.replace('_', ' ')}: {', '.join(keys)}"
-    for level, keys in _KEYS.items()
+    **{
+        level: f"keys of a {level.replace('_', ' ')}: {', '.join(keys)}"
+        for level, keys in _KEYS.items()
+    },
+    "op_cost": f"phases of a kind of operators: {', '.join(PHASES)}",
+    "op_costs": "name operators (gelu) or categories of them (norm), each with its phases",
+    "rates": "give rates by element type, for example f32",
 }
+_WORDS: dict[type, str] = {str: "text in quotes", dict: "a table of keys", list: "a list"}
+_LINE = re.compile(r"\(at line (\d+), column \d+\)")
 _COMMENT = re.compile(r"#[^\n\"']*$", re.MULTILINE)
 
 
@@ -116,13 +125,23 @@ class Source:
             position = max(self.text.find(f'"{key}"'), self.start)
         return replace(self, start=position)
 
+    def at_error(self, error: Exception) -> str:
+        """`name:line` of what a parser refuses."""
+        if isinstance(error, json.JSONDecodeError):
+            return f"{self.name}:{error.lineno}"
+        found = _LINE.search(str(error))
+        if found is None and "end of document" in str(error):
+            return f"{self.name}:{self.text.count(chr(10)) + 1}"
+        return f"{self.name}:{found[1]}" if found else self.name
+
     def where(self, *needles: str) -> str:
         """`name:line` of the last of `needles` found, each searched after the one before it."""
-        position = self.start
+        position, is_found = self.start, self.start > 0
         for needle in needles:
             found = self.text.find(needle, position)
-            position = found if found >= 0 else position
-        if position == 0:
+            if found >= 0:
+                position, is_found = found, True
+        if not is_found:
             return self.name
         return f"{self.name}:{self.text.count(chr(10), 0, position) + 1}"
 
@@ -173,12 +192,31 @@ def quantity_of(
             ways_out=(_legal(units),),
         ) from error
     if value < 0 or (value == 0 and not allow_zero) or not math.isfinite(value):
+        limit = "be positive"
+        if value > 0:
+            limit = "be finite"
+        elif allow_zero:
+            limit = "not be negative"
         raise ClusterError(
-            f"{key} = {raw!r} must be positive",
+            f"{key} = {raw!r} must {limit}",
             where=where,
             ways_out=("measure it with `cutset calibrate`, or take a preset's figure",),
         )
     return value
+
+
+def whole_bytes(
+    table: Mapping[str, object], key: str, source: Source, place: tuple[str, ...]
+) -> int:
+    """The value of `table[key]`, a quantity of at least one byte."""
+    found = int(quantity(table, key, BYTES, source, place))
+    if found < 1:
+        raise ClusterError(
+            f"{key} = {table[key]!r} is less than one byte",
+            where=source.where(*place, key),
+            ways_out=(_legal(BYTES),),
+        )
+    return found
 
 
 def _legal(units: dict[str, float]) -> str:
@@ -211,13 +249,13 @@ def number(
     return float(raw)
 
 
-def as_table(body: object, title: str, source: Source) -> dict[str, object]:
-    """`body` as a table; `title` says of what, and ends with its key."""
+def as_table(body: object, level: str, source: Source, place: tuple[str, ...]) -> dict[str, object]:
+    """`body` as a table, that of a `level` at `place`."""
     if not isinstance(body, dict):
         raise ClusterError(
-            f"{title} is not a table of keys",
-            where=source.where(title.split(".")[-1]),
-            ways_out=tuple(KEYS_HELP.values()),
+            f"{'.'.join(place)} = {body!r} is not a table of keys",
+            where=source.where(*place),
+            ways_out=(KEYS_HELP[level],),
         )
     return body
 
@@ -228,11 +266,13 @@ def typed(
     """The value of `table[key]`, which must be there and a `kind`."""
     value = table.get(key)
     if not isinstance(value, kind):
-        reason = "is missing" if value is None else f"= {value!r} is not a {kind.__name__}"
+        is_missing = key not in table
+        reason = "is missing" if is_missing else f"= {value!r} is not {_WORDS[kind]}"
+        verb = "add" if is_missing else "mend"
         raise ClusterError(
             f"{'.'.join((*place, key))} {reason}",
-            where=source.where(*place, key),
-            ways_out=(f"add {key!r} (docs/cost-models.md shows the format)",),
+            where=source.where(*place, *(() if is_missing else (key,))),
+            ways_out=(f"{verb} {key!r} (docs/cost-models.md shows the format)",),
         )
     return value
 

@@ -57,16 +57,15 @@ the same keys. A file that breaks a rule is refused with the line, the reason an
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 
 from ..compiler.files import write_whole
 from ..compiler.ir.cluster import Cluster, Device, DeviceType, Host, LinkRule
 from ..compiler.ir.errors import ClusterError
+from ..compiler.json_fields import strict_json
 from .cluster_fields import (
     BANDWIDTHS,
-    BYTES,
     KEYS_HELP,
     RATES,
     TIMES,
@@ -76,6 +75,7 @@ from .cluster_fields import (
     number,
     quantity,
     typed,
+    whole_bytes,
 )
 from .cluster_measured import check_dtype, collective_links, curves, link_of, op_costs
 from .cluster_text import render_cluster
@@ -83,6 +83,7 @@ from .cluster_text import render_cluster
 __all__ = ["parse_cluster", "read_cluster", "write_cluster"]
 
 _BACKENDS = ("cpu", "cuda", "tpu", "npu")
+_MOST_DEVICES = 1 << 16
 
 
 def read_cluster(path: str | Path) -> Cluster:
@@ -93,13 +94,26 @@ def read_cluster(path: str | Path) -> Cluster:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        raw = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ClusterError(
-            f"cannot read cluster file {path}: {error}",
-            ways_out=("check the path", "name a preset instead, for example h100-node"),
+            f"cannot read the cluster file: {reason}",
+            where=str(path),
+            ways_out=(
+                "check the path and its permissions",
+                "name a preset instead, for example h100-node",
+            ),
         ) from error
-    return parse_cluster(text, name=str(path), format=path.suffix.removeprefix("."))
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ClusterError(
+            f"the cluster file is no text in UTF-8: {error.reason}",
+            where=f"{path}:{raw.count(bytes([10]), 0, error.start) + 1}",
+            ways_out=("save it as UTF-8", "name a preset instead, for example h100-node"),
+        ) from error
+    return parse_cluster(text, name=str(path), format=path.suffix.removeprefix(".").lower())
 
 
 def parse_cluster(text: str, *, name: str = "cluster", format: str = "toml") -> Cluster:
@@ -110,10 +124,13 @@ def parse_cluster(text: str, *, name: str = "cluster", format: str = "toml") -> 
             f"a cluster file is .toml or .json, not {format!r}", ways_out=("rename the file",)
         )
     try:
-        table = tomllib.loads(text) if format == "toml" else json.loads(text)
-    except ValueError as error:
+        table = tomllib.loads(text) if format == "toml" else strict_json(text)
+    except (ValueError, RecursionError) as error:
+        too_deep = isinstance(error, RecursionError)
         raise ClusterError(
-            f"not {format.upper()}: {error}", where=name, ways_out=("mend the file at that place",)
+            f"not {format.upper()}: {'it is nested too deeply' if too_deep else error}",
+            where=source.at_error(error),
+            ways_out=("mend the file at that place",),
         ) from error
     if not isinstance(table, dict):
         raise ClusterError(
@@ -124,13 +141,15 @@ def parse_cluster(text: str, *, name: str = "cluster", format: str = "toml") -> 
 
 def _cluster(table: dict[str, object], source: Source) -> Cluster:
     check_keys(table, "cluster", source, ())
+    title = typed(table, "name", str, source, ()) if "name" in table else Path(source.name).stem
     raw_types = typed(table, "types", dict, source, ())
     types = tuple(_device_type(name, body, source) for name, body in raw_types.items())
     names = tuple(entry.name for entry in types)
     devices: list[Device] = []
     for index, body in enumerate(typed(table, "devices", list, source, ())):
-        for kind, node in _devices(body, names, source.entry("devices", index)):
-            devices.append(Device(len(devices), kind, node))
+        kind, node, count = _devices(body, names, source.entry("devices", index), len(devices))
+        first = len(devices)
+        devices += [Device(number, kind, node) for number in range(first, first + count)]
     if not devices:
         raise ClusterError(
             "the cluster has no devices",
@@ -140,20 +159,31 @@ def _cluster(table: dict[str, object], source: Source) -> Cluster:
     nodes = tuple(dict.fromkeys(device.node for device in devices))
     links = tuple(
         _link(body, nodes, source.entry("links", index))
-        for index, body in enumerate(typed(table, "links", list, source, ()))
+        for index, body in enumerate(
+            typed(table, "links", list, source, ()) if "links" in table else ()
+        )
     )
     local = table.get("local", False)
     if not isinstance(local, bool):
-        raise ClusterError("local is true or false", where=source.where("local"))
-    title = table.get("name", Path(source.name).stem)
-    cluster = Cluster(str(title), types, tuple(devices), links, local)
+        raise ClusterError(
+            f"local = {local!r} is neither true nor false",
+            where=source.where("local"),
+            ways_out=("write local = true if the devices are those of this machine",),
+        )
+    cluster = Cluster(title, types, tuple(devices), links, local)
     _check_links(cluster, source)
     return cluster
 
 
 def _device_type(name: str, body: object, source: Source) -> DeviceType:
-    table = as_table(body, f"types.{name}", source)
     place = (name,)
+    if not name:
+        raise ClusterError(
+            "a device type has no name",
+            where=source.where("types"),
+            ways_out=("name it, for example [types.h100]",),
+        )
+    table = as_table(body, "type", source, place)
     check_keys(table, "type", source, place)
     backend = typed(table, "backend", str, source, place)
     if backend not in _BACKENDS:
@@ -165,12 +195,14 @@ def _device_type(name: str, body: object, source: Source) -> DeviceType:
     unsupported = table.get("unsupported_ops", [])
     if not isinstance(unsupported, list) or not all(isinstance(op, str) for op in unsupported):
         raise ClusterError(
-            "unsupported_ops is a list of op names", where=source.where(name, "unsupported_ops")
+            f"unsupported_ops = {unsupported!r} is not a list of operator names",
+            where=source.where(name, "unsupported_ops"),
+            ways_out=('write for example ["aten.sort.default"]', "leave the key out"),
         )
     return DeviceType(
         name=name,
         backend=backend,
-        memory_bytes=int(quantity(table, "memory", BYTES, source, place)),
+        memory_bytes=whole_bytes(table, "memory", source, place),
         memory_bytes_per_second=quantity(table, "memory_bandwidth", BANDWIDTHS, source, place),
         flops_per_second=_rates(table, name, source),
         overhead_seconds=(
@@ -213,8 +245,8 @@ def _threads(table: dict[str, object], name: str, source: Source) -> int | None:
 def _host(table: dict[str, object], name: str, source: Source) -> Host | None:
     if "host" not in table:
         return None
-    body = as_table(table["host"], f"host of {name}", source)
     place = (name, "host")
+    body = as_table(table["host"], "host", source, place)
     check_keys(body, "host", source, place)
     if table["backend"] == "cpu":
         raise ClusterError(
@@ -224,28 +256,31 @@ def _host(table: dict[str, object], name: str, source: Source) -> Host | None:
         )
     return Host(
         link=link_of(body, source, place),
-        memory_bytes=int(quantity(body, "memory", BYTES, source, place)),
+        memory_bytes=whole_bytes(body, "memory", source, place),
         memory_bytes_per_second=quantity(body, "memory_bandwidth", BANDWIDTHS, source, place),
     )
 
 
 def _rates(table: dict[str, object], name: str, source: Source) -> tuple[tuple[str, float], ...]:
-    raw_rates = as_table(table.get("rates"), f"rates of {name}", source)
-    for dtype in raw_rates:
-        check_dtype(dtype, f"rates of {name!r}", source, (name, "rates"))
-    if not raw_rates:
+    raw_rates = table.get("rates")
+    if not isinstance(raw_rates, dict) or not raw_rates:
         raise ClusterError(
             f"device type {name!r} has no rates",
-            where=source.where(name),
+            where=source.where(name, "rates"),
             ways_out=('add rates = { f32 = "50 TFLOP/s" }',),
         )
+    for dtype in raw_rates:
+        check_dtype(dtype, f"rates of {name!r}", source, (name, "rates"))
     return tuple(
         (dtype, quantity(raw_rates, dtype, RATES, source, (name, "rates"))) for dtype in raw_rates
     )
 
 
-def _devices(body: object, types: tuple[str, ...], source: Source) -> tuple[tuple[str, str], ...]:
-    table = as_table(body, "devices", source)
+def _devices(
+    body: object, types: tuple[str, ...], source: Source, before: int
+) -> tuple[str, str, int]:
+    """Type, node and count of an entry that follows `before` devices."""
+    table = as_table(body, "device", source, ("devices",))
     check_keys(table, "device", source, ("devices",))
     kind = typed(table, "type", str, source, ("devices",))
     if kind not in types:
@@ -258,6 +293,12 @@ def _devices(body: object, types: tuple[str, ...], source: Source) -> tuple[tupl
             ),
         )
     node = typed(table, "node", str, source, ("devices",))
+    if not node:
+        raise ClusterError(
+            "the node of the devices has no name",
+            where=source.where("devices", "node"),
+            ways_out=("name the machine that they are in: devices of one node share its name",),
+        )
     count = table.get("count", 1)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ClusterError(
@@ -265,11 +306,17 @@ def _devices(body: object, types: tuple[str, ...], source: Source) -> tuple[tupl
             where=source.where("devices", "count", str(count)),
             ways_out=("give a whole number of at least 1",),
         )
-    return ((kind, node),) * count
+    if before + count > _MOST_DEVICES:
+        raise ClusterError(
+            f"a cluster of {before + count} devices is too large",
+            where=source.where("devices", "count", str(count)),
+            ways_out=(f"give at most {_MOST_DEVICES} devices in all",),
+        )
+    return kind, node, count
 
 
 def _link(body: object, nodes: tuple[str, ...], source: Source) -> LinkRule:
-    table = as_table(body, "links", source)
+    table = as_table(body, "link", source, ("links",))
     check_keys(table, "link", source, ("links",))
     ends = []
     for key in ("a", "b"):

@@ -48,7 +48,7 @@ def curves(table: Mapping[str, object], name: str, source: Source) -> tuple[Rate
 def _curves(table: Mapping[str, object], name: str, source: Source) -> Iterator[RateCurve]:
     for kind, key in _CURVE_KEYS:
         if key in table:
-            by_dtype = as_table(table[key], f"{name}.{key}", source)
+            by_dtype = as_table(table[key], "rates", source, (name, key))
             for dtype, raw in by_dtype.items():
                 check_dtype(dtype, f"{key} of {name!r}", source, (name, key))
                 points = _points(raw, _OF_PRODUCTS, source, (name, key, dtype))
@@ -103,13 +103,14 @@ def op_costs(table: Mapping[str, object], name: str, source: Source) -> tuple[Op
     if "op_costs" not in table:
         return ()
     found = []
-    for kind, raw in as_table(table["op_costs"], f"{name}.op_costs", source).items():
+    costs = as_table(table["op_costs"], "op_costs", source, (name, "op_costs"))
+    for kind, raw in costs.items():
         place = (name, "op_costs", kind)
-        phases = as_table(raw, ".".join(place), source)
+        phases = as_table(raw, "op_cost", source, place)
         check_keys(phases, "op_cost", source, place)
         for phase, figures in phases.items():
             inner = (*place, phase)
-            body = as_table(figures, ".".join(inner), source)
+            body = as_table(figures, "phase", source, inner)
             check_keys(body, "phase", source, inner)
             kernels = number(body, "kernels", source, inner)
             rates = body.get("rates", [])
@@ -133,7 +134,7 @@ def collective_links(
     found = []
     for name in COLLECTIVES:
         if name in table:
-            body = as_table(table[name], ".".join((*place, name)), source)
+            body = as_table(table[name], "collective", source, (*place, name))
             check_keys(body, "collective", source, (*place, name))
             found.append((name, link_of(body, source, (*place, name))))
     return tuple(found)

@@ -372,7 +372,7 @@ def limit_memory(cluster: Cluster, memory_limit_bytes: int | None) -> Cluster:
 def _parse_text(spec: str, limit: int | None) -> Cluster:
     if spec.isdigit():
         return local_cluster(int(spec), limit)
-    if spec.endswith((".toml", ".json")):
+    if spec.lower().endswith((".toml", ".json")) or os.sep in spec or os.path.isfile(spec):
         return limit_memory(read_cluster(spec), limit)
     if "+" in spec:
         return _parse_mixed(spec, limit)

@@ -92,6 +92,40 @@ def test_text_that_is_no_record_is_ignored(database: ProfileDatabase, text: str)
         assert database.get(KEY) is None
 
 
+def test_a_pipe_a_folder_or_a_giant_in_its_place_is_ignored(database: ProfileDatabase) -> None:
+    database.put(record())
+    path = only_file(database)
+
+    def giant() -> None:
+        path.write_text("")
+        os.truncate(path, 1 << 40)
+
+    for make in (lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to("/dev/zero"), giant):
+        path.unlink() if path.is_file() else None
+        make()
+        with pytest.warns(UserWarning, match="is ignored"):
+            assert database.get(KEY) is None
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_full_disk_costs_one_warning_and_leaves_nothing_behind(
+    database: ProfileDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.put(record())
+
+    def is_full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", is_full)
+    with pytest.warns(UserWarning, match="are not kept in .*No space left") as caught:
+        database.put(record(seconds=3.0))
+        database.put(record(replace(KEY, copies=1)))
+    assert len(caught) == 1
+    found = database.get(KEY)
+    assert found is not None and found.seconds[0] == 0.25
+    assert only_file(database).suffix == ".json"
+
+
 def test_every_truncation_is_ignored(database: ProfileDatabase) -> None:
     database.put(record())
     path = only_file(database)
@@ -181,7 +215,7 @@ def test_a_directory_that_cannot_be_written_costs_one_warning(tmp_path: Path) ->
         database.put(record())
         database.put(record(replace(KEY, copies=1)))
     assert len(caught) == 1
-    assert database.records() == ()
+    assert database.get(KEY) is None and database.records() == ()
 
 
 def test_a_directory_without_permission_costs_one_warning(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from cutset.compiler.ir.cluster import (
     OpCost,
     RateCurve,
 )
-from cutset.compiler.ir.errors import ClusterError
+from cutset.compiler.ir.errors import ClusterError, UsageError
 from cutset.cost_models.cluster_file import parse_cluster, read_cluster, write_cluster
 from cutset.cost_models.cluster_text import render_cluster
-from cutset.cost_models.presets import preset, preset_names
+from cutset.cost_models.presets import parse_devices, preset, preset_names
 
 GOOD = """\
 name = "lab"
@@ -164,6 +164,14 @@ def test_parsing_undoes_printing(cluster: Cluster, suffix: str) -> None:
         ('overhead = "5 us"', 'host = { pages = 4 }', "unknown key 'pages'", 7, "keys of a host"),
         ('overhead = "5 us"', "threads = 4", "has threads, but only CPU workers", 7, "leave"),
         ("count = 2", "count = 0", "count = 0", 13, "at least 1"),
+        ("count = 2", "count = 100000000000", "too large", 13, "65536 devices in all"),
+        ('backend = "cuda"', "backend = 3", "gpu.backend = 3 is not text", 4, "mend 'backend'"),
+        ('"75 GiB"', '"0.5 B"', "less than one byte", 5, "GiB"),
+        ('node = "box1"\n', 'node = ""\n', "has no name", 17, "name the machine"),
+        ('node = "box1"\n', "", "devices.node is missing", 15, "add 'node'"),
+        ('latency = "1.5 ms"', 'latency = "-1 ms"', "must not be negative", 27, "calibrate"),
+        ('"350 GB/s"', '"1e999 GB/s"', "must be finite", 22, "calibrate"),
+        ('overhead = "5 us"', "host = 3", "gpu.host = 3 is not a table", 7, "keys of a host"),
         ('a = "box0"', 'a = "box9"', "link end a = 'box9' is not a node", 25, "box0, box1"),
         ('latency = "1.5 ms"', 'latency = "1.5 mW"', "is not a quantity", 27, "ms"),
         ("same_node = true", 'same_node = "yes"', "same_node = 'yes'", 20, "leave the key out"),
@@ -295,7 +303,7 @@ def test_mistakes_in_json_are_named_too() -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="cannot read cluster file"):
+    with pytest.raises(ClusterError, match="cannot read the cluster file"):
         read_cluster(tmp_path / "none.toml")
 
 
@@ -304,6 +312,92 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
     path.write_text(render_cluster(preset("h100-node"), format="json")[:200])
     with pytest.raises(ClusterError, match="not JSON"):
         read_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "format", "cause", "where"),
+    [
+        (GOOD.replace("[[devices]]", "[devices", 1), "toml", "not TOML", "lab:10"),
+        ("name = ", "toml", "not TOML", "lab:1"),
+        ("a = " + "[" * 100_000, "toml", "nested too deeply", "lab"),
+        ('{"types": {\n"a"', "json", "not JSON", "lab:2"),
+        ("[" * 100_000, "json", "nested too deeply", "lab"),
+        ('{"name": "a", "name": "b"}', "json", "'name' is given twice", "lab"),
+        ('{"types": NaN}', "json", "NaN is not", "lab"),
+        ("[]", "json", "not a table of keys", "lab"),
+        ("name = 5", "toml", "name = 5 is not text", "lab:1"),
+        ('name = "a"\ntypes = []', "toml", "types = [] is not a table", "lab:2"),
+    ],
+)
+def test_what_does_not_parse_is_refused_with_its_line(
+    text: str, format: str, cause: str, where: str
+) -> None:
+    with pytest.raises(ClusterError) as caught:
+        parse_cluster(text, name="lab", format=format)
+    assert cause in caught.value.cause
+    assert caught.value.where == where and caught.value.ways_out
+
+
+@pytest.mark.parametrize(
+    ("raw", "cause", "line"),
+    [
+        (b"name = 1\n\xff\xfe", "no text in UTF-8", ":2"),
+        (GOOD.encode("utf-16"), "no text in UTF-8", ":1"),
+        (b"\0" * 100, "not TOML", ":1"),
+        (b"", "types is missing", ""),
+    ],
+)
+def test_files_that_are_no_text_are_refused(
+    raw: bytes, cause: str, line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_bytes(raw)
+    with pytest.raises(ClusterError, match=cause) as caught:
+        read_cluster(path)
+    assert caught.value.where == f"{path}{line}" and caught.value.ways_out
+
+
+def test_paths_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    for path, cause in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none.toml", "No such file"),
+        (tmp_path / "a\0.toml", "null byte"),
+        (tmp_path / ("x" * 300 + ".toml"), "too long"),
+    ):
+        with pytest.raises(ClusterError, match=cause) as caught:
+            parse_devices(str(path))
+        assert caught.value.where == str(path) and caught.value.ways_out
+
+
+def test_a_byte_order_mark_and_other_line_ends_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "CLUSTER.TOML"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert parse_devices(str(path)) == parse_cluster(GOOD)
+
+
+def test_devices_without_pairs_need_no_links() -> None:
+    alone = GOOD[: GOOD.index("[[links]]")].replace("count = 2", "count = 1")
+    first = alone[: alone.rindex("[[devices]]")]
+    assert parse_cluster(first).links == ()
+    with pytest.raises(ClusterError, match="no link between device 0") as caught:
+        parse_cluster(alone)
+    assert "add a [[links]] rule" in caught.value.ways_out[0]
+
+
+def test_a_file_that_cannot_be_written_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text("old")
+
+    def is_full(source: str, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", is_full)
+    with pytest.raises(UsageError, match="No space left"):
+        write_cluster(preset("h100-node"), path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("text", ["", "[types]", "devices = []", "[[devices]]\ncount = 1"])
