@@ -46,6 +46,7 @@ _TIMEOUT_SECONDS = 300.0
 _MANY = 33  # operators with nothing to do, against one
 _MICROBATCHES = 16
 _SLOW_SECONDS = 0.2  # of a probe: the next larger one of its curve is left out
+_SENSIBLE = 0.25  # of the rate of products in f32: so fast others are worth their figures
 _OF_MEMORY = {"cpu": 0.7, "cuda": 0.95}
 _OPTIMIZERS: tuple[tuple[str, Callable[..., torch.optim.Optimizer], float], ...] = (
     ("adamw", lambda group: torch.optim.AdamW(group, lr=1e-3), 2.0),
@@ -277,23 +278,54 @@ class _Measuring:
         for lists in zip(*kinds, strict=True):
             found = self._measure([self._some(probes) for probes in lists])
             for entry, own, rows in zip(self._types, times, found, strict=True):
-                own += [
-                    OpTime(
-                        probe.name,
-                        PHASES[phase],
-                        work.num_bytes,
-                        self._each(entry, probe, seconds[phase]),
-                    )
-                    for probe, seconds in rows
-                    for phase, work in enumerate(work_of(probe))
-                    if work.num_bytes > 0.0
+                own += self._op_times(entry, rows, "")
+        halves = [self._half(entry) for entry in self._types]
+        if any(halves):
+            self._progress(f"kinds of operators in {', '.join(sorted({*filter(None, halves)}))}")
+        kinds = [
+            op_probes(half or "f32", on_cuda=entry.on_cuda)
+            for entry, half in zip(self._types, halves, strict=True)
+        ]
+        for lists in zip(*kinds, strict=True) if any(halves) else ():
+            found = self._measure(
+                [
+                    self._some(probes[:1] + probes[2:]) if half else []
+                    for half, probes in zip(halves, lists, strict=True)
                 ]
+            )
+            for entry, own, rows, half in zip(self._types, times, found, halves, strict=True):
+                own += self._op_times(entry, rows, half)
         for entry, own in zip(self._types, times, strict=True):
             costs, qualities = fitted_op_costs(entry.kind, own)
             # the curve of convolutions has all that they take
             costs += tuple(OpCost("convolution", phase, 1.0) for phase in PHASES)
             entry.kind = replace(entry.kind, op_costs=costs)
             entry.qualities += qualities
+
+    def _half(self, entry: _Type) -> str:
+        """The element type of half precision that `entry` computes with at a sensible speed, which
+        stands for both; empty: none."""
+        dtypes = dict(self._effort.dtypes)[entry.kind.backend]
+        rates = dict(entry.kind.flops_per_second)
+        return next(
+            (d for d in ("bf16", "f16") if d in dtypes and rates[d] >= _SENSIBLE * rates["f32"]), ""
+        )
+
+    def _op_times(
+        self, entry: _Type, rows: list[tuple[Probe, tuple[float, ...]]], dtype: str
+    ) -> list[OpTime]:
+        return [
+            OpTime(
+                probe.name,
+                PHASES[phase],
+                work.num_bytes,
+                self._each(entry, probe, seconds[phase]),
+                dtype,
+            )
+            for probe, seconds in rows
+            for phase, work in enumerate(work_of(probe))
+            if work.num_bytes > 0.0
+        ]
 
     def _measure(self, lists: Sequence[list[Probe]]) -> list[list[tuple[Probe, tuple[float, ...]]]]:
         """Times of the probes of each type, from small to large, until they take long."""

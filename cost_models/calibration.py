@@ -49,12 +49,14 @@ class OpTime:
         phase: one of `PHASES`.
         num_bytes: that the cost model counts of it.
         seconds: measured.
+        dtype: as of `OpCost`.
     """
 
     name: str
     phase: str
     num_bytes: float
     seconds: float
+    dtype: str = ""
 
 
 def calls(one_seconds: float, many_seconds: float, count: int) -> tuple[float, float]:
@@ -106,18 +108,21 @@ def fitted_op_costs(
     random numbers was measured as a dropout called `random`: its cost is what it takes beside an
     elementwise operator.
     """
-    costs: dict[tuple[str, str], OpCost] = {}
+    costs: dict[tuple[str, str, str], OpCost] = {}
     qualities = []
-    elementwise = "elementwise", PHASES[0]
-    for key in dict.fromkeys((item.name, item.phase) for item in times):
-        own = [(t.num_bytes, t.seconds) for t in times if (t.name, t.phase) == key]
-        if key == ("random", PHASES[0]) and elementwise in costs:
-            own = [(n, max(t - _seconds(kind, costs[elementwise], n), 0.1 * t)) for n, t in own]
-        if key[0] == "random" and key[1] != PHASES[0]:
-            key = "dropout", key[1]
+    for key in dict.fromkeys((item.name, item.phase, item.dtype) for item in times):
+        own = [(t.num_bytes, t.seconds) for t in times if (t.name, t.phase, t.dtype) == key]
+        name, phase, dtype = key
+        elementwise = costs.get(("elementwise", PHASES[0], dtype))
+        if name == "random" and phase != PHASES[0]:
+            key = "dropout", phase, dtype
+        elif name == "random" and elementwise is not None:
+            own = [(n, max(t - _seconds(kind, elementwise, n), 0.1 * t)) for n, t in own]
         costs[key], quality = _op_cost(kind, key, sorted(own))
         qualities.append(quality)
-    return tuple(costs.values()), tuple(qualities)
+    names = list(dict.fromkeys(cost.name for cost in costs.values()))
+    in_order = sorted(costs.values(), key=lambda cost: names.index(cost.name))  # as files have them
+    return tuple(in_order), tuple(qualities)
 
 
 def _seconds(kind: DeviceType, cost: OpCost, num_bytes: float) -> float:
@@ -125,19 +130,21 @@ def _seconds(kind: DeviceType, cost: OpCost, num_bytes: float) -> float:
 
 
 def _op_cost(
-    kind: DeviceType, key: tuple[str, str], samples: Sequence[tuple[float, float]]
+    kind: DeviceType, key: tuple[str, str, str], samples: Sequence[tuple[float, float]]
 ) -> tuple[OpCost, Quality]:
+    name, phase, dtype = key
     kernels = rounded(samples[0][1] / kind.overhead_seconds)
     fixed = kernels * kind.overhead_seconds
     points = _rounded(rates_by_size(samples[1:] or samples, fixed))
-    return OpCost(*key, kernels, points), left_out(samples, fixed, " ".join(key))
+    quality = left_out(samples, fixed, " ".join(filter(None, key)))
+    return OpCost(name, phase, kernels, points, dtype), quality
 
 
 def fitted_optimizer(
     kind: DeviceType, name: str, samples: Sequence[tuple[float, float]]
 ) -> tuple[OpCost, Quality]:
     """Cost of the update of one tensor by optimizer `name`, from (bytes that it moves, seconds)."""
-    return _op_cost(kind, (name, PHASES[0]), tuple(sorted(samples)))
+    return _op_cost(kind, (name, PHASES[0], ""), tuple(sorted(samples)))
 
 
 # -- links -----------------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ KEYS_HELP = {
         level: f"keys of a {level.replace('_', ' ')}: {', '.join(keys)}"
         for level, keys in _KEYS.items()
     },
-    "op_cost": f"phases of a kind of operators: {', '.join(PHASES)}",
+    "op_cost": f"phases of a kind of operators: {', '.join(PHASES)}; or an element type (bf16) "
+    "with phases of its own",
     "op_costs": "name operators (gelu) or categories of them (norm), each with its phases",
     "rates": "give rates by element type, for example f32",
 }

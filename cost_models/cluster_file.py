@@ -44,6 +44,8 @@ What `cutset calibrate` measures besides, all optional:
     [types.h100.op_costs.gelu]    # by operator or category
     forward = { kernels = 1.0, rates = [["64 KiB", "4 GB/s"], ["64 MiB", "3 GB/s"]] }
     # backward_input, backward_weight likewise; kernels count the overhead
+    [types.h100.op_costs.gelu.bf16]    # in this element type; others take the above
+    forward = { kernels = 1.0, rates = [["64 KiB", "2 GB/s"]] }
 
     [[links]]
     streams = 1.5            # messages of one node that go at once at full bandwidth

@@ -102,21 +102,33 @@ def op_costs(table: Mapping[str, object], name: str, source: Source) -> tuple[Op
     """The costs of kinds of operators on device type `name`."""
     if "op_costs" not in table:
         return ()
-    found = []
+    found: list[OpCost] = []
     costs = as_table(table["op_costs"], "op_costs", source, (name, "op_costs"))
     for kind, raw in costs.items():
         place = (name, "op_costs", kind)
-        phases = as_table(raw, "op_cost", source, place)
-        check_keys(phases, "op_cost", source, place)
-        for phase, figures in phases.items():
-            inner = (*place, phase)
-            body = as_table(figures, "phase", source, inner)
-            check_keys(body, "phase", source, inner)
-            kernels = number(body, "kernels", source, inner)
-            rates = body.get("rates", [])
-            points = _points(rates, _OF_MEMORY, source, (*inner, "rates")) if rates else ()
-            found.append(OpCost(kind, phase, kernels, points))
+        by_key = as_table(raw, "op_cost", source, place)
+        own = {key: body for key, body in by_key.items() if key in DTYPES_BY_NAME}
+        shared = {key: body for key, body in by_key.items() if key not in own}
+        found += _phase_costs(kind, "", shared, source, place)
+        for dtype, body in own.items():
+            inner = (*place, dtype)
+            phases = as_table(body, "op_cost", source, inner)
+            found += _phase_costs(kind, dtype, phases, source, inner)
     return tuple(found)
+
+
+def _phase_costs(
+    kind: str, dtype: str, phases: dict[str, object], source: Source, place: tuple[str, ...]
+) -> Iterator[OpCost]:
+    check_keys(phases, "op_cost", source, place)
+    for phase, figures in phases.items():
+        inner = (*place, phase)
+        body = as_table(figures, "phase", source, inner)
+        check_keys(body, "phase", source, inner)
+        kernels = number(body, "kernels", source, inner)
+        rates = body.get("rates", [])
+        points = _points(rates, _OF_MEMORY, source, (*inner, "rates")) if rates else ()
+        yield OpCost(kind, phase, kernels, points, dtype)
 
 
 def link_of(table: Mapping[str, object], source: Source, place: tuple[str, ...]) -> Link:

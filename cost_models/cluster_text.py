@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from decimal import Decimal
+from typing import Any
 
 from ..compiler.ir.cluster import CURVES, Cluster, DeviceType, Link, LinkRule
 from ..compiler.ir.errors import ClusterError
+from ..compiler.ir.types import DTYPES_BY_NAME
 from .cluster_fields import BANDWIDTHS, BYTES, FLOPS, RATES, TIMES
 
 __all__ = ["cluster_table", "render_cluster"]
@@ -28,8 +30,12 @@ def render_cluster(cluster: Cluster, *, format: str = "toml") -> str:
         lines += ["", f"[types.{_key(entry.name)}]", *_toml_lines(body)]
         assert isinstance(costs, dict)
         for name, phases in costs.items():
-            head = f"[types.{_key(entry.name)}.op_costs.{_key(name)}]"
-            lines += ["", head, *_toml_lines(phases)]
+            head = f"types.{_key(entry.name)}.op_costs.{_key(name)}"
+            others = {dtype: phases.pop(dtype) for dtype in DTYPES_BY_NAME if dtype in phases}
+            if phases:
+                lines += ["", f"[{head}]", *_toml_lines(phases)]
+            for dtype, own in others.items():
+                lines += ["", f"[{head}.{dtype}]", *_toml_lines(own)]
     for title, bodies in (
         ("devices", _device_groups(cluster)),
         ("links", [_render_link(rule) for rule in cluster.links]),
@@ -81,12 +87,14 @@ def _render_type(entry: DeviceType) -> dict[str, object]:
 
 
 def _op_costs(entry: DeviceType) -> dict[str, object]:
-    table: dict[str, dict[str, object]] = {}
+    """By name, then by phase; what is of an element type is in a table of its own among these."""
+    table: dict[str, dict[str, Any]] = {}
     for cost in entry.op_costs:
         figures: dict[str, object] = {"kernels": cost.kernels}
         if cost.points:
             figures["rates"] = _points(cost.points, BYTES)
-        table.setdefault(cost.name, {})[cost.phase] = figures
+        phases = table.setdefault(cost.name, {})
+        (phases.setdefault(cost.dtype, {}) if cost.dtype else phases)[cost.phase] = figures
     return dict(table)
 
 

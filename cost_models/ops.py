@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from ..compiler.ir.cluster import PHASES, DeviceType
 from ..compiler.ir.graph import Graph, Node, Value, users
 from ..compiler.ir.memo import once_per_object
@@ -275,26 +277,26 @@ def _seconds(
 ) -> float:
     """Seconds of one op or of gradients of it; forward may draw random numbers on the way."""
     device = pricing.device_type
+    dtype = pricing.graph.values[node.outputs[0]].type.dtype
     seconds = 0.0
     if phase == PHASES[0] and node.random_draw is not None:
         moved += _score_bytes(pricing, node)
-        seconds = _drawing_seconds(device, moved)
-    cost = device.op_cost(node.op.packet, node.op.category.value, phase)
+        seconds = _drawing_seconds(device, moved, dtype)
+    cost = device.op_cost(node.op.packet, node.op.category.value, phase, dtype)
     if cost is not None:
         moving, kernels = moved / device.op_rate(cost, moved), cost.kernels
     else:
         typical = _TYPICAL if phase == PHASES[0] else _TYPICAL_BACKWARD
         passes, kernels = typical.get(node.op.category, (1.0, 1.0))
         moving = passes * moved / device.memory_rate(moved)
-    dtype = pricing.graph.values[node.outputs[0]].type.dtype
     size = flops if is_product(node) else math.inf
     rate = device.rate(dtype, size, _CURVES.get(node.op.category, "matmul"))
     return seconds + max(flops / rate, moving) + kernels * device.overhead_seconds
 
 
-def _drawing_seconds(device: DeviceType, moved: float) -> float:
-    """Of random numbers for an op that moves `moved` bytes."""
-    cost = device.op_cost("random", "random", PHASES[0])
+def _drawing_seconds(device: DeviceType, moved: float, dtype: torch.dtype) -> float:
+    """Of random numbers for an op in `dtype` that moves `moved` bytes."""
+    cost = device.op_cost("random", "random", PHASES[0], dtype)
     if cost is not None:
         return moved / device.op_rate(cost, moved) + cost.kernels * device.overhead_seconds
     passes, kernels = _DRAWING

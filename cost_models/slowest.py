@@ -49,7 +49,9 @@ def _slowest_curves(kinds: Sequence[DeviceType]) -> tuple[RateCurve, ...]:
 
 def _dearest_costs(kinds: Sequence[DeviceType]) -> tuple[OpCost, ...]:
     """Costs of the kinds of operators that all types have, at the sizes of all."""
-    tables = [{(cost.name, cost.phase): cost for cost in kind.op_costs} for kind in kinds]
+    tables = [
+        {(cost.name, cost.phase, cost.dtype): cost for cost in kind.op_costs} for kind in kinds
+    ]
     found = []
     for key in tables[0]:
         if all(key in table for table in tables):
@@ -58,5 +60,7 @@ def _dearest_costs(kinds: Sequence[DeviceType]) -> tuple[OpCost, ...]:
             points = tuple(
                 (size, min(kind.op_rate(cost, size) for kind, cost in pairs)) for size in sizes
             )
-            found.append(OpCost(*key, max(cost.kernels for _, cost in pairs), points))
+            name, phase, dtype = key
+            kernels = max(cost.kernels for _, cost in pairs)
+            found.append(OpCost(name, phase, kernels, points, dtype))
     return tuple(found)

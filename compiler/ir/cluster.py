@@ -14,7 +14,7 @@ import torch
 
 from .corrections import PHASES, Corrections
 from .errors import ClusterError
-from .types import dtype_name
+from .types import DTYPE_NAMES, dtype_name
 
 __all__ = [
     "COLLECTIVES",
@@ -64,6 +64,13 @@ class Host:
 
 
 Points = tuple[tuple[float, float], ...]
+
+# whose cost of an operator counts, first to last
+_ALIKE: dict[torch.dtype, tuple[str, ...]] = {
+    **{dtype: (name, "") for dtype, name in DTYPE_NAMES.items()},
+    torch.bfloat16: ("bf16", "f16", ""),
+    torch.float16: ("f16", "bf16", ""),
+}
 
 
 def _rate_at(points: Points, size: float) -> float:
@@ -117,12 +124,14 @@ class OpCost:
         kernels: how many times the overhead of one operator counts.
         points: (bytes that one operator moves, bytes per second) as in a `RateCurve`; empty: those
             of memory.
+        dtype: short name of the element type; empty: of every one that has no cost of its own.
     """
 
     name: str
     phase: str
     kernels: float
     points: tuple[tuple[float, float], ...] = ()
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,17 +212,22 @@ class DeviceType:
             op_costs=tuple(replace(cost, points=_at_best(cost.points)) for cost in self.op_costs),
         )
 
-    def op_cost(self, packet: str, category: str, phase: str) -> OpCost | None:
-        """The cost of operators called `packet`, else of their category, if it was measured."""
-        found = None
+    def op_cost(
+        self, packet: str, category: str, phase: str, dtype: torch.dtype | None = None
+    ) -> OpCost | None:
+        """The cost of operators called `packet`, else of their category, if it was measured: in
+        `dtype`, else in the other one of half precision (both are converted to be computed with),
+        else in none that is named."""
+        wanted = _ALIKE.get(dtype, ("",)) if dtype is not None else ("",)
+        best = None
         for entry in self.op_costs:
-            if entry.phase == phase and entry.name in (packet, category):
-                if entry.name == packet:
-                    return entry
-                found = entry
-        if found is None and phase == "backward_weight":
-            return self.op_cost(packet, category, "backward_input")
-        return found
+            if entry.phase == phase and entry.name in (packet, category) and entry.dtype in wanted:
+                order = entry.name != packet, wanted.index(entry.dtype)
+                if best is None or order < best[0]:
+                    best = order, entry
+        if best is None and phase == "backward_weight":
+            return self.op_cost(packet, category, "backward_input", dtype)
+        return None if best is None else best[1]
 
     def op_rate(self, cost: OpCost, num_bytes: float) -> float:
         """Bytes per second of an operator of kind `cost` that moves `num_bytes`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cutset.compiler.calibrate import (
     FULL,
@@ -24,8 +25,9 @@ from cutset.compiler.cli.calibrate import _say_if_busy
 from cutset.compiler.cli.console import Console
 from cutset.compiler.ir.cluster import COLLECTIVES, PHASES, DeviceType
 from cutset.compiler.ir.errors import UsageError
+from cutset.compiler.ir.text import parse_program
 from cutset.compiler.ir.verify import verify_cluster
-from cutset.compiler.probes import op_probes, rate_probes, tiny_probe, work_of
+from cutset.compiler.probes import Probe, op_probes, rate_probes, tiny_probe, work_of
 from cutset.cost_models import make_cluster
 from cutset.cost_models.cluster_file import parse_cluster, write_cluster
 from cutset.cost_models.fits import Quality, left_out
@@ -115,6 +117,57 @@ def test_optimizers_on_cuda_update_more_than_caches_hold() -> None:
     assert cost.kernels * kind.overhead_seconds == pytest.approx(OnCuda.CALL_SECONDS, rel=0.05)
     assert cost.points[-1][0] == pytest.approx(8 * 4 * (4 << 24), rel=1e-3)
     assert cost.points[-1][1] == pytest.approx(OnCuda.BYTES_PER_SECOND, rel=0.01)
+
+
+class HalfIsSlow:
+    """Answers for two CPU workers that move bytes in bf16 at a third of the rate of f32."""
+
+    num_ranks = 2
+    BYTES_PER_SECOND = 9e9
+
+    def call(
+        self, method: str, arguments: Any = (), *, timeout_seconds: float | None = None
+    ) -> list[Any]:
+        assert method == "time_block"
+        return [self._times(given) for given in arguments]
+
+    def _times(self, given: dict[str, Any]) -> tuple[float, ...]:
+        program = parse_program(given["program"])
+        rate = self.BYTES_PER_SECOND / (3 if "bf16[" in given["program"] else 1)
+        works = work_of(Probe("op", "", "", 1.0, 1, program))
+        return tuple(work.kernels * 1e-6 + work.num_bytes / rate for work in works)
+
+    def close(self) -> None: ...
+
+
+def measured_ops(bf16_rate: float, said: list[str]) -> DeviceType:
+    cluster = parse_devices("cpu:2")
+    (kind,) = cluster.types
+    rates = (("f32", 1e11), ("bf16", bf16_rate))
+    kind = replace(kind, overhead_seconds=1e-6, flops_per_second=rates)
+    measuring = _Measuring(HalfIsSlow(), replace(cluster, types=(kind,)), FULL, said.append)
+    measuring._ops()
+    return measuring._types[0].kind
+
+
+def test_operators_are_measured_in_half_precision_where_it_is_of_use() -> None:
+    said: list[str] = []
+    kind = measured_ops(2e11, said)
+    assert said == ["kinds of operators", "kinds of operators in bf16"]
+    for name, category in (("gelu", "elementwise"), ("layer_norm", "norm"), ("mul", "elementwise")):
+        for phase in ("forward", "backward_input"):
+            whole, half = (
+                kind.op_cost(name, category, phase, dtype)
+                for dtype in (torch.float32, torch.bfloat16)
+            )
+            assert whole is not None and half is not None
+            assert (whole.dtype, half.dtype) == ("", "bf16")
+            assert kind.op_rate(whole, 1e7) == pytest.approx(9e9, rel=0.1)
+            assert kind.op_rate(half, 1e7) == pytest.approx(3e9, rel=0.1)
+    said.clear()
+    slow = measured_ops(1e10, said)
+    assert said == ["kinds of operators"]
+    assert all(not cost.dtype for cost in slow.op_costs)
 
 
 def test_instructions_on_cuda_take_the_time_of_the_host_alone() -> None:

@@ -69,6 +69,29 @@ def test_units() -> None:
     assert cluster.link(2, 0) == Link(1.5e-3, 10 * 1024.0**3)
 
 
+def test_costs_of_an_element_type_go_before_those_of_any() -> None:
+    figures = "{ kernels = 3, rates = [['1 KB', '2 GB/s']] }".replace("'", '"')
+    text = MEASURED.replace("gelu = {", f"gelu = {{ bf16 = {{ forward = {figures} }}, ")
+    cluster = parse_cluster(text)
+    (kind,) = cluster.types
+    half = OpCost("gelu", "forward", 3.0, ((1e3, 2e9),), "bf16")
+    for dtype in (torch.bfloat16, torch.float16):  # f16 has none of its own
+        assert kind.op_cost("gelu", "elementwise", "forward", dtype) == half
+    for other in (torch.float32, torch.float64, None):
+        found = kind.op_cost("gelu", "elementwise", "forward", other)
+        assert found is not None and found.kernels == 2.0
+    for format in ("toml", "json"):
+        assert parse_cluster(render_cluster(cluster, format=format), format=format) == cluster
+    for old, new, cause in (
+        ("bf16 = { forward", "bf17 = { forward", "unknown key 'bf17'"),
+        ("bf16 = { forward", "bf16 = { onward", "unknown key 'onward'"),
+        ("bf16 = { forward = {", "bf16 = 3, f16 = { forward = {", "op_costs.gelu.bf16 = 3 is not"),
+    ):
+        with pytest.raises(ClusterError, match=cause) as caught:
+            parse_cluster(text.replace(old, new), name="lab.toml")
+        assert caught.value.where == "lab.toml:12" and "an element type" in str(caught.value)
+
+
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_survive_a_file(name: str, suffix: str, tmp_path: Path) -> None:
@@ -85,7 +108,14 @@ _points = st.dictionaries(_positive, _positive, min_size=1, max_size=3).map(
     lambda table: tuple(sorted(table.items()))
 )
 _op_costs = st.lists(
-    st.builds(OpCost, _names, st.sampled_from(PHASES), _positive, st.just(()) | _points),
+    st.builds(
+        OpCost,
+        _names,
+        st.sampled_from(PHASES),
+        _positive,
+        st.just(()) | _points,
+        st.sampled_from(["", "bf16", "f64"]),
+    ),
     max_size=2,
     unique_by=lambda cost: cost.name,
 ).map(tuple)
@@ -237,6 +267,7 @@ def test_what_calibration_writes() -> None:
     assert kind.op_cost("gelu", "elementwise", "forward") == gelu
     assert kind.op_cost("gelu", "elementwise", "backward_input") is None
     assert kind.op_cost("relu", "elementwise", "forward") is None
+    assert kind.op_cost("gelu", "elementwise", "forward", torch.bfloat16) == gelu
     assert kind.op_rate(gelu, 1e6) == 5e9 and kind.op_rate(OpCost("x", "forward", 1.0), 1.0) == 20e9
     rule = cluster.rule(0, 1)
     assert (rule.streams, rule.compute_share) == (1.5, 0.25)

@@ -20,7 +20,11 @@ QUICK = DeviceType(
     1e-6,
     instruction_seconds=1e-5,
     curves=(RateCurve("memory", "", ((1e3, 4e9), (1e5, 2e9))),),
-    op_costs=(OpCost("gelu", "forward", 2.0, ((1e3, 5e9),)), OpCost("norm", "forward", 2.0)),
+    op_costs=(
+        OpCost("gelu", "forward", 2.0, ((1e3, 5e9),)),
+        OpCost("gelu", "forward", 3.0, (), "bf16"),
+        OpCost("norm", "forward", 2.0),
+    ),
 )
 LAME = DeviceType(
     "lame",

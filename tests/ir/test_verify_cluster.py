@@ -87,6 +87,7 @@ def test_right_clusters_pass() -> None:
         (lambda: kind(op_costs=(OpCost("gelu", "forward", -1.0),)), "kernels of forward of gelu"),
         (lambda: kind(op_costs=(OpCost("gelu", "onward", 1.0),)), "no such phase"),
         (lambda: kind(op_costs=(OpCost("gelu", "forward", 1.0),) * 2), "two costs are of"),
+        (lambda: kind(op_costs=(OpCost("gelu", "forward", 1.0, (), "f7"),)), "'f7' is not a dtype"),
         (lambda: linked(streams=0.0), "streams is 0.0"),
         (lambda: linked(compute_share=1.0), "compute_share is 1.0"),
         (lambda: linked(collectives=(("gather", Link(0.0, 1.0)),)), "'gather' is not one of"),

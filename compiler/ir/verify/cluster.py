@@ -86,11 +86,13 @@ def _verify_device_type(entry: DeviceType, here: str) -> None:
     twice = first_repeated((curve.kind, curve.dtype) for curve in entry.curves)
     check(twice is None, f"two curves are of {twice}", here)
     for cost in entry.op_costs:
-        title = f"{cost.phase} of {cost.name}"
+        title = f"{cost.phase} of {cost.name} {cost.dtype}".rstrip()
+        known = not cost.dtype or cost.dtype in DTYPES_BY_NAME
+        check(known, f"{title}: {cost.dtype!r} is not a dtype", here)
         check(cost.phase in PHASES, f"{title}: no such phase, one of {', '.join(PHASES)}", here)
         _not_negative(f"kernels of {title}", cost.kernels, here)
         _verify_points(title, cost.points, here)
-    double = first_repeated((cost.name, cost.phase) for cost in entry.op_costs)
+    double = first_repeated((cost.name, cost.phase, cost.dtype) for cost in entry.op_costs)
     check(double is None, f"two costs are of {double}", here)
     if entry.corrections is not None:
         problem = _problem_of(entry.corrections)
