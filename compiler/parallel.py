@@ -23,6 +23,7 @@ from .batch import Call, contiguous
 from .checkpoint import Checkpoint, Progress, save_checkpoint
 from .codegen.python import emit_python
 from .elementwise import check_elementwise, first_part
+from .files import unusable, write_whole
 from .ir.errors import UsageError
 from .ir.graph import Mode, ValueKind
 from .ir.program import Program
@@ -411,12 +412,22 @@ class Parallel:
     # -- life ----------------------------------------------------------------------------------
 
     def save_programs(self, directory: str | Path) -> None:
-        """Write the generated Python and instruction lists of every rank, to read."""
+        """Write the generated Python and instruction lists of every rank, to read.
+
+        Raises:
+            UsageError: a file cannot be written.
+        """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unusable(folder, "make", "program", error) from error
         for program in self._planned.programs:
-            (folder / f"rank{program.rank}.py").write_text(emit_python(program))
-            (folder / f"rank{program.rank}.program").write_text(print_program(program))
+            for suffix, text in (
+                ("py", emit_python(program)),
+                ("program", print_program(program)),
+            ):
+                write_whole(folder / f"rank{program.rank}.{suffix}", text, "program")
 
     def explain(self) -> str:
         """The plan in words and pictures."""

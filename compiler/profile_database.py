@@ -31,7 +31,7 @@ METHOD_VERSION = 3
 """Of how blocks are made and measured, by kernels of this cutset: others do not compare."""
 
 _ABANDONED_SECONDS = 3600.0  # so old a temporary file has no writer any more
-_MOST_BYTES = 1 << 16
+_MOST_BYTES = 1 << 24  # of a record of all nodes of a large graph: far less
 _MOST_SECONDS = 1e6
 _LATEST_SECONDS = 1e11  # since the epoch, thousands of years from now
 

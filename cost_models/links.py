@@ -2,8 +2,8 @@
 
 A message of n bytes takes `latency + n / bandwidth`. A ring of p devices runs at the pace of its
 slowest link: all-reduce makes 2 (p - 1) steps of n / p bytes, reduce-scatter, all-gather and
-all-to-all p - 1 steps (Thakur, Rabenseifner and Gropp, 2005), broadcast and reduce one pipelined
-pass over n bytes. A link may have latency and bandwidth of its own for the steps of a collective.
+all-to-all p - 1 steps (Thakur, Rabenseifner and Gropp, 2005). A link may have latency and bandwidth
+of its own for the steps of a collective.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ __all__ = [
     "all_gather_seconds",
     "all_reduce_seconds",
     "all_to_all_seconds",
-    "broadcast_seconds",
     "group_link",
     "reduce_scatter_seconds",
     "ring",
@@ -94,12 +93,3 @@ def all_gather_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: floa
 def all_to_all_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
     """All-to-all; `num_bytes` is what each device holds, of which 1/p stays."""
     return _ring_seconds(cluster, devices, "all_to_all", num_bytes)
-
-
-def broadcast_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
-    """Pipelined broadcast (or reduce) of `num_bytes` along the ring."""
-    size = len(set(devices))
-    if size < 2:
-        return 0.0
-    link = group_link(cluster, devices)
-    return (size - 1) * link.latency_seconds + num_bytes / link.bytes_per_second

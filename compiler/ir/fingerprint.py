@@ -14,15 +14,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .cluster import Cluster
 from .errors import CaptureError
 from .graph import Attribute, Graph, Node, Operand, Value, ValueKind
 from .ops import Category, Op, resolve
 from .plan import Fingerprint, Plan
-from .text import print_cluster, print_graph, print_plan
+from .text import print_graph, print_plan
 from .text.scan import print_literal
 
-__all__ = ["cluster_hash", "fingerprint", "plan_hash"]
+__all__ = ["fingerprint", "plan_hash"]
 
 _SIZED = (Category.VIEW, Category.COPY, Category.FACTORY)
 _SIZED_PACKETS = frozenset(
@@ -53,11 +52,6 @@ def plan_hash(plan: Plan) -> str:
     if plan.certificate is not None:
         plan = replace(plan, certificate=replace(plan.certificate, solver_seconds=0.0))
     return _sha256(print_plan(plan))
-
-
-def cluster_hash(cluster: Cluster) -> str:
-    """Identity of a cluster, its figures included."""
-    return _sha256(print_cluster(cluster))
 
 
 def _sha256(text: str) -> str:

@@ -349,9 +349,6 @@ class Lowering:
     def input_placement(self, position: int, axis: int) -> Placement:
         return self.input_layouts[position].placements[axis]
 
-    def output_placement(self, axis: int, position: int = 0) -> Placement:
-        return self.output_layouts[position].placements[axis]
-
     def output_type(self, position: int = 0) -> TensorType:
         """Type of the local part of result `position`."""
         layout = self.output_layouts[position]

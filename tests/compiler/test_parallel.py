@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from cutset.compiler.ir.errors import CaptureError, UsageError
+from cutset.compiler.ir.text import parse_program
 from cutset.runtime.inprocess import InProcessSession
 
 from .partitioned import (
@@ -215,6 +217,22 @@ def test_a_plan_for_inference_only() -> None:
     torch.testing.assert_close(parallel(batch()[0]), expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(UsageError, match="plan is for inference"):
         parallel.train_step(*batch())
+
+
+def test_programs_are_written_to_read(tmp_path: Path) -> None:
+    parallel = partition_chain()
+    folder = tmp_path / "new" / "programs"
+    parallel.save_programs(folder)
+    programs = parallel.planned.programs
+    assert {path.name for path in folder.iterdir()} == {
+        f"rank{program.rank}.{suffix}" for program in programs for suffix in ("py", "program")
+    }
+    for program in programs:
+        assert parse_program((folder / f"rank{program.rank}.program").read_text()) == program
+        source = (folder / f"rank{program.rank}.py").read_text()
+        assert all(f"def stage_{stage.index}(" in source for stage in program.stages)
+    with pytest.raises(UsageError, match="cannot make the program file"):
+        parallel.save_programs(folder / "rank0.py")
 
 
 def test_state_dict_has_the_keys_of_the_model_in_their_order() -> None:

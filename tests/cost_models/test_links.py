@@ -7,7 +7,6 @@ from cutset.cost_models.links import (
     all_gather_seconds,
     all_reduce_seconds,
     all_to_all_seconds,
-    broadcast_seconds,
     group_link,
     reduce_scatter_seconds,
     transfer_seconds,
@@ -44,11 +43,7 @@ def test_ring_collectives(cluster: Cluster) -> None:
     assert all_reduce_seconds(cluster, range(4), 1e9) == pytest.approx(6 * hop)
 
 
-def test_broadcast_is_pipelined(cluster: Cluster) -> None:
-    assert broadcast_seconds(cluster, range(4), 1e9) == pytest.approx(3e-5 + 0.1)
-
-
 def test_a_group_of_one_needs_no_time(cluster: Cluster) -> None:
-    for collective in (all_reduce_seconds, all_gather_seconds, broadcast_seconds):
+    for collective in (all_reduce_seconds, all_gather_seconds):
         assert collective(cluster, (2,), 1e9) == 0.0
         assert collective(cluster, (2, 2), 1e9) == 0.0

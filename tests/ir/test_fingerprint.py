@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from cutset.compiler.ir.fingerprint import cluster_hash, fingerprint, plan_hash
+from cutset.compiler.ir.fingerprint import fingerprint, plan_hash
 from cutset.compiler.ir.graph import Graph, Mode
 from tests.ir.builders import GraphBuilder, mlp, residual, tied_embedding
-from tests.ir.pipelines import cluster, make_plan, skip_graph
+from tests.ir.pipelines import make_plan, skip_graph
 
 
 def sized(batch: int, length: int, *, dim: int = 1, width: int = 8, mask: float = 0.0) -> Graph:
@@ -85,9 +85,3 @@ def test_plan_hash_forgets_solver_seconds_only() -> None:
     assert plan_hash(slower) == plan_hash(plan)
     assert plan_hash(other) != plan_hash(plan)
     assert plan_hash(replace(plan, batch_size=9)) != plan_hash(plan)
-
-
-def test_cluster_hash_follows_its_figures() -> None:
-    assert cluster_hash(cluster(2)) == cluster_hash(cluster(2))
-    assert cluster_hash(cluster(2)) != cluster_hash(cluster(3))
-    assert cluster_hash(cluster(2)) != cluster_hash(cluster(2, memory_bytes=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .graph import parse_graph, print_attributes, print_graph, print_node
-from .plan import format_ranges, parse_plan, parse_ranges, print_cluster, print_plan
+from .plan import format_ranges, parse_plan, parse_ranges, print_plan
 from .program import parse_program, print_instruction, print_program
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "parse_program",
     "parse_ranges",
     "print_attributes",
-    "print_cluster",
     "print_graph",
     "print_instruction",
     "print_node",

@@ -66,7 +66,6 @@ __all__ = [
     "format_ranges",
     "parse_plan",
     "parse_ranges",
-    "print_cluster",
     "print_plan",
 ]
 
