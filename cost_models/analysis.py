@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,16 @@ from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.ops import Category, resolve
 from ..compiler.ir.types import TensorType
 
-__all__ = ["Storages", "batch_rows", "batch_values", "find_storages", "weight_like_values"]
+__all__ = [
+    "Storages",
+    "batch_rows",
+    "batch_values",
+    "batched_values",
+    "dependent_values",
+    "find_storages",
+    "grows_with",
+    "weight_like_values",
+]
 
 
 def batch_rows(graph: Graph) -> int:
@@ -40,32 +49,48 @@ def batch_values(graph: Graph) -> frozenset[int]:
     a batched input, or if it comes from nowhere (a factory) with the rows as its first dim. A
     stage graph's boundary values count as batched under the same condition.
     """
-    rows = batch_rows(graph)
-    dependent: set[int] = set()
-    grows: set[int] = set()
-    for value in graph.values:
-        if value.kind is ValueKind.INPUT and value.batch_dim is not None:
-            dependent.add(value.id)
-            grows.add(value.id)
-        elif value.kind is ValueKind.BOUNDARY:
-            dependent.add(value.id)
-            if _multiple(value.type, rows):
-                grows.add(value.id)
+    return batched_values(graph, batch_rows(graph), _given_dependent(graph))
+
+
+def batched_values(graph: Graph, rows: int, given: Collection[int]) -> frozenset[int]:
+    """As `batch_values`, of a graph of which it is known what depends on a batch of `rows`.
+
+    Args:
+        given: those of its values that no node makes and that depend on a batched input.
+    """
+    dependent = _dependent(graph, rows, given)
+    return frozenset(index for index in dependent if grows_with(graph.values[index].type, rows))
+
+
+@once_per_object
+def dependent_values(graph: Graph) -> frozenset[int]:
+    """Ids of the values that are computed from a batched input, whether they grow with it or not,
+    and of factories that make something of its rows."""
+    return _dependent(graph, batch_rows(graph), _given_dependent(graph))
+
+
+def _given_dependent(graph: Graph) -> set[int]:
+    return {
+        value.id
+        for value in graph.values
+        if value.kind is ValueKind.BOUNDARY
+        or (value.kind is ValueKind.INPUT and value.batch_dim is not None)
+    }
+
+
+def _dependent(graph: Graph, rows: int, given: Collection[int]) -> frozenset[int]:
+    dependent = set(given)
     for node in graph.nodes:
         reached = any(index in dependent for index in node.inputs)
         for index in node.outputs:
-            type = graph.values[index].type
-            if reached:
+            shape = graph.values[index].type.shape
+            if reached or (not node.inputs and rows > 1 and shape[:1] == (rows,)):
                 dependent.add(index)
-                if _multiple(type, rows):
-                    grows.add(index)
-            elif not node.inputs and rows > 1 and type.shape[:1] == (rows,):
-                dependent.add(index)
-                grows.add(index)
-    return frozenset(grows)
+    return frozenset(dependent)
 
 
-def _multiple(type: TensorType, rows: int) -> bool:
+def grows_with(type: TensorType, rows: int) -> bool:
+    """Whether a value of `type` that depends on a batch of `rows` grows with it."""
     return bool(type.shape) and type.numel >= rows and type.numel % rows == 0
 
 

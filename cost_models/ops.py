@@ -87,6 +87,7 @@ def price(
     *,
     batch_fraction: float = 1.0,
     network: Network | None = None,
+    batched: frozenset[int] | None = None,
 ) -> tuple[NodeCost, ...]:
     """Predicted cost of every node of `graph`, in node order.
 
@@ -96,6 +97,7 @@ def price(
         batch_fraction: price at `b * batch_fraction` rows instead: flops and bytes of values that
             grow with the batch are scaled.
         network: who meets in collectives; needed for a local graph that holds some.
+        batched: those values, of a part of a graph that does not tell; None: `batch_values`.
     """
     carries = [_is_differentiable(graph, node) for node in graph.nodes]
     num_terms = {
@@ -105,7 +107,7 @@ def price(
         graph=graph,
         device_type=device_type,
         batch_fraction=batch_fraction,
-        batched=batch_values(graph),
+        batched=batch_values(graph) if batched is None else batched,
         weights=weight_like_values(graph),
         num_terms=num_terms,
         network=network,

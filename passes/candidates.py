@@ -7,8 +7,10 @@ may win are looked at as closely as the pass that decides the stages will.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from ..compiler.ir.cluster import DeviceType
 from ..compiler.ir.graph import ValueKind
 from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import DATA, PIPELINE, Plan
@@ -20,10 +22,11 @@ from .columns import Column, column_of, layouts_key, parameters_of
 from .context import Context
 from .layouts.choose import LayoutChoice, Memory
 from .offload import offloaded
+from .partition.devices import used_types
 from .partition.fitting import Fit, find_fitting, with_memory
 from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
-from .partition.search import SearchLimits, Solution, Tables, estimate, search
+from .partition.search import SearchLimits, Tables, estimate, search
 from .partition.statement import Statement
 from .recompute import choose_recompute
 from .stage_layouts import StageLayouts
@@ -31,6 +34,8 @@ from .stage_layouts import StageLayouts
 __all__ = ["Candidate", "Pricing", "Way"]
 
 _TYPICAL = 1.1  # the additive bound of memory, as a share of the need
+_GENEROUS = 1.25  # such shares above which no stages are searched
+_AMPLE = 1e3
 _FAR = 1.25  # share of the memory that additive bounds exceed it by, if nothing is to fit
 _LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candidate
 
@@ -48,13 +53,11 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A priced plan without stages; no layouts on its mesh take less than `lower_bound`, and on a
-    mesh without layouts, no stages."""
+    """A priced plan without stages."""
 
     plan: Plan
     way: Way
     seconds: float
-    lower_bound: float
 
 
 class Pricing:
@@ -70,7 +73,7 @@ class Pricing:
         self._choices: dict[object, LayoutChoice | None] = {}  # with saving
         self.effort = 0  # of walks through layouts for little memory (`squeeze.py`)
         self._short: dict[
-            tuple[Mesh, float, bool, bool], int
+            tuple[Mesh, float, bool, float], int
         ] = {}  # likewise, of memory for layouts
         self._columns: dict[object, Column] = {}
         self._recompute: dict[str, tuple[int, ...]] = {}
@@ -79,7 +82,7 @@ class Pricing:
     def work_seconds(self, count: int) -> float:
         """Of the whole batch in `count` microbatches on one device, launches not counted."""
         if count not in self._work:
-            self._work[count] = count * sum(c.total_seconds for c in self._node_costs(count))
+            self._work[count] = count * sum(self._least_costs(count))
         return self._work[count]
 
     def candidate(self, mesh: Mesh, count: int, way: Way) -> Candidate | None:
@@ -98,29 +101,17 @@ class Pricing:
         if not self.layouts.sums_are_late(mesh, count):
             return found
         # layouts that sum less may be faster
-        plan = self.plan_on(mesh, count, way, late=True)
+        plan = self.plan_on(mesh, count, way, late=1.0)
         if found is not None and plan == found.plan:  # best by both forms, so by the larger
             return found
-        others = self._priced(plan, way, late=True)
-        return min(
-            (item for item in (found, others) if item is not None),
-            key=lambda item: item.seconds,
-            default=None,
-        )
+        table = [found, self._priced(plan, way, late=1.0)]
+        if (late := self.layouts.between(mesh, count)) is not None:
+            table.append(self._priced(self.plan_on(mesh, count, way, late=late), way, late=late))
+        priced = (item for item in table if item is not None)
+        return min(priced, key=lambda item: item.seconds, default=None)
 
-    def bound(self, plan: Plan, of_stages: float) -> float:
-        """No layouts on the mesh of `plan` with so many microbatches take less, however they are
-        cut into stages.
-
-        A bound `of_stages` is that of one plan's layouts alone: others may be cut more evenly, or
-        sum gradients where more of backward hides them.
-        """
-        if not plan.stage_mesh.axes:
-            return of_stages
-        return self.layouts.lower_bound(plan.mesh, plan.num_microbatches)
-
-    def _priced(self, plan: Plan | None, way: Way, *, late: bool = False) -> Candidate | None:
-        """`plan` has layouts for sums of gradients that backward hides, or in part (`late`)."""
+    def _priced(self, plan: Plan | None, way: Way, *, late: float = 0.0) -> Candidate | None:
+        """`plan` has layouts for sums of gradients that are so `late`, see `StageLayouts`."""
         if plan is None:
             return None
         if plan.stage_mesh.axes:
@@ -136,7 +127,7 @@ class Pricing:
         solution = estimate(problem, counts, limits)
         if math.isinf(solution.seconds):
             return None
-        return Candidate(plan, way, solution.seconds, self.bound(plan, solution.lower_bound))
+        return Candidate(plan, way, solution.seconds)
 
     def fit(self, plan: Plan) -> Fit | None:
         """The fastest stages of `plan` that fit by liveness, over units made for its microbatches;
@@ -151,12 +142,32 @@ class Pricing:
             statement, problem, counts, lambda other: search(other, counts, limits, tables)
         )
 
-    def searched(self, plan: Plan) -> Solution:
-        """Stages of `plan` over the units of the captured graph, with a proof."""
-        statement, counts = self._pipeline(plan)
-        assert statement is not None
-        problem = with_memory(state_problem(statement, plan.num_microbatches), _TYPICAL)
-        return search(problem, counts, self._limits())
+    def pipeline_bound(
+        self, mesh: Mesh, count: int, ways: Iterable[Way], *, closely: bool = False
+    ) -> float:
+        """No stages on `mesh`, one device each, of the units of the captured graph take less in any
+        of `ways`, which recompute more and more; infinite if the additive bound of memory of all of
+        them exceeds what is searched.
+
+        Args:
+            closely: by the integer program as well.
+        """
+        least = math.inf
+        for way in ways:
+            plan = self.plan_with(mesh, count, way, None)
+            statement, counts = self._pipeline(plan)
+            if statement is None:
+                break
+            problem, limits = state_problem(statement, count), self._limits()
+            tables, solve = Tables.of(problem, limits), search if closely else estimate
+            free, within = (
+                solve(with_memory(problem, share), counts, limits, tables).lower_bound
+                for share in (_AMPLE, _GENEROUS)
+            )
+            least = min(least, within)
+            if free >= within:  # memory does not bind, so that recomputing only adds
+                break
+        return least
 
     def _limits(self) -> SearchLimits:
         options = self.context.options
@@ -177,17 +188,20 @@ class Pricing:
         memory = replace(memory, in_flight=in_flight)
         return layouts.lower_bound(mesh, count, memory)
 
-    def _node_costs(self, count: int) -> tuple[NodeCost, ...]:
-        """Of one of `count` microbatches on one device at its best; no part of it is priced less
-        anywhere, even where prices were measured."""
-        kind = self.plan.cluster.type_of(0).at_its_best()
-        if kind.corrections is not None:
-            kind = replace(kind, corrections=least(kind.corrections))
-        return price(self.context.graph, kind, batch_fraction=self.layouts.portion(count))
+    def _least_costs(self, count: int) -> list[float]:
+        """Seconds of each node, of one of `count` microbatches on one device at its best, whichever
+        type is fastest; no part of it is priced less anywhere, even where prices were measured."""
+        tables: list[tuple[NodeCost, ...]] = []
+        for kind in map(DeviceType.at_its_best, used_types(self.plan.cluster)):
+            if kind.corrections is not None:
+                kind = replace(kind, corrections=least(kind.corrections))
+            portion = self.layouts.portion(count)
+            tables.append(price(self.context.graph, kind, batch_fraction=portion))
+        return [min(cost.total_seconds for cost in row) for row in zip(*tables, strict=True)]
 
     # -- layouts -----------------------------------------------------------------------------------
 
-    def plan_on(self, mesh: Mesh, count: int, way: Way, *, late: bool = False) -> Plan | None:
+    def plan_on(self, mesh: Mesh, count: int, way: Way, *, late: float = 0.0) -> Plan | None:
         """The plan before its stages, layouts in the order of the mesh's own axes; None if no
         layouts fit.
 
@@ -202,7 +216,7 @@ class Pricing:
         return self.plan_with(mesh, count, way, choice)
 
     def _choice(
-        self, mesh: Mesh, count: int, way: Way, *, late: bool = False
+        self, mesh: Mesh, count: int, way: Way, *, late: float = 0.0
     ) -> LayoutChoice | None:
         """Layouts on `mesh`: with `saving`, those that fit a share of the memory, whatever ZeRO and
         recomputation save beside."""

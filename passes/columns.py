@@ -21,6 +21,7 @@ from ..compiler.sharding.sharding import Sharding
 from ..cost_models.collectives import Network, mesh_network
 from ..cost_models.links import all_reduce_seconds
 from ..cost_models.parameters import ParameterFigures, parameter_figures
+from ..cost_models.slowest import slowest_type
 from .context import Context
 from .replicate import complete_stages, replicated_nodes
 
@@ -193,11 +194,13 @@ def slowest_network(cluster: Cluster, mesh: Mesh, groups: Iterable[tuple[int, ..
 
 
 def _stage_cluster(cluster: Cluster, groups: tuple[tuple[int, ...], ...]) -> Cluster:
-    """One device a stage: that of the first column."""
+    """One device a stage: that of the first column, as slow as the slowest of its stage."""
+    kinds = [slowest_type(cluster, group) for group in groups]
     devices = tuple(
-        replace(cluster.devices[group[0]], index=index) for index, group in enumerate(groups)
+        replace(cluster.devices[group[0]], index=index, type=kind.name)
+        for index, (group, kind) in enumerate(zip(groups, kinds, strict=True))
     )
-    return replace(cluster, devices=devices)
+    return replace(cluster, types=tuple(dict.fromkeys((*cluster.types, *kinds))), devices=devices)
 
 
 def _row_parts(graph: Graph, local: Graph) -> int:

@@ -45,7 +45,6 @@ from .squeeze import squeeze
 
 __all__ = ["ChooseMesh"]
 
-_PROVEN = 4
 _CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
@@ -77,6 +76,8 @@ class _Search:
         self.known = Bounds(self.pricing)
         self.bounds: list[float] = []  # of what was not priced
         self.tried: set[tuple[Mesh, int]] = set()  # with layouts to choose
+        self.counts: set[int] = set()  # of microbatches, in what was searched
+        self.pipelines: set[tuple[Mesh, int]] = set()  # tried, with none
         self.squeezed: set[tuple[Mesh, int, bool]] = set()
         self.offload = context.options.offload == "optimizer"
 
@@ -106,6 +107,7 @@ class _Search:
         is asked for where the one by division, raised as the others were, is the least.
         """
         known = self.known
+        self.counts.update(count for _, count in space)
         far = [known.entry(known.by_division(*item), item) for item in space]
         near: list[Entry] = []
         heapq.heapify(far)
@@ -128,9 +130,12 @@ class _Search:
             if entry.bound >= best:
                 self.bounds.append(entry.bound)
                 continue
-            if any(axis.name != PIPELINE for axis in entry.mesh.axes):
-                self.tried.add(entry.item)
+            has_layouts = any(axis.name != PIPELINE for axis in entry.mesh.axes)
+            (self.tried if has_layouts else self.pipelines).add(entry.item)
             self.price(entry.mesh, entry.count, self.hopeful(entry.mesh, entry.count))
+            if self.pricing.layouts.gathers_are_fast(*entry.item):
+                ways = (way for way in self.ways(entry.mesh) if way.zero == 3)
+                self.price_alike(entry.mesh, entry.count, ways)
 
     def hopeful(self, mesh: Mesh, count: int) -> Iterator[Way]:
         """The ways on `mesh`; where the first of those with the same layouts does not fit, and the
@@ -194,7 +199,8 @@ class _Search:
     def is_starved(self) -> bool:
         """Whether something may be faster by far that did not fit."""
         best = min(map(self.seconds, self.finalists()))
-        return any(_STARVED * bound < best for bound in self.short_of_memory(self.short(), best))
+        short = self.known.of_costly(self.short(), self.ways, best)
+        return any(_STARVED * bound < best for bound in short)
 
     def squeeze(self) -> None:
         """Look for layouts that fit where the fastest do not, as long as they may win."""
@@ -270,8 +276,14 @@ class _Search:
         """The fastest of the finalists, of which there is one."""
         best = min(self.finalists(), key=self.preference)
         seconds = self.seconds(best)
-        short = self.short_of_memory(self.costly(), seconds)
-        floor = min([seconds, *self.bounds, *short, *self.proven(seconds)])
+        costly = self.costly()
+        floor = min(
+            seconds,
+            *self.bounds,
+            *self.known.of_layouts(self.tried - costly, seconds),
+            *self.known.of_costly(costly, self.ways, seconds),
+            *self.known.of_stages(self.pipelines, self.ways, seconds),
+        )
         certificate = Certificate(
             objective=seconds,
             lower_bound=floor,
@@ -349,37 +361,16 @@ class _Search:
             )
         return replace(plan, warnings=(*plan.warnings, *warnings))
 
-    def short_of_memory(self, items: set[tuple[Mesh, int]], best: float) -> Iterator[float]:
-        """Bounds of `items`, which did not fit in the fastest layouts, or took recomputation to:
-        others may fit that were not found. Where the bound is below the `best` step, the memory is
-        counted in."""
-        for mesh, count in sorted(items, key=str):
-            bound = self.known.by_layouts(mesh, count)
-            if bound < best:
-                leanest = {way.recompute: way for way in self.ways(mesh)}
-                of_ways = (self.pricing.short_bound(mesh, count, w) for w in leanest.values())
-                bound = max(bound, min(of_ways))
-            yield bound
-
-    def proven(self, best: float) -> Iterator[float]:
-        """Bounds of all that was priced; where the bound of the dynamic program is below the best
-        step, the integer program is asked as well, for the few where it is lowest."""
-        like = [i for i, item in enumerate(self.found) if item.way.offload == self.offload]
-        order = sorted(like, key=lambda place: self.found[place].lower_bound)
-        for number, place in enumerate(order):
-            candidate = self.found[place]
-            bound = candidate.lower_bound
-            if bound < best and number < _PROVEN and not candidate.plan.stage_mesh.axes:
-                bound = max(bound, self.pricing.searched(candidate.plan).lower_bound)
-            yield bound
-
     def told(self) -> str:
-        if self.context.options.mesh is not None:
-            return f"mesh {self.context.options.mesh}, its layouts, ZeRO, microbatches"
+        """The space that the bounds cover."""
+        pinned = self.context.options.mesh
+        meshes = f"all data x pipeline x tensor meshes of {len(self.plan.cluster.devices)} devices"
+        numbers = ", ".join(map(str, sorted(self.counts)))
         return (
-            f"all data x pipeline x tensor meshes of {len(self.plan.cluster.devices)} devices with "
-            "their layouts, ZeRO 0 to 3, recomputation, microbatches"
-            + (", all optimizer states offloaded" if self.offload else "")
+            f"{meshes if pinned is None else f'mesh {pinned}'}; layouts in which equal layers are "
+            "alike, over the data axis as that decides alone; ZeRO 0 to 3, recomputation; "
+            f"microbatches: {numbers}"
+            + ("; all optimizer states offloaded" if self.offload else "")
         )
 
     def smallest(self) -> Plan:

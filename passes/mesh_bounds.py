@@ -6,14 +6,19 @@ The two bounds are those of `mesh.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR
-from .candidates import Pricing
+from .candidates import Pricing, Way
 
 __all__ = ["Bounds", "Entry"]
 
+Item = tuple[Mesh, int]
+Ways = Callable[[Mesh], tuple[Way, ...]]
+
+_PROVEN = 4
 _NO_TIME = 1e-30  # seconds, of a graph that computes nothing
 _STEPS_OF_BOUND = 20  # bounds are about equal if they are within a twentieth
 
@@ -88,3 +93,36 @@ class Bounds:
             ),
             default=0.0,
         )
+
+    # -- of what was priced ------------------------------------------------------------------------
+
+    def of_layouts(self, items: Collection[Item], best: float) -> Iterator[float]:
+        """Bounds of `items`, however they are cut into stages, that are as high as they can be
+        where they are below the `best` step."""
+        return (self.by_layouts(*item, best) for item in sorted(items, key=str))
+
+    def of_costly(self, items: Collection[Item], ways: Ways, best: float) -> Iterator[float]:
+        """Of `items` which did not fit in the fastest layouts, or took recomputation to: others may
+        fit that were not found. Where the bound is below the `best` step, the memory is counted in.
+
+        Args:
+            ways: to save memory on a mesh, least first.
+        """
+        for mesh, count in sorted(items, key=str):
+            bound = self.by_layouts(mesh, count)
+            if bound < best:
+                leanest = {way.recompute: way for way in ways(mesh)}
+                of_ways = (self._pricing.short_bound(mesh, count, w) for w in leanest.values())
+                bound = max(bound, min(of_ways))
+            yield bound
+
+    def of_stages(self, items: Collection[Item], ways: Ways, best: float) -> Iterator[float]:
+        """Of pipelines of single devices; where the bound of the dynamic program is below the
+        `best` step, the integer program is asked as well, for the few where it is lowest."""
+        of_stages = self._pricing.pipeline_bound
+        bounds = [(of_stages(*item, ways(item[0])), item) for item in items]
+        bounds.sort(key=lambda entry: (entry[0], str(entry[1])))
+        for number, (bound, item) in enumerate(bounds):
+            if bound < best and number < _PROVEN:
+                bound = max(bound, of_stages(*item, ways(item[0]), closely=True))
+            yield bound

@@ -95,8 +95,7 @@ class _Walk:
             return False
         seconds = fit.solution.seconds
         if seconds < self.best:
-            bound = self.pricing.bound(plan, fit.solution.lower_bound)
             way = replace(self.way, saving=1.0) if self.unfit else self.way
-            self.found = Candidate(plan, way, seconds, bound), fit
+            self.found = Candidate(plan, way, seconds), fit
             self.best = seconds
         return True

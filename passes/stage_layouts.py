@@ -16,17 +16,22 @@ from ..compiler.ir.graph import Mode
 from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
 from ..cost_models.analysis import batch_rows
+from ..cost_models.collectives import mesh_network
+from ..cost_models.overlap import LEAST_EXPOSED
+from ..cost_models.slowest import slowest_type
 from .columns import stage_devices
 from .context import Context
 from .layout_pins import held_placements
-from .layouts.choose import LayoutChoice, LayoutFront, Memory
+from .layouts.choose import AxesBefore, LayoutChoice, LayoutFront, Memory
 from .layouts.facts import GraphFacts
 from .layouts.statement import LayoutOptions
+from .partition.devices import used_types
 from .pinned import updates_elementwise
 
 __all__ = ["StageLayouts"]
 
 _FEW_CLASSES = 32  # of nodes, in a small graph
+_MANY_BYTES = 1e9
 
 
 class StageLayouts:
@@ -39,6 +44,7 @@ class StageLayouts:
         self._fronts: dict[object, LayoutFront | None] = {}
         self._choices: dict[tuple[int, Memory], LayoutChoice | None] = {}
         self._bounds: dict[tuple[int, Memory], float] = {}
+        self._axes: dict[object, AxesBefore] = {}
 
     @functools.cached_property
     def facts(self) -> GraphFacts:
@@ -56,8 +62,8 @@ class StageLayouts:
 
     @property
     def memory_bytes(self) -> int:
-        """Of one device."""
-        limit = self.plan.cluster.type_of(0).memory_bytes
+        """Of one device; of several types, of that which has most."""
+        limit = max(kind.memory_bytes for kind in used_types(self.plan.cluster))
         return min(limit, self.context.options.memory_limit_bytes or limit)
 
     def portion(self, count: int) -> float:
@@ -67,12 +73,12 @@ class StageLayouts:
     # -- choices -----------------------------------------------------------------------------------
 
     def fastest(
-        self, mesh: Mesh, count: int, *, bounding: bool = False, late: bool = False
+        self, mesh: Mesh, count: int, *, bounding: bool = False, late: float = 0.0
     ) -> LayoutChoice | None:
         """Layouts over the in-stage axes without a limit of memory; None if none are legal.
 
         Sums of gradients count as hidden by the last backward but for a part, or if they are
-        `late`, as all that it cannot hide.
+        `late`, as all that it cannot hide; with a share between, the mean of both so weighted.
         """
         return self._within(self._front(mesh, count, bounding=bounding, late=late), Memory())
 
@@ -83,7 +89,7 @@ class StageLayouts:
         memory: Memory,
         others: Sequence[LayoutChoice] = (),
         *,
-        late: bool = False,
+        late: float = 0.0,
     ) -> LayoutChoice | None:
         """The fastest layouts whose additive bound is within `memory`, and that are none of
         `others`."""
@@ -116,33 +122,63 @@ class StageLayouts:
         backward = choice.seconds / 2 * self.portion(count) / self._like(count)
         return choice.sum_seconds > backward
 
+    def between(self, mesh: Mesh, count: int, *, bounding: bool = False) -> float | None:
+        """How late sums are best taken to be, where they are late (see `fastest`): the step takes
+        the larger of both forms, so at least any mean of them, and most where the layouts that are
+        best by the one or the other form come to the same; None if those are the same."""
+        plain, late = (
+            self._front(mesh, count, bounding=bounding, late=form) for form in (0.0, 1.0)
+        )
+        if plain is None or late is None:
+            return None
+        first, second = plain.fastest.picks, late.fastest.picks
+        more = plain.objective(second) - plain.objective(first)
+        less = late.objective(first) - late.objective(second)
+        return more / (more + less) if more > 0.0 and less > 0.0 else None
+
     def _front(
-        self, mesh: Mesh, count: int, *, bounding: bool = False, late: bool = False
+        self, mesh: Mesh, count: int, *, bounding: bool = False, late: float = 0.0
     ) -> LayoutFront | None:
         if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
             return None
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         like, spread = self._like(count), self._spread(mesh, count, bounding=bounding)
         rounds = mesh.axis(PIPELINE).size + count - 1
-        key = (str(inner), like, spread, late and rounds)
+        shared = self._gathered_share(mesh, rounds) if bounding else math.inf
+        usual = self._spread(mesh, count, bounding=False)
+        key = (str(inner), like, spread, usual, late, late and rounds, shared)
         if key not in self._fronts:
-            options = LayoutOptions(
-                num_microbatches=spread,
+            plain = LayoutOptions(
+                num_microbatches=usual,
                 batch_fraction=like,
                 optimizer=self.plan.optimizer,
                 update_share=self._update_share(mesh),
                 held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
             )
-            if late:
-                options = replace(options, sum_share=1.0, backward_share=1.0 - 1.0 / rounds)
+            options = replace(
+                plain,
+                num_microbatches=spread,
+                sum_share=min((1.0 - late) * LEAST_EXPOSED + late, shared),
+                backward_share=1.0 - late / rounds,
+            )
             devices = stage_devices(mesh)[0]
             try:
+                before = self._before(inner, devices, plain)
                 self._fronts[key] = LayoutFront.of(
-                    self.facts, inner, self.plan.cluster, devices, options
+                    self.facts, inner, self.plan.cluster, devices, options, before
                 )
             except InfeasibleError:
                 self._fronts[key] = None
         return self._fronts[key]
+
+    def _before(self, inner: Mesh, devices: tuple[int, ...], options: LayoutOptions) -> AxesBefore:
+        """What is decided over all in-stage axes but the last; the same for plans and bounds."""
+        key = str(inner), devices, options.batch_fraction, options.num_microbatches
+        if key not in self._axes:
+            self._axes[key] = AxesBefore.decide(
+                self.facts, inner, self.plan.cluster, devices, options
+            )
+        return self._axes[key]
 
     def _like(self, count: int) -> float:
         """Microbatches of like size share layouts: `portion` up to the next power of four; in a
@@ -160,6 +196,25 @@ class StageLayouts:
         if bounding or self.is_small or not self.gains_with_size:
             return spread
         return float(1 << max(0, round(math.log2(spread))))
+
+    def gathers_are_fast(self, mesh: Mesh, count: int) -> bool:
+        """Whether gathering parameters may take less than summing their gradients, so that ZeRO 3
+        may be the fastest even where others fit."""
+        rounds = mesh.axis(PIPELINE).size + count - 1
+        return self.context.options.zero is None and self._gathered_share(mesh, rounds) < math.inf
+
+    def _gathered_share(self, mesh: Mesh, rounds: int) -> float:
+        """Of what sums of gradients over the data axis take, the share that ZeRO 3 takes instead,
+        at least; infinite where it takes longer, or is not to be had."""
+        options, parts = self.context.options, mesh.axis(DATA).size
+        has_parts = parts > 1 and options.zero in (None, 3) and self.plan.mode is Mode.TRAIN
+        if not has_parts or not updates_elementwise(self.plan.optimizer.name):
+            return math.inf
+        inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
+        network = mesh_network(self.plan.cluster, inner, stage_devices(mesh)[0])
+        summed = network.sum_bytes_seconds(DATA, _MANY_BYTES)
+        share = rounds * network.share_bytes_seconds(DATA, _MANY_BYTES) / summed if summed else 1.0
+        return share if share < 1.0 else math.inf
 
     def _update_share(self, mesh: Mesh) -> float:
         """What a rank updates of what it holds, if the ranks of the data axis may share it."""
@@ -216,20 +271,26 @@ class StageLayouts:
         With t the seconds of a microbatch through all stages and u those of the update and of sums
         of gradients as far as they are exposed, the step takes (p + m - 1) / p t + u / p at least,
         as the slowest stage takes no less than the mean. Exposed are most of what one backward
-        cannot hide, and a part in any case (`cost_models/overlap.py`); each gives a bound. Layouts
+        cannot hide, and a part in any case (`cost_models/overlap.py`); each gives a bound, and a
+        mean of both another one. Layouts
         are chosen for t of as many rows or more, which take no more time a row, and for the share
-        of the update that is left with ZeRO. Recomputation, and ZeRO beyond that, only add.
+        of the update that is left with ZeRO. Recomputation, and ZeRO beyond that, only add; where
+        gathers are so much faster than sums that ZeRO 3 would not, sums count for less. Where other
+        stages have faster devices than the first there is no such bound.
 
         Args:
             enough: a bound of so much need not be raised any further.
         """
-        if not any(axis.name != PIPELINE for axis in mesh.axes):
+        if all(axis.name == PIPELINE for axis in mesh.axes) or not self._stages_are_alike(mesh):
             return 0.0
         least, rounds = 0.0, self._of_step(mesh, count)
-        for late in (False, True):
-            if late and (
+        for form in (0.0, 1.0, None):
+            if form != 0.0 and (
                 rounds * least >= enough or not self.sums_are_late(mesh, count, bounding=True)
             ):
+                break
+            late = self.between(mesh, count, bounding=True) if form is None else form
+            if late is None:
                 break
             choice = self.fastest(mesh, count, bounding=True, late=late)
             front = self._front(mesh, count, bounding=True, late=late)
@@ -250,6 +311,12 @@ class StageLayouts:
             )
             self._bounds[key] = math.inf if is_starved else front.lower_bound(memory)
         return self._bounds[key]
+
+    def _stages_are_alike(self, mesh: Mesh) -> bool:
+        cluster = self.plan.cluster
+        if len(used_types(cluster)) == 1:
+            return True
+        return len({slowest_type(cluster, group) for group in stage_devices(mesh)}) == 1
 
     def least_seconds(self, mesh: Mesh, count: int, choice: LayoutChoice) -> float:
         """No stages of a plan with the layouts `choice` take less, likewise."""

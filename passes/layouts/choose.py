@@ -29,6 +29,7 @@ from .program import SolvedLayouts, Statistics, relax, solve
 from .statement import Decided, LayoutOptions, LayoutStatement
 
 __all__ = [
+    "AxesBefore",
     "LayoutChoice",
     "LayoutFront",
     "Memory",
@@ -135,28 +136,21 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class LayoutFront:
-    """Layouts over a mesh, stated once, to be solved under one memory after another: each is the
-    fastest of those that fit, so that less and less memory walks the front of time and bytes.
+class AxesBefore:
+    """What is decided over all axes of a mesh but the last, one after the other."""
 
-    Memory binds on the last axis only; the ones before are decided for speed.
-    """
-
-    graph: Graph
-    mesh: Mesh
-    stated: StatedProblem
-    before: tuple[Statistics, ...]  # of the axes before
-    fastest: SolvedLayouts  # without a limit
+    decided: Decided
+    statistics: tuple[Statistics, ...]
 
     @staticmethod
-    def of(
+    def decide(
         facts: GraphFacts,
         mesh: Mesh,
         cluster: Cluster,
         devices: Sequence[int],
         options: LayoutOptions,
-    ) -> LayoutFront:
-        """Of the graph of `facts` over `mesh`, laid on `devices` (last axis fastest).
+    ) -> AxesBefore:
+        """For the graph of `facts` over `mesh`, laid on `devices` (last axis fastest).
 
         Raises:
             InfeasibleError: no layouts are legal.
@@ -172,9 +166,44 @@ class LayoutFront:
             solved = _legal(solve(stated.problem), facts.graph, inner)
             decided = stated.decode(solved.picks)
             statistics.append(solved.statistics)
-        stated = _state_axis(facts, mesh, len(mesh.axes), decided, cluster, devices, options)
+        return AxesBefore(decided, tuple(statistics))
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutFront:
+    """Layouts over a mesh, stated once, to be solved under one memory after another: each is the
+    fastest of those that fit, so that less and less memory walks the front of time and bytes.
+
+    Memory binds on the last axis only; the ones before are decided for speed.
+    """
+
+    graph: Graph
+    mesh: Mesh
+    stated: StatedProblem
+    before: AxesBefore
+    fastest: SolvedLayouts  # without a limit
+
+    @staticmethod
+    def of(
+        facts: GraphFacts,
+        mesh: Mesh,
+        cluster: Cluster,
+        devices: Sequence[int],
+        options: LayoutOptions,
+        before: AxesBefore | None = None,
+    ) -> LayoutFront:
+        """Of the graph of `facts` over `mesh`, laid on `devices` (last axis fastest).
+
+        Args:
+            before: what is decided over the axes before the last; None: by these `options`.
+
+        Raises:
+            InfeasibleError: no layouts are legal.
+        """
+        before = before or AxesBefore.decide(facts, mesh, cluster, devices, options)
+        stated = _state_axis(facts, mesh, len(mesh.axes), before.decided, cluster, devices, options)
         fastest = _legal(solve(stated.problem), facts.graph, mesh)
-        return LayoutFront(facts.graph, mesh, stated, tuple(statistics), fastest)
+        return LayoutFront(facts.graph, mesh, stated, before, fastest)
 
     @property
     def num_options(self) -> int:
@@ -190,7 +219,7 @@ class LayoutFront:
         if solved is None:
             return None
         decided = self.stated.decode(solved.picks)
-        statistics = (*self.before, solved.statistics)
+        statistics = (*self.before.statistics, solved.statistics)
         return _choice(self.graph, self.mesh, decided, problem, solved, statistics)
 
     def lower_bound(self, memory: Memory) -> float:
@@ -200,6 +229,10 @@ class LayoutFront:
         choices = tuple(_at_rest(choice) for choice in problem.choices)
         problem = replace(problem, choices=choices)
         return self.fastest.lower_bound if self._fits_fastest(problem) else relax(problem)
+
+    def objective(self, picks: tuple[int, ...]) -> float:
+        """Of options `picks` over the last axis, without a limit of memory."""
+        return figures(self.stated.problem, picks).objective(self.stated.problem)
 
     def _fits_fastest(self, problem: LayoutProblem) -> bool:
         return figures(problem, self.fastest.picks).is_legal(problem)

@@ -111,6 +111,7 @@ class _Work:
     held: dict[int, int] = field(default_factory=dict)
     ways: dict[int, tuple[_Way, ...]] = field(default_factory=dict)
     states: dict[int, tuple[_State, ...]] = field(default_factory=dict)
+    first_in_backward: set[int] = field(default_factory=set)  # choices, see `GraphFacts`
 
     def value(self, index: int) -> Value:
         return self.statement.graph.values[index]
@@ -138,7 +139,7 @@ def state_layouts(statement: LayoutStatement, pricer: Pricer) -> StatedProblem:
         memory_bytes=options.memory_bytes,
         in_flight=options.in_flight,
     )
-    problem = with_backward_share(problem, options.backward_share)
+    problem = with_backward_share(problem, options.backward_share, work.first_in_backward)
     return StatedProblem(statement, problem, work.nodes, work.held, work.ways, work.states)
 
 
@@ -219,6 +220,8 @@ def _add_nodes(work: _Work, members: tuple[int, ...]) -> None:
     choice = work.add(Choice(node.name, tuple(options), len(members)))
     work.ways[choice] = tuple(ways)
     work.nodes.update(dict.fromkeys(members, choice))
+    if work.facts.first_in_backward.issuperset(members):
+        work.first_in_backward.add(choice)
 
 
 def _strategies(work: _Work, node: Node) -> tuple[OpStrategy, ...]:

@@ -15,11 +15,13 @@ from ...compiler.ir.cluster import DeviceType
 from ...compiler.ir.graph import Graph, Mode, Node, Output, OutputKind, Value, ValueKind
 from ...compiler.ir.mesh import Layout, Mesh, Placement, local_type
 from ...compiler.ir.ops import op_named
+from ...compiler.ir.plan import DATA
 from ...compiler.ir.types import TensorType
 from ...compiler.sharding.conversions import can_convert, convert
 from ...compiler.sharding.lowering import LocalGraph, Lowering, Ref
 from ...compiler.sharding.rules import rule_of
 from ...compiler.sharding.strategy import OpStrategy, OpView
+from ...cost_models.analysis import batched_values, grows_with
 from ...cost_models.collectives import Network
 from ...cost_models.corrections import least_of_gradients
 from ...cost_models.memory_tables import memory_model
@@ -60,9 +62,9 @@ def stacked(by_axis: Sequence[Sequence[Placement]]) -> tuple[Layout, ...]:
 class Pricer:
     """Prices for one graph on one mesh; equal questions are answered once.
 
-    Seconds are those of `batch_fraction` times the rows that the graph was captured at: of what is
-    priced, all that is computed from activations counts as growing with them. Bytes are the graph's
-    own. `frames` are what `from_graph.py` has stated with these prices.
+    Seconds are those of `batch_fraction` times the rows that the graph was captured at; what grows
+    with them is what does in a rank's local graph. Bytes are the graph's own. `frames` are what
+    `from_graph.py` has stated with these prices.
     """
 
     facts: GraphFacts
@@ -71,6 +73,7 @@ class Pricer:
     network: Network
     batch_fraction: float = 1.0
     _kinds: tuple[ValueKind, ...] = ()
+    _rows: int = 1  # of the batch on one rank
     _nodes: dict[object, NodeFigures] = field(default_factory=dict)
     _conversions: dict[object, tuple[float, float]] = field(default_factory=dict)
     _looks: dict[int, int] = field(default_factory=dict)
@@ -81,6 +84,9 @@ class Pricer:
         """A view of a held tensor counts as that: it is not kept for the backward."""
         values = self.graph.values
         self._kinds = tuple(values[root].kind for root in self.facts.roots)
+        parts = self.mesh.axis(DATA).size
+        rows = self.facts.rows
+        self._rows = math.ceil(rows / parts) if rows >= parts else rows
 
     @property
     def graph(self) -> Graph:
@@ -102,9 +108,10 @@ class Pricer:
         the gradients of whichever node reads the value."""
         if self.graph.mode is not Mode.TRAIN:
             return 0.0
-        scale = 1.0 if value.id in self.facts.weight_like else self.batch_fraction
-        size = self.local_bytes(value.type, layout)
-        seconds = gradient_sum_seconds(self.device_type, scale * size)
+        type = local_type(value.type, layout, self.mesh, self.coordinate)
+        grows = value.id in self.facts.dependent and grows_with(type, self._rows)
+        scale = self.batch_fraction if grows else 1.0
+        seconds = gradient_sum_seconds(self.device_type, scale * type.num_bytes)
         corrections = self.device_type.corrections
         return seconds if corrections is None else least_of_gradients(corrections) * seconds
 
@@ -116,12 +123,15 @@ class Pricer:
         backward = sum(cost.backward_seconds for cost in costs)
         return forward + backward, backward
 
-    def _price(self, part: Graph) -> tuple[NodeCost, ...]:
+    def _price(self, part: Graph, operands: Sequence[int]) -> tuple[NodeCost, ...]:
+        """`operands`: what the first values of `part` are parts of."""
+        given = {i for i, value in enumerate(operands) if value in self.facts.dependent}
         return price(
             part,
             self.device_type,
             batch_fraction=self.batch_fraction,
             network=self.network,
+            batched=batched_values(part, self._rows, given),
         )
 
     # -- nodes -------------------------------------------------------------------------------------
@@ -129,7 +139,7 @@ class Pricer:
     def node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
         """Figures of `node` under `strategies`, one an axis."""
         kinds = tuple(map(self._operand_kind, node.inputs))
-        grows = tuple(value in self.facts.batched for value in node.inputs)
+        grows = tuple(value in self.facts.dependent for value in node.inputs)
         key = (self.facts.signatures[node.id], kinds, grows, strategies)
         if key not in self._nodes:
             self._nodes[key] = self._price_node(node, strategies)
@@ -138,7 +148,7 @@ class Pricer:
     def _price_node(self, node: Node, strategies: tuple[OpStrategy, ...]) -> NodeFigures:
         part, results = self._lower(node, strategies)
         count = len(node.inputs)
-        seconds, backward_seconds = self._seconds(self._price(part))
+        seconds, backward_seconds = self._seconds(self._price(part, node.inputs))
         trains = part.mode is Mode.TRAIN
         model = memory_model(
             part, batch_fraction=self.batch_fraction, backend=self.device_type.backend
@@ -222,7 +232,7 @@ class Pricer:
     def _look(self, value: Value) -> int:
         """A number for all that a price depends on; it is quicker to look up."""
         if value.id not in self._looks:
-            kind = self._operand_kind(value.id), value.id in self.facts.batched
+            kind = self._operand_kind(value.id), value.id in self.facts.dependent
             look = value.type, value.requires_grad, kind
             self._looks[value.id] = self._numbers.setdefault(look, len(self._numbers))
         return self._looks[value.id]
@@ -244,7 +254,7 @@ class Pricer:
             partial=partial if value.requires_grad else frozenset(),
             like=_CONVERSION,
         )
-        return self._seconds(self._price(self._finish(local, ())))
+        return self._seconds(self._price(self._finish(local, ()), (value.id,)))
 
 
 _CONVERSION = Node(0, "conversion", op_named("aten.alias.default"), (), (), (), ())

@@ -17,7 +17,7 @@ those of one device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 __all__ = [
@@ -169,14 +169,22 @@ class Figures:
         return fits and math.isfinite(self.seconds)
 
 
-def with_backward_share(problem: LayoutProblem, share: float) -> LayoutProblem:
-    """`problem` with `share` of the seconds of backward, and all of the others."""
+def with_backward_share(
+    problem: LayoutProblem, share: float, whole: Collection[int] = ()
+) -> LayoutProblem:
+    """`problem` with `share` of the seconds of backward, and all of the others; with all of those
+    of choices `whole` and of the values that these make."""
     if share == 1.0:
         return problem
     return replace(
         problem,
-        choices=tuple(_option_shares(choice, share) for choice in problem.choices),
-        flows=tuple(_flow_share(flow, share) for flow in problem.flows),
+        choices=tuple(
+            choice if index in whole else _option_shares(choice, share)
+            for index, choice in enumerate(problem.choices)
+        ),
+        flows=tuple(
+            flow if flow.maker in whole else _flow_share(flow, share) for flow in problem.flows
+        ),
     )
 
 

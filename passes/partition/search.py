@@ -121,11 +121,10 @@ def search(
         proven = candidate.lower_bound >= best.seconds * (1 - margin)
         if proven and not (candidate is best and small):
             continue
-        outcome, covered = _by_program(problem, candidate, best, budget, limits)
+        outcome, least = _by_program(problem, candidate, best, budget, limits)
         methods = ["dynamic programming over down-sets", "integer program (CP-SAT)"]
         budget = max(budget - outcome.work, 0.05 * limits.time_limit)
-        bound = min(outcome.bound_seconds, best.seconds) if covered else 0.0
-        candidate.lower_bound = max(candidate.lower_bound, bound)
+        candidate.lower_bound = max(candidate.lower_bound, least)
         found = outcome.assignment
         if found is not None and (seconds := step_seconds(problem, found)) < candidate.seconds:
             candidate.best, candidate.seconds = found, seconds
@@ -323,16 +322,17 @@ def _by_program(
     best: _Candidate,
     time_limit: float,
     limits: SearchLimits,
-) -> tuple[SolveOutcome, bool]:
-    """Ask for a partition into the candidate's stages that beats the best; whether all device
-    orders were covered by the question."""
+) -> tuple[SolveOutcome, float]:
+    """Ask for a partition into the candidate's stages that beats the best by the tolerance; what
+    none of them is faster than, of which the question leaves out those that beat it by less, and
+    which is nothing where it did not cover all device orders."""
     num_stages = candidate.num_stages
     cutoff = best.seconds * (1 - limits.tolerance)
     size = len(problem.units) * num_stages * len(problem.classes)
     decide = len(problem.classes) == 1 or size <= limits.max_program
     windows = unit_windows(problem, num_stages, _largest_bottleneck(problem, num_stages, cutoff))
     if windows is None:
-        return SolveOutcome("infeasible", math.inf, None, 0.0), True
+        return SolveOutcome("infeasible", math.inf, None, 0.0), cutoff
     fixed = None
     if not decide:
         fixed = tuple(cls for _, cls in devices_by_index(problem)[:num_stages])
@@ -347,7 +347,8 @@ def _by_program(
         fixed_classes=fixed,
     )
     hint = candidate.best if candidate.best is not None else None
-    return solve(program, hint=hint, time_limit=time_limit, seed=limits.seed), decide
+    outcome = solve(program, hint=hint, time_limit=time_limit, seed=limits.seed)
+    return outcome, min(outcome.bound_seconds, cutoff) if decide else 0.0
 
 
 def _loose_seconds(problem: StageProblem) -> float:

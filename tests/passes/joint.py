@@ -24,6 +24,7 @@ from cutset.compiler.sharding.sharding import make_sharding
 from cutset.compiler.sharding.zero import zero_layouts
 from cutset.cost_models.analysis import batch_rows
 from cutset.cost_models.collectives import mesh_network
+from cutset.cost_models.overlap import LEAST_EXPOSED
 from cutset.cost_models.stages import optimizer_seconds
 from cutset.passes.columns import column_of, stage_devices
 from cutset.passes.context import Context, PlanOptions
@@ -34,11 +35,12 @@ from cutset.passes.layouts.pricing import Pricer
 from cutset.passes.layouts.problem import Figures, Option, figures
 from cutset.passes.layouts.statement import Decided, LayoutOptions, LayoutStatement
 from cutset.passes.mesh_space import meshes
-from cutset.passes.partition.fitting import Needs
+from cutset.passes.partition.fitting import Needs, with_memory
 from cutset.passes.partition.from_graph import state_problem
-from cutset.passes.partition.objective import step_seconds
+from cutset.passes.partition.objective import excess_bytes, step_seconds
 from cutset.passes.partition.prepare import stage_counts, state
-from cutset.passes.partition.problem import Assignment
+from cutset.passes.partition.problem import Assignment, StageProblem
+from cutset.passes.recompute import choose_recompute
 from tests.ir.builders import GraphBuilder
 from tests.passes.layouts.brute import legal_picks
 
@@ -107,6 +109,9 @@ class _Enumeration:
         )
         self.best: Optimum | None = None
         self.num_priced = 0
+        auto = options.recompute == "auto"
+        kinds = ("none", "selective", "full") if auto else (options.recompute,)
+        self.recomputed = [choose_recompute(graph, kind) for kind in kinds]
 
     def run(self) -> Optimum | None:
         """All meshes, those whose fastest layouts promise most first."""
@@ -122,7 +127,9 @@ class _Enumeration:
     def meshes(self) -> Iterator[Mesh]:
         """One order of axes each: all links are alike."""
         seen = set()
-        for mesh in meshes(len(self.start.cluster.devices), batch_rows(self.graph)):
+        pinned = self.context.options.mesh
+        every = meshes(len(self.start.cluster.devices), batch_rows(self.graph))
+        for mesh in every if pinned is None else (pinned,):
             sizes = tuple(mesh.axis(name).size for name in (DATA, PIPELINE, TENSOR))
             if sizes not in seen:
                 seen.add(sizes)
@@ -140,7 +147,8 @@ class _Enumeration:
                 plan = space.plan
                 if decided is not None:
                     plan = self.laid_out(plan, decided, level)
-                self.price(plan, level)
+                for recomputed in self.recomputed:
+                    self.price(replace(plan, recomputed=recomputed), level)
 
     @property
     def best_seconds(self) -> float:
@@ -207,27 +215,38 @@ class _Enumeration:
         return replace(plan, node_layouts=nodes, layouts=given, parameter_layouts=parameters)
 
     def price(self, plan: Plan, level: int) -> None:
-        """Every cut of `plan` into stages."""
+        """Every cut of `plan` into stages, on any of the devices."""
         column = column_of(plan, self.context)
         statement = state(column.plan, column.context)
         stages = plan.mesh.axis(PIPELINE).size
         if plan.stage_mesh.axes and len(statement.units) < stages:
             return
         problem = state_problem(statement, plan.num_microbatches)
-        needs = Needs.of(statement, problem)
+        needs, generous = Needs.of(statement, problem), with_memory(problem, 1.25)
         for count in stage_counts(column.plan, column.context, len(statement.units)):
             for cut in itertools.product(range(count), repeat=len(problem.units)):
                 if len(set(cut)) < count or any(cut[a] > cut[b] for a, b in problem.edges()):
                     continue
-                self.num_priced += 1
-                assignment = Assignment(cut, (0,) * count)
-                seconds = step_seconds(problem, assignment)
-                if seconds >= self.best_seconds:
-                    continue
-                limit = problem.classes[0].memory_bytes
-                if all(n.total_bytes <= limit for n in needs.by_liveness(assignment)):
-                    mesh = str(plan.mesh)
-                    self.best = Optimum(seconds, mesh, plan.num_microbatches, level, 0)
+                for classes in _orders(problem, count):
+                    self.num_priced += 1
+                    assignment = Assignment(cut, classes)
+                    seconds = step_seconds(problem, assignment)
+                    if seconds >= self.best_seconds:
+                        continue
+                    if not plan.stage_mesh.axes and excess_bytes(generous, assignment) > 0:
+                        continue  # beyond what the certificate of stages says it covers
+                    limits = [problem.classes[cls].memory_bytes for cls in classes]
+                    found = needs.by_liveness(assignment)
+                    if all(n.total_bytes <= m for n, m in zip(found, limits, strict=True)):
+                        mesh = str(plan.mesh)
+                        self.best = Optimum(seconds, mesh, plan.num_microbatches, level, 0)
+
+
+def _orders(problem: StageProblem, count: int) -> Iterator[tuple[int, ...]]:
+    """Every class of device for each of `count` stages."""
+    for classes in itertools.product(range(len(problem.classes)), repeat=count):
+        if all(classes.count(i) <= len(c.devices) for i, c in enumerate(problem.classes)):
+            yield classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,11 +270,13 @@ class _Space:
         states = 2 + plan.optimizer.state_bytes_per_parameter_byte  # with the gradient
         rows = []
         for found, decided in search.layouts(plan, 0, Decided.nothing(search.graph)):
-            # work divided evenly among stages, filled and drained; ZeRO shares the update alone
+            # work divided evenly among stages, filled and drained; ZeRO shares the update, and
+            # its last level gathers instead of summing
             bound = found.seconds * (stages + count - 1) / stages
             held = search.trained_bytes(plan, decided)
             update = search.update_seconds(held)
-            bound += (found.step_seconds - update + update / data) / stages
+            summed = LEAST_EXPOSED * found.sum_seconds
+            bound += (found.step_seconds - summed - update + update / data) / stages
             rows.append((bound, states * held / stages / data, decided))
         rows.sort(key=lambda row: row[:2])
         return _Space(plan, tuple(rows))

@@ -129,6 +129,7 @@ def problems(draw: st.DrawFn) -> LayoutProblem:
 
 
 _COUNT = st.integers(1, 3)
+_KINDS = ("linear", "bias", "relu", "add", "view", "softmax", "sum", "table", "batch")
 
 
 @st.composite
@@ -167,7 +168,8 @@ def _indices(length: int, limit: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 @st.composite
 def graphs(draw: st.DrawFn, most_nodes: int = 4) -> Graph:
-    """Linear, elementwise, view, softmax and sum nodes on a few rows, ending in a loss."""
+    """Linear, elementwise, view, softmax and sum nodes on a few rows, ending in a loss; some on
+    what does not grow with the rows: tables made of a buffer, sums over all of the batch."""
     build = GraphBuilder("random", Mode.TRAIN)
     live: list[Value] = [build.input("x", (8, 4, 16)), build.input("mask", (8, 4, 16))]
     for number in range(draw(st.integers(1, most_nodes))):
@@ -183,7 +185,7 @@ def graphs(draw: st.DrawFn, most_nodes: int = 4) -> Graph:
 def _node(draw: st.DrawFn, build: GraphBuilder, live: list[Value], number: int) -> Value:
     x = draw(st.sampled_from(live[-2:]))
     width = x.type.shape[-1]
-    match draw(st.sampled_from(("linear", "bias", "relu", "add", "view", "softmax", "sum"))):
+    match draw(st.sampled_from(_KINDS)):
         case "linear":
             weight = build.parameter(f"w{number}", (16, width))
             return build.op("aten.linear.default", x, weight)
@@ -199,6 +201,12 @@ def _node(draw: st.DrawFn, build: GraphBuilder, live: list[Value], number: int) 
         case "view" if len(x.type.shape) == 3:
             rows, columns, _ = x.type.shape
             return build.op("aten.view.default", x, (rows * columns, width))
+        case "table":
+            table = build.op("aten.relu.default", build.buffer(f"t{number}", (width,)))
+            return build.op("aten.mul.Tensor", x, table)
+        case "batch":
+            total = build.op("aten.sum.dim_IntList", x, tuple(range(len(x.type.shape) - 1)), False)
+            return build.op("aten.add.Tensor", x, build.op("aten.relu.default", total))
         case "softmax":
             return build.op("aten.softmax.int", x, -1)
         case "sum":

@@ -78,7 +78,7 @@ def test_choice_is_the_best_of_all(
     graphs(most_nodes=6),
     st.sampled_from(("tensor=2", "tensor=4", "data=2,tensor=2")),
     _SPEEDS,
-    st.sampled_from((1.0, 0.5)),
+    st.sampled_from((1.0, 0.5, 8.0)),
 )
 def test_objective_is_the_price_of_the_local_graph(
     graph: Graph, mesh: str, speed: float, fraction: float

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from hypothesis import given, settings
 
 from cutset.passes.partition.objective import is_legal, step_seconds
-from cutset.passes.partition.problem import StageProblem
+from cutset.passes.partition.problem import StageProblem, Unit
 from cutset.passes.partition.search import SearchLimits, search
 
-from .brute import brute_force, problems, problems_with_sums
+from .brute import brute_force, chain, problems, problems_with_sums
 
 
 @settings(max_examples=220)
@@ -25,6 +26,20 @@ def test_search_equals_brute_force(problem: StageProblem) -> None:
     assert step_seconds(problem, solution.assignment) <= expected * (1 + 2e-6)
     assert solution.lower_bound <= expected * (1 + 1e-9)
     assert solution.seconds - solution.lower_bound <= 1e-5 * solution.seconds
+
+
+def test_what_is_not_looked_for_is_not_proven() -> None:
+    """With a coarse tolerance a partition that is better by less may be left, and the bound says
+    so."""
+    units = tuple(
+        Unit(f"u{i}", (s / 2,), (s / 2,)) for i, s in enumerate((2.0, 3.0, 2.0, 3.0, 2.0))
+    )
+    problem = replace(chain((1.0,)), units=units, flows=())
+    best, _ = brute_force(problem, (2,))
+    limits = SearchLimits(tolerance=0.15, num_orders=1, max_down_sets=3)
+    solution = search(problem, (2,), limits)
+    assert best < solution.seconds < best / (1 - 0.15)
+    assert best * (1 - 0.15) <= solution.lower_bound <= best
 
 
 @settings(max_examples=120)
