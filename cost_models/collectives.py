@@ -52,14 +52,14 @@ class Network:
         return whole - all_reduce_seconds(self.cluster, self.group(axis), 0.0)
 
     def share_bytes_seconds(self, axis: str, num_bytes: float) -> float:
-        """What parts of `num_bytes` take in one microbatch of ZeRO 3, at least: they are gathered
-        for forward and for backward, and their gradients scattered; no latencies."""
+        """What parts of `num_bytes` take in one microbatch of ZeRO 3, at least: they are gathered,
+        and their gradients scattered; no latencies."""
         cluster, group = self.cluster, self.group(axis)
 
         def bytes_seconds(seconds: Callable[..., float]) -> float:
             return seconds(cluster, group, num_bytes) - seconds(cluster, group, 0.0)
 
-        return 2 * bytes_seconds(all_gather_seconds) + bytes_seconds(reduce_scatter_seconds)
+        return bytes_seconds(all_gather_seconds) + bytes_seconds(reduce_scatter_seconds)
 
     def host_seconds(self, axis: str, collective: str, num_bytes: float) -> float:
         """What such a bucket, without its latency, takes of the thread that computes."""

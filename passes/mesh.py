@@ -206,6 +206,7 @@ class _Search:
         """Look for layouts that fit where the fastest do not, as long as they may win."""
         if not self.pricing.layouts.is_small:
             return
+        self.squeeze_pipelines()
         short = sorted((self.known.by_layouts(*item), str(item), item) for item in self.costly())
         fits = self.meshes_that_fit([item for _, _, item in short])
         for bound, _, (mesh, count) in short:
@@ -214,6 +215,22 @@ class _Search:
             if mesh in fits and (mesh, count, self.offload) not in self.squeezed:
                 self.squeezed.add((mesh, count, self.offload))
                 self.squeeze_on(mesh, count)
+
+    def squeeze_pipelines(self) -> None:
+        """Look closely at stages that did not fit by the usual share of their additive bound."""
+        possible = (self.found[place].plan for place in self.possible())
+        fits = {(plan.mesh, plan.num_microbatches) for plan in possible}
+        for mesh, count in sorted(self.pipelines - fits, key=str):
+            if (mesh, count, self.offload) in self.squeezed:
+                continue
+            self.squeezed.add((mesh, count, self.offload))
+            for way in self.ways(mesh):
+                plan = self.pricing.plan_with(mesh, count, way, None)
+                fit = self.pricing.fit(plan)
+                if fit is not None and fit.solution.seconds < self.best_seconds():
+                    self.looked_at[len(self.found)] = fit
+                    self.found.append(Candidate(plan, way, fit.solution.seconds))
+                    self.report(self.found[-1])
 
     def meshes_that_fit(self, short: Sequence[tuple[Mesh, int]]) -> set[Mesh]:
         """Meshes to squeeze: as long as nothing fits, where the leanest way does with the most
@@ -368,7 +385,8 @@ class _Search:
         numbers = ", ".join(map(str, sorted(self.counts)))
         return (
             f"{meshes if pinned is None else f'mesh {pinned}'}; layouts in which equal layers are "
-            "alike, over the data axis as that decides alone; ZeRO 0 to 3, recomputation; "
+            "alike, over the data axis as that decides alone; ZeRO 0 to 3, which gathers "
+            "parameters on use; recomputation; "
             f"microbatches: {numbers}"
             + ("; all optimizer states offloaded" if self.offload else "")
         )

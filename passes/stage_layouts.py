@@ -144,7 +144,8 @@ class StageLayouts:
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         like, spread = self._like(count), self._spread(mesh, count, bounding=bounding)
         rounds = mesh.axis(PIPELINE).size + count - 1
-        shared = self._gathered_share(mesh, rounds) if bounding else math.inf
+        gathers = bounding and self._may_gather(mesh)
+        shared = self._gathered_share(mesh, rounds) if gathers else math.inf
         usual = self._spread(mesh, count, bounding=False)
         key = (str(inner), like, spread, usual, late, late and rounds, shared)
         if key not in self._fronts:
@@ -201,20 +202,23 @@ class StageLayouts:
         """Whether gathering parameters may take less than summing their gradients, so that ZeRO 3
         may be the fastest even where others fit."""
         rounds = mesh.axis(PIPELINE).size + count - 1
-        return self.context.options.zero is None and self._gathered_share(mesh, rounds) < math.inf
+        is_open = self.context.options.zero is None and self._may_gather(mesh)
+        return is_open and self._gathered_share(mesh, rounds) < math.inf
+
+    def _may_gather(self, mesh: Mesh) -> bool:
+        """Whether ZeRO 3 is to be had."""
+        options, data = self.context.options, mesh.axis(DATA).size
+        has_parts = data > 1 and options.zero in (None, 3) and self.plan.mode is Mode.TRAIN
+        return has_parts and updates_elementwise(self.plan.optimizer.name)
 
     def _gathered_share(self, mesh: Mesh, rounds: int) -> float:
         """Of what sums of gradients over the data axis take, the share that ZeRO 3 takes instead,
-        at least; infinite where it takes longer, or is not to be had."""
-        options, parts = self.context.options, mesh.axis(DATA).size
-        has_parts = parts > 1 and options.zero in (None, 3) and self.plan.mode is Mode.TRAIN
-        if not has_parts or not updates_elementwise(self.plan.optimizer.name):
-            return math.inf
+        at least; infinite where it takes as long."""
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         network = mesh_network(self.plan.cluster, inner, stage_devices(mesh)[0])
         summed = network.sum_bytes_seconds(DATA, _MANY_BYTES)
         share = rounds * network.share_bytes_seconds(DATA, _MANY_BYTES) / summed if summed else 1.0
-        return share if share < 1.0 else math.inf
+        return share if share < 1.0 - 1e-9 else math.inf
 
     def _update_share(self, mesh: Mesh) -> float:
         """What a rank updates of what it holds, if the ranks of the data axis may share it."""

@@ -136,7 +136,9 @@ class _Enumeration:
                 yield mesh
 
     def search(self, space: _Space) -> None:
-        levels = (0, 1, 2, 3) if space.plan.mesh.axis(DATA).size > 1 else (0,)
+        pinned = self.context.options.zero
+        every = (0, 1, 2, 3) if pinned is None else (pinned,)
+        levels = every if space.plan.mesh.axis(DATA).size > 1 else (0,)
         limit = self.start.cluster.types[0].memory_bytes
         for bound, held_bytes, decided in space.layouts:
             if bound >= self.best_seconds * (1 - _ROUNDING):
