@@ -28,7 +28,7 @@ from .test_joint import EXACT
 
 MIXED = (1, 12, 28)
 SHORT = (4, 41)
-MANY = 60
+MANY = 30
 FACTORS = (0.1, 0.3, 3.0, 10.0)
 SHARES = (0.3, 0.45, 0.6, 0.7, 0.8, 0.9)
 
