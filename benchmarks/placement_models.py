@@ -19,7 +19,6 @@ a device to what it took.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -51,8 +50,7 @@ from cutset.compiler.profile_database import ProfileDatabase  # noqa: E402
 from cutset.compiler.reference import flatten_outputs, infer_reference, relative_error  # noqa: E402
 from cutset.cost_models import parse_devices  # noqa: E402
 from cutset.passes.context import Context, PlanOptions  # noqa: E402
-from cutset.passes.place import place_by_hand  # noqa: E402
-from cutset.passes.placement.from_graph import state_workload  # noqa: E402
+from cutset.passes.equal_split import equal_split  # noqa: E402
 
 WITHIN = 0.15
 SPEEDUP = 1.15
@@ -159,17 +157,9 @@ def _case(name: str, cluster: Cluster, options: argparse.Namespace) -> dict[str,
         database = ProfileDatabase(Path(nothing_known))
         placed, measured = planning.placed_by_measuring(captured, pinned, database)
     context = Context(graph, replace(pinned, measured=measured))
-    start = Plan(
-        fingerprint=fingerprint(graph, type(model).__name__),
-        cluster=cluster,
-        mode=Mode.INFER,
-        batch_size=planning.rows,
-        optimizer=pinned.optimizer,
-        objective=Objective.THROUGHPUT,
-        num_microbatches=count,
-    )
-    placed = replace(placed, fingerprint=start.fingerprint)
-    equal = _equal_split(start, context)
+    placed = replace(placed, fingerprint=fingerprint(graph, type(model).__name__))
+    equal = equal_split(placed, context)
+    assert equal is not None, "devices do not differ in memory or operators"
     call = {"example_inputs": args, "example_kwargs": kwargs, "mode": "infer", "check": False}
     with (
         auto_partition(model, cluster, plan=placed, **call) as ours,
@@ -190,23 +180,6 @@ def _case(name: str, cluster: Cluster, options: argparse.Namespace) -> dict[str,
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _equal_split(start: Plan, context: Context) -> Plan:
-    """The best assignment of parts with equally many operators to devices."""
-    statement = state_workload(
-        context.graph,
-        start.cluster,
-        rows=start.batch_size // start.num_microbatches,
-        measured=context.options.measured,
-    )
-    parts = len(start.cluster.devices)
-    number = len(statement.units)
-    plans = [
-        place_by_hand(start, context, [order[i * parts // number] for i in range(number)], "equal")
-        for order in itertools.permutations(range(parts))
-    ]
-    return min(plans, key=_predicted)
 
 
 def _predicted(plan: Plan) -> float:

@@ -35,6 +35,7 @@ from .calibrate_links import measured_links
 from .codegen.python import emit_python
 from .ir.cluster import PHASES, Cluster, DeviceType, Host, OpCost, RateCurve
 from .ir.errors import UsageError
+from .ir.graph import Mode
 from .ir.text import print_program
 from .probes import Probe, instruction_program, op_probes, rate_probes, tiny_probe, work_of
 from .ranks import calibration_session, job_cluster
@@ -372,7 +373,7 @@ class _Measuring:
 
     def _instructions(self) -> None:
         self._progress("instructions")
-        program = instruction_program(_MICROBATCHES, 1 << 30)
+        program = instruction_program(Mode.TRAIN, _MICROBATCHES, 1 << 30)
         arguments = {"program": print_program(program), "source": emit_python(program)}
         found = self._call("time_instructions", arguments)
         for entry in self._types:

@@ -22,7 +22,6 @@ from .ir.program import (
     BackwardInput,
     BackwardWeight,
     Forward,
-    Instruction,
     Program,
     StageProgram,
 )
@@ -304,22 +303,21 @@ def tiny_probe(repeats: int) -> Probe:
     return Probe("op", "tiny", "f32", 96.0, repeats, chain.program(first), (0,))
 
 
-def instruction_program(count: int, memory_limit_bytes: int) -> Program:
+def instruction_program(mode: Mode, count: int, memory_limit_bytes: int) -> Program:
     """A step of `count` microbatches of next to no work: what is left is what instructions take."""
-    chain = _Chain("instructions", Mode.TRAIN)
+    chain = _Chain("instructions", mode)
     given = chain.value(ValueKind.INPUT, (1, 8), torch.float32, trained=False)
     weight = chain.value(ValueKind.PARAMETER, (8, 8), torch.float32)
-    loss = chain.op("aten.mean.default", (), chain.op("aten.linear.default", (1, 8), given, weight))
-    program = chain.program(loss)
+    result = chain.op("aten.linear.default", (1, 8), given, weight)
+    if mode is Mode.TRAIN:
+        result = chain.op("aten.mean.default", (), result)
+    program = chain.program(result)
     (stage,) = program.stages
-    graph = replace(stage.graph, outputs=(Output(OutputKind.LOSS, loss.id),), inputs=(given.id,))
-    instructions: list[Instruction] = []
-    for microbatch in range(count):
-        instructions += [
-            Forward(0, microbatch),
-            BackwardInput(0, microbatch),
-            BackwardWeight(0, microbatch),
-        ]
+    kind = OutputKind.LOSS if mode is Mode.TRAIN else OutputKind.USER
+    output = Output(kind, result.id, "" if mode is Mode.TRAIN else result.name)
+    graph = replace(stage.graph, outputs=(output,), inputs=(given.id,))
+    kinds = (Forward, BackwardInput, BackwardWeight) if mode is Mode.TRAIN else (Forward,)
+    instructions = [kind(0, microbatch) for microbatch in range(count) for kind in kinds]
     return replace(
         program,
         num_microbatches=count,

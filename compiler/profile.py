@@ -2,9 +2,11 @@
 
 One worker for each device, all at the same time, as they will run. First every node is measured on
 every type of device, then, where operators have been placed, those of each device once more in
-place: no other nodes run beside them, so that caches and memory are shared as in the stream. Times
-are kept in the user's cache (`profile_database.py`); where devices are of one type the mean of
-their figures counts.
+place: no other nodes run beside them, so that caches and memory are shared as in the stream. A
+machine has slow moments of any length, so measurements are of several short turns, of which the
+median counts; several placements have their turns one after the other, so that they share good
+moments and bad ones. Times are kept in the user's cache (`profile_database.py`); where devices are
+of one type the mean of their figures counts.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ from .ir.errors import WorkerLost
 from .ir.plan import Plan, Stage
 from .ir.program import Program
 from .ir.text import print_program
+from .probes import instruction_program
 from .profile_database import BlockKey, Measurement, ProfileDatabase, Record
 from .ranks import check_measurable, profiling_session
 from .turns import measuring_turn
 
 __all__ = ["NodeTimes", "NotMeasured"]
 
-_LEAST_SECONDS = 2.0  # for which every worker measures
+_TURNS = 4
+_TURN_SECONDS = 0.5  # at least, for which every worker measures
+_MICROBATCHES = 16  # of a program that measures instructions
 _TIMEOUT_SECONDS = 300.0
 
 Rows = list[tuple[float, ...]]
@@ -87,35 +92,55 @@ class NodeTimes:
             RuntimeFailure: a worker failed.
         """
         if self._everywhere is None:
-            nodes = self._timed([self._whole] * len(self._cluster.devices))
+            (rows,) = self._timed([[self._whole] * len(self._cluster.devices)])
             links = {
                 name: Link(latency, 1.0 / per_byte if per_byte > 0 else math.inf)
                 for name, (latency, per_byte) in self._by_type(self._messages()).items()
             }
-            self._everywhere = Measured(self._by_type(nodes), links)
+            asking = {name: row[0] for name, row in self._by_type(self._instructions()).items()}
+            found = self._by_type(rows)
+            self._everywhere = Measured(
+                {name: row[:-1] for name, row in found.items()},
+                links,
+                asking,
+                {name: row[-1] for name, row in found.items()},
+            )
         return self._everywhere
 
-    def in_place(self, plan: Plan) -> Measured:
-        """The same, with what the nodes that `plan` has placed take where they are.
+    def in_place(self, plans: Sequence[Plan]) -> list[Measured]:
+        """The same for each plan, with what the nodes that it has placed take where they are.
 
         On a type of device, nodes that are on none of its devices take as much more or less than
         measured everywhere as those take together that are.
+
+        Args:
+            plans: measured in turns.
 
         Raises:
             NotMeasured: the memory of a device does not suffice.
             RuntimeFailure: a worker failed.
         """
         before = self.everywhere()
-        programs = [self._own(plan, device.index) for device in self._cluster.devices]
+        devices = [device.index for device in self._cluster.devices]
+        runs = [[self._own(plan, device) for device in devices] for plan in plans]
+        return [
+            self._with_own(before, programs, rows)
+            for programs, rows in zip(runs, self._timed(runs), strict=True)
+        ]
+
+    def _with_own(self, before: Measured, programs: Sequence[Program], rows: Rows) -> Measured:
+        """`before` with the times of the nodes of each device's program."""
         found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for device, program, row in zip(
-            self._cluster.devices, programs, self._timed(programs), strict=True
-        ):
-            for stage, seconds in zip(program.stages, row, strict=True):
+        unsteady: dict[str, list[float]] = defaultdict(list)
+        for device, program, row in zip(self._cluster.devices, programs, rows, strict=True):
+            for stage, seconds in zip(program.stages, row[:-1], strict=True):
                 found[device.type][stage.index].append(seconds)
+            if program.stages:
+                unsteady[device.type].append(row[-1])
         return replace(
             before,
             nodes={name: _corrected(row, found[name]) for name, row in before.nodes.items()},
+            unsteady={**before.unsteady, **{k: statistics.mean(v) for k, v in unsteady.items()}},
         )
 
     def close(self) -> None:
@@ -130,24 +155,36 @@ class NodeTimes:
         stages = tuple(self._whole.stages[node] for node in dict.fromkeys(order))
         return replace(self._whole, stages=stages)
 
-    def _timed(self, programs: Sequence[Program]) -> Rows:
-        """Seconds of the nodes of each program on its device, all at the same time."""
-        texts = [print_program(program) for program in programs]
-        kinds = sorted(zip(self._hardware, texts, strict=True))
-        together = "\n".join(f"{name}\n{text}" for name, text in kinds)
+    def _timed(self, runs: Sequence[Sequence[Program]]) -> list[Rows]:
+        """For each run, a program for every device at the same time, the seconds of their nodes and
+        how unsteady they are."""
+        texts = [[print_program(program) for program in programs] for programs in runs]
+        together = [_together(self._hardware, row) for row in texts]
+        turns = "\n".join(sorted(together))
         keys = [
-            self._key(Measurement.NODES, f"{text}\n{together}", i) for i, text in enumerate(texts)
+            self._key(Measurement.NODES, f"{text}\n{beside}\n{turns}", device)
+            for row, beside in zip(texts, together, strict=True)
+            for device, text in enumerate(row)
         ]
-        counts = [len(program.stages) for program in programs]
+        counts = [len(program.stages) for programs in runs for program in programs]
+        found = self._known(keys, counts, lambda session: _in_turns(session, runs, texts))
+        size = len(self._cluster.devices)
+        return [found[at : at + size] for at in range(0, len(found), size)]
+
+    def _instructions(self) -> Rows:
+        """Of each device, seconds of an instruction."""
+        count = len(self._cluster.devices)
+        program = instruction_program(self._graph.mode, _MICROBATCHES, 1 << 30)
+        arguments = {"program": print_program(program), "source": emit_python(program)}
 
         def measure(session: Session) -> list[Sequence[float] | str]:
-            arguments = [
-                {"program": text, "source": emit_python(program), "seconds": _LEAST_SECONDS}
-                for text, program in zip(texts, programs, strict=True)
-            ]
-            return session.call("time_nodes", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+            found = session.call(
+                "time_instructions", [arguments] * count, timeout_seconds=_TIMEOUT_SECONDS
+            )
+            return [(seconds,) for seconds in found]
 
-        return self._known(keys, counts, measure)
+        keys = [self._key(Measurement.INSTRUCTION, "", i) for i in range(count)]
+        return self._known(keys, [0] * count, measure)
 
     def _messages(self) -> Rows:
         """Of each device, seconds of work on a message and on a byte of it."""
@@ -212,6 +249,38 @@ class NodeTimes:
         for device, row in zip(self._cluster.devices, rows, strict=True):
             found.setdefault(device.type, []).append(row)
         return {name: _means(own) for name, own in found.items()}
+
+
+def _together(hardware: Sequence[str], texts: Sequence[str]) -> str:
+    """Programs that run at the same time, in whatever order the devices are."""
+    return "\n".join(f"{name}\n{text}" for name, text in sorted(zip(hardware, texts, strict=True)))
+
+
+def _in_turns(
+    session: Session, runs: Sequence[Sequence[Program]], texts: Sequence[Sequence[str]]
+) -> list[Sequence[float] | str]:
+    """Of every run and device, the medians over turns; or the first reason why there are none."""
+    arguments = [
+        [
+            {"program": text, "source": emit_python(program), "seconds": _TURN_SECONDS}
+            for text, program in zip(row, programs, strict=True)
+        ]
+        for row, programs in zip(texts, runs, strict=True)
+    ]
+    turns: list[list[Sequence[float] | str]] = [
+        [
+            row
+            for own in arguments
+            for row in session.call("time_nodes", own, timeout_seconds=_TIMEOUT_SECONDS)
+        ]
+        for _ in range(_TURNS)
+    ]
+    return [_medians(rows) for rows in zip(*turns, strict=True)]
+
+
+def _medians(rows: Sequence[Sequence[float] | str]) -> Sequence[float] | str:
+    reasons = [row for row in rows if isinstance(row, str)]
+    return reasons[0] if reasons else tuple(map(statistics.median, zip(*rows, strict=True)))
 
 
 def _means(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:

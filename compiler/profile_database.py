@@ -26,7 +26,7 @@ from .json_fields import strict_json
 __all__ = ["BlockKey", "Measurement", "ProfileDatabase", "Record"]
 
 _FORMAT = "cutset profile"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METHOD_VERSION = 3
 """Of how blocks are made and measured, by kernels of this cutset: others do not compare."""
 
@@ -40,8 +40,9 @@ class Measurement(enum.StrEnum):
     """What a record has the seconds of."""
 
     PART = "part"  # of a local graph: forward, input gradients and weight gradients
-    NODES = "nodes"  # of a graph, each in its place
+    NODES = "nodes"  # of a graph, each in its place, and the variance of their sum over its mean
     MESSAGE = "message"  # work on any, and on a byte of it
+    INSTRUCTION = "instruction"  # of a program, beside its operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,12 @@ def _parsed(text: str) -> Record:
     seconds = [_amount(item, "seconds") for item in _typed(document["seconds"], "seconds", list)]
     num_nodes = _typed(document["num_nodes"], "num_nodes", int)
     measured = Measurement(key["kind"])
-    wanted = {Measurement.PART: 3, Measurement.NODES: num_nodes, Measurement.MESSAGE: 2}[measured]
+    wanted = {
+        Measurement.PART: 3,
+        Measurement.NODES: num_nodes + 1,
+        Measurement.MESSAGE: 2,
+        Measurement.INSTRUCTION: 1,
+    }[measured]
     if len(seconds) != wanted:
         raise ValueError(f"seconds of a {measured} record are {wanted}, not {len(seconds)}")
     if measured is Measurement.PART and not seconds[0] > 0.0:

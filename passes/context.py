@@ -42,10 +42,15 @@ class Measured:
     Args:
         nodes: seconds of every node of the graph.
         messages: seconds for which a device works on a message, sent or received, as a link.
+        instructions: seconds of one instruction of a program beside its operators.
+        unsteady: variance of the time of a run over its mean, in seconds: how far the time of a
+            piece is from what it takes in the mean (see `placement/unsteady.py`).
     """
 
     nodes: Mapping[str, tuple[float, ...]]
     messages: Mapping[str, Link]
+    instructions: Mapping[str, float] = field(default_factory=dict)
+    unsteady: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,12 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.errors import InfeasibleError, UsageError
 from ..compiler.ir.graph import Graph, Mode
 from ..compiler.ir.plan import (
-    Certificate,
     DeviceLoad,
     MemoryPrediction,
     Objective,
@@ -33,6 +32,7 @@ from ..cost_models.links import transfer_seconds
 from ..cost_models.ops import price
 from ..cost_models.placement import device_loads
 from .context import Context, PlanOptions
+from .placement.certificate import certificate_of
 from .placement.from_graph import (
     GRANULARITIES,
     NodeSeconds,
@@ -42,14 +42,24 @@ from .placement.from_graph import (
 from .placement.latency import place_latency
 from .placement.latency_incumbent import LatencyResult
 from .placement.memory import placed_memory
+from .placement.overheads import piece_overheads
 from .placement.pieces import fused_pieces, make_pieces, ordered_pieces
 from .placement.result import PlacementResult
 from .placement.stream import StreamRun, stream_schedule
 from .placement.throughput import place_throughput
 
-__all__ = ["PlaceOperators", "check_placement", "place_by_hand", "priced_again", "stream"]
+__all__ = [
+    "PlaceOperators",
+    "check_placement",
+    "place_by_hand",
+    "preferred",
+    "priced_again",
+    "stream",
+]
 
-_WORTH_PIECES = 1.05  # times the time of more pieces
+# Times the time of more pieces: so much longer than predicted did 37 pieces keep their devices
+# than 3 did (docs/cost-models.md).
+_WORTH_PIECES = 1.1
 _CONTIGUOUS_SHARE = 0.25  # of the time, to place contiguously beside
 _LEAST_SECONDS = 2.0  # once memory had to be set aside
 _ROUNDS = 6  # of setting more memory aside
@@ -159,7 +169,15 @@ def stream(plan: Plan, graph: Graph) -> Schedule:
         if entry.name in used
     }
     times = _stage_seconds(plan, seconds, plan.stages)
-    return _stream(plan, graph, plan.stages, stage_edges(graph, plan.stages), times).schedule
+    return _stream(plan, graph, plan.stages, stage_edges(graph, plan.stages), times, ()).schedule
+
+
+def preferred(plans: Sequence[Plan]) -> Plan:
+    """Of placed plans one with the fewest pieces whose step takes little longer than the fastest
+    is expected to, and of those the fastest."""
+    least = min(map(_step_seconds, plans))
+    near = [plan for plan in plans if _step_seconds(plan) <= _WORTH_PIECES * least]
+    return min(near, key=lambda plan: (len(plan.stages), _step_seconds(plan)))
 
 
 def _statement(plan: Plan, context: Context, reserve: Mapping[str, int]) -> PlacementStatement:
@@ -177,8 +195,8 @@ def _statement(plan: Plan, context: Context, reserve: Mapping[str, int]) -> Plac
 
 
 def _solved(plan: Plan, statement: PlacementStatement, context: Context, ends: float) -> Plan:
-    """The placed plan. One piece a device is preferred where more would be little faster, as each
-    message between pieces costs both ends work that the model does not know."""
+    """The placed plan. One piece a device is preferred where more would be little faster: what is
+    predicted of many pieces is less certain."""
     contiguous = context.options.contiguous
     is_free = not contiguous and plan.objective is Objective.THROUGHPUT
     left = max(ends - time.monotonic(), _LEAST_SECONDS)
@@ -193,11 +211,12 @@ def _solved(plan: Plan, statement: PlacementStatement, context: Context, ends: f
         return placed
     best = replace(whole, lower_bound=min(result.lower_bound, whole.value))
     simple = _placed(plan, statement, best, contiguous=False)
-    assert placed.prediction is not None and simple.prediction is not None
-    if _excess(simple) or len(simple.stages) >= len(placed.stages):
-        return placed
-    seconds = placed.prediction.step_seconds
-    return simple if simple.prediction.step_seconds <= _WORTH_PIECES * seconds else placed
+    return placed if _excess(simple) else preferred((placed, simple))
+
+
+def _step_seconds(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.step_seconds
 
 
 def _solve(
@@ -238,14 +257,17 @@ def _placed(
         stages = make_pieces(graph, homes, statement.replicated)
     edges = stage_edges(graph, stages)
     seconds = _stage_seconds(plan, statement.seconds, stages)
-    run = _stream(plan, graph, stages, edges, seconds)
+    overheads = piece_overheads(graph, plan.cluster, stages, edges, statement.measured)
+    times = tuple(map(sum, zip(seconds, overheads, strict=True)))
+    run = _stream(plan, graph, stages, edges, times, _unsteady(plan, statement, stages))
     plan = replace(
         plan,
         stages=stages,
         schedule=run.schedule,
-        certificate=_certificate(statement, result, contiguous=contiguous),
+        certificate=certificate_of(statement, result, contiguous=contiguous),
     )
-    return replace(plan, prediction=_prediction(plan, statement, result, edges, run, seconds))
+    loads = _loads(plan, statement, result.placement, seconds, overheads)
+    return replace(plan, prediction=_prediction(plan, statement, loads, edges, run, seconds))
 
 
 def _one_piece_each(placement: Placement) -> tuple[tuple[int, ...], ...]:
@@ -270,6 +292,7 @@ def _stream(
     stages: tuple[Stage, ...],
     edges: tuple[StageEdge, ...],
     seconds: tuple[float, ...],
+    unsteady: tuple[float, ...],
 ) -> StreamRun:
     """The schedule, with values on their way for as long as the link between the devices takes."""
     delays = {}
@@ -282,41 +305,24 @@ def _stream(
         seconds=seconds,
         edges=delays,
         num_microbatches=plan.num_microbatches,
+        unsteady=unsteady,
     )
 
 
-def _certificate(
-    statement: PlacementStatement, result: PlacementResult, *, contiguous: bool
-) -> Certificate:
-    single = all(len(nodes) == 1 for nodes in statement.units)
-    space = (
-        f"all {'contiguous ' if contiguous else ''}placements of {len(statement.units)} "
-        f"{'operators' if single else 'blocks'} ({len(statement.graph.nodes)} nodes, "
-        f"{len(statement.replicated)} computed wherever they are needed) on "
-        f"{len(statement.devices)} devices of {len(statement.workload.kinds)} kinds whose "
-        f"parameters fit{_beside(statement)}; communication is added to computation, each result "
-        "by the worst link of its kind of device"
-    )
-    return Certificate(
-        objective=result.value,
-        lower_bound=result.lower_bound,
-        gap=result.gap,
-        search_space=space,
-        solver=result.method,
-        solver_seconds=result.seconds,
-    )
-
-
-def _beside(statement: PlacementStatement) -> str:
-    """What is kept free for activations, in words."""
-    kept = [f"{size} bytes on each {name}" for name, size in sorted(statement.reserve.items())]
-    return f" beside {', '.join(kept)} for activations" if kept else ""
+def _unsteady(
+    plan: Plan, statement: PlacementStatement, stages: tuple[Stage, ...]
+) -> tuple[float, ...]:
+    """Of every piece, variance of its time over its mean; none if that was not measured."""
+    if statement.measured is None:
+        return ()
+    found = statement.measured.unsteady
+    return tuple(found.get(plan.cluster.type_of(stage.device).name, 0.0) for stage in stages)
 
 
 def _prediction(
     plan: Plan,
     statement: PlacementStatement,
-    result: PlacementResult,
+    loads: tuple[DeviceLoad, ...],
     edges: tuple[StageEdge, ...],
     run: StreamRun,
     seconds: tuple[float, ...],
@@ -340,21 +346,30 @@ def _prediction(
             fraction=plan.batch_size / plan.num_microbatches / batch_rows(graph),
             optimizer=plan.optimizer,
         ),
-        loads=_loads(plan, statement, result.placement, seconds),
+        loads=loads,
     )
 
 
 def _loads(
-    plan: Plan, statement: PlacementStatement, placement: Placement, seconds: tuple[float, ...]
+    plan: Plan,
+    statement: PlacementStatement,
+    placement: Placement,
+    seconds: tuple[float, ...],
+    overheads: tuple[float, ...],
 ) -> tuple[DeviceLoad, ...]:
-    """Loads of devices: nodes that several of them compute count for each."""
+    """Loads of devices: nodes that several of them compute count for each; messages as measured, or
+    as in the objective."""
     compute: dict[int, float] = defaultdict(float)
+    beside: dict[int, float] = defaultdict(float)
     for stage in plan.stages:
         compute[stage.device] += seconds[stage.index]
-    moved = device_loads(statement.workload, placement)
+        beside[stage.device] += overheads[stage.index]
+    if statement.measured is None:
+        moved = device_loads(statement.workload, placement)
+        for device, load in zip(statement.devices, moved, strict=True):
+            beside[device] += load.communication
     return tuple(
-        DeviceLoad(device, compute[device], load.communication)
-        for device, load in sorted(zip(statement.devices, moved, strict=True))
+        DeviceLoad(device, compute[device], beside[device]) for device in sorted(statement.devices)
     )
 
 

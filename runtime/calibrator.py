@@ -9,18 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..compiler.ir.program import Program
 from ..compiler.ir.text import parse_program
 from .clock import busy_clock
-from .executor import Executor, Step
 from .link_probes import LinkProbes, lower_quartile
 from .optimizer import OptimizerSpec, RankOptimizer, zero_gradients
-from .profile_block import block_kernels
 from .profiler import Profiler
-from .rank import stage_functions
-from .rng import make_key
 
 __all__ = ["Calibrator"]
 
@@ -45,43 +39,6 @@ class Calibrator(Profiler):
             "memory_bytes": int(memory),
             "host_bytes": int(host),
         }
-
-    def time_instructions(self, *, program: str, source: str) -> float:
-        """Mean seconds of the host for one instruction of `program`, whose kernels do next to
-        nothing and are counted in."""
-        parsed = parse_program(program)
-        functions = stage_functions(source, f"<cutset calibration of rank {self._rank}>")
-        kernels = {
-            stage.index: block_kernels(
-                functions[f"stage_{stage.index}"], stage, self._device, False
-            )
-            for stage in parsed.stages
-        }
-        tensors, gradients, inputs = _made_up(parsed, self._device)
-        executor = Executor(
-            parsed,
-            kernels,
-            tensors=tensors,
-            gradients=gradients,
-            communicator=self._communicator,
-            device=self._device,
-            timeout_seconds=self._timeout,
-            cuda_graphs=True,
-        )
-        count = parsed.num_microbatches
-        keys = tuple(make_key(0, 0, index).to(self._device) for index in range(count))
-        clock = busy_clock(self._device)
-        self._communicator.barrier(label="the start of measuring")
-        found = []
-        for _ in range(_ROUNDS):
-            executor.begin(Step(inputs, (1.0 / count,) * count, keys))
-            if self._device.type == "cuda":
-                executor.rehearse()
-            begin = clock()
-            executor.run()
-            found.append(clock() - begin)
-            executor.take_result()
-        return statistics.median(found) / len(parsed.instructions)
 
     def time_optimizer(
         self, *, spec: OptimizerSpec, sizes: Sequence[tuple[int, int]]
@@ -161,25 +118,3 @@ class Calibrator(Profiler):
     def time_overlap(self, *, size: int) -> tuple[float, float, float]:
         """See `LinkProbes.overlap`."""
         return self._links.overlap(size)
-
-
-def _made_up(
-    program: Program, device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters, gradients and user inputs, all ones."""
-    values = [value for stage in program.stages for value in stage.graph.values]
-    tensors: dict[str, Tensor] = {}
-    inputs: dict[str, Tensor] = {}
-    for value in values:
-        if value.origin:
-            made = torch.ones(value.type.shape, dtype=value.type.dtype, device=device)
-            (tensors if value.batch_dim is None else inputs)[value.origin] = made
-    inputs = {
-        name: tensor.repeat(program.num_microbatches, *[1] * (tensor.ndim - 1))
-        for name, tensor in inputs.items()
-    }
-    gradients = {
-        name: torch.zeros(type.shape, dtype=type.dtype, device=device)
-        for name, type in program.gradient_types().items()
-    }
-    return tensors, gradients, inputs

@@ -26,6 +26,7 @@ from ..compiler.ir.text import parse_program
 from ..compiler.ir.types import TensorType
 from .clock import busy_clock
 from .communicator import Communicator
+from .instructions import instruction_seconds
 from .made_up import index_limits, made_up
 from .memory import if_it_fits
 from .profile_block import BlockRun, block_kernels
@@ -59,7 +60,8 @@ class Profiler:
         """Nothing is kept between calls."""
 
     def time_nodes(self, *, program: str, source: str, seconds: float) -> list[float] | str:
-        """Median seconds of every node; where memory does not suffice, at which and by how much.
+        """Median seconds of every node, and how unsteady a whole run is: the variance of its time
+        over its mean, in seconds; where memory does not suffice, at which node and by how much.
 
         Args:
             program: text form of a program with one node a stage, in an order in which they run;
@@ -74,10 +76,12 @@ class Profiler:
         self._communicator.barrier(label="the start of measuring")
         if run is None:
             return f"parameters and inputs: {reason}"
-        rows, reason = if_it_fits(lambda: run.repeated(seconds), self._device)
-        if rows is None:
+        found, reason = if_it_fits(lambda: run.repeated(seconds), self._device)
+        if found is None:
             return f"{run.current}: {reason}"
-        return [statistics.median(column) for column in zip(*rows, strict=True)]
+        rows, wholes = found
+        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+        return [*medians, statistics.pvariance(wholes) / statistics.mean(wholes)]
 
     def time_block(
         self, *, program: str, source: str, copies: int, compile: bool, cuda_graphs: bool
@@ -106,6 +110,17 @@ class Profiler:
             return reason
         found, reason = if_it_fits(run.median_seconds, self._device)
         return reason if found is None else found
+
+    def time_instructions(self, *, program: str, source: str) -> float:
+        """See `instruction_seconds`."""
+        return instruction_seconds(
+            parse_program(program),
+            source,
+            rank=self._rank,
+            device=self._device,
+            communicator=self._communicator,
+            timeout_seconds=self._timeout,
+        )
 
     def time_messages(self) -> tuple[float, float]:
         """Seconds for which this rank works on a message, sent or received: on any, and on a byte.
@@ -172,14 +187,18 @@ class _Run:
         for name, index in last.items():
             self._dead[position[index]].append(name)
 
-    def repeated(self, seconds: float) -> list[list[float]]:
-        """Times of runs for so many seconds, after one that does not count."""
+    def repeated(self, seconds: float) -> tuple[list[list[float]], list[float]]:
+        """Of runs for so many seconds, after one that does not count, the times of the nodes, and
+        of the whole by the wall clock."""
         self.times()
         rows: list[list[float]] = []
+        wholes: list[float] = []
         began = time.perf_counter()
         while len(rows) < _LEAST_RUNS or time.perf_counter() - began < seconds:
+            begin = time.perf_counter()
             rows.append(self.times())
-        return rows
+            wholes.append(time.perf_counter() - begin)
+        return rows, wholes
 
     def times(self) -> list[float]:
         """Seconds of every node in one run."""

@@ -20,9 +20,15 @@ _DAY_SECONDS = 86400.0
 _PHASES = {
     "part": ("forward_seconds", "backward_input_seconds", "backward_weight_seconds"),
     "nodes": ("forward_seconds",),
+    "instruction": ("instruction_seconds",),
     "message": ("message_seconds", "byte_seconds"),
 }
-_NAMELESS = {"part": "of no module", "nodes": "nodes, each in its place", "message": "a message"}
+_NAMELESS = {
+    "part": "of no module",
+    "nodes": "nodes, each in its place",
+    "instruction": "an instruction",
+    "message": "a message",
+}
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +83,7 @@ def _json(record: Record) -> dict[str, object]:
 
 def _phases(record: Record) -> tuple[float, ...]:
     """Seconds by phase: of nodes, which are of a forward pass, the sum."""
-    return (sum(record.seconds),) if record.key.kind == "nodes" else record.seconds
+    return (sum(record.seconds[:-1]),) if record.key.kind == "nodes" else record.seconds
 
 
 def _runs_as(record: Record) -> str:

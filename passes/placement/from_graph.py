@@ -4,9 +4,9 @@ Devices of one type are one kind; what is pinned to a device makes that device a
 Three simplifications are made, all on the safe side or stated in the plan:
 
 * A result crosses by the worst link that a device of the kind has to any other device (for
-  throughput, where it was measured: in the time for which the device works on the message, as the
-  rest passes while it computes), and as a whole: latency + bytes / bandwidth, with the bytes of all
-  values of the operator that others read.
+  throughput, where it was measured: in the time for which the device works on the message and its
+  instruction, as the rest passes while it computes), and as a whole: latency + bytes / bandwidth,
+  with the bytes of all values of the operator that others read.
 * A parameter that several operators read is counted for each of them.
 * Activations are not part of an operator's size, as they depend on the order of execution: what
   devices need for them is predicted after placement, and memory set aside for it (`reserve`).
@@ -18,7 +18,7 @@ out. Operators that change a buffer or read one that is changed share a device.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 
@@ -53,6 +53,7 @@ class PlacementStatement:
         replicated: nodes that every stage that needs them computes for itself.
         seconds: of every node, by name of the device type.
         reserve: bytes that are kept free, by name of the device type.
+        measured: for throughput, what was measured.
     """
 
     graph: Graph
@@ -63,6 +64,7 @@ class PlacementStatement:
     replicated: frozenset[int]
     seconds: NodeSeconds
     reserve: Mapping[str, int]
+    measured: Measured | None
 
     def homes(self, placement: Placement) -> dict[int, int]:
         """Device of the cluster of every node that is not replicated."""
@@ -120,7 +122,7 @@ def state_workload(
         for index, (entry, _) in enumerate(groups)
     )
     links = [
-        measured.messages[entry.name]
+        _message_work(measured, entry.name)
         if measured is not None and overlaps
         else _worst_link(cluster, devices)
         for entry, devices in groups
@@ -139,6 +141,7 @@ def state_workload(
         replicated=replicated,
         seconds=seconds,
         reserve=dict(reserve or {}),
+        measured=measured if overlaps else None,
     )
 
 
@@ -284,6 +287,12 @@ def _room(entry: DeviceType, reserve: Mapping[str, int]) -> float:
         0.0,
         float(entry.memory_bytes - reserve.get(entry.name, 0)),
     )
+
+
+def _message_work(measured: Measured, name: str) -> Link:
+    link = measured.messages[name]
+    asking = measured.instructions.get(name, 0.0)
+    return replace(link, latency_seconds=link.latency_seconds + asking)
 
 
 def _worst_link(cluster: Cluster, devices: tuple[int, ...]) -> Link | None:

@@ -5,7 +5,8 @@ arrived, one of the oldest microbatch, and among those the first. Serving the ol
 line that returns to its stations stable at any rate below that of the busiest one (Lu and Kumar,
 "Distributed Scheduling Based on Due Dates and Buffer Priorities", 1991), so the busiest device is
 never long without work. Microbatches enter only while few are under way: as few as cost no more
-than a hundredth of the time that is possible without a limit, since each holds memory.
+than a hundredth of the time that is possible without a limit, since each holds memory. Where pieces
+take now more, now less, the times compared are those to be expected (`unsteady.py`).
 
 The order is one of a run that came to its end, so it has no deadlock.
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...compiler.ir.schedule import Action, ActionKind, Schedule
+from .unsteady import expected_seconds, random_times
 
 __all__ = ["NAME", "StreamRun", "stream_schedule"]
 
@@ -29,7 +31,7 @@ class StreamRun:
     """A schedule and its course in predicted time.
 
     Args:
-        seconds: until all is done.
+        seconds: until all is done, to be expected.
         window: microbatches under way at most.
     """
 
@@ -44,6 +46,7 @@ def stream_schedule(
     seconds: Sequence[float],
     edges: Mapping[tuple[int, int], float],
     num_microbatches: int,
+    unsteady: Sequence[float] = (),
 ) -> StreamRun:
     """The order of all pieces and microbatches on every device.
 
@@ -52,12 +55,21 @@ def stream_schedule(
         seconds: of every piece, one microbatch.
         edges: (piece, later piece that reads it) -> seconds on the way.
         num_microbatches: of the stream.
+        unsteady: of every piece, variance of its time over its mean, in seconds; none: steady.
     """
     line = _Line(tuple(devices), tuple(seconds), dict(edges), num_microbatches)
-    best = line.run(num_microbatches)
+    streams = random_times(seconds, unsteady, num_microbatches) if any(unsteady) else []
+
+    def run(window: int) -> StreamRun:
+        found = line.run(window)
+        if not streams:
+            return found
+        return replace(found, seconds=expected_seconds(found.schedule, line.after, streams))
+
+    best = run(num_microbatches)
     window = 1
     while window < num_microbatches:
-        found = line.run(window)
+        found = run(window)
         if found.seconds <= _WORTH * best.seconds:
             return found
         window *= 2

@@ -65,7 +65,7 @@ def test_what_is_put_is_got_and_nothing_else(database: ProfileDatabase) -> None:
         (lambda d: d["key"].pop("torch"), "key has other fields"),
         (lambda d: d["key"].update(torch="2.0"), "about something else"),
         (lambda d: d["key"].update(kind="guess"), "'guess' is not a valid Measurement"),
-        (lambda d: d["key"].update(kind="nodes"), "are 17, not 3"),
+        (lambda d: d["key"].update(kind="nodes"), "are 18, not 3"),
         (lambda d: d["key"].update(kind="message"), "are 2, not 3"),
     ],
 )
@@ -283,20 +283,26 @@ def test_records_are_listed_by_device(
 def test_nodes_and_messages_are_listed_beside_blocks(
     filled: ProfileDatabase, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind, seconds in [(Measurement.NODES, (0.1, 0.0, 0.2)), (Measurement.MESSAGE, (1e-4, 0.0))]:
+    for kind, seconds in [
+        (Measurement.NODES, (0.1, 0.0, 0.2, 1e-5)),
+        (Measurement.INSTRUCTION, (2e-5,)),
+        (Measurement.MESSAGE, (1e-4, 0.0)),
+    ]:
         key = replace(KEY, kind=kind, device=kind)
-        kept = Record(key, "", len(seconds), seconds, time.time())
+        kept = Record(key, "", len(seconds) - 1, seconds, time.time())
         filled.put(kept)
         assert filled.get(key) == kept
     assert main(["profile", "list"]) == 0
     text = capsys.readouterr().out
     assert "nodes, each in its place" in text and "300 ms" in text
     assert "a message" in text and "100 us + 0 s" in text
+    assert "an instruction" in text and "20 us" in text
     assert main(["profile", "list", "--device", "message", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["records"]
     assert entry["kind"] == "message" and entry["message_seconds"] == 1e-4
     filled.clear(device="nodes")
     filled.clear(device="message")
+    filled.clear(device="instruction")
     assert len(filled.records()) == 2
 
 

@@ -169,21 +169,33 @@ def test_workers_start_with_the_threads_of_their_type_and_are_measured(
     records = ProfileDatabase(tmp_path).records()
     threads = {record.key.device.partition(";")[0].split(", ")[-1] for record in records}
     assert threads == {"1 threads", "2 threads"}
+    planning = Planning(model, (args, {}), cluster, Mode.INFER, None, False, lambda line: None)
+    captured = planning.captured(plan.num_microbatches)
+    plans = [plan] if objective == "latency" else [plan, _elsewhere(plan)]
+    times = NodeTimes(captured, cluster, ProfileDatabase(tmp_path), planning.say)
+    try:
+        found = times.in_place(plans)
+    finally:
+        times.close()
+    for own, measured in zip(plans, found, strict=True):
+        for stage in own.stages:
+            seconds = measured.nodes[cluster.type_of(stage.device).name]
+            assert all(seconds[node] > 0.0 for node in stage.nodes)
+    assert set(found[0].unsteady) == {"two-threads", "one-thread"}
+    assert all(1e-7 < seconds < 1e-2 for seconds in found[0].instructions.values())
 
     def starts_no_worker(*arguments: object, **options: object) -> None:
         raise AssertionError("everything is known")
 
     monkeypatch.setattr(profile, "profiling_session", starts_no_worker)
-    planning = Planning(model, (args, {}), cluster, Mode.INFER, None, False, lambda line: None)
-    captured = planning.captured(plan.num_microbatches)
     times = NodeTimes(captured, cluster, ProfileDatabase(tmp_path), planning.say)
-    times.everywhere()
-    if objective == "throughput":
-        measured = times.in_place(plan)
-        for load in loads:
-            seconds = measured.nodes[cluster.type_of(load.device).name]
-            nodes = [n for stage in plan.stages if stage.device == load.device for n in stage.nodes]
-            assert sum(seconds[node] for node in nodes) == pytest.approx(load.compute_seconds)
+    assert times.in_place(plans[::-1]) == found[::-1], "kept, whichever has its turn first"
+
+
+def _elsewhere(plan: Plan) -> Plan:
+    """With devices exchanged."""
+    stages = tuple(replace(s, devices=(1 - s.device,)) for s in plan.stages)
+    return replace(plan, stages=stages)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

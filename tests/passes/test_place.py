@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 
-from cutset.compiler.ir.cluster import Cluster
+from cutset.compiler.ir.cluster import Cluster, Link
 from cutset.compiler.ir.errors import InfeasibleError, UsageError
 from cutset.compiler.ir.graph import Graph, Mode, ValueKind
 from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.ir.plan import Objective, Plan
 from cutset.compiler.ir.text import parse_plan, print_plan
 from cutset.compiler.ir.verify import verify_plan
+from cutset.passes.context import Context, Measured
+from cutset.passes.equal_split import equal_split
 from cutset.passes.pipeline import PlanOptions, plan_graph
+from cutset.passes.place import place_by_hand, preferred
 from tests.exactness.placed import cpu_type, cpu_workers
 from tests.ir.builders import mlp
 
@@ -135,3 +138,80 @@ def test_options_that_contradict_placement_are_refused(options: dict[str, Any], 
 def test_training_is_refused() -> None:
     with pytest.raises(UsageError, match="places operators for inference"):
         place(mlp(2), cpu_workers(FAST, SLOW))
+
+
+def taken(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.step_seconds
+
+
+def in_turn(graph: Graph, measured: Measured, num_devices: int = 2, run: int = 1) -> Plan:
+    """Nodes on devices in turn, `run` of them at a time, by times that were measured."""
+    cluster = cpu_workers(FAST, SLOW)
+    options = PlanOptions(
+        objective=Objective.THROUGHPUT, num_microbatches=8, measured=measured, placement_seconds=4.0
+    )
+    start = plan_graph(graph, cluster, batch_size=64, options=options)
+    placement = [index // run % num_devices for index in range(len(graph.nodes))]
+    return place_by_hand(start, Context(graph, options), placement, "a test")
+
+
+def times(graph: Graph, **figures: float) -> Measured:
+    """Every node takes a millisecond and messages nothing, unless `figures` of both say more."""
+    row = (1e-3,) * len(graph.nodes)
+    names = ("fast", "slow")
+    return Measured(
+        dict.fromkeys(names, row),
+        {name: Link(figures.get("message", 0.0), float("inf")) for name in names},
+        {name: figures.get("instruction", 0.0) for name in names},
+        {name: figures.get("unsteady", 0.0) for name in names},
+    )
+
+
+def test_every_piece_and_message_costs_its_device() -> None:
+    graph = wide()
+    count = len(graph.nodes)
+    plain = in_turn(graph, times(graph))
+    assert len(plain.stages) == count
+    messages = in_turn(graph, times(graph, message=1e-4))
+    instructions = in_turn(graph, times(graph, instruction=1e-4))
+    ends = [2 * pieces for pieces in (count // 2, count - count // 2)]
+    ends[0] -= 1  # the first piece receives nothing,
+    ends[(count - 1) % 2] -= 1  # and the last sends nothing
+    for device, load in loads(plain).items():
+        pieces = [stage for stage in plain.stages if stage.device == device]
+        assert load == pytest.approx(1e-3 * len(pieces))
+        sent = loads(messages)[device] - load
+        assert sent == pytest.approx(1e-4 * ends[device])
+        asked = loads(instructions)[device] - load
+        assert asked == pytest.approx(sent + 1e-4 * len(pieces))
+    assert taken(messages) > taken(plain)
+    assert taken(instructions) > taken(messages)
+
+
+def test_fewer_pieces_are_preferred_where_pieces_are_unsteady() -> None:
+    graph = wide()
+    half = (len(graph.nodes) + 1) // 2
+    steady, unsteady = times(graph), times(graph, unsteady=1e-3)
+    many, few = (in_turn(graph, steady, run=run) for run in (1, half))
+    assert preferred((many, few)) is few, "they take about as long"
+    slower = replace(few, prediction=replace(few.prediction, step_seconds=1.2 * taken(many)))  # type: ignore[type-var]
+    assert preferred((many, slower)) is many
+    many_now, few_now = (in_turn(graph, unsteady, run=run) for run in (1, half))
+    assert taken(many_now) / taken(many) > taken(few_now) / taken(few)
+
+
+def test_equal_numbers_of_operators_go_to_the_devices_in_the_best_order() -> None:
+    graph = wide()
+    row = tuple(1e-3 * (index + 1) for index in range(len(graph.nodes)))
+    measured = replace(times(graph), nodes={"fast": row, "slow": tuple(3.0 * item for item in row)})
+    options = PlanOptions(objective=Objective.THROUGHPUT, num_microbatches=8, measured=measured)
+    start = in_turn(graph, measured)
+    plan = equal_split(start, Context(graph, options))
+    assert plan is not None
+    verify_plan(plan, graph)
+    half = len(graph.nodes) // 2
+    assert [len(stage.nodes) for stage in plan.stages] in ([half, half], [half + 1, half])
+    assert [stage.device for stage in plan.stages] == [1, 0], "the later nodes take longer"
+    pinned = replace(options, device_pins=(("layers.0", 0), ("layers.1", 1)))
+    assert equal_split(start, Context(graph, pinned)) is None

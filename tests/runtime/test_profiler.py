@@ -57,7 +57,7 @@ def test_an_operator_without_room_is_named() -> None:
     assert isinstance(reason, str)
     assert reason.startswith(program.stages[0].graph.nodes[0].name) and "allocate" in reason
     found = worker.time_nodes(**arguments(outer_product(Mode.INFER, 8)), seconds=0.01)
-    assert not isinstance(found, str) and len(found) == 1
+    assert not isinstance(found, str) and len(found) == 2
 
 
 def test_other_errors_stay_errors() -> None:
@@ -94,5 +94,7 @@ def test_what_others_compute_is_made_up(kept: tuple[int, ...]) -> None:
     whole = branches()
     own = replace(whole, stages=tuple(whole.stages[index] for index in kept))
     seconds = profiler().time_nodes(**arguments(own), seconds=0.01)
-    assert len(seconds) == len(kept)
-    assert not isinstance(seconds, str) and all(item > 0.0 for item in seconds)
+    assert not isinstance(seconds, str)
+    *nodes, unsteady = seconds
+    assert len(nodes) == len(kept)
+    assert all(item > 0.0 for item in nodes) and unsteady >= 0.0
