@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ import torch
 from ..cost_models.calibration import (
     collective_sample,
     fitted_link,
+    seconds_of_all,
+    share_kept,
     share_taken,
+    skew_seconds,
     streams,
 )
 from ..cost_models.fits import Quality, Sample
+from ..runtime.link_probes import trimmed_mean
 from ..runtime.session import Session
 from .ir.cluster import COLLECTIVES, Cluster, LinkRule
 from .ir.graph import Mode
@@ -32,7 +37,7 @@ __all__ = ["measured_links"]
 
 _TIMEOUT_SECONDS = 300.0
 _LARGEST = 1 << 25  # where not all devices are CUDA devices
-_AT_ONCE_BYTES, _AT_ONCE_ON_CUDA = 1 << 22, 1 << 26  # so much that latency is next to nothing
+_AT_ONCE_BYTES, _AT_ONCE_ON_CUDA = 1 << 20, 1 << 26  # so much that latency is next to nothing
 _Class = tuple[str, str]
 
 
@@ -52,6 +57,8 @@ class _Links:
         self._session = session
         self._cluster = cluster
         alike = all(cluster.type_of(d.index).backend == "cuda" for d in cluster.devices)
+        self._on_host = not alike
+        self._late: list[float] = []  # seconds by which the last is later, a round
         self._sizes = [size for size in sizes if alike or size <= _LARGEST]
         self._at_once = _AT_ONCE_ON_CUDA if alike else _AT_ONCE_BYTES
         self._qualities: list[Quality] = []
@@ -66,7 +73,8 @@ class _Links:
             | {(min(pair), max(pair)) for own in self._pairs().values() for pair in own}
         )
         programs = [
-            {"program": print_program(_meeting(rank, count, every))} for rank in range(count)
+            {"program": print_program(_meeting(rank, count, every)), "on_host": self._on_host}
+            for rank in range(count)
         ]
         self._call("prepare_links", programs)
         progress("messages")
@@ -76,11 +84,21 @@ class _Links:
             for key, own in groups.items():
                 rules[key] = self._collective(rules[key], name, own)
         progress("transfers beside others and beside computation")
-        share = share_taken(self._call("time_overlap", {"size": self._at_once}))
+        beside = self._call("time_overlap", {"size": self._at_once})
+        kept = share_kept(beside)
         rows = self._call("time_streams", {"size": self._at_once})
         alone, together = (max(row[way] for row in rows) for way in (0, 1))
         at_once = streams(alone, together, count) if len(self._nodes()) == 1 else None
-        found = [replace(rule, compute_share=share, streams=at_once) for rule in rules.values()]
+        found = [
+            replace(
+                rule,
+                streams=at_once,
+                compute_share=share_taken(beside, kept),
+                progress_share=kept,
+                skew_seconds=skew_seconds(self._late),
+            )
+            for rule in rules.values()
+        ]
         if len(found) == 1:
             found = [replace(found[0], a="*", b="*", same_node=None)]
         return tuple(found), tuple(self._qualities)
@@ -141,9 +159,14 @@ class _Links:
         for ranks in groups:
             arguments = {"name": name, "ranks": ranks, "sizes": self._sizes}
             rows = self._call("time_collective", arguments)
-            for times in zip(*(rows[rank] for rank in ranks), strict=True):
-                size, seconds = times[0][0], max(own for _, own in times)
-                samples.append(collective_sample(name, len(ranks), size, seconds))
+            for own in zip(*(rows[rank] for rank in ranks), strict=True):
+                rounds = list(zip(*(one.times for one in own), strict=True))
+                shared = rule.same_node is not False  # one clock
+                lasted = trimmed_mean([seconds_of_all(times, shared=shared) for times in rounds])
+                samples.append(collective_sample(name, len(ranks), own[0].num_bytes, lasted))
+                if self._on_host:  # else they did not compute before
+                    whole = fmean(end - begin for times in rounds for begin, end in times)
+                    self._late.append(whole - lasted)
         link, quality = fitted_link(samples, _title(name, (rule.a, rule.b)))
         self._qualities.append(quality)
         return replace(rule, collectives=(*rule.collectives, (name, link)))

@@ -88,3 +88,7 @@ def _link_lines(rule: LinkRule) -> Iterator[str]:
         )
     most = "any number of" if rule.streams is None else f"{rule.streams:g}"
     yield f"  {most} messages at once; {rule.compute_share:.0%} of computing while one runs"
+    yield (
+        f"  {rule.progress_share:.0%} of its speed beside computing; "
+        f"{seconds_text(rule.skew_seconds)} until the last rank comes"
+    )

@@ -22,7 +22,10 @@ __all__ = [
     "fitted_op_costs",
     "fitted_optimizer",
     "rounded",
+    "seconds_of_all",
+    "share_kept",
     "share_taken",
+    "skew_seconds",
     "streams",
     "with_curves",
 ]
@@ -31,6 +34,7 @@ Points = tuple[tuple[float, float], ...]
 
 _DIGITS = 4
 _ALL_STREAMS = 0.9  # of the messages at once: as many as there may be
+_ALL_MOVED = 0.95  # of a transfer: nothing was left of it
 _LEAST_SHARE, _MOST_SHARE = 0.02, 0.9
 _STEPS = {"all_reduce": 2}  # rings that go round twice
 
@@ -169,17 +173,63 @@ def streams(alone_seconds: float, together_seconds: float, count: int) -> float 
     return None if found >= _ALL_STREAMS * count else rounded(found)
 
 
-def share_taken(
-    transfers: Sequence[tuple[float, float, float]],
-) -> float:
-    """The share of its rate that a device computes with less while a transfer runs.
+_Beside = tuple[float, float, float, float]
+
+
+def share_taken(transfers: Sequence[_Beside], kept: float = 1.0) -> float:
+    """The share of its rate that a device computes with less while transfers run at full speed.
 
     Args:
-        transfers: seconds of a transfer alone, of a computation alone, and of that computation with
-            the transfer beside it, on each device.
+        kept: the share of their speed that they keep beside computation: they take so much less of
+            it at a time, which stays under the whole.
+        transfers: on each device, seconds of transfers alone, of a computation alone, of that
+            computation with the transfers beside it, and until both are done.
     """
-    shares = [
-        (both - computing) / min(alone, both) for alone, computing, both in transfers if alone > 0.0
-    ]
-    share = min(max(statistics.median(shares), 0.0), _MOST_SHARE)
+    shares = []
+    for alone, computing, beside, whole in transfers:
+        moved = _moved_beside(alone, beside, whole)
+        if moved > 0.0:
+            shares.append((beside - computing) / min(moved, beside))
+    share = min(max(statistics.median(shares), 0.0), _MOST_SHARE / kept) if shares else 0.0
     return rounded(share) if share >= _LEAST_SHARE else 0.0
+
+
+def share_kept(transfers: Sequence[_Beside]) -> float:
+    """The share of their speed that transfers keep while devices at their ends compute.
+
+    Args:
+        transfers: as for `share_taken`.
+    """
+    shares = []
+    for alone, _, beside, whole in transfers:
+        moved = _moved_beside(alone, beside, whole)
+        shares.append(moved / beside if moved < _ALL_MOVED * alone else 1.0)
+    share = max(statistics.median(shares), _LEAST_SHARE) if shares else 1.0
+    return rounded(share) if share < 1.0 - _LEAST_SHARE else 1.0
+
+
+def _moved_beside(alone: float, beside: float, whole: float) -> float:
+    """Of `alone` seconds of transfers, those that were done when the computation was over: the rest
+    went on at full speed."""
+    return min(max(alone - (whole - beside), 0.0), alone)
+
+
+def seconds_of_all(times: Sequence[tuple[float, float]], *, shared: bool) -> float:
+    """Seconds of a collective from when the last rank has reached it, in the mean over ranks.
+
+    Args:
+        times: when each rank reached it and when it was over there.
+        shared: whether by one clock; if not, it is over everywhere when it is for the last rank.
+    """
+    if not shared:
+        return min(end - begin for begin, end in times)
+    return max(statistics.fmean(end for _, end in times) - max(begin for begin, _ in times), 0.0)
+
+
+def skew_seconds(late: Sequence[float]) -> float:
+    """How much later than the mean the last rank reaches a collective.
+
+    Args:
+        late: seconds, of collectives of every kind and size.
+    """
+    return rounded(max(statistics.median(late), 0.0)) if late else 0.0

@@ -74,6 +74,8 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "bandwidth",
         "streams",
         "compute_share",
+        "progress_share",
+        "skew",
         "all_reduce",
         "all_gather",
         "reduce_scatter",

@@ -49,7 +49,9 @@ What `cutset calibrate` measures besides, all optional:
 
     [[links]]
     streams = 1.5            # messages of one node that go at once at full bandwidth
-    compute_share = 0.3      # of a device's rate that a transfer takes away while it runs
+    compute_share = 0.3      # of a device's rate that a transfer at full speed takes away
+    progress_share = 0.5     # of its speed, what a transfer keeps beside computation
+    skew = "200 us"          # how much later than the mean the last rank reaches a collective
     all_reduce = { latency = "90 us", bandwidth = "3 GB/s" }    # of one ring step
     # all_gather, reduce_scatter, all_to_all likewise
 
@@ -338,6 +340,7 @@ def _link(body: object, nodes: tuple[str, ...], source: Source) -> LinkRule:
             ways_out=("leave the key out for links of both kinds",),
         )
     place = ("links",)
+    kept = _progress_share(table, source)
     return LinkRule(
         link_of(table, source, place),
         ends[0],
@@ -345,8 +348,25 @@ def _link(body: object, nodes: tuple[str, ...], source: Source) -> LinkRule:
         same_node,
         collective_links(table, source, place),
         number(table, "streams", source, place, allow_zero=False) if "streams" in table else None,
-        number(table, "compute_share", source, place, below=1) if "compute_share" in table else 0.0,
+        number(table, "compute_share", source, place, below=1 / kept)
+        if "compute_share" in table
+        else 0.0,
+        kept,
+        quantity(table, "skew", TIMES, source, place, allow_zero=True) if "skew" in table else 0.0,
     )
+
+
+def _progress_share(table: dict[str, object], source: Source) -> float:
+    if "progress_share" not in table:
+        return 1.0
+    share = number(table, "progress_share", source, ("links",), allow_zero=False)
+    if share > 1.0:
+        raise ClusterError(
+            f"progress_share = {share:g} is more than the whole speed",
+            where=source.where("links", "progress_share"),
+            ways_out=("write a share above 0 and of at most 1, as 0.5",),
+        )
+    return share
 
 
 def _check_links(cluster: Cluster, source: Source) -> None:

@@ -135,6 +135,10 @@ def _render_link(rule: LinkRule) -> dict[str, object]:
         body["streams"] = rule.streams
     if rule.compute_share:
         body["compute_share"] = rule.compute_share
+    if rule.progress_share != 1.0:
+        body["progress_share"] = rule.progress_share
+    if rule.skew_seconds:
+        body["skew"] = _with_unit(rule.skew_seconds, TIMES)
     return body | {name: _render_path(own) for name, own in rule.collectives}
 
 

@@ -129,11 +129,16 @@ class ActionCost:
 
 @dataclass(frozen=True, slots=True)
 class StageCosts:
-    """The actions of one stage on one rank."""
+    """The actions of one stage on one rank.
+
+    Args:
+        hidden: shares of what forward and the weight gradients exchange that they do not wait for.
+    """
 
     forward: ActionCost
     backward_input: ActionCost
     backward_weight: ActionCost
+    hidden: tuple[float, float]
 
     def among(self, groups: Mapping[tuple[int, ...], tuple[int, ...]]) -> StageCosts:
         """The same for a rank with other groups, by the groups of this one."""
@@ -141,6 +146,7 @@ class StageCosts:
             self.forward.among(groups),
             self.backward_input.among(groups),
             self.backward_weight.among(groups),
+            self.hidden,
         )
 
 
@@ -176,12 +182,18 @@ def exchange(cluster: Cluster, collective: str, ranks: Sequence[int], num_bytes:
 
 
 def stage_costs(
-    stage: StageProgram, device_type: DeviceType, network: Network, measured: StageSeconds | None
+    stage: StageProgram,
+    device_type: DeviceType,
+    network: Network,
+    measured: StageSeconds | None,
+    meets: StageCosts | None = None,
 ) -> StageCosts:
     """Costs of the actions of `stage`.
 
     Args:
         measured: seconds of the actions with all that they wait for; None: as predicted.
+        meets: of another rank of the stage. The same share of exchanges is hidden on both, even
+            where their parts differ in size, as both wait at the same places.
     """
     graph = stage.graph
     costs = price_once(graph, device_type, network=network)
@@ -190,28 +202,37 @@ def stage_costs(
     )
     found = _Found(graph, network)
     forward = found.forward()
-    whole = sum(cost.forward_seconds for cost in costs)
-    hidden = max(whole - seconds.forward, 0.0)
     first, second = found.backward(stage.recomputed)
-    early = _summed_early(stage, network)
+    second.extend(_summed_early(stage, network))
     times = measured or seconds
-    again = hidden if stage.recomputed else 0.0
-    if graph.mode is Mode.TRAIN:
-        again += hidden_sum_seconds(graph, in_weights(graph, costs), network, stage.kept)
+    if meets is None:
+        ahead = max(sum(cost.forward_seconds for cost in costs) - seconds.forward, 0.0)
+        again = ahead if stage.recomputed else 0.0
+        if graph.mode is Mode.TRAIN:
+            again += hidden_sum_seconds(graph, in_weights(graph, costs), network, stage.kept)
+        shares = _share(ahead, forward), _share(again, second)
+    else:
+        shares = meets.hidden
     return StageCosts(
-        _divided(times.forward, forward, hidden),
+        _divided(times.forward, forward, shares[0]),
         _divided(times.backward_input, first, 0.0),
-        _divided(times.backward_weight, [*second, *early], again),
+        _divided(times.backward_weight, second, shares[1]),
+        shares,
     )
 
 
-def _divided(seconds: float, exchanges: Iterable[Exchange], hidden: float) -> ActionCost:
-    """An action of `seconds`, of whose exchanges so many seconds are hidden."""
+def _share(seconds: float, exchanges: Iterable[Exchange]) -> float:
+    """What `seconds` are of those of `exchanges`."""
+    total = sum(entry.seconds for entry in exchanges)
+    return min(seconds / total, 1.0) if total else 0.0
+
+
+def _divided(seconds: float, exchanges: Iterable[Exchange], share: float) -> ActionCost:
+    """An action of `seconds`, of whose exchanges a share is hidden."""
     joined = _joined(exchanges)
     total = sum(entry.seconds for entry in joined)
     if not total:
         return ActionCost(seconds, hidden=joined)
-    share = min(hidden / total, 1.0)
     if total > seconds:  # measured: they took no longer than all
         joined = tuple(entry.faster(seconds / total) for entry in joined)
         total = seconds

@@ -14,9 +14,9 @@ results it needs, and a `Send` for the oldest of those to the same rank where to
 way (`compiler/ir/messages.py`).
 
 The collectives inside a stage are joined to a few, spread evenly over the action that holds them:
-there its ranks wait for each other. Those that go on beside computation are waited for at the end
-of the action. Durations are those of the cost model unless measured ones are
-given.
+there its ranks wait for each other, and for the last, which comes a skew later. Those that go on
+beside computation are waited for at the end of the action. Durations are those of the cost model
+unless measured ones are given.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class _Run:
         self.cluster = cluster
         self.optimizer = optimizer
         self.clock = Clock()
-        wires = Wires(self.clock, cluster, self._slow_down)
-        self.traffic = Traffic(self.clock, cluster, wires, self._communicated)
+        self.wires = Wires(self.clock, cluster, self._slow_down)
+        self.traffic = Traffic(self.clock, cluster, self.wires, self._communicated)
         self.prices = StagePrices(programs, cluster, measured)
         self._actions: dict[Hashable, ActionMemory] = {}
         self.ranks = [self._rank(program) for program in programs]
@@ -217,10 +217,12 @@ class _Run:
         """Compute, at the speed that transfers leave."""
         if seconds > 0.0:
             begin = self.clock.now
+            self.wires.computes(rank.index, True)
             rank.work = Work(seconds)
             self.clock.set_speed(rank.work, rank.speed)
             yield rank.work.end
             rank.work = None
+            self.wires.computes(rank.index, False)
             rank.busy.append((begin, self.clock.now))
 
     def _compute(self, rank: SimulatedRank, action: Computation) -> Process:
@@ -251,10 +253,21 @@ class _Run:
                 beside.append(self._meet(rank, entry, name, "hidden"))
                 yield from self._work(rank, ahead_seconds(self.cluster, rank.index, entry))
             yield from self._work(rank, piece.compute_seconds)
+            yield self.clock.later(self._skew(piece))
             for entry in piece.exposed:
                 yield self._meet(rank, entry, name, "exposed").end
         for meeting in beside:
             yield meeting.end
+
+    def _skew(self, piece: ActionCost) -> float:
+        """How long ranks wait for the last of them where they meet, as long as they compute in
+        between at most."""
+        skews = (
+            self.cluster.rule(*edge).skew_seconds * entry.count
+            for entry in piece.exposed
+            for edge, _ in entry.edges
+        )
+        return min(max(skews, default=0.0), piece.compute_seconds)
 
     def _meet(self, rank: SimulatedRank, entry: Exchange, name: str, channel: str) -> Meeting:
         """Collectives inside the action called `name`."""

@@ -40,6 +40,7 @@ class StagePrices:
         self._cluster = cluster
         self._costs: dict[tuple[int, int], StageCosts] = {}
         self._shares: dict[tuple[int, int], tuple[float, ...]] = {}  # parts of weight gradients
+        self._meets: dict[int, StageCosts] = {}  # by stage, of the first rank
         self._alike: dict[Hashable, tuple[StageProgram, StageCosts, tuple[float, ...]]] = {}
         for program in programs:
             for stage in program.stages:
@@ -57,7 +58,8 @@ class StagePrices:
         links = tuple(network.ring(axis) for axis, _ in stage.axes)
         key = stage.index, device_type.name, links, types_of(stage)
         if key not in self._alike:
-            costs = stage_costs(stage, device_type, network, measured)
+            costs = stage_costs(stage, device_type, network, measured, self._meets.get(stage.index))
+            self._meets.setdefault(stage.index, costs)
             self._alike[key] = stage, costs, part_shares(stage, device_type, network)
         first, costs, shares = self._alike[key]
         pairs = zip(first.axes, stage.axes, strict=True)

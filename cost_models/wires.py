@@ -6,7 +6,8 @@ speed of its link, n transfers in a port at 1/n of it each. A ring's transfer lo
 bandwidth of the ring over that of the port's link. Where a rule of the cluster says how many
 `streams` a node carries at full speed, k of them in a node run at `streams / k`. The speed of a
 transfer is the least that any of its places allows, and changes when others come and go. Latencies
-take no bandwidth.
+take no bandwidth. Where threads of CPUs carry messages, a transfer keeps `progress_share` of its
+speed, its latency included, while a device at one of its ends computes.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class _Places:
     loads: tuple[tuple[Hashable, float], ...]
     devices: tuple[int, ...]
     compute_share: float
+    progress_share: float
 
 
 class Wires:
@@ -64,17 +66,24 @@ class Wires:
         self._flows: dict[Hashable, dict[Work, _Places]] = defaultdict(dict)  # by place
         self._taken: dict[int, dict[Work, float]] = defaultdict(dict)  # by device
         self._places: dict[tuple[tuple[tuple[int, int], ...], str | None], _Places] = {}
+        self._computing: set[int] = set()  # devices
+        self._slowed_by: dict[int, dict[Work, _Places]] = defaultdict(dict)  # flows, by device
 
     def carry(self, flow: Flow) -> Process:
         """Carry `flow` from now to its end."""
-        yield self._clock.later(flow.latency_seconds)
-        if flow.wire_seconds <= 0.0:
-            return
         key = flow.edges, flow.collective
         if key not in self._places:
             self._places[key] = self._places_of(flow)
-        places = self._places[key]
-        work = Work(flow.wire_seconds)
+        places, seconds = self._places[key], flow.wire_seconds
+        if places.progress_share < 1.0:
+            seconds += flow.latency_seconds
+        else:
+            yield self._clock.later(flow.latency_seconds)
+        if seconds <= 0.0:
+            return
+        work = Work(seconds)
+        for device in places.devices if places.progress_share < 1.0 else ():
+            self._slowed_by[device][work] = places
         for place, load in places.loads:
             self._load[place] += load
             self._flows[place][work] = places
@@ -85,7 +94,14 @@ class Wires:
             self._load[place] = self._load[place] - load if self._flows[place] else 0.0
         for device in places.devices:
             self._taken[device].pop(work, None)
+            self._slowed_by[device].pop(work, None)
         self._settle(places)
+
+    def computes(self, device: int, computing: bool) -> None:
+        """`device` begins to compute, or is done with it."""
+        (self._computing.add if computing else self._computing.discard)(device)
+        if flows := self._slowed_by.get(device):
+            self._speed(dict(flows), set())
 
     def _settle(self, changed: _Places) -> None:
         """New speeds for all that shares a place with what has come or gone."""
@@ -94,9 +110,14 @@ class Wires:
             for place, _ in changed.loads
             for work, places in self._flows[place].items()
         }
-        devices = set(changed.devices)
-        for work, places in touched.items():
+        self._speed(touched, set(changed.devices))
+
+    def _speed(self, flows: dict[Work, _Places], devices: set[int]) -> None:
+        """New speeds for `flows`, and for what `devices` and those at their ends compute."""
+        for work, places in flows.items():
             speed = min(self._share(place) for place, _ in places.loads)
+            if places.progress_share < 1.0 and not self._computing.isdisjoint(places.devices):
+                speed *= places.progress_share
             self._clock.set_speed(work, speed)
             if places.compute_share:
                 for device in places.devices:
@@ -114,20 +135,20 @@ class Wires:
         links = [self._cluster.link(*edge, flow.collective) for edge in flow.edges]
         slowest = min(link.bytes_per_second for link in links)
         loads: dict[Hashable, float] = {}
-        share = 0.0
+        share, kept = 0.0, 1.0
         for edge, link in zip(flow.edges, links, strict=True):
             for place in self._ports(edge):
                 self._capacity[place] = 1.0
                 loads[place] = max(loads.get(place, 0.0), slowest / link.bytes_per_second)
             rule = self._cluster.rule(*edge)
-            share = max(share, rule.compute_share)
+            share, kept = max(share, rule.compute_share), min(kept, rule.progress_share)
             if rule.streams is not None:
                 for device in edge:
                     place = (self._cluster.devices[device].node, rule)
                     self._capacity[place] = rule.streams
                     loads[place] = 1.0
         devices = tuple(sorted({device for edge in flow.edges for device in edge}))
-        return _Places(tuple(loads.items()), devices, share)
+        return _Places(tuple(loads.items()), devices, share, kept)
 
     def _ports(self, edge: tuple[int, int]) -> Iterable[Hashable]:
         source, target = (self._cluster.devices[device] for device in edge)

@@ -12,7 +12,7 @@ import torch
 
 from ..compiler.ir.text import parse_program
 from .clock import busy_clock
-from .link_probes import LinkProbes, lower_quartile
+from .link_probes import LinkProbes, Rounds, lower_quartile
 from .optimizer import OptimizerSpec, RankOptimizer, zero_gradients
 from .profiler import Profiler
 
@@ -94,10 +94,10 @@ class Calibrator(Profiler):
 
     # -- links ---------------------------------------------------------------------------------
 
-    def prepare_links(self, *, program: str) -> None:
-        """Make the connections that `program` names."""
+    def prepare_links(self, *, program: str, on_host: bool) -> None:
+        """Make the connections that `program` names; `on_host` as in `LinkProbes`."""
         self._communicator.prepare(parse_program(program))
-        self._links = LinkProbes(self._communicator, self._device, self._timeout)
+        self._links = LinkProbes(self._communicator, self._device, self._timeout, on_host=on_host)
 
     def time_messages_between(
         self, *, pairs: list[tuple[int, int]], sizes: list[int]
@@ -111,10 +111,10 @@ class Calibrator(Profiler):
 
     def time_collective(
         self, *, name: str, ranks: tuple[int, ...], sizes: list[int]
-    ) -> list[tuple[int, float]]:
+    ) -> list[Rounds]:
         """See `LinkProbes.collective`."""
         return self._links.collective(name, ranks, sizes)
 
-    def time_overlap(self, *, size: int) -> tuple[float, float, float]:
+    def time_overlap(self, *, size: int) -> tuple[float, float, float, float]:
         """See `LinkProbes.overlap`."""
         return self._links.overlap(size)

@@ -1,7 +1,10 @@
 """Measures messages and collectives between ranks, alone and beside others or beside computation.
 
 Times are wall times, as messages run in threads of their own (gloo) or on the device (NCCL).
-Everything is repeated, and the lower quartile counts: what else a machine does only ever adds.
+Everything is repeated. On CUDA the lower quartile counts: what else a machine does only ever adds.
+On CPUs threads wait for each other's processors, the more so beside threads that compute, and steps
+pay for that every time: ranks compute before each transfer, as they do in a step, and the mean
+counts, without the extremes.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ from torch import Tensor
 from ..compiler.ir.types import TensorType
 from .communicator import Communicator, Pending, Split
 
-__all__ = ["LinkProbes", "lower_quartile"]
+__all__ = ["LinkProbes", "Rounds", "lower_quartile", "trimmed_mean"]
 
 _ROUNDS = 16
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 200
@@ -25,18 +29,47 @@ _ENOUGH_SECONDS = 0.25  # of one kind of operation and size
 _ANSWER_BYTES = 8
 _COMPUTED = {"cpu": 256, "cuda": 2048}  # rows of matrices that are multiplied beside a transfer
 _LONGER = 2.0  # than the transfer
+_BETWEEN_SECONDS = 3e-3  # of computing before a transfer, on CPUs
+_BETWEEN_ROUNDS = 30
+_BUCKETS = 8  # all-reduces under way at once
+_TRIMMED = 0.1  # of the rounds at either end
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """One collective on one rank, round by round.
+
+    Args:
+        num_bytes: that the cost model counts: of the whole tensor, of an all-to-all what each rank
+            holds.
+        times: when this rank reached it and when it was over, by a clock of its machine.
+    """
+
+    num_bytes: int
+    times: tuple[tuple[float, float], ...]
 
 
 class LinkProbes:
-    """The probes of one rank; all ranks call the same ones in the same order."""
+    """The probes of one rank; all ranks call the same ones in the same order.
+
+    Args:
+        on_host: whether any of the ranks computes on a CPU.
+    """
 
     def __init__(
-        self, communicator: Communicator, device: torch.device, timeout_seconds: float
+        self,
+        communicator: Communicator,
+        device: torch.device,
+        timeout_seconds: float,
+        *,
+        on_host: bool,
     ) -> None:
         self._communicator = communicator
         self._device = device
         self._timeout = timeout_seconds
+        self._on_host = on_host
         self._rank, self._num_ranks = communicator.rank, communicator.num_ranks
+        self._between = self._multiplications() if on_host else 0
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -69,7 +102,10 @@ class LinkProbes:
                 self._finish([self._recv(size, source)])
                 self._finish([self._send(answer, source)])
 
-        return self._quartile(once, agreed=(source, target))
+        if not self._on_host:
+            return self._quartile(once, agreed=(source, target))
+        compute = self._computing() if self._rank == source else _nothing
+        return trimmed_mean([end - begin for begin, end in self._after(compute, once)])
 
     def streams(self, size: int) -> tuple[float, float]:
         """Seconds of a message of `size` bytes to the next rank around a ring, when rank 0 alone
@@ -93,12 +129,8 @@ class LinkProbes:
 
     # -- collectives ---------------------------------------------------------------------------
 
-    def collective(
-        self, name: str, ranks: tuple[int, ...], sizes: Sequence[int]
-    ) -> list[tuple[int, float]]:
-        """(bytes, seconds) of collectives called `name` over `ranks`; the bytes are those that the
-        cost model counts: of the whole tensor, of an all-to-all what each rank holds. Nothing on
-        other ranks."""
+    def collective(self, name: str, ranks: tuple[int, ...], sizes: Sequence[int]) -> list[Rounds]:
+        """Collectives called `name` over `ranks`, of each size; none on other ranks."""
         self._communicator.barrier(label="the next collective")
         if self._rank not in ranks:
             return []
@@ -106,7 +138,11 @@ class LinkProbes:
         for size in sizes:
             num_bytes, start = self._starter(name, ranks, size)
             once = functools.partial(self._at_once, start)
-            found.append((num_bytes, self._quartile(once, agreed=ranks)))
+            if self._on_host:
+                times = tuple(self._after(self._computing(), once))
+            else:
+                times = ((0.0, self._quartile(once, agreed=ranks)),)
+            found.append(Rounds(num_bytes, times))
         return found
 
     def _at_once(self, start: Callable[[], Pending]) -> None:
@@ -138,27 +174,30 @@ class LinkProbes:
         }
         return whole.numel() * whole.element_size(), starters[name]
 
-    def overlap(self, size: int) -> tuple[float, float, float]:
-        """Seconds of an all-reduce of `size` bytes over all ranks alone, of a computation alone
-        that takes longer, and of the computation when the all-reduce starts with it."""
+    def overlap(self, size: int) -> tuple[float, float, float, float]:
+        """All-reduces of `size` bytes over all ranks, several at once: their seconds alone, those
+        of a computation alone, of the computation when the transfers start with it, and until both
+        are done."""
         ranks = tuple(range(self._num_ranks))
-        _, start = self._starter("all_reduce", ranks, size)
-        alone = self._together(functools.partial(self._at_once, start))
-        rows = _COMPUTED[self._device.type]
-        matrix = torch.ones(rows, rows, device=self._device) / rows
+        starts = [self._starter("all_reduce", ranks, size)[1] for _ in range(_BUCKETS)]
+        alone = self._together(lambda: self._finish([start() for start in starts]))
+        matrix = self._matrix()
         one = self._together(lambda: _multiply(matrix, 1))
-        count = self._agreed(max(1, round(_LONGER * alone / one)), ranks)
+        longer = 1.0 if self._on_host else _LONGER
+        count = self._agreed(max(1, round(longer * alone / one)), ranks)
         computing = self._together(lambda: _multiply(matrix, count))
-        found = []
+        beside, whole = [], []
         for _ in range(_ROUNDS):
             self._communicator.barrier(label="the next overlap")
             begin = time.perf_counter()
-            pending = start()
+            pending = [start() for start in starts]
             _multiply(matrix, count)
             self._synchronize()
-            found.append(time.perf_counter() - begin)
-            self._finish([pending])
-        return alone, computing, lower_quartile(found)
+            beside.append(time.perf_counter() - begin)
+            self._finish(pending)
+            self._synchronize()
+            whole.append(time.perf_counter() - begin)
+        return alone, computing, self._typical(beside), self._typical(whole)
 
     # -- how it is timed -----------------------------------------------------------------------
 
@@ -171,7 +210,38 @@ class LinkProbes:
             once()
             self._synchronize()
             found.append(time.perf_counter() - begin)
-        return lower_quartile(found)
+        return self._typical(found)
+
+    def _typical(self, found: Sequence[float]) -> float:
+        return trimmed_mean(found) if self._on_host else lower_quartile(found)
+
+    def _after(
+        self, compute: Callable[[], None], once: Callable[[], None]
+    ) -> list[tuple[float, float]]:
+        """Begin and end of `once`, each time after `compute`; the first rounds warm up."""
+        found = []
+        for _ in range(_BETWEEN_ROUNDS):
+            compute()
+            self._synchronize()
+            begin = time.perf_counter()
+            once()
+            self._synchronize()
+            found.append((begin, time.perf_counter()))
+        return found[2:]
+
+    def _multiplications(self) -> int:
+        """How many take about `_BETWEEN_SECONDS`, on all ranks."""
+        matrix = self._matrix()
+        one = self._together(lambda: _multiply(matrix, 1))
+        return self._agreed(max(1, round(_BETWEEN_SECONDS / one)), range(self._num_ranks))
+
+    def _computing(self) -> Callable[[], None]:
+        """Computes for about `_BETWEEN_SECONDS`."""
+        return functools.partial(_multiply, self._matrix(), self._between)
+
+    def _matrix(self) -> Tensor:
+        rows = _COMPUTED[self._device.type]
+        return torch.ones(rows, rows, device=self._device) / rows
 
     def _quartile(self, once: Callable[[], None], *, agreed: Sequence[int]) -> float:
         """Seconds of `once`, which those of `agreed` do together, one after the other."""
@@ -216,6 +286,16 @@ class LinkProbes:
 def _multiply(matrix: Tensor, times: int) -> None:
     for _ in range(times):
         torch.mm(matrix, matrix)
+
+
+def _nothing() -> None:
+    pass
+
+
+def trimmed_mean(found: Sequence[float]) -> float:
+    """The mean of `found` without the least and the greatest of it."""
+    cut = round(_TRIMMED * len(found))
+    return statistics.fmean(sorted(found)[cut : len(found) - cut])
 
 
 def lower_quartile(found: Sequence[float]) -> float:

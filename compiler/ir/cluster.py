@@ -257,7 +257,10 @@ class LinkRule:
         streams: how many messages of one node go at once at full bandwidth, collectives counting
             as one: k of them have `min(1, streams / k)` of it each. None: any number.
         compute_share: of the rate at which a device at either end computes, what a transfer
-            takes away while it runs.
+            takes away while it runs at full speed.
+        progress_share: of its speed, what a transfer keeps while a device at either end computes.
+        skew_seconds: how much later than the mean the last of the ranks reaches a collective after
+            they have computed alike.
     """
 
     link: Link
@@ -267,6 +270,8 @@ class LinkRule:
     collectives: tuple[tuple[str, Link], ...] = ()
     streams: float | None = None
     compute_share: float = 0.0
+    progress_share: float = 1.0
+    skew_seconds: float = 0.0
 
     def matches(self, source: Device, target: Device) -> bool:
         if self.same_node is not None and self.same_node != (source.node == target.node):

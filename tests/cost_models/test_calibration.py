@@ -18,7 +18,10 @@ from cutset.cost_models.calibration import (
     fitted_op_costs,
     fitted_optimizer,
     rounded,
+    seconds_of_all,
+    share_kept,
     share_taken,
+    skew_seconds,
     streams,
     with_curves,
 )
@@ -127,10 +130,32 @@ def test_messages_at_once() -> None:
 
 def test_the_share_that_transfers_take() -> None:
     """A computation of 20 ms takes 4 ms more beside a transfer of 10 ms."""
-    assert share_taken([(0.01, 0.02, 0.024)] * 2) == pytest.approx(0.4)
-    assert share_taken([(0.01, 0.02, 0.0201)]) == 0.0
-    assert share_taken([(0.01, 0.02, 0.019)]) == 0.0
-    assert share_taken([(0.01, 0.02, 0.5)]) == 0.9
+    assert share_taken([(0.01, 0.02, 0.024, 0.024)] * 2) == pytest.approx(0.4)
+    assert share_taken([(0.01, 0.02, 0.0201, 0.0201)]) == 0.0
+    assert share_taken([(0.01, 0.02, 0.019, 0.019)]) == 0.0
+    assert share_taken([(0.01, 0.02, 0.5, 0.5)]) == 0.9
+    # half of the transfer goes on when the computation is done, which the other half slowed
+    assert share_taken([(0.01, 0.02, 0.024, 0.029)]) == pytest.approx(0.8)
+
+
+def test_the_share_of_their_speed_that_transfers_keep() -> None:
+    """Of 10 ms, 6 are left after 20 ms of computing: 4 ms were done in 20."""
+    assert share_kept([(0.01, 0.01, 0.02, 0.026)]) == pytest.approx(0.2)
+    assert share_kept([(0.02, 0.008, 0.01, 0.026)]) == pytest.approx(0.4)  # 4 ms were done in 10
+    assert share_kept([(0.01, 0.02, 0.02, 0.02)]) == 1.0
+    assert share_kept([(0.01, 0.02, 0.02, 0.5)]) == pytest.approx(0.02)
+
+
+def test_a_collective_begins_when_the_last_rank_reaches_it() -> None:
+    times = [(1.0, 4.0), (3.0, 3.5)]
+    assert seconds_of_all(times, shared=True) == pytest.approx(0.75)
+    assert seconds_of_all(times, shared=False) == pytest.approx(0.5)
+    assert seconds_of_all([(1.0, 2.0), (5.0, 5.1)], shared=True) == 0.0  # one did not wait
+
+
+def test_the_last_is_later_by_the_median() -> None:
+    assert skew_seconds([1e-4, 3e-4, 2e-4]) == pytest.approx(2e-4)
+    assert skew_seconds([]) == skew_seconds([-1e-6]) == 0.0
 
 
 def test_four_digits() -> None:

@@ -163,6 +163,8 @@ def _clusters(draw: st.DrawFn) -> Cluster:
         collectives=tuple((name, link) for name in COLLECTIVES if draw(st.booleans())),
         streams=draw(st.none() | _positive),
         compute_share=draw(st.just(0.0) | st.floats(0.01, 0.99)),
+        progress_share=draw(st.just(1.0) | st.floats(0.01, 0.99)),
+        skew_seconds=draw(st.just(0.0) | _positive),
     )
     return Cluster(draw(_names), types, devices, (inner, rule), draw(st.booleans()))
 
@@ -245,7 +247,9 @@ same_node = true
 latency = "100 us"
 bandwidth = "2 GB/s"
 streams = 1.5
-compute_share = 0.25
+compute_share = 1.25
+progress_share = 0.5
+skew = "200 us"
 all_reduce = { latency = "90 us", bandwidth = "3 GB/s" }
 
 [[links]]
@@ -270,7 +274,8 @@ def test_what_calibration_writes() -> None:
     assert kind.op_cost("gelu", "elementwise", "forward", torch.bfloat16) == gelu
     assert kind.op_rate(gelu, 1e6) == 5e9 and kind.op_rate(OpCost("x", "forward", 1.0), 1.0) == 20e9
     rule = cluster.rule(0, 1)
-    assert (rule.streams, rule.compute_share) == (1.5, 0.25)
+    assert (rule.streams, rule.compute_share) == (1.5, 1.25)
+    assert (rule.progress_share, rule.skew_seconds) == (0.5, pytest.approx(2e-4))
     own = cluster.link(0, 1, "all_reduce")
     assert (own.latency_seconds, own.bytes_per_second) == (pytest.approx(90e-6), 3e9)
     assert cluster.link(0, 1, "all_gather") == cluster.link(0, 1) == rule.link
@@ -295,12 +300,16 @@ def test_what_calibration_writes() -> None:
         ("{ forward =", "{ forwards =", "unknown key 'forwards'", 12, "backward_input"),
         ('"5 GB/s"]]', '"5 GB"]]', "'5 GB' is not a quantity", 12, "GB/s"),
         ("streams = 1.5", "streams = 0", "streams = 0 is not a number above 0", 23, "above 0"),
-        ("compute_share = 0.25", "compute_share = 1.5", "of at least 0 and below 1", 24, "below 1"),
-        ("all_reduce =", "all_reduction =", "unknown key 'all_reduction'", 25, "all_reduce"),
-        ('"3 GB/s"', '"0 GB/s"', "bandwidth = '0 GB/s' must be positive", 25, "calibrate"),
-        ('latency = "90 us", ', "", "links.all_reduce.latency is missing", 25, "add it"),
+        ("compute_share = 1.25", "compute_share = 2", "of at least 0 and below 2", 24, "below 2"),
+        ("progress_share = 0.5", "", "compute_share = 1.25 is not a number", 24, "below 1"),
+        ("progress_share = 0.5", "progress_share = 0", "is not a number above 0", 25, "above 0"),
+        ("progress_share = 0.5", "progress_share = 1.5", "more than the whole", 25, "at most 1"),
+        ('"200 us"', '"200 GB"', "'200 GB' is not a quantity", 26, "us"),
+        ("all_reduce =", "all_reduction =", "unknown key 'all_reduction'", 27, "all_reduce"),
+        ('"3 GB/s"', '"0 GB/s"', "bandwidth = '0 GB/s' must be positive", 27, "calibrate"),
+        ('latency = "90 us", ', "", "links.all_reduce.latency is missing", 27, "add it"),
         ('\n\n[[links]]\nlatency = "100 us"\nbandwidth = "2 GB/s"',
-         '\n\n[[links]]\nlatency = "100 us"\nbandwidth = "2 GiB"', "'2 GiB' is not a", 29, "GiB/s"),
+         '\n\n[[links]]\nlatency = "100 us"\nbandwidth = "2 GiB"', "'2 GiB' is not a", 31, "GiB/s"),
     ],
 )  # fmt: skip
 def test_mistakes_in_what_was_measured(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,23 @@ def test_an_action_is_computation_and_what_it_waits_for() -> None:
     measured = stage_costs(stage, kind, network, StageSeconds(9.0, 0.0, 9.0))
     assert measured.forward.seconds == pytest.approx(9.0)
     assert measured.forward.exposed[0].seconds == pytest.approx(entry.seconds)
+
+
+def test_ranks_of_a_stage_meet_as_often_whatever_they_hide() -> None:
+    """On a rank whose computation is so short that it hides next to nothing, too."""
+    stage, cluster = _stage("data=2", 3)
+    network, kind = Network(cluster, stage.axes), cluster.type_of(0)
+    rates = tuple((name, 1e3 * rate) for name, rate in kind.flops_per_second)
+    fast = replace(kind, flops_per_second=rates, memory_bytes_per_second=1e15, overhead_seconds=0.0)
+    first, alone = (stage_costs(stage, one, network, None) for one in (kind, fast))
+    assert alone.hidden != first.hidden
+    other = stage_costs(stage, fast, network, None, first)
+    for one, two in (
+        (first.forward, other.forward),
+        (first.backward_weight, other.backward_weight),
+    ):
+        assert [entry.count for entry in one.exposed] == [entry.count for entry in two.exposed]
+        assert [entry.count for entry in one.hidden] == [entry.count for entry in two.hidden]
 
 
 def test_gathers_of_parameters_hide_behind_computation() -> None:

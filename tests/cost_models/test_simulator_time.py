@@ -13,11 +13,19 @@ from cutset.compiler.api import plan_model
 from cutset.compiler.ir.cluster import Cluster, DeviceType, Link, LinkRule
 from cutset.compiler.ir.errors import VerificationError
 from cutset.compiler.ir.messages import MAX_SENDS_UNDER_WAY
-from cutset.compiler.ir.program import Recv, Send
+from cutset.compiler.ir.program import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Recv,
+    Send,
+)
 from cutset.compiler.ir.trace import Lane
 from cutset.compiler.planned import PlannedModel
 from cutset.cost_models import Simulation, StageSeconds, preset, preset_names, simulate
 from cutset.cost_models.simulation import covered_seconds
+from cutset.cost_models.stage_prices import StagePrices
 from tests.cost_models.test_simulator import FREE, LAST, WHOLE, cluster, programs
 from tests.ir.builders import mlp
 
@@ -93,6 +101,33 @@ def test_transfers_slow_down_the_computation_beside_them() -> None:
     )
     assert shared.step_seconds > alone.step_seconds
     assert sum(shared.busy_fraction) * shared.step_seconds > 24.0
+
+
+def test_ranks_wait_for_the_last_where_they_meet() -> None:
+    """Once for every collective inside the stage, and no longer than they compute in between."""
+    made = planned("tensor=2", "h100:2", SPLIT)
+    where = made.plan.cluster
+
+    def seconds(late: float) -> float:
+        links = tuple(replace(rule, skew_seconds=late) for rule in where.links)
+        return simulate(made.programs, cluster=replace(where, links=links)).step_seconds
+
+    alone, little, more = seconds(0.0), seconds(1e-9), seconds(2e-9)
+    assert little > alone and more - alone == pytest.approx(2 * (little - alone), rel=1e-3)
+    assert (little - alone) / 1e-9 == pytest.approx(_meetings(made), rel=1e-3)
+    assert alone < seconds(1.0) < 2.5 * alone
+
+
+def _meetings(made: PlannedModel) -> float:
+    """How often the first rank meets the others of its stages."""
+    prices = StagePrices(made.programs, made.plan.cluster, {})
+    return sum(
+        entry.count
+        for action in made.programs[0].instructions
+        if isinstance(action, Forward | Backward | BackwardInput | BackwardWeight)
+        for cost in prices.of(0, action)
+        for entry in cost.exposed
+    )
 
 
 @pytest.mark.parametrize("link", [Link(0.0, 1e-320), Link(1e308, 1e9)], ids=["slow", "late"])

@@ -98,6 +98,30 @@ def test_transfers_take_a_share_of_computation_at_both_ends() -> None:
         assert changes[-1] == (8.0, 0.0)
 
 
+def test_transfers_are_slower_beside_computation() -> None:
+    """A message of 4 s and a latency of 1 s begins beside a computation that goes on for 4 s, in
+    which it makes a quarter of the way that it makes alone."""
+    where = cluster(LinkRule(Link(1.0, 1.0), progress_share=0.25))
+    for computing, expected in ((0, 8.0), (1, 8.0), (2, 5.0)):
+        clock = Clock()
+        wires = Wires(clock, where, lambda device, share: None)
+        done: list[float] = []
+
+        def compute(wires: Wires = wires, clock: Clock = clock, device: int = computing) -> Process:
+            wires.computes(device, True)
+            yield clock.later(4.0)
+            wires.computes(device, False)
+
+        def carry(wires: Wires = wires, clock: Clock = clock, done: list[float] = done) -> Process:
+            yield from wires.carry(Flow(((0, 1),), 1.0, 4.0))
+            done.append(clock.now)
+
+        clock.start(compute())
+        clock.start(carry())
+        clock.run()
+        assert done == [pytest.approx(expected)]
+
+
 def test_work_goes_on_at_the_speed_it_has() -> None:
     """2 s of work: one at full speed, one at a quarter."""
     clock, work = Clock(), Work(2.0)

@@ -18,20 +18,23 @@ from tests.runtime.ranks import on_ranks
 def test_collectives_are_of_the_size_that_is_told(
     name: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounds = 2
-    monkeypatch.setattr(link_probes, "_LEAST_ROUNDS", rounds)
-    monkeypatch.setattr(link_probes, "_MOST_ROUNDS", rounds)
+    rounds = 4
+    monkeypatch.setattr(link_probes, "_BETWEEN_ROUNDS", rounds)
     ranks = tuple(range(count))
     counted = Counted(monkeypatch)
     rows = on_ranks(
         count,
         lambda end: (
-            lambda: LinkProbes(end, torch.device("cpu"), 10.0).collective(name, ranks, [1 << 14])
+            lambda: LinkProbes(end, torch.device("cpu"), 10.0, on_host=True).collective(
+                name, ranks, [1 << 14]
+            )
         ),
     )
-    ((num_bytes, seconds),) = rows[0]
-    assert num_bytes == pytest.approx(1 << 14, rel=0.01) and seconds > 0.0
+    (found,) = rows[0]
+    num_bytes = found.num_bytes
+    assert num_bytes == pytest.approx(1 << 14, rel=0.01)
+    assert len(found.times) == rounds - 2 and all(end > begin for begin, end in found.times)
     expected = edge_bytes(make_cluster("cpu-core", count), name, ranks, num_bytes)
     moved = {pair: sent // rounds for pair, sent in counted.sent.items()}
     for pair, size in expected:
-        assert moved[pair] == pytest.approx(size, abs=8), pair  # a number is agreed on besides
+        assert moved[pair] == pytest.approx(size, abs=32), pair  # ranks agree on numbers besides

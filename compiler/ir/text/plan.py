@@ -26,9 +26,10 @@ profiled path="layers.0" device_type="cpu" num_nodes=17 ... measured=(0.01, 0.01
 warning "..."
 
 What few plans have is written where it is so: `objective throughput` at the end of the first line,
-`threads 4` and `instruction_seconds 4e-05` at the end of a type's, `streams 1.5` and `compute_share
-0.25` at the end of a link's, `offloaded` at the end of a parameter's; after a type lines `host`,
-`curve`, `op_cost` and `correction`, after a link lines `collective`.
+`threads 4` and `instruction_seconds 4e-05` at the end of a type's, `streams 1.5`, `compute_share
+0.25`, `progress_share 0.5` and `skew_seconds 2e-4` at the end of a link's, `offloaded` at the end
+of a parameter's; after a type lines `host`, `curve`, `op_cost` and `correction`, after a link lines
+`collective`.
 """
 
 from __future__ import annotations
@@ -79,7 +80,12 @@ _OF_FEW_TYPES: dict[str, Any] = {
     "op_costs": (),
     "corrections": None,
 }
-_OF_FEW_LINKS: dict[str, Any] = {"collectives": (), "streams": None, "compute_share": 0.0}
+_FEW_SHARES = {
+    "compute_share": 0.0,
+    "progress_share": 1.0,
+    "skew_seconds": 0.0,
+}  # of links, if not so
+_OF_FEW_LINKS: dict[str, Any] = {"collectives": (), "streams": None, **_FEW_SHARES}
 
 
 def format_ranges(ids: tuple[int, ...]) -> str:
@@ -196,8 +202,9 @@ def print_cluster(cluster: Cluster) -> str:
     for rule in cluster.links:
         link = _record("link", rule.link)
         rare = "" if rule.streams is None else f" streams {print_literal(rule.streams)}"
-        if rule.compute_share:
-            rare += f" compute_share {print_literal(rule.compute_share)}"
+        for name, usual in _FEW_SHARES.items():
+            if getattr(rule, name) != usual:
+                rare += f" {name} {print_literal(getattr(rule, name))}"
         lines.append(f"  {_record(link, rule, skip=('link', *_OF_FEW_LINKS))}{rare}")
         for name, own in rule.collectives:
             lines.append(f"  {_record(f'collective {print_literal(name)}', own)}")
@@ -346,8 +353,10 @@ def _read_links(scanner: Scanner) -> Iterator[LinkRule]:
         rule: LinkRule = _read_record(line, LinkRule, link=link, **_OF_FEW_LINKS)
         if line.accept("streams"):
             rule = replace(rule, streams=_number(line))
-        if line.accept("compute_share"):
-            rule = replace(rule, compute_share=_number(line))
+        for name in _FEW_SHARES:
+            if line.accept(name):
+                share: dict[str, Any] = {name: _number(line)}
+                rule = replace(rule, **share)
         line.end()
         own = _read_all(
             scanner, "collective", lambda line: (line.string(), _read_record(line, Link))

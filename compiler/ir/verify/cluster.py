@@ -61,7 +61,13 @@ def _verify_rule(rule: LinkRule, here: str) -> None:
     if rule.streams is not None:
         _positive("streams", rule.streams, here)
     share = rule.compute_share
-    check(0 <= share < 1, f"compute_share is {share}, not a share from 0 up to 1", here)
+    kept = rule.progress_share
+    check(0 < kept <= 1, f"progress_share is {kept}, not a share above 0 and of at most 1", here)
+    taken = (
+        f"compute_share is {share}, at {kept:g} of a transfer's speed not a share from 0 up to 1"
+    )
+    check(0 <= share * kept < 1, taken, here)
+    _not_negative("skew_seconds", rule.skew_seconds, here)
 
 
 def _verify_device_type(entry: DeviceType, here: str) -> None:
