@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -19,7 +20,7 @@ from cutset.passes.layouts.choose import LayoutChoice, LayoutFront, plan_layouts
 from cutset.passes.layouts.facts import GraphFacts
 from cutset.passes.layouts.from_graph import StatedProblem, state_layouts
 from cutset.passes.layouts.pricing import Pricer
-from cutset.passes.layouts.problem import figures
+from cutset.passes.layouts.problem import Option, figures
 from cutset.passes.layouts.program import solve
 from cutset.passes.layouts.statement import Decided, LayoutOptions, LayoutStatement
 from tests.ir.builders import mlp
@@ -123,20 +124,31 @@ def test_what_differs_in_how_tensors_are_held_is_stated_once(
 
 
 def test_what_counts_of_backward_is_stated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A share of backward scales its seconds, and nothing else of a problem."""
+    """A share of backward scales its seconds, but for what comes before the first gradient of a
+    parameter, and nothing else of a problem."""
     graph, mesh, machine = mlp(), Mesh.parse("tensor=2"), cluster(2, 1e9)
     made = frames_made(monkeypatch)
     facts = GraphFacts.of(graph)
     whole = LayoutFront.of(facts, mesh, machine, range(2), LayoutOptions())
-    found = figures(whole.stated.problem, whole.fastest.picks)
-    assert 0.0 < found.backward_seconds < found.seconds
+    problem, picks = whole.stated.problem, whole.fastest.picks
+    found = figures(problem, picks)
+    nodes = whole.stated.nodes
+    later = {choice for node, choice in nodes.items() if node not in facts.first_in_backward}
+    before = set(nodes.values()) - later  # equal nodes share a choice
+    choices = tuple(
+        choice if index in before else replace(choice, options=(Option(),) * len(choice.options))
+        for index, choice in enumerate(problem.choices)
+    )
+    flows = tuple(flow for flow in problem.flows if flow.maker in before)
+    first = figures(replace(problem, choices=choices, flows=flows), picks).backward_seconds
+    assert 0.0 < first < found.backward_seconds < found.seconds
     for share in (0.25, 0.0):
         options = LayoutOptions(backward_share=share)
         front = LayoutFront.of(facts, mesh, machine, range(2), options)
-        other = figures(front.stated.problem, whole.fastest.picks)
-        expected = found.seconds - (1.0 - share) * found.backward_seconds
-        assert other.seconds == pytest.approx(expected, rel=1e-12)
-        assert other.backward_seconds == pytest.approx(share * found.backward_seconds)
+        other = figures(front.stated.problem, picks)
+        less = (1.0 - share) * (found.backward_seconds - first)
+        assert other.seconds == pytest.approx(found.seconds - less, rel=1e-12)
+        assert other.backward_seconds == pytest.approx(found.backward_seconds - less)
         assert other.step_seconds == found.step_seconds
     assert len(made) == 1
 
