@@ -36,6 +36,7 @@ _DIGITS = 4
 _ALL_STREAMS = 0.9  # of the messages at once: as many as there may be
 _ALL_MOVED = 0.95  # of a transfer: nothing was left of it
 _LEAST_SHARE, _MOST_SHARE = 0.02, 0.9
+_ONE_CORE = 1.0  # is the most that a transfer takes of a device that computes on one
 _STEPS = {"all_reduce": 2}  # rings that go round twice
 
 
@@ -190,7 +191,8 @@ def share_taken(transfers: Sequence[_Beside], kept: float = 1.0) -> float:
         moved = _moved_beside(alone, beside, whole)
         if moved > 0.0:
             shares.append((beside - computing) / min(moved, beside))
-    share = min(max(statistics.median(shares), 0.0), _MOST_SHARE / kept) if shares else 0.0
+    most = min(_ONE_CORE, _MOST_SHARE / kept)
+    share = min(max(statistics.median(shares), 0.0), most) if shares else 0.0
     return rounded(share) if share >= _LEAST_SHARE else 0.0
 
 

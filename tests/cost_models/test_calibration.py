@@ -136,6 +136,7 @@ def test_the_share_that_transfers_take() -> None:
     assert share_taken([(0.01, 0.02, 0.5, 0.5)]) == 0.9
     # half of the transfer goes on when the computation is done, which the other half slowed
     assert share_taken([(0.01, 0.02, 0.024, 0.029)]) == pytest.approx(0.8)
+    assert share_taken([(0.01, 0.02, 0.09, 0.098)], kept=0.1) == 1.0
 
 
 def test_the_share_of_their_speed_that_transfers_keep() -> None:
