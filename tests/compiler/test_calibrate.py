@@ -59,7 +59,9 @@ def test_two_workers_are_measured() -> None:
     assert {cost.phase for cost in kind.op_costs} == set(PHASES)
     (rule,) = cluster.links
     assert [name for name, _ in rule.collectives] == list(COLLECTIVES)
-    assert 0.0 <= rule.compute_share < 1.0
+    assert 0.0 <= rule.compute_share <= 1.0 and 0.0 < rule.progress_share <= 1.0
+    assert rule.compute_share * rule.progress_share < 1.0
+    assert 0.0 <= rule.skew_seconds < 0.1
     titles = [title for title, _ in found.qualities]
     assert titles == ["cpu-core", "links"] and len(found.qualities[1][1]) == 1 + len(COLLECTIVES)
     assert {"messages", "all-reduce", "instructions"} <= set(said)
