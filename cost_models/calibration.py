@@ -181,10 +181,10 @@ def share_taken(transfers: Sequence[_Beside], kept: float = 1.0) -> float:
     """The share of its rate that a device computes with less while transfers run at full speed.
 
     Args:
-        kept: the share of their speed that they keep beside computation: they take so much less of
-            it at a time, which stays under the whole.
         transfers: on each device, seconds of transfers alone, of a computation alone, of that
             computation with the transfers beside it, and until both are done.
+        kept: the share of their speed that they keep beside computation: they take so much less of
+            it at a time, which stays under the whole.
     """
     shares = []
     for alone, computing, beside, whole in transfers:
