@@ -276,7 +276,7 @@ def _course(plan: Plan, run: Run, prefix: str) -> dict[str, Any]:
 def _memory(plan: Plan, peaks: list[int]) -> dict[str, Any]:
     """Bound of memory and measured peak, where the bound is closest."""
     assert plan.prediction is not None
-    needs = {need.device: need.total_bytes for need in plan.prediction.memory}
+    needs = {need.device: need.bound_bytes for need in plan.prediction.memory}
     pairs = [(needs[rank], peak) for rank, peak in enumerate(peaks) if rank in needs]
     return {
         "memory_bounds": [bound for bound, _ in pairs],

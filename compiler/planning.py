@@ -151,7 +151,8 @@ class Planning:
         Raises:
             NotMeasured: the memory of a device does not suffice to run all operators.
         """
-        times = NodeTimes(captured, self.cluster, database, self.say)
+        profile = self.profile or ProfileOptions("ops")
+        times = NodeTimes(captured, self.cluster, database, self.say, profile.cuda_graphs)
         try:
             return place_measured(
                 captured.graph, options, times, lambda now: self._plan(captured, now), self.say

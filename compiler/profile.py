@@ -60,6 +60,7 @@ class NodeTimes:
     Args:
         database: where times are looked up and kept.
         say: is told if another measurement has to end first.
+        cuda_graphs: whether stages will be replayed as CUDA graphs.
 
     Raises:
         UsageError: the devices are not those of this machine.
@@ -71,12 +72,14 @@ class NodeTimes:
         cluster: Cluster,
         database: ProfileDatabase,
         say: Callable[[str], None],
+        cuda_graphs: bool = True,
     ) -> None:
         check_measurable(cluster)
         self._graph = captured.graph
         self._cluster = cluster
         self._database = database
         self._say = say
+        self._cuda_graphs = cuda_graphs
         self._hardware = [hardware_of(cluster, device.index) for device in cluster.devices]
         self._session: Session | None = None
         graph = captured.graph
@@ -167,9 +170,35 @@ class NodeTimes:
             for device, text in enumerate(row)
         ]
         counts = [len(program.stages) for programs in runs for program in programs]
-        found = self._known(keys, counts, lambda session: _in_turns(session, runs, texts))
+        found = self._known(keys, counts, lambda session: self._in_turns(session, runs, texts))
         size = len(self._cluster.devices)
         return [found[at : at + size] for at in range(0, len(found), size)]
+
+    def _in_turns(
+        self, session: Session, runs: Sequence[Sequence[Program]], texts: Sequence[Sequence[str]]
+    ) -> list[Sequence[float] | str]:
+        """Of every run and device, medians over turns; or the first reason why there are none."""
+        arguments = [
+            [
+                {
+                    "program": text,
+                    "source": emit_python(program),
+                    "seconds": _TURN_SECONDS,
+                    "cuda_graphs": self._cuda_graphs,
+                }
+                for text, program in zip(row, programs, strict=True)
+            ]
+            for row, programs in zip(texts, runs, strict=True)
+        ]
+        turns: list[list[Sequence[float] | str]] = [
+            [
+                row
+                for own in arguments
+                for row in session.call("time_nodes", own, timeout_seconds=_TIMEOUT_SECONDS)
+            ]
+            for _ in range(_TURNS)
+        ]
+        return [_medians(rows) for rows in zip(*turns, strict=True)]
 
     def _instructions(self) -> Rows:
         """Of each device, seconds of an instruction."""
@@ -238,7 +267,7 @@ class NodeTimes:
             device=self._hardware[device],
             copies=1,
             compiled=False,
-            cuda_graphs=False,
+            cuda_graphs=self._cuda_graphs and kind is Measurement.NODES,
             torch=torch.__version__,
             kind=kind,
         )
@@ -254,28 +283,6 @@ class NodeTimes:
 def _together(hardware: Sequence[str], texts: Sequence[str]) -> str:
     """Programs that run at the same time, in whatever order the devices are."""
     return "\n".join(f"{name}\n{text}" for name, text in sorted(zip(hardware, texts, strict=True)))
-
-
-def _in_turns(
-    session: Session, runs: Sequence[Sequence[Program]], texts: Sequence[Sequence[str]]
-) -> list[Sequence[float] | str]:
-    """Of every run and device, the medians over turns; or the first reason why there are none."""
-    arguments = [
-        [
-            {"program": text, "source": emit_python(program), "seconds": _TURN_SECONDS}
-            for text, program in zip(row, programs, strict=True)
-        ]
-        for row, programs in zip(texts, runs, strict=True)
-    ]
-    turns: list[list[Sequence[float] | str]] = [
-        [
-            row
-            for own in arguments
-            for row in session.call("time_nodes", own, timeout_seconds=_TIMEOUT_SECONDS)
-        ]
-        for _ in range(_TURNS)
-    ]
-    return [_medians(rows) for rows in zip(*turns, strict=True)]
 
 
 def _medians(rows: Sequence[Sequence[float] | str]) -> Sequence[float] | str:

@@ -14,30 +14,23 @@ hold of each what they hold in the model.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from ..compiler.ir.graph import ValueKind
-from ..compiler.ir.program import StageProgram
 from ..compiler.ir.text import parse_program
 from ..compiler.ir.types import TensorType
 from .clock import busy_clock
 from .communicator import Communicator
 from .instructions import instruction_seconds
-from .made_up import index_limits, made_up
 from .memory import if_it_fits
 from .profile_block import BlockRun, block_kernels
+from .profile_nodes import NodeRun
 from .rank import stage_functions
 
 __all__ = ["Profiler"]
 
 _MESSAGE_BYTES = (4 << 10, 4 << 20)
 _MESSAGES = 15
-_LEAST_RUNS = 5
-_Kernel = Callable[..., tuple[Tensor, ...]]
 
 
 class Profiler:
@@ -59,7 +52,9 @@ class Profiler:
     def reset(self) -> None:
         """Nothing is kept between calls."""
 
-    def time_nodes(self, *, program: str, source: str, seconds: float) -> list[float] | str:
+    def time_nodes(
+        self, *, program: str, source: str, seconds: float, cuda_graphs: bool
+    ) -> list[float] | str:
         """Median seconds of every node, and how unsteady a whole run is: the variance of its time
         over its mean, in seconds; where memory does not suffice, at which node and by how much.
 
@@ -69,10 +64,13 @@ class Profiler:
             source: their stage functions.
             seconds: for which runs are timed at least, so that workers of different speed measure
                 beside each other all the time.
+            cuda_graphs: see `Rank.load`.
         """
         stages = parse_program(program).stages
         functions = stage_functions(source, f"<cutset profile of rank {self._rank}>")
-        run, reason = if_it_fits(lambda: _Run(stages, functions, self._device), self._device)
+        run, reason = if_it_fits(
+            lambda: NodeRun(stages, functions, self._device, cuda_graphs), self._device
+        )
         self._communicator.barrier(label="the start of measuring")
         if run is None:
             return f"parameters and inputs: {reason}"
@@ -149,76 +147,3 @@ class Profiler:
             for pending in (leaving, arriving):
                 pending.wait(self._timeout)
         return statistics.median(seconds) / 2
-
-
-class _Run:
-    def __init__(
-        self,
-        stages: tuple[StageProgram, ...],
-        functions: dict[str, _Kernel],
-        device: torch.device,
-    ) -> None:
-        self._device = device
-        self._clock = busy_clock(device)
-        self._key = torch.zeros((), dtype=torch.int64, device=device)
-        self.current = ""  # the operator that runs
-        self._nodes = [(functions[f"stage_{stage.index}"], stage) for stage in stages]
-        self._given: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(0)
-        limits = index_limits([stage.graph for stage in stages])
-        results = {
-            stage.graph.values[output.value].name
-            for stage in stages
-            for output in stage.graph.outputs
-        }
-        for stage in stages:
-            for value in stage.graph.values:
-                comes = value.kind is ValueKind.BOUNDARY and value.name in results
-                known = comes or value.kind is ValueKind.RESULT or value.name in self._given
-                if not known:
-                    self._given[value.name] = made_up(value, generator, limits).to(device)
-        last = {
-            value.name: stage.index
-            for stage in stages
-            for value in stage.graph.values_of(ValueKind.BOUNDARY)
-        }
-        self._dead: list[list[str]] = [[] for _ in stages]
-        position = {stage.index: place for place, stage in enumerate(stages)}
-        for name, index in last.items():
-            self._dead[position[index]].append(name)
-
-    def repeated(self, seconds: float) -> tuple[list[list[float]], list[float]]:
-        """Of runs for so many seconds, after one that does not count, the times of the nodes, and
-        of the whole by the wall clock."""
-        self.times()
-        rows: list[list[float]] = []
-        wholes: list[float] = []
-        began = time.perf_counter()
-        while len(rows) < _LEAST_RUNS or time.perf_counter() - began < seconds:
-            begin = time.perf_counter()
-            rows.append(self.times())
-            wholes.append(time.perf_counter() - begin)
-        return rows, wholes
-
-    def times(self) -> list[float]:
-        """Seconds of every node in one run."""
-        made: dict[str, Tensor] = {}
-        seconds = []
-        with torch.no_grad():
-            for (function, stage), dead in zip(self._nodes, self._dead, strict=True):
-                graph = stage.graph
-                self.current = graph.nodes[0].name
-                arguments = [
-                    self._given[value.name] if value.name in self._given else made[value.name]
-                    for value in graph.values
-                    if value.kind is not ValueKind.RESULT
-                ]
-                begin = self._clock()
-                results = function(self._key, self._device, *arguments)
-                seconds.append(self._clock() - begin)
-                for output, tensor in zip(graph.outputs, results, strict=True):
-                    made[graph.values[output.value].name] = tensor
-                del arguments, results
-                for name in dead:
-                    made.pop(name, None)
-        return seconds

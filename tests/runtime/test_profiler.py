@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cutset.runtime.profiler import Profiler
 from tests.ir.builders import GraphBuilder
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
 TOO_MANY = 1 << 25  # whose square no machine has in bytes
 
 
@@ -40,6 +42,10 @@ def arguments(program: Program) -> dict[str, str]:
     return {"program": print_program(program), "source": emit_python(program)}
 
 
+def node_arguments(program: Program) -> dict[str, Any]:
+    return {**arguments(program), "seconds": 0.01, "cuda_graphs": True}
+
+
 @pytest.mark.parametrize("mode", list(Mode))
 def test_a_block_without_room_is_told_and_the_next_one_measured(mode: Mode) -> None:
     worker = profiler()
@@ -53,10 +59,10 @@ def test_a_block_without_room_is_told_and_the_next_one_measured(mode: Mode) -> N
 def test_an_operator_without_room_is_named() -> None:
     worker = profiler()
     program = outer_product(Mode.INFER, TOO_MANY)
-    reason = worker.time_nodes(**arguments(program), seconds=0.01)
+    reason = worker.time_nodes(**node_arguments(program))
     assert isinstance(reason, str)
     assert reason.startswith(program.stages[0].graph.nodes[0].name) and "allocate" in reason
-    found = worker.time_nodes(**arguments(outer_product(Mode.INFER, 8)), seconds=0.01)
+    found = worker.time_nodes(**node_arguments(outer_product(Mode.INFER, 8)))
     assert not isinstance(found, str) and len(found) == 2
 
 
@@ -93,8 +99,31 @@ def branches() -> Program:
 def test_what_others_compute_is_made_up(kept: tuple[int, ...]) -> None:
     whole = branches()
     own = replace(whole, stages=tuple(whole.stages[index] for index in kept))
-    seconds = profiler().time_nodes(**arguments(own), seconds=0.01)
+    seconds = profiler().time_nodes(**node_arguments(own))
     assert not isinstance(seconds, str)
     *nodes, unsteady = seconds
     assert len(nodes) == len(kept)
     assert all(item > 0.0 for item in nodes) and unsteady >= 0.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_operators_of_a_cuda_device_share_what_a_run_takes(cuda_graphs: bool) -> None:
+    """A long chain of small operators takes less as a graph; large ones take most of the time."""
+    build = GraphBuilder("chain", Mode.INFER)
+    wide = build.input("wide", (4096, 4096))
+    products = [build.op("aten.mm.default", wide, wide) for _ in range(2)]
+    small = build.input("small", (8,))
+    for _ in range(100):
+        small = build.op("aten.relu.default", small)
+    build.output(small)
+    build.output(products[-1])
+    graph = build.build()
+    stages = cut_stages(graph, tuple(Stage(node.id, (0,), (node.id,)) for node in graph.nodes))
+    program = Program.unscheduled(graph.mode, stages)
+    worker = Profiler(0, 1, CUDA, LocalNetwork(1).communicator(0, CUDA))
+    seconds = worker.time_nodes(**{**node_arguments(program), "cuda_graphs": cuda_graphs})
+    assert not isinstance(seconds, str)
+    products, relus = seconds[:2], seconds[2:-1]
+    assert min(products) > 5 * max(sorted(relus)[:90])
+    assert sum(relus) / len(relus) < (5e-6 if cuda_graphs else 50e-6)
