@@ -21,7 +21,6 @@ class Pair:
     """A case, how it is run, and what was measured in each round."""
 
     planned: Planned
-    variant: str
     rounds: list[Measured] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
@@ -30,7 +29,7 @@ class Pair:
 
     @property
     def title(self) -> str:
-        return f"{self.planned.case} ({self.variant})"
+        return f"{self.planned.case} ({self.planned.case.variant})"
 
 
 def row_of(pair: Pair) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def row_of(pair: Pair) -> dict[str, Any]:
         "model": pair.planned.case.model,
         "devices": pair.planned.case.devices,
         "plan": pair.planned.case.plan,
-        "variant": pair.variant,
+        "variant": pair.planned.case.variant,
         "mesh": str(planned.plan.mesh),
         "zero": planned.plan.zero_level,
         "microbatches": planned.plan.num_microbatches,

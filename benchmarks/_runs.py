@@ -43,6 +43,7 @@ from cutset.cost_models.simulator import Simulation
 from cutset.runtime.session import LocalSession
 
 __all__ = [
+    "VARIANTS",
     "WARM_UP",
     "Case",
     "Measured",
@@ -58,12 +59,21 @@ __all__ = [
     "say",
 ]
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"compile": False, "cuda_graphs": False},
+    "eager": {"compile": False, "cuda_graphs": True},
+    "compiled": {"compile": True, "cuda_graphs": True},
+}
 WARM_UP = 2  # steps of a round in which caches and the allocator settle
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model and a plan by its name: a mesh or `auto`, then pinned decisions.
+    """A model, a plan by its name, and how it runs.
+
+    Args:
+        plan: a mesh or `auto`, then pinned decisions.
+        variant: one of `VARIANTS`; blocks are measured so, too.
 
     `data=2`, `data=2,pipeline=2:zero=1`, `pipeline=4:microbatches=8:schedule=gpipe`, `auto`.
     """
@@ -71,6 +81,7 @@ class Case:
     model: str
     devices: int
     plan: str
+    variant: str = "plain"
 
     def pinned(self) -> dict[str, Any]:
         """Arguments of `plan_model`."""
@@ -167,7 +178,7 @@ def plan_one(case: Case, cluster: Cluster, profile: str) -> Planned:
     began = time.perf_counter()
     backend = cluster.types[0].backend
     work = workload(case.model, backend)
-    extra = {} if profile == "off" else {"profile": profile}
+    extra = {} if profile == "off" else {"profile": profile, **VARIANTS[case.variant]}
     try:
         planned = plan_model(
             work.model,

@@ -12,17 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from _report import Pair
-from _runs import WARM_UP, Measured, Workers, measure_memory, phase_seconds, record_trace
+from _runs import VARIANTS, WARM_UP, Measured, Workers, measure_memory, phase_seconds, record_trace
 
 from cutset.compiler.parallel import Parallel
 
-__all__ = ["VARIANTS", "run_in_turns"]
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"compile": False, "cuda_graphs": False},
-    "eager": {"compile": False, "cuda_graphs": True},
-    "compiled": {"compile": True, "cuda_graphs": True},
-}
+__all__ = ["run_in_turns"]
 
 
 def run_in_turns(pairs: Sequence[Pair], workers: Workers, repeats: int) -> None:
@@ -35,7 +29,9 @@ def run_in_turns(pairs: Sequence[Pair], workers: Workers, repeats: int) -> None:
     def start(number: int) -> None:
         planned = pairs[number].planned.planned
         assert planned is not None
-        running[number] = workers.parallel(planned, number, **VARIANTS[pairs[number].variant])
+        running[number] = workers.parallel(
+            planned, number, **VARIANTS[pairs[number].planned.case.variant]
+        )
 
     with ThreadPoolExecutor(at_once) as pool:
         tasks = [pool.submit(_kept, pair, start, place) for place, pair in enumerate(pairs)]

@@ -108,7 +108,7 @@ def _compare(
     for entry in planned:
         if entry.planned is not None:
             key = "".join(print_program(replace(p, plan_hash="")) for p in entry.planned.programs)
-            pairs.setdefault(key, Pair(entry, "plain"))
+            pairs.setdefault(key, Pair(entry))
             same[entry.case.plan] = key
     run_in_turns(list(pairs.values()), workers, options.repeats)
     medians = {

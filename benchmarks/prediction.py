@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from _cores import stolen
 from _report import Pair, row_of, summary_of, table_of, write
-from _runs import Case, Planners, Workers, add_options, make_ready, say
-from _turns import VARIANTS, run_in_turns
+from _runs import VARIANTS, Case, Planners, Workers, add_options, make_ready, say
+from _turns import run_in_turns
 from _workloads import ON_CPU, ON_CUDA
 
 PLANS = {  # by number of devices: for every model, then for some in turn
@@ -65,11 +65,7 @@ def main() -> int:
     ):
         for cases in _groups(_cases(options), options.backend):
             planned = planners.plan(cases)
-            group = [
-                Pair(entry, variant, error=entry.error)
-                for entry in planned
-                for variant in options.variants
-            ]
+            group = [Pair(entry, error=entry.error) for entry in planned]
             pairs += group
             _measure([pair for pair in group if not pair.error], workers, options)
             rows = [row_of(pair) for pair in pairs if pair.peaks]
@@ -125,7 +121,11 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             if plans is None:
                 always, turns = PLANS[devices]
                 plans = always + (turns[place % len(turns)] if turns else ())
-            cases += [Case(model, devices, plan) for plan in plans]
+            cases += [
+                Case(model, devices, plan, variant)
+                for plan in plans
+                for variant in options.variants
+            ]
     return cases
 
 

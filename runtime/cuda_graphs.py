@@ -35,15 +35,24 @@ class _GraphedKernel:
 
     Args:
         dynamic: positions of inputs that change address.
+        steady: those of them that seldom change: they are copied when they have.
         kept: how many of its results it gives at every call; None: all. The others it gives at the
             first alone, None afterwards.
     """
 
     def __init__(
-        self, kernel: Kernel, dynamic: frozenset[int], pool: Any, *, kept: int | None = None
+        self,
+        kernel: Kernel,
+        dynamic: frozenset[int],
+        pool: Any,
+        *,
+        kept: int | None = None,
+        steady: frozenset[int] = frozenset(),
     ) -> None:
         self._kernel = kernel
         self._dynamic = dynamic
+        self._steady = steady
+        self._copied: dict[int, tuple[Tensor, int]] = {}  # of steady ones, and their version then
         self._pool = pool
         self._kept = kept
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -60,9 +69,21 @@ class _GraphedKernel:
         else:
             for position in self._dynamic:
                 static, tensor = self._static[position], arguments[position]
-                if static is not None and tensor is not None:
-                    static.copy_(tensor)
+                if static is None or tensor is None or self._is_copied(position, tensor):
+                    continue
+                static.copy_(tensor)
+                if position in self._steady:
+                    self._copied[position] = tensor, tensor._version
         return list(self._static)
+
+    def _is_copied(self, position: int, tensor: Tensor) -> bool:
+        source, version = self._copied.get(position, (None, -1))
+        return source is tensor and version == tensor._version
+
+    def replay(self) -> None:
+        """Once more, on the inputs of the last call."""
+        assert self._graph is not None
+        self._graph.replay()
 
     def __call__(self) -> Sequence[Tensor | None]:
         if self._graph is None:
@@ -104,8 +125,15 @@ class _Slot:
             for position, value in enumerate(arguments)
             if value.kind not in _PERSISTENT
         }
+        buffers = {
+            position + 1
+            for position, value in enumerate(arguments)
+            if value.kind is ValueKind.BUFFER
+        }
         self.uses = 0
-        self.forward = _GraphedKernel(kernels.forward, frozenset(dynamic), pool)
+        self.forward = _GraphedKernel(
+            kernels.forward, frozenset(dynamic), pool, steady=frozenset(buffers)
+        )
         self.backward: dict[str, _GraphedKernel] = {}
         if kernels.backward_input is not None:
             self.backward["input"] = _GraphedKernel(
@@ -199,6 +227,14 @@ class GraphSlots:
             count = self._kernels.num_gradients
             results = [_copy(tensor) for tensor in results[:count]] + results[count:]
         return results
+
+    def replays(self, slot: _Slot | None) -> dict[str, Callable[[], None]]:
+        """What runs each kernel of `slot` once more on what it was last given: `forward`, and those
+        of backward by name. Nothing, if they are not recorded."""
+        if slot is None or slot.uses < 2 or self._broken:
+            return {}
+        backward = {name: graphed.replay for name, graphed in slot.backward.items()}
+        return {"forward": slot.forward.replay, **backward}
 
     def release(self, slot: _Slot | None) -> None:
         """Take back a slot that will see no further kernel of its microbatch."""

@@ -36,10 +36,12 @@ def layer(mode: Mode, *, shared: bool = False) -> StageProgram:
     return StageProgram(0, build.build(), ((y.name, (1,)),), (("h", 2),), axes)
 
 
-def run_of(stage: StageProgram, copies: int = 2, compile: bool = False) -> BlockRun:
+def run_of(
+    stage: StageProgram, copies: int = 2, compile: bool = False, device: torch.device = CPU
+) -> BlockRun:
     functions: dict[str, Any] = stage_functions(HEAD + stage_source(0, stage.graph), "<block>")
-    kernels = block_kernels(functions["stage_0"], stage, CPU, compile)
-    return BlockRun(stage, kernels, CPU, copies, cuda_graphs=True)
+    kernels = block_kernels(functions["stage_0"], stage, device, compile)
+    return BlockRun(stage, kernels, device, copies, cuda_graphs=True)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -77,3 +79,12 @@ def test_inference_has_a_forward_alone(shared: bool) -> None:
 def test_made_up_tensors_are_legal() -> None:
     assert filled((2, 3), torch.bfloat16, CPU).dtype is torch.bfloat16
     assert filled((2,), torch.int64, CPU).tolist() == [1, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", list(Mode))
+def test_on_cuda_replays_of_graphs_are_timed(mode: Mode) -> None:
+    run = run_of(layer(mode), device=torch.device("cuda", 0))
+    seconds = run.median_seconds()
+    assert (min(seconds) > 0.0) == (mode is Mode.TRAIN) and seconds[0] > 0.0
+    assert run._slots is not None and all(run._slots.replays(own.slot) for own in run._sets)
