@@ -1,7 +1,8 @@
 """Closes the gap from both sides by asking for placements below the best value.
 
-A placement is the next value to beat; that there is none is a bound. Where there is no answer in
-time, a weaker bound is asked for, as it is easier to prove.
+A placement is the next value to beat, by twice as much as the one before; that there is none is a
+bound. Where there is no answer in time, the smallest improvement is asked for, and then weaker
+bounds, as they are easier to prove.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ __all__ = ["Answer", "SMALLEST_STEP", "descend"]
 SMALLEST_STEP = 1e-6  # relative; proofs do not try to tell closer values apart
 _LARGEST_AIM = 0.5
 _WEAKER = 3.0
+_BOLDER = 2.0  # times the aim after a success
+_BOLD_SHARE = 0.15  # of the time left, for an aim that is larger than it need be
 
 Found = TypeVar("Found")
 
@@ -53,7 +56,7 @@ def descend(
     """
     step = max(0.9 * best.gap, SMALLEST_STEP)
     aim = first = max(step, first_aim)
-    unanswered = 0.0
+    unanswered, bold = 0.0, False
     while not best.done and best.left(share) > 0.02 and best.value > 0:
         if best.bound >= enough:
             break
@@ -65,16 +68,19 @@ def descend(
         if aim <= unanswered or aim > _LARGEST_AIM:
             break
         limit = best.value * (1 - aim)
-        answer = ask(limit, best.left(share) * share_each)
+        each = min(share_each, _BOLD_SHARE) if bold else share_each
+        answer = ask(limit, best.left(share) * each)
         if answer.none_exists:
             best.prove(limit, method)
             if aim <= step:
                 break
-            aim = max(step, aim / 2)
+            aim, bold = max(step, aim / 2), False
         elif answer.found is not None:
             if not take(answer.found):
                 break
-            aim, unanswered = first, 0.0
+            aim, unanswered, bold = min(_BOLDER * aim, _LARGEST_AIM), 0.0, True
+        elif bold:
+            aim, bold = first, False
         else:
             unanswered = aim
             aim *= _WEAKER

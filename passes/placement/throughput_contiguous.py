@@ -25,7 +25,7 @@ __all__ = ["prove_pieces", "search_pieces"]
 
 _METHOD = "CP-SAT over stages"
 _MOST_ORDERS = 40
-_MOST_VARIABLES, _VARIABLES_A_SECOND = 60_000, 6_000  # building them takes time, too
+_MOST_VARIABLES, _VARIABLES_A_SECOND = 60_000, 50_000  # building them takes time, too
 _UNITS_A_SECOND = 1e4  # that are reduced
 _ORDERS_SHARE = 0.25  # of the time limit, at most
 _ANNEAL_SHARE, _ANNEAL_SHARE_OF_SMALL = 0.4, 0.05  # of the time limit
