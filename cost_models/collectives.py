@@ -1,6 +1,7 @@
 """Price of the collectives inside a rank's local graph, forward and adjoint.
 
-What travels is priced by the ring formulas of `links.py` over the devices of the mesh axis. Parts
+What travels is priced by the ring formulas of `links.py` over the devices of the mesh axis, which
+have waited for the last of them before (`skew_seconds` of a link). Parts
 lie in memory one after the other on the way, so who splits or joins them along a dim also passes
 over local memory once: read and written.
 """
@@ -19,8 +20,10 @@ from .links import (
     all_reduce_seconds,
     all_to_all_seconds,
     group_link,
+    group_skew_seconds,
     reduce_scatter_seconds,
 )
+from .overlap import Overlap
 
 __all__ = ["Network", "collective_seconds", "mesh_network"]
 
@@ -39,27 +42,38 @@ class Network:
         """torch device type of the devices that meet along `axis`."""
         return self.cluster.type_of(self.group(axis)[0]).backend
 
-    def ring(self, axis: str) -> tuple[int, tuple[Link, ...]]:
-        """Size and links of the ring along `axis`: all that its collectives' prices follow from."""
+    def ring(self, axis: str) -> tuple[int, float, tuple[Link, ...]]:
+        """Size, skew and links of the ring along `axis`: all that its collectives' prices follow
+        from."""
         group = self.group(axis)
         size = len(set(group))
         kinds = (None, *COLLECTIVES) if size > 1 else ()
-        return size, tuple(group_link(self.cluster, group, kind) for kind in kinds)
+        links = tuple(group_link(self.cluster, group, kind) for kind in kinds)
+        return size, group_skew_seconds(self.cluster, group), links
 
-    def sum_bytes_seconds(self, axis: str, num_bytes: float) -> float:
-        """All-reduce of `num_bytes` that travel in a bucket with others: no latency of its own."""
-        whole = all_reduce_seconds(self.cluster, self.group(axis), num_bytes)
-        return whole - all_reduce_seconds(self.cluster, self.group(axis), 0.0)
+    def sum_bytes_seconds(self, axis: str, num_bytes: float, bucket_bytes: float) -> float:
+        """All-reduce of `num_bytes` that travel with others, in buckets of `bucket_bytes` at most:
+        of a bucket's latency their share, as far as no computation hides it."""
+        cluster, group = self.cluster, self.group(axis)
+        whole = all_reduce_seconds(cluster, group, num_bytes)
+        shown = self.bucket_latency_seconds(axis) * min(1.0, num_bytes / bucket_bytes)
+        return whole - all_reduce_seconds(cluster, group, 0.0) + shown
+
+    def bucket_latency_seconds(self, axis: str) -> float:
+        """Of the latency of one bucket, what no computation hides."""
+        latency = all_reduce_seconds(self.cluster, self.group(axis), 0.0)
+        return (1.0 - Overlap.of(self.cluster).hidden) * latency
 
     def share_bytes_seconds(self, axis: str, num_bytes: float) -> float:
         """What parts of `num_bytes` take in one microbatch of ZeRO 3, at least: they are gathered,
         and their gradients scattered; no latencies."""
+        return self.share_seconds(axis, num_bytes) - self.share_seconds(axis, 0.0)
+
+    def share_seconds(self, axis: str, num_bytes: float) -> float:
+        """Likewise of one part, with its latencies."""
         cluster, group = self.cluster, self.group(axis)
-
-        def bytes_seconds(seconds: Callable[..., float]) -> float:
-            return seconds(cluster, group, num_bytes) - seconds(cluster, group, 0.0)
-
-        return bytes_seconds(all_gather_seconds) + bytes_seconds(reduce_scatter_seconds)
+        gathered = all_gather_seconds(cluster, group, num_bytes)
+        return gathered + reduce_scatter_seconds(cluster, group, num_bytes)
 
     def host_seconds(self, axis: str, collective: str, num_bytes: float) -> float:
         """What such a bucket, without its latency, takes of the thread that computes."""
@@ -105,17 +119,21 @@ class _Call:
         assert isinstance(axis, str)
         return self.network.group(axis)
 
+    def meet(self, seconds: Callable[..., float], num_bytes: float) -> float:
+        cluster, group = self.network.cluster, self.group
+        return seconds(cluster, group, num_bytes) + group_skew_seconds(cluster, group)
+
     def sum(self) -> float:
-        return all_reduce_seconds(self.network.cluster, self.group, self.operand_bytes)
+        return self.meet(all_reduce_seconds, self.operand_bytes)
 
     def gather(self, whole_bytes: float) -> float:
-        return all_gather_seconds(self.network.cluster, self.group, whole_bytes)
+        return self.meet(all_gather_seconds, whole_bytes)
 
     def scatter(self, whole_bytes: float) -> float:
-        return reduce_scatter_seconds(self.network.cluster, self.group, whole_bytes)
+        return self.meet(reduce_scatter_seconds, whole_bytes)
 
     def exchange(self) -> float:
-        return all_to_all_seconds(self.network.cluster, self.group, self.operand_bytes)
+        return self.meet(all_to_all_seconds, self.operand_bytes)
 
     def copy(self, num_bytes: float) -> float:
         moved = 2 * num_bytes

@@ -23,6 +23,7 @@ from .links import (
     all_gather_seconds,
     all_reduce_seconds,
     all_to_all_seconds,
+    group_skew_seconds,
     reduce_scatter_seconds,
     ring,
 )
@@ -55,6 +56,7 @@ class Exchange:
         ranks: who meets, in the order of parts.
         collective: the kind; that of most bytes, where they are of several kinds.
         latency_seconds, wire_seconds: on idle wires.
+        skew_seconds: how long its ranks wait for the last of them before.
         edges: ((source, target), bytes).
         kinds: (collective, seconds on idle wires), where they are of several kinds.
         count: how many.
@@ -67,10 +69,15 @@ class Exchange:
     edges: tuple[tuple[tuple[int, int], float], ...]
     kinds: tuple[tuple[str, float], ...]
     count: float = 1.0
+    skew_seconds: float = 0.0
+
+    @property
+    def travel_seconds(self) -> float:
+        return self.latency_seconds + self.wire_seconds
 
     @property
     def seconds(self) -> float:
-        return self.latency_seconds + self.wire_seconds
+        return self.skew_seconds + self.travel_seconds
 
     def without(self, seconds: float) -> Exchange:
         """Over so much earlier, as far as it travels for so long."""
@@ -83,6 +90,7 @@ class Exchange:
             latency_seconds=self.latency_seconds * share,
             wire_seconds=self.wire_seconds * share,
             kinds=tuple((kind, seconds * share) for kind, seconds in self.kinds),
+            skew_seconds=self.skew_seconds * share,
         )
 
     def among(self, groups: Mapping[tuple[int, ...], tuple[int, ...]]) -> Exchange:
@@ -267,6 +275,7 @@ def _sum(entries: Sequence[Exchange]) -> Exchange:
         edges=tuple(sorted(edges.items())),
         kinds=tuple(kinds.items()),
         count=sum(entry.count for entry in entries),
+        skew_seconds=sum(entry.skew_seconds for entry in entries),
     )
 
 
@@ -330,7 +339,9 @@ class _Found:
             size = float(self._graph.values[value].type.num_bytes)
             group = self._network.group(axis)
             if len(set(group)) > 1:
-                yield exchange(self._network.cluster, collective, group, size)
+                cluster = self._network.cluster
+                made = exchange(cluster, collective, group, size)
+                yield replace(made, skew_seconds=group_skew_seconds(cluster, group))
 
 
 # packet -> (collective, whether the result is what it moves), as `collectives.py` prices them

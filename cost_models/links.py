@@ -18,6 +18,7 @@ __all__ = [
     "all_reduce_seconds",
     "all_to_all_seconds",
     "group_link",
+    "group_skew_seconds",
     "reduce_scatter_seconds",
     "ring",
     "transfer_seconds",
@@ -59,6 +60,12 @@ def group_link(cluster: Cluster, devices: Sequence[int], collective: str | None 
             min(link.bytes_per_second for link in around),
         )
     return links[key]
+
+
+def group_skew_seconds(cluster: Cluster, devices: Sequence[int]) -> float:
+    """How long `devices` that have computed alike wait in a collective for the last of them."""
+    rules = (cluster.rule(*edge) for edge in ring(cluster, devices))
+    return max((rule.skew_seconds for rule in rules), default=0.0)
 
 
 def _ring_seconds(

@@ -8,7 +8,8 @@ Under a layout of each (`ParameterLayout`), on an axis over which gradients are 
 
 Parameters held in parts (ZeRO-3) are gathered by nodes of the local graph, which are priced there.
 Sums travel in buckets, so latency is counted once a bucket and not once a parameter. (Rajbhandari
-et al., ZeRO, 2020.)
+et al., ZeRO, 2020.) A bucket is full at most, so that parameters that share its latency by their
+bytes bear no more than there is.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..compiler.ir.buckets import sum_bytes
+from ..compiler.ir.graph import Graph, ValueKind
 from ..compiler.ir.mesh import Layout, Mesh, Partial, Shard, local_type
 from ..compiler.ir.plan import OptimizerModel, ParameterLayout
 from ..compiler.ir.types import TensorType
 from .buffers import bucket_gather_bytes, bucket_scatter_bytes, scatter_bytes
 from .collectives import Network
 
-__all__ = ["ParameterFigures", "parameter_figures"]
+__all__ = ["ParameterFigures", "parameter_figures", "stage_bucket_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +63,26 @@ class ParameterFigures:
         return self.host_bytes > 0
 
 
+def stage_bucket_bytes(graph: Graph, num_stages: int) -> float:
+    """Most bytes of a bucket of gradients where a rank trains its share of the parameters of
+    `graph`, and stages have equal parts of them."""
+    trained = (value for value in graph.values_of(ValueKind.PARAMETER) if value.requires_grad)
+    return sum_bytes(sum(value.type.num_bytes for value in trained) / num_stages)
+
+
 def parameter_figures(
     type: TensorType,
     layout: ParameterLayout,
     mesh: Mesh,
     network: Network,
     optimizer: OptimizerModel,
+    bucket_bytes: float = math.inf,
 ) -> ParameterFigures:
-    """Figures of a parameter of the whole `type` on the first rank, whose parts are the largest."""
+    """Figures of a parameter of the whole `type` on the first rank, whose parts are the largest.
+
+    Args:
+        bucket_bytes: of the buckets that it travels in, at most.
+    """
     first = (0,) * len(mesh.axes)
 
     def size(wanted: Layout) -> int:
@@ -83,7 +98,7 @@ def parameter_figures(
         if isinstance(layout.held.placements[number], Shard) or axis.size == 1:
             continue
         gradient, state = layout.gradient.placements[number], layout.state.placements[number]
-        half = network.sum_bytes_seconds(axis.name, held) / 2  # scatter or gather
+        half = network.sum_bytes_seconds(axis.name, held, bucket_bytes) / 2  # scatter or gather
         backend = network.backend(axis.name)
         if isinstance(gradient, Shard):
             microbatch += half

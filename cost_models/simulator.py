@@ -253,26 +253,16 @@ class _Run:
                 beside.append(self._meet(rank, entry, name, "hidden"))
                 yield from self._work(rank, ahead_seconds(self.cluster, rank.index, entry))
             yield from self._work(rank, piece.compute_seconds)
-            yield self.clock.later(self._skew(piece))
+            yield self.clock.later(_skew_seconds(piece))
             for entry in piece.exposed:
                 yield self._meet(rank, entry, name, "exposed").end
         for meeting in beside:
             yield meeting.end
 
-    def _skew(self, piece: ActionCost) -> float:
-        """How long ranks wait for the last of them where they meet, as long as they compute in
-        between at most."""
-        skews = (
-            self.cluster.rule(*edge).skew_seconds * entry.count
-            for entry in piece.exposed
-            for edge, _ in entry.edges
-        )
-        return min(max(skews, default=0.0), piece.compute_seconds)
-
     def _meet(self, rank: SimulatedRank, entry: Exchange, name: str, channel: str) -> Meeting:
         """Collectives inside the action called `name`."""
         names = [
-            (inner_name(kind, entry.ranks, name), seconds / (entry.seconds or 1.0))
+            (inner_name(kind, entry.ranks, name), seconds / (entry.travel_seconds or 1.0))
             for kind, seconds in entry.kinds
         ]
         return self.traffic.meet(rank.index, entry, names, channel)
@@ -382,6 +372,13 @@ class _Run:
             ranks=ranks,
             peaks=tuple(rank.memory.peak for rank in self.ranks),
         )
+
+
+def _skew_seconds(piece: ActionCost) -> float:
+    """How long ranks wait for the last of them where they meet, as long as they compute in between
+    at most."""
+    skews = (entry.skew_seconds for entry in piece.exposed)
+    return min(max(skews, default=0.0), piece.compute_seconds)
 
 
 def _reads(stage: StageProgram, action: Computation) -> list[Register]:

@@ -20,7 +20,7 @@ from ..compiler.sharding.recompute import recomputed_locally
 from ..compiler.sharding.sharding import Sharding
 from ..cost_models.collectives import Network, mesh_network
 from ..cost_models.links import all_reduce_seconds
-from ..cost_models.parameters import ParameterFigures, parameter_figures
+from ..cost_models.parameters import ParameterFigures, parameter_figures, stage_bucket_bytes
 from ..cost_models.slowest import slowest_type
 from .context import Context
 from .replicate import complete_stages, replicated_nodes
@@ -228,6 +228,7 @@ def parameters_of(plan: Plan, graph: Graph, column: Column) -> Mapping[int, Para
             if whole[name].requires_grad
         }
     table = {}
+    bucket_bytes = stage_bucket_bytes(column.context.graph, plan.mesh.axis(PIPELINE).size)
     for value in column.context.graph.values_of(ValueKind.PARAMETER):
         if value.requires_grad:
             source = whole[value.name]
@@ -235,7 +236,7 @@ def parameters_of(plan: Plan, graph: Graph, column: Column) -> Mapping[int, Para
             layout = layouts.get(value.name) or ParameterLayout(value.name, held, gradient, held)
             layout = replace(layout, gradient=_with_terms(layout.gradient, gradient))
             table[value.id] = parameter_figures(
-                source.type, layout, sharding.mesh, network, plan.optimizer
+                source.type, layout, sharding.mesh, network, plan.optimizer, bucket_bytes
             )
     return table
 

@@ -17,7 +17,8 @@ from ..compiler.ir.mesh import Mesh
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
 from ..cost_models.analysis import batch_rows
 from ..cost_models.collectives import mesh_network
-from ..cost_models.overlap import LEAST_EXPOSED
+from ..cost_models.overlap import Overlap
+from ..cost_models.parameters import stage_bucket_bytes
 from ..cost_models.slowest import slowest_type
 from .columns import stage_devices
 from .context import Context
@@ -41,6 +42,7 @@ class StageLayouts:
         self.plan = plan
         self.context = context
         self.rows = batch_rows(context.graph)
+        self.overlap = Overlap.of(plan.cluster)
         self._fronts: dict[object, LayoutFront | None] = {}
         self._choices: dict[tuple[int, Memory], LayoutChoice | None] = {}
         self._bounds: dict[tuple[int, Memory], float] = {}
@@ -120,7 +122,7 @@ class StageLayouts:
         if choice is None:
             return False
         backward = choice.seconds / 2 * self.portion(count) / self._like(count)
-        return choice.sum_seconds > backward
+        return choice.sum_seconds > self.overlap.hidden * backward
 
     def between(self, mesh: Mesh, count: int, *, bounding: bool = False) -> float | None:
         """How late sums are best taken to be, where they are late (see `fastest`): the step takes
@@ -147,20 +149,22 @@ class StageLayouts:
         gathers = bounding and self._may_gather(mesh)
         shared = self._gathered_share(mesh, rounds) if gathers else math.inf
         usual = self._spread(mesh, count, bounding=False)
-        key = (str(inner), like, spread, usual, late, late and rounds, shared)
+        bucket = self._bucket_bytes(mesh)
+        key = (str(inner), like, spread, usual, late, late and rounds, shared, bucket)
         if key not in self._fronts:
             plain = LayoutOptions(
                 num_microbatches=usual,
                 batch_fraction=like,
                 optimizer=self.plan.optimizer,
                 update_share=self._update_share(mesh),
+                bucket_bytes=bucket,
                 held=held_placements(self.context.graph, self.context.options.layout_pins, inner),
             )
             options = replace(
                 plain,
                 num_microbatches=spread,
-                sum_share=min((1.0 - late) * LEAST_EXPOSED + late, shared),
-                backward_share=1.0 - late / rounds,
+                sum_share=min((1.0 - late) * self.overlap.exposed + late, shared),
+                backward_share=1.0 - late * self.overlap.hidden / rounds,
             )
             devices = stage_devices(mesh)[0]
             try:
@@ -174,12 +178,24 @@ class StageLayouts:
 
     def _before(self, inner: Mesh, devices: tuple[int, ...], options: LayoutOptions) -> AxesBefore:
         """What is decided over all in-stage axes but the last; the same for plans and bounds."""
-        key = str(inner), devices, options.batch_fraction, options.num_microbatches
+        key = (
+            str(inner),
+            devices,
+            options.batch_fraction,
+            options.num_microbatches,
+            options.bucket_bytes,
+        )
         if key not in self._axes:
             self._axes[key] = AxesBefore.decide(
                 self.facts, inner, self.plan.cluster, devices, options
             )
         return self._axes[key]
+
+    def _bucket_bytes(self, mesh: Mesh) -> float:
+        """Infinite where backward hides latencies, whatever buckets there are."""
+        if self.overlap.hidden == 1.0:
+            return math.inf
+        return stage_bucket_bytes(self.context.graph, mesh.axis(PIPELINE).size)
 
     def _like(self, count: int) -> float:
         """Microbatches of like size share layouts: `portion` up to the next power of four; in a
@@ -216,8 +232,10 @@ class StageLayouts:
         at least; infinite where it takes as long."""
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         network = mesh_network(self.plan.cluster, inner, stage_devices(mesh)[0])
-        summed = network.sum_bytes_seconds(DATA, _MANY_BYTES)
+        summed = network.sum_bytes_seconds(DATA, _MANY_BYTES, math.inf)
         share = rounds * network.share_bytes_seconds(DATA, _MANY_BYTES) / summed if summed else 1.0
+        if latency := network.bucket_latency_seconds(DATA):
+            share = min(share, rounds * network.share_seconds(DATA, 0.0) / latency)
         return share if share < 1.0 - 1e-9 else math.inf
 
     def _update_share(self, mesh: Mesh) -> float:

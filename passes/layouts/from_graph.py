@@ -372,7 +372,8 @@ def _held_option(statement: LayoutStatement, pricer: Pricer, value: Value, state
     axes = set(statement.decided.deferred.get(value.id, ()))
     axes |= {statement.axis} if state.deferred else set()
     summed = sum(
-        pricer.network.sum_bytes_seconds(statement.mesh.axes[axis].name, size) for axis in axes
+        pricer.network.sum_bytes_seconds(statement.mesh.axes[axis].name, size, options.bucket_bytes)
+        for axis in axes
     )
     states = math.ceil(size * options.optimizer.state_bytes_per_parameter_byte)
     update = _update_seconds(options, pricer.device_type, size)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 
 from ...compiler.ir.graph import Graph, ValueKind
 from ...compiler.ir.mesh import Layout, Replicate
-from ...compiler.ir.plan import Plan
+from ...compiler.ir.plan import PIPELINE, Plan
 from ...compiler.sharding.sharding import Sharding
 from ...compiler.sharding.strategy import replicated
 from ...cost_models.analysis import batch_rows
 from ...cost_models.flops import is_product
+from ...cost_models.overlap import Overlap
+from ...cost_models.parameters import stage_bucket_bytes
 from .choose import pricer_of
 from .facts import GraphFacts
 from .from_graph import StatedProblem, state_layouts
@@ -149,6 +151,8 @@ def planned_layouts(plan: Plan, graph: Graph, devices: Sequence[int]) -> Planned
         num_microbatches=plan.num_microbatches,
         batch_fraction=plan.batch_size / plan.num_microbatches / batch_rows(graph),
         optimizer=plan.optimizer,
+        sum_share=Overlap.of(plan.cluster).exposed,
+        bucket_bytes=stage_bucket_bytes(graph, plan.mesh.axis(PIPELINE).size),
     )
     facts = GraphFacts.of(graph)
     pricer = pricer_of(facts, mesh, mesh, plan.cluster, devices, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class LayoutOptions:
             than with all of them and that backward left out.
         batch_axes: mesh axes over which batched inputs are split by rows and parameters are
             replicated (data parallelism).
+        bucket_bytes: of the buckets in which gradients are summed, at most.
         held: by value name, placements over an axis, by its name, that are not left to choose.
     """
 
@@ -44,6 +46,7 @@ class LayoutOptions:
     sum_share: float = LEAST_EXPOSED
     backward_share: float = 1.0
     batch_axes: tuple[str, ...] = ("data",)
+    bucket_bytes: float = math.inf
     held: Mapping[str, Mapping[str, Placement]] = field(default_factory=dict)
 
 

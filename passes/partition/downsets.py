@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...compiler.ir.cluster import Link
-from .objective import excess_bytes, step_seconds, sync_seconds
+from .objective import excess_bytes, held_seconds, step_seconds, sync_seconds
 from .problem import Assignment, StageProblem
 
 __all__ = ["ChainResult", "DeviceOrders", "DownSets", "all_down_sets", "outlook", "search_chains"]
@@ -195,6 +195,7 @@ class DownSets:
         self._messages = np.zeros(shape), np.zeros(shape)
         self._bytes = np.zeros(shape), np.zeros(shape)
         self._sent = np.zeros(shape), np.zeros(shape)
+        self.held = np.zeros(shape)
         for flow in self.problem.flows:
             users = tuple(user for user in flow.consumers if user != flow.producer)
             if not users:
@@ -203,6 +204,8 @@ class DownSets:
             crossing = self.touched(users) & made[:, None]
             wanted = ~self._inside[:, list(users)].all(axis=1)
             leaving = ~made[:, None] & (made & wanted)[None, :]
+            if seconds := held_seconds(self.problem, flow):
+                self.held[crossing | leaving] += seconds
             for way, num_bytes in enumerate((flow.forward_bytes, flow.gradient_bytes)):
                 if num_bytes:
                     self._messages[way][crossing] += 1
@@ -265,7 +268,7 @@ class _Search:
 
     def _bottleneck(self, cls: int, before: int) -> Table:
         link = self.problem.links[before][cls]
-        table = self.sets.compute[self.problem.classes[cls].type]
+        table = self.sets.compute[self.problem.classes[cls].type] + self.sets.held
         for way in (0, 1):
             table = np.maximum(table, self.sets.transfers(way, link))
         return table
@@ -360,7 +363,7 @@ def outlook(sets: DownSets, max_stages: int) -> tuple[float, ...]:
     (link,) = problem.links[0]
     transfers = sets.transfers(0, link), sets.transfers(1, link)
     compute = sets.compute[device.type]
-    bottleneck = np.maximum(compute, np.maximum(*transfers))
+    bottleneck = np.maximum(compute + sets.held, np.maximum(*transfers))
     additive = compute + transfers[0] + transfers[1] + sets.sync
     low = free = np.where(np.arange(sets.size) == sets.size - 1, 0.0, math.inf)
     bounds = []

@@ -12,11 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ...compiler.ir.cluster import DeviceType
+from ...compiler.ir.cluster import Cluster, DeviceType, Link
 from ...compiler.ir.graph import Mode, OutputKind, Value, ValueKind, users
 from ...cost_models.analysis import batch_rows, batch_values
 from ...cost_models.node_memory import memory_profile
 from ...cost_models.ops import NodeCost, price_once
+from ...cost_models.overlap import Overlap
 from ...cost_models.recompute import with_reruns
 from ...cost_models.stages import optimizer_seconds
 from .devices import class_links, device_classes, slowest_link, used_types
@@ -45,6 +46,8 @@ def state_problem(statement: Statement, num_microbatches: int) -> StageProblem:
     """The stage problem when the batch is split into `num_microbatches`."""
     figures = _figures(statement, num_microbatches)
     classes = device_classes(statement)
+    links = class_links(statement.cluster, classes)
+    whole = statement.network.cluster if statement.network else statement.cluster
     units = [
         _unit(statement, figures, index, num_microbatches) for index in range(len(statement.units))
     ]
@@ -60,12 +63,25 @@ def state_problem(statement: Statement, num_microbatches: int) -> StageProblem:
         flows=_flows(statement, figures, node_unit),
         shared=tuple(shared),
         classes=classes,
-        links=class_links(statement.cluster, classes),
+        links=links,
         sync_link=slowest_link(statement.cluster),
         num_microbatches=num_microbatches,
         schedule=statement.schedule,
         stage_pins=stage_pins(statement),
         class_pins=class_pins(statement, classes),
+        overlap=Overlap.of(whole),
+        held=_held(statement.cluster, links),
+    )
+
+
+def _held(cluster: Cluster, links: Iterable[Iterable[Link]]) -> Link:
+    """The share of messages for which either end is held up, over the best of `links`."""
+    share, every = Overlap.of(cluster).held, [link for row in links for link in row]
+    if not share:
+        return Link(0.0, math.inf)
+    return Link(
+        share * min(link.latency_seconds for link in every),
+        max(link.bytes_per_second for link in every) / share,
     )
 
 

@@ -11,7 +11,8 @@ For S stages, units v, edges u -> v, device classes c:
     o[f,s] >= x[u,s] - x[v,s]   value f of u leaves stage s for its consumer v       `_crossings`
     h[f,s,l]            it comes over a link l that is slower than the fastest one   `_slow_links`
     T[s], R[s], G[s]    compute, receive and return seconds, linear in w, r, k, h    `_times`
-    B >= T[s], R[s], G[s];  O >= optimizer seconds of every stage, with the least    `_times`
+    H[s]                seconds for which messages hold it up, linear in k, o        `_held_up`
+    B >= T[s] + H[s], R[s], G[s];  O >= optimizer seconds of every stage, with the least    `_times`
                         exposed part of its sums; with all that backward cannot hide
     static + in_flight saved + transient + messages <= memory                        `_memory`
     static + temporaries of the optimizer + messages <= memory                       `_memory`
@@ -33,8 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.ir.cluster import Link
-from ...cost_models.overlap import LEAST_EXPOSED
-from .objective import sync_seconds, transfer
+from .objective import held_seconds, sync_seconds, transfer
 from .problem import Assignment, Flow, Shared, StageProblem, Unit
 
 __all__ = ["StageProgramModel", "SolveOutcome", "build", "decode", "solve"]
@@ -269,7 +269,7 @@ class _Builder:
         for stage in self.stages:
             ways = [self._communication(stage, way) for way in (0, 1)]
             exposed.append(sum(ways))
-            for part in (compute[stage], *ways):
+            for part in (compute[stage] + self._held_up(stage), *ways):
                 self.model.add(bottleneck >= part)
         self.model.add(self.num_stages * bottleneck >= sum(compute))
         updates = self.model.new_int_var(0, self.horizon, "O")
@@ -290,9 +290,16 @@ class _Builder:
             terms.append((0 if math.isinf(seconds) else self.ticks(seconds)) * held.chosen)
         return sum(terms)
 
+    def _held_up(self, stage: int) -> Linear:
+        """What messages hold a stage up for."""
+        seconds = [held_seconds(self.problem, flow) for flow in self.problem.flows]
+        through = (*self.k[stage], *self.o[stage])
+        return sum(self.ticks(seconds[number]) * bit for number, bit in through if seconds[number])
+
     def _updates(self, stage: int) -> Linear:
+        share = self.problem.overlap.exposed
         return sum(
-            self.ticks(_update_seconds(held) + LEAST_EXPOSED * sum(self._sums(held))) * held.chosen
+            self.ticks(_update_seconds(held) + share * sum(self._sums(held))) * held.chosen
             for held in self.held[stage]
         )
 
@@ -305,13 +312,14 @@ class _Builder:
         """Optimizer and sums of gradients, less what those made once a step, or once a microbatch
         (`early`), may be hidden behind; of the others what is exposed at least."""
         total: Linear = 0
-        rounds = self.problem.num_microbatches if early else 1
+        overlap = self.problem.overlap
+        rounds = overlap.hidden * (self.problem.num_microbatches if early else 1)
         for held in self.held[stage]:
             hiding: tuple[float, ...] = ()
             if isinstance(held.item, Unit):
                 hiding = held.item.weight_seconds if stage else held.item.backward_seconds
             late, others = self._sums(held)[::-1] if early else self._sums(held)
-            ticks = self.ticks(_update_seconds(held) + late + LEAST_EXPOSED * others)
+            ticks = self.ticks(_update_seconds(held) + late + overlap.exposed * others)
             ticks -= self.ticks(rounds * hiding[held.kind]) + 1 if hiding else 0
             total += ticks * held.chosen
         return total

@@ -1,12 +1,14 @@
 """What a partition costs and needs: the one definition that search, bounds and tests share.
 
-    step = sum_s t_s + (m - 1) max(max_s t_s, max_s r_s, max_s g_s) + sum_s (r_s + g_s)
+    step = sum_s t_s + (m - 1) max(max_s (t_s + h_s), max_s r_s, max_s g_s) + sum_s (r_s + g_s)
            + max_s (o_s + e_s) + sync
 
 with t_s the forward plus backward seconds of one microbatch in stage s, r_s the seconds of
 receiving its boundary values, g_s those of returning their gradients (both links run at the same
 time as computation and as each other, so they only bound the steady state, but fill and drain
-expose them once), o_s the optimizer's seconds, e_s those of sums of gradients over the ranks of the
+expose them once), h_s what its messages, in and out, hold it up for where they hardly advance
+beside computation (threads of CPUs carry them; by the best link, a value that goes to several
+stages once), o_s the optimizer's seconds, e_s those of sums of gradients over the ranks of the
 stage that its last backward does not hide, and m times those that every backward makes and does not
 hide, and sync the reduction of tied gradients. This is the latency of 1F1B and GPipe without
 interleaving (Narayanan et al., PipeDream-2BW, 2021; Zheng et al., Alpa, 2022), with communication
@@ -25,6 +27,7 @@ from .problem import Assignment, Flow, Shared, StageProblem, Unit
 __all__ = [
     "StageFigures",
     "excess_bytes",
+    "held_seconds",
     "is_legal",
     "stage_figures",
     "step_seconds",
@@ -38,6 +41,7 @@ class StageFigures:
     """Cost and need of one stage; seconds are of one microbatch but for the optimizer's."""
 
     compute_seconds: float
+    held_seconds: float
     receive_seconds: float
     return_seconds: float
     optimizer_seconds: float
@@ -96,8 +100,10 @@ def _exposed_seconds(problem: StageProblem, assignment: Assignment, stage: int) 
             last += 0.0 if alone else own[0]
     once = [sums for sums, _ in summing.values()]
     each = [sums for _, sums in summing.values()]
-    exposed = exposed_seconds([*zip(computing, once, strict=True), (0.0, last)])
-    again = exposed_seconds(zip(computing, each, strict=True)) if any(each) else 0.0
+    exposed = exposed_seconds([*zip(computing, once, strict=True), (0.0, last)], problem.overlap)
+    again = 0.0
+    if any(each):
+        again = exposed_seconds(zip(computing, each, strict=True), problem.overlap)
     return exposed + problem.num_microbatches * again
 
 
@@ -119,6 +125,9 @@ def _figures(
     messages += sum(flow.outgoing_bytes(in_flight) for flow in outgoing)
     return StageFigures(
         compute_seconds=compute,
+        held_seconds=sum(
+            held_seconds(problem, flow) for flow in (*(flow for flow, _ in incoming), *outgoing)
+        ),
         receive_seconds=sum(
             transfer(problem.links[origin][own], flow.forward_bytes) for flow, origin in incoming
         ),
@@ -150,6 +159,12 @@ def transfer(link: Link, num_bytes: int) -> float:
     return link.seconds(num_bytes) if num_bytes else 0.0
 
 
+def held_seconds(problem: StageProblem, flow: Flow) -> float:
+    """What `flow`, with its gradient, holds a stage up for that it enters or leaves."""
+    ways = flow.forward_bytes, flow.gradient_bytes
+    return sum(transfer(problem.held, num_bytes) for num_bytes in ways)
+
+
 def sync_seconds(problem: StageProblem, shared: Shared, copies: int) -> float:
     """Ring all-reduce of a tied gradient over the `copies` stages that hold the parameter."""
     if copies < 2 or not shared.reduced_bytes:
@@ -162,7 +177,8 @@ def step_seconds(problem: StageProblem, assignment: Assignment) -> float:
     figures = stage_figures(problem, assignment)
     exposed = sum(item.receive_seconds + item.return_seconds for item in figures)
     bottleneck = max(
-        max(item.compute_seconds, item.receive_seconds, item.return_seconds) for item in figures
+        max(item.compute_seconds + item.held_seconds, item.receive_seconds, item.return_seconds)
+        for item in figures
     )
     sync = sum(
         sync_seconds(problem, shared, len({assignment.stages[user] for user in shared.users}))

@@ -8,11 +8,13 @@ bytes and the optimizer's seconds. Replicated nodes and parameters that several 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...compiler.ir.cluster import Link
+from ...cost_models.overlap import Overlap
 
 __all__ = [
     "Assignment",
@@ -120,6 +122,8 @@ class StageProblem:
         schedule: `1f1b`, `gpipe` or `forward`.
         stage_pins: (unit, stage) pairs.
         class_pins: (unit, class) pairs: the unit's stage runs on a device of that class.
+        overlap: how computation hides sums of gradients.
+        held: link of what a message holds either of its ends up for in the steady state.
     """
 
     units: tuple[Unit, ...]
@@ -132,6 +136,8 @@ class StageProblem:
     schedule: str
     stage_pins: tuple[tuple[int, int], ...] = ()
     class_pins: tuple[tuple[int, int], ...] = ()
+    overlap: Overlap = Overlap()
+    held: Link = Link(0.0, math.inf)
 
     @property
     def num_devices(self) -> int:

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, replace
 
 from ...compiler.ir.cluster import Link
-from ...cost_models.overlap import LEAST_EXPOSED
 from .downsets import DownSets, all_down_sets, outlook, search_chains
 from .ilp import SolveOutcome, build, solve
 from .objective import step_seconds
@@ -266,11 +265,13 @@ def _update_seconds(problem: StageProblem, num_stages: int) -> float:
     updates = [min(unit.optimizer_seconds, default=0.0) for unit in units]
     summed = [unit.sum_seconds for unit in units]
     early = [unit.early_seconds for unit in units]
-    least = [LEAST_EXPOSED * (a + count * b) for a, b in zip(summed, early, strict=True)]
+    share = problem.overlap.exposed
+    least = [share * (a + count * b) for a, b in zip(summed, early, strict=True)]
     ends = [a + b for a, b in zip(updates, least, strict=True)]
-    sums = any(summed) or any(early)
-    hiding = sum(max(unit.backward_seconds) for unit in units) if sums else 0.0
-    once, each = (max(sum(table) - hiding, LEAST_EXPOSED * sum(table)) for table in (summed, early))
+    hiding = 0.0
+    if any(summed) or any(early):
+        hiding = problem.overlap.hidden * sum(max(unit.backward_seconds) for unit in units)
+    once, each = (max(sum(table) - hiding, share * sum(table)) for table in (summed, early))
     late = sum(updates) + once + count * each
     return max(late / num_stages, max(ends))
 

@@ -1,7 +1,7 @@
 """Certificates hold where devices, links or memory are uneven: no plan is below the bound.
 
 Devices of two types under a pinned mesh, gathers that are far faster than sums, pipelines that are
-short of memory; every plan is enumerated.
+short of memory, transfers that computation hinders; every plan is enumerated.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .test_joint import EXACT
 
 MIXED = (1, 12, 28)
 SHORT = (4, 41)
+HINDERED = (0, 7, 23)
 MANY = 30
 FACTORS = (0.1, 0.3, 3.0, 10.0)
 SHARES = (0.3, 0.45, 0.6, 0.7, 0.8, 0.9)
@@ -91,6 +92,22 @@ def check_short(seed: int) -> None:
     assert holds(graph, machine, batch, options, plan.certificate)
 
 
+def check_hindered(seed: int) -> None:
+    draw, machine, graph, batch = drawn(seed, (2, 3))
+    kept, latency = draw.choice((0.02, 0.3, 0.9)), machine.links[0].link.latency_seconds
+    rule = replace(
+        machine.links[0],
+        progress_share=kept,
+        compute_share=draw.choice((0.0, 0.4, 1.0)),
+        skew_seconds=draw.choice((0.0, 1.0, 20.0)) * latency,
+        collectives=(("all_reduce", Link(draw.choice((1.0, 30.0)) * latency, 1e9)),),
+    )
+    machine = replace(machine, links=(rule,))
+    options = PlanOptions(recompute="none", offload="none")
+    plan = plan_graph(graph, machine, batch_size=batch, options=options)
+    assert holds(graph, machine, batch, options, plan.certificate)
+
+
 @pytest.mark.parametrize("seed", MIXED)
 def test_devices_of_two_types(seed: int) -> None:
     check_mixed(seed)
@@ -101,8 +118,13 @@ def test_pipelines_short_of_memory(seed: int) -> None:
     check_short(seed)
 
 
+@pytest.mark.parametrize("seed", HINDERED)
+def test_transfers_that_computation_hinders(seed: int) -> None:
+    check_hindered(seed)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [check_mixed, check_short])
+@pytest.mark.parametrize("check", [check_mixed, check_short, check_hindered])
 def test_many_graphs(check: object) -> None:
     assert callable(check)
     for seed in range(MANY):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from cutset.compiler.ir.cluster import Link
+from cutset.cost_models.overlap import Overlap
 from cutset.passes.partition.objective import is_legal, step_seconds
 from cutset.passes.partition.problem import (
     Assignment,
@@ -126,6 +127,8 @@ def problems(draw: st.DrawFn) -> StageProblem:
         slow,
         draw(st.integers(1, 6)),
         draw(st.sampled_from(("1f1b", "gpipe", "forward"))),
+        overlap=draw(st.sampled_from((Overlap(), Overlap(0.25, 0.5), Overlap(0.0)))),
+        held=draw(st.sampled_from((Link(0.0, math.inf), Link(0.5, 4.0)))),
     )
 
 

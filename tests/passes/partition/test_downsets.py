@@ -49,6 +49,7 @@ def test_tables_agree_with_the_figures_of_stages(problem: StageProblem) -> None:
             for stage, (first, last) in enumerate(((0, middle), (middle, table.size - 1))):
                 own = figures[stage]
                 assert math.isclose(table.compute[entry.type][first, last], own.compute_seconds)
+                assert math.isclose(table.held[first, last], own.held_seconds)
                 assert math.isclose(table.transfers(0, link)[first, last], own.receive_seconds)
                 assert math.isclose(table.transfers(1, link)[first, last], own.return_seconds)
                 in_flight = problem.in_flight(2, stage)
