@@ -24,7 +24,7 @@ from .batch import batch_size, signature_of, take_rows
 from .batch import contiguous as contiguous_call
 from .block_times import ProfileOptions
 from .collector import collector_paused
-from .compare import STRATEGIES, StrategyFigures, compare
+from .compare import STRATEGIES, StrategyFigures, check_strategies, compare
 from .constraints import layout_pins, stage_pins, together_groups
 from .ir.cluster import Cluster
 from .ir.errors import PlanFormatError, UsageError
@@ -230,6 +230,7 @@ def compare_strategies(
     Raises:
         See `plan_model`; UsageError for an unknown strategy.
     """
+    check_strategies(strategies)
     planned = plan_model(model, devices, **planning)
     plan = planned.plan
     pinned = ("num_microbatches", "schedule", "recompute")

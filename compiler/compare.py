@@ -23,7 +23,14 @@ from .ir.plan import DATA, PIPELINE, TENSOR, Plan
 from .planning import Planning
 from .words import bytes_text, seconds_text
 
-__all__ = ["STRATEGIES", "StrategyFigures", "compare", "render_comparison"]
+__all__ = [
+    "STRATEGIES",
+    "StrategyFigures",
+    "check_strategies",
+    "compare",
+    "render_comparison",
+    "strategies_named",
+]
 
 CHOSEN = "chosen"
 STRATEGIES = ("ddp", "fsdp", "tp", "pp")
@@ -56,6 +63,34 @@ class StrategyFigures:
     note: str = ""
 
 
+def strategies_named(text: str) -> tuple[str, ...]:
+    """The strategies of a list with commas.
+
+    Raises:
+        UsageError: it names none, or one that there is not.
+    """
+    names = tuple(name for part in text.split(",") if (name := part.strip()))
+    if not names:
+        raise UsageError(
+            f"{text!r} names no strategy",
+            where="compare",
+            ways_out=(f"some of: {', '.join(STRATEGIES)}, with commas between",),
+        )
+    check_strategies(names)
+    return names
+
+
+def check_strategies(names: Iterable[str]) -> None:
+    """Raises UsageError where one of `names` is no strategy."""
+    for name in names:
+        if name not in _PINNED:
+            raise UsageError(
+                f"there is no strategy called {name!r}",
+                where="compare",
+                ways_out=(f"one of: {', '.join(STRATEGIES)}",),
+            )
+
+
 def compare(
     planning: Planning, chosen: Plan, options: PlanOptions, names: Iterable[str] = STRATEGIES
 ) -> tuple[StrategyFigures, ...]:
@@ -67,14 +102,10 @@ def compare(
     Raises:
         UsageError: there is no such strategy.
     """
+    names = tuple(names)
+    check_strategies(names)
     rows = [_figures(CHOSEN, chosen, planning.cluster)]
     for name in names:
-        if name not in _PINNED:
-            raise UsageError(
-                f"there is no strategy called {name!r}",
-                where="compare",
-                ways_out=(f"one of: {', '.join(STRATEGIES)}",),
-            )
         axis, level = _PINNED[name]
         mesh = Mesh((MeshAxis(axis, len(planning.cluster.devices)),))
         pinned = replace(

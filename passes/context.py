@@ -13,9 +13,20 @@ from ..compiler.ir.plan import Objective, OptimizerModel, Plan
 from ..cost_models.collectives import Network
 from ..cost_models.parameters import ParameterFigures
 
-__all__ = ["Context", "LayoutPin", "Measured", "Pass", "PlanOptions", "silent"]
+__all__ = [
+    "RECOMPUTES",
+    "SCHEDULES",
+    "Context",
+    "LayoutPin",
+    "Measured",
+    "Pass",
+    "PlanOptions",
+    "silent",
+]
 
 ADAMW = OptimizerModel("adamw", 2.0)
+SCHEDULES = ("1f1b", "gpipe")  # of training
+RECOMPUTES = ("auto", "none", "full", "selective")
 
 
 def silent(message: str) -> None:

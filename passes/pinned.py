@@ -7,7 +7,7 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Mode
 from ..compiler.ir.mesh import Mesh, Replicate
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR
-from .context import PlanOptions
+from .context import RECOMPUTES, SCHEDULES, PlanOptions
 from .offload import OFFLOADS, have_hosts
 
 __all__ = ["check_pinned", "mesh_is_open", "updates_elementwise"]
@@ -34,12 +34,23 @@ def mesh_is_open(cluster: Cluster, options: PlanOptions) -> bool:
 
 def check_pinned(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
     """Raises UsageError where `options` contradict each other, the cluster or the optimizer."""
+    _check_names(mode, options)
     if options.mesh is not None:
         _check_mesh(cluster, mode, options, options.mesh)
     _check_layout_pins(cluster, options)
     if options.zero:
         _check_zero(cluster, mode, options, options.zero)
     _check_offload(cluster, mode, options)
+
+
+def _check_names(mode: Mode, options: PlanOptions) -> None:
+    known = SCHEDULES if mode is Mode.TRAIN else (*SCHEDULES, "forward")
+    if options.schedule not in (None, *known):
+        cause = f"no schedule of mode {mode.value!r} is called {options.schedule!r}"
+        raise _refused("schedule", cause, f"one of: {', '.join(known)}")
+    if options.recompute not in RECOMPUTES:
+        cause = f"there is no way to recompute called {options.recompute!r}"
+        raise _refused("recompute", cause, f"one of: {', '.join(RECOMPUTES)}")
 
 
 def _check_mesh(cluster: Cluster, mode: Mode, options: PlanOptions, mesh: Mesh) -> None:

@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Graph, Mode
 from ..compiler.ir.plan import Plan
-from .context import Context
+from .context import RECOMPUTES, Context
 from .segments import full_recompute, selective_recompute
 
 __all__ = ["ChooseRecompute", "choose_recompute"]
-
-_WAYS = ("auto", "none", "full", "selective")
 
 
 def choose_recompute(graph: Graph, how: str) -> tuple[int, ...]:
@@ -26,11 +24,11 @@ def choose_recompute(graph: Graph, how: str) -> tuple[int, ...]:
     Raises:
         UsageError: there is no such way.
     """
-    if how not in _WAYS:
+    if how not in RECOMPUTES:
         raise UsageError(
             f"there is no way to recompute called {how!r}",
             where="recompute",
-            ways_out=(f"one of: {', '.join(_WAYS)}",),
+            ways_out=(f"one of: {', '.join(RECOMPUTES)}",),
         )
     if how in ("auto", "none") or graph.mode is not Mode.TRAIN:
         return ()

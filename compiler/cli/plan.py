@@ -73,7 +73,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--microbatches", type=positive_int, metavar="M", help="default: chosen by the planner"
     )
-    parser.add_argument("--schedule", metavar="NAME", help="1f1b or gpipe (default: chosen)")
+    parser.add_argument("--schedule", choices=("1f1b", "gpipe"), help="default: 1f1b")
     parser.add_argument(
         "--stages", type=positive_int, metavar="S", help="default: chosen by the planner"
     )
@@ -136,7 +136,7 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace, console: Console) -> None:
     from ..api import compare_strategies, optimizer_model_of
-    from ..compare import render_comparison
+    from ..compare import render_comparison, strategies_named
     from ..explain import explain, explain_json
     from ..files import check_target
     from ..plan_json import save_plan
@@ -144,6 +144,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
 
     if options.output is not None:
         check_target(options.output, "plan")
+    strategies = () if options.compare is None else strategies_named(options.compare)
     console.progress(f"load {options.model}")
     loaded = load_model(options.model, seed=options.seed, dtype=options.dtype)
     factory = choose_optimizer(loaded, options.optimizer, options.lr)
@@ -155,14 +156,14 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         example_inputs=loaded.args,
         example_kwargs=loaded.kwargs,
         loss_fn=loaded.loss_fn,
-        strategies=tuple(filter(None, (options.compare or "").split(","))),
+        strategies=strategies,
         optimizer_model=optimizer_model_of(factory, loaded.model),
         progress=console.progress,
         **planning_arguments(options),
     )
     known = (planned.plan, planned.captured.graph, planned.programs)
     data, text = explain_json(*known), explain(*known)
-    if options.compare:
+    if strategies:
         data["comparison"] = [asdict(row) for row in comparison]
         text = f"{text}\n{render_comparison(comparison)}\n"
     if options.output is not None:

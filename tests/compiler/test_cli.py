@@ -80,6 +80,7 @@ def test_every_verb_has_help_with_examples(
         ["run", "m.py:f", "--plan", "p", "--steps", "0"],
         ["run", "m.py:f", "--plan", "p", "--lr", "nan"],
         ["plan", "m.py:f", "--devices", "2", "--dtype", "float8"],
+        ["plan", "m.py:f", "--devices", "2", "--schedule", "foo"],
         ["export", "p", "--model", "m.py:f"],
     ],
 )

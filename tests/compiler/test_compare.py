@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cutset.compiler.compare import STRATEGIES, StrategyFigures, compare, render_comparison
+from cutset.compiler.api import compare_strategies
+from cutset.compiler.compare import (
+    STRATEGIES,
+    StrategyFigures,
+    compare,
+    render_comparison,
+    strategies_named,
+)
 from cutset.compiler.ir.cluster import Cluster, Link, LinkRule
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.graph import Mode
@@ -109,6 +116,16 @@ def test_a_strategy_that_is_not_known_is_named() -> None:
     plan = planning.search(PlanOptions())[1]
     with pytest.raises(UsageError, match="no strategy called 'magic'"):
         compare(planning, plan, PlanOptions(), ("magic",))
+
+
+def test_strategies_are_read_before_anything_is_planned() -> None:
+    assert strategies_named(" ddp,tp,") == ("ddp", "tp")
+    for text in ("", ",", " , "):
+        with pytest.raises(UsageError, match="names no strategy") as caught:
+            strategies_named(text)
+        assert "ddp, fsdp, tp, pp" in caught.value.ways_out[0]
+    with pytest.raises(UsageError, match="no strategy called 'magic'"):
+        compare_strategies(nn.Linear(1, 1), "no such cluster", strategies=("ddp", "magic"))
 
 
 def test_the_table_says_what_does_not_fit() -> None:

@@ -35,6 +35,9 @@ def _options(mesh: str | None = None, **options: object) -> PlanOptions:
         (_options("tensor=4", zero=1), "mesh tensor=4 has none", "add data=2"),
         (_options("data=4", zero=1, optimizer=LBFGS), "ZeRO-1 updates parts", "AdamW"),
         (_options(zero=2, num_stages=2), "num_stages = 2 leaves one device", "pin the mesh"),
+        (_options(schedule="foo"), "no schedule of mode 'train' is called 'foo'", "1f1b, gpipe"),
+        (_options(schedule="forward"), "no schedule of mode 'train'", "1f1b, gpipe"),
+        (_options(recompute="some"), "no way to recompute called 'some'", "selective"),
         (_options(zero=2, pins=(("0", 1),)), "pinning stages leaves one device", "pin the mesh"),
     ],
 )
