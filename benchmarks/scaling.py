@@ -7,8 +7,10 @@ hits them alike; medians are compared. Every plan must train to the same losses.
 The simulator plays the programs at the planner's seconds of each stage.
 
 The machine needs a free core for each worker: on fewer, the measured speed-up says nothing.
+Predictions are those of typical cores, or of a cluster file, as `cutset calibrate` writes one; and
+with `--profile blocks` of times of the plan's own blocks.
 
-    python benchmarks/scaling.py --steps 15
+    python benchmarks/scaling.py [--steps 15] [--cluster cluster.toml] [--profile blocks]
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from _transformer import Shape, Transformer, make_batch, token_loss
 
 from cutset.compiler.api import auto_partition, plan_model
 from cutset.compiler.parallel import Parallel
-from cutset.cost_models import simulate
+from cutset.cost_models import parse_devices, simulate
 from cutset.runtime.launcher import launch_local
 
 WORKERS = 2
@@ -60,7 +62,7 @@ def main() -> None:
     shape = Shape(num_layers=options.layers, width=options.width, length=64)
     load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
-        runs = {title: _start(title, shape, stack) for title in MESHES}
+        runs = {title: _start(title, shape, options, stack) for title in MESHES}
         _measure(runs, shape, options.steps)
     rows = [_row(title, run, runs[BASE]) for title, run in runs.items()]
     print(_table(rows))
@@ -83,18 +85,30 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=11, help="measured steps of each plan")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--cluster", default=f"cpu:{WORKERS}", help="devices or a cluster file")
+    parser.add_argument("--profile", choices=("off", "blocks"), default="off")
     parser.add_argument("--json", type=Path, default=Path("out/scaling.json"))
     return parser.parse_args()
 
 
-def _start(title: str, shape: Shape, stack: contextlib.ExitStack) -> Run:
+def _start(
+    title: str, shape: Shape, options: argparse.Namespace, stack: contextlib.ExitStack
+) -> Run:
     """Plan for the devices and mesh of `title`, and start workers, which `stack` will end."""
     devices, mesh = MESHES[title]
     batch = make_batch(shape)
     torch.manual_seed(0)
     model = Transformer(shape)
-    cluster = f"cpu:{devices}"
-    planned = plan_model(model, cluster, example_inputs=batch, loss_fn=token_loss, mesh=mesh)
+    whole = parse_devices(options.cluster)
+    cluster = replace(whole, devices=whole.devices[:devices])
+    planned = plan_model(
+        model,
+        cluster,
+        example_inputs=batch,
+        loss_fn=token_loss,
+        mesh=mesh,
+        profile=options.profile,
+    )
     session = launch_local(len(planned.programs), threads_per_rank=1)
     stack.callback(session.close)
     parallel = auto_partition(
