@@ -36,6 +36,8 @@ _MOST_VARIABLES = 60_000  # of a program on single operators
 _MOST_INTERVALS = 6_000  # of a schedule on single operators
 _GROUPS = (24, 60, 150)  # units of coarse problems
 _ORDERS, _FEW = 40, 5  # topological orders
+_MANY_PLACES = 1000  # units x machines beyond which moves find more than CP-SAT for some time
+_MOVES_SHARE, _MOVES_SHARE_OF_LARGE = 0.25, 0.5  # of the time, until which operators are moved
 _FEW_PLACES = 200  # units x machines up to which one thread is enough, and repeats itself
 _WORKERS = 4  # strategies of CP-SAT that race; more of them only share two cores
 _WORTH_BUILDING = 4.0  # times what building the last program took must be left for the next
@@ -89,7 +91,7 @@ def place_latency(
 def _first_placements(
     problem: LatencyProblem, units: PlacementProblem, best: LatencyIncumbent
 ) -> None:
-    """Offer what heuristics find in a quarter of the time, and one placement whatever it takes."""
+    """Offer what heuristics find in part of the time, and one placement whatever it takes."""
     if not best.contiguous:
         device_of = earliest_finish(problem)
         if device_of is not None:
@@ -144,12 +146,13 @@ def _move_operators(
 ) -> None:
     """Local search on operators, of which only colours stay together where pieces are free."""
     assert best.placement is not None
+    large = problem.num_units * len(problem.machines) > _MANY_PLACES
     improve_by_moves(
         problem,
         units.members if best.contiguous else problem.workload.colours,
         best.placement,
         contiguous=best.contiguous,
-        seconds=best.left(0.25),
+        seconds=best.left(_MOVES_SHARE_OF_LARGE if large else _MOVES_SHARE),
         seed=_SEED,
         found=partial(_offer, problem, order=None, best=best, method="local search"),
     )
@@ -196,7 +199,7 @@ def _search(problem: LatencyProblem, units: PlacementProblem, best: LatencyIncum
         return
     if not best.contiguous and problem.num_units * len(problem.machines) <= _MOST_INTERVALS:
         # one piece a machine is a good start, and quickly found
-        _solve(problem, best, best.left(0.35), pieces=True)
+        _solve(problem, best, best.left(_SEARCH) / 7, pieces=True)
         if not best.done:
             _solve(problem, best, best.left(_SEARCH), pieces=False)
         return
