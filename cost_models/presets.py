@@ -1,7 +1,7 @@
 """Clusters that a user can name without measuring: presets, local clusters, `--devices` values.
 
 Rates of accelerators are *sustained* ones, a share of the peak in their data sheets, and the memory
-leaves 4 to 7 GiB for the driver's context, libraries and the allocator's segments:
+leaves 4 to 6 GiB for the driver's context, libraries and the allocator's segments:
 
 * a100: NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s bf16, 19.5 TFLOP/s f32, 19.5 f64 on tensor
   cores, 2.04 TB/s; NVLink 600 GB/s both ways. Taken: 77 %, 87 %, 77 %, 78 %; 77 % of one way.
@@ -15,6 +15,13 @@ leaves 4 to 7 GiB for the driver's context, libraries and the allocator's segmen
 * cpu-core: one core of a recent x86 server (AVX-512, about 160 GFLOP/s f32) running torch
   with one thread, of which 56 %; gloo over loopback between workers, measured on such a machine.
 * cpu-host: two sockets of that kind; 100 Gb/s Ethernet between hosts, of which 88 %.
+* Threads of CPUs: what `cutset calibrate` found on two virtual cores with a worker each (seven
+  runs) and for four workers of one thread on a shared host of 16 cores (one). An instruction takes
+  17 to 33 us: taken 20. A message keeps a thread busy at either end, so half as many as workers go
+  at full speed (0.8 to 1.4 of two, 2.6 of four). They take 0.1 of a core from what is computed
+  (12 % on the host; on two cores the figure says little, 0 to 90 %), keep 0.2 of their speed beside
+  it (2 to 39 %, on two), and the last worker comes to a collective 500 us late (620 to 930, on two,
+  not all quiet). Between hosts none of this was measured, and nothing of it is taken.
 * `tpu-like` and `npu-like` are shapes of machine to plan for, not products: of the order of what is
   published of TPU v5p and Ascend 910B.
 
@@ -111,6 +118,7 @@ _TYPES: tuple[DeviceType, ...] = (
         10 * GIGA,
         (("f32", 90 * GIGA), ("f64", 45 * GIGA), ("bf16", 50 * GIGA), ("f16", 80 * GIGA)),
         6 * MICROSECOND,
+        instruction_seconds=20 * MICROSECOND,
     ),
     DeviceType(
         "cpu-host",
@@ -119,6 +127,7 @@ _TYPES: tuple[DeviceType, ...] = (
         300 * GIGA,
         (("f32", 3 * TERA), ("f64", 1.5 * TERA), ("bf16", 6 * TERA)),
         10 * MICROSECOND,
+        instruction_seconds=20 * MICROSECOND,
     ),
 )
 
@@ -220,8 +229,23 @@ def make_cluster(
             ways_out=("give counts of at least 1",),
         )
     devices = tuple(Device(index, kind, f"node{index // per_node}") for index in range(count))
-    links = (LinkRule(machine[2], same_node=True), LinkRule(machine[3], same_node=False))
+    inside = _inside(kind, machine[2], min(count, per_node))
+    links = (replace(inside, same_node=True), LinkRule(machine[3], same_node=False))
     return Cluster(name or f"{kind}x{count}", (entry,), devices, links)
+
+
+def _inside(kind: str, link: Link, workers: int) -> LinkRule:
+    """The rule for `workers` devices of `kind` in one node; those of `cpu-core` have no threads but
+    the ones that compute to carry messages."""
+    if kind != "cpu-core":
+        return LinkRule(link)
+    return LinkRule(
+        link,
+        streams=max(1.0, workers / 2),
+        compute_share=0.1,
+        progress_share=0.2,
+        skew_seconds=500 * MICROSECOND,
+    )
 
 
 def _mixed_node() -> Cluster:
@@ -326,7 +350,8 @@ def _local(backend: str, count: int, entry: DeviceType) -> Cluster:
         )
     devices = tuple(Device(index, entry.name, "localhost") for index in range(count))
     inner = next(machine[2] for machine in _MACHINES if machine[0] == entry.name)
-    return Cluster(f"local-{backend}x{count}", (entry,), devices, (LinkRule(inner),), local=True)
+    rule = _inside(entry.name, inner, count)
+    return Cluster(f"local-{backend}x{count}", (entry,), devices, (rule,), local=True)
 
 
 def parse_devices(

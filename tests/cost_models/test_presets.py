@@ -53,6 +53,28 @@ def test_local_workers(spec: object) -> None:
     assert {cluster.type_of(index).backend for index in range(3)} == {"cpu"}
 
 
+@pytest.mark.parametrize(
+    ("workers", "streams"),
+    [(1, 1.0), (2, 1.0), (4, 2.0)],
+)
+def test_workers_of_one_core_share_it_with_their_messages(workers: int, streams: float) -> None:
+    for cluster in (
+        local_cpu_cluster(workers),
+        make_cluster("cpu-core", 2 * workers, devices_per_node=workers),
+    ):
+        inside = next(rule for rule in cluster.links if rule.same_node is not False)
+        assert inside.streams == streams
+        assert 0.0 < inside.compute_share < 1.0 and 0.0 < inside.progress_share < 1.0
+        assert inside.skew_seconds > 0.0
+        assert cluster.types[0].instruction_seconds > 0.0
+
+
+def test_threads_that_carry_messages_have_cores_of_their_own_on_hosts() -> None:
+    assert {rule.progress_share for rule in preset("cpu-hosts").links} == {1.0}
+    assert preset("cpu-hosts").types[0].instruction_seconds > 0.0
+    assert preset("h100-node").types[0].instruction_seconds == 0.0
+
+
 def test_memory_limit_applies_to_every_way_of_naming_devices() -> None:
     for spec in (2, "h100:2", "a100-node", local_cpu_cluster(2)):
         cluster = parse_devices(spec, memory_limit_bytes=1 << 20)
