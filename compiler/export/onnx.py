@@ -22,6 +22,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
+from ..files import set_aside, write_whole
 from ..ir.errors import PlanFormatError
 from ..ir.graph import Attribute, Graph, Node, Operand, Value, ValueKind
 from ..ir.ops import resolve
@@ -62,24 +63,29 @@ def to_onnx(
     plan_hash: str = "",
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write `build_onnx(...)` to `path`, after validating it.
+    """Write `build_onnx(...)` to `path`, whole or not at all, after validating it.
 
     Contents above 1 GiB go to a file beside it, `<path>.data`.
 
     Raises:
         PlanFormatError: the plan has no stages or is not of this graph.
+        UsageError: a file cannot be written.
     """
     model = build_onnx(plan, graph, plan_hash=plan_hash, tensors=tensors)
     onnx.checker.check_model(model)
     validate_onnx(model)
     target = Path(path)
     weight_bytes = sum(len(item.raw_data) for item in model.graph.initializer)
-    onnx.save_model(
-        model,
-        str(target),
-        save_as_external_data=weight_bytes > _EXTERNAL_DATA_BYTES,
-        location=f"{target.name}.data",
-    )
+    if weight_bytes <= _EXTERNAL_DATA_BYTES:
+        write_whole(target, model.SerializeToString(), "ONNX")
+        return
+    with set_aside(target, "ONNX") as folder:
+        onnx.save_model(
+            model,
+            str(folder / target.name),
+            save_as_external_data=True,
+            location=f"{target.name}.data",
+        )
 
 
 def build_onnx(
