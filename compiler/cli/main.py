@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(json_wanted=options.json)
     try:
         # A model that prints must not spoil the JSON on stdout.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), console.catching_warnings():
             options.command.run(options, console)
     except KeyboardInterrupt:
         console.note("interrupted")

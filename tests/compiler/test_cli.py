@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from cutset.compiler.cli.model_loader import choose_optimizer, load_model
 from cutset.compiler.ir.errors import UsageError
 
 FACTORIES = """
+import warnings
+
 import torch
 from torch import nn
 
@@ -42,6 +46,12 @@ def fails():
     raise RuntimeError("no such weights")
 
 def wrong():
+    return 7
+
+def warns():
+    for text in ("it is old", "it is slow", "it is old"):
+        warnings.warn(text)
+    warnings.warn("it is old", FutureWarning)
     return 7
 
 def unknown_key():
@@ -208,3 +218,53 @@ def test_an_error_is_one_message_and_with_json_an_object(
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "UsageError"
     assert main([*arguments, "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_warnings_of_python_are_said_once_as_the_commands_own(
+    factories: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = warnings.showwarning
+    assert main(["plan", f"{factories}:warns", "--devices", "2", "--json"]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "it is" in line]
+    assert lines == ["cutset: warning: it is old", "cutset: warning: it is slow"]
+    assert "Warning" not in captured.err
+    assert set(json.loads(captured.out)) == {"error"}
+    assert warnings.showwarning is shown
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["clear", "--json"]])
+def test_a_result_that_cannot_be_written_is_one_error(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cutset", "profile", *arguments]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        )  # fmt: skip
+    assert ended.returncode == 2
+    told = "cutset: the result cannot be written: No space left on device\n  at: standard output\n"
+    assert ended.stderr.startswith(told) and ended.stderr.count("cutset") == 1
+    assert "Traceback" not in ended.stderr and "ignored" not in ended.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "2>/dev/full", "</dev/null >&- 2>&-"])
+def test_a_process_without_streams_still_ends_well(closed: str, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m cutset profile list {closed}"],
+        capture_output=True, timeout=60, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert ended.returncode == 0
+    assert ended.stderr == b""
+
+
+def test_a_reader_that_stops_early_ends_the_command_in_silence(tmp_path: Path) -> None:
+    for arguments in ("profile list", "profile list --json"):
+        reading, writing = os.pipe()
+        os.close(reading)
+        ended = subprocess.run(
+            [sys.executable, "-m", "cutset", *arguments.split()],
+            stdout=writing, stderr=subprocess.PIPE, timeout=60,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        )  # fmt: skip
+        os.close(writing)
+        assert (ended.returncode, ended.stderr) == (1, b""), arguments
