@@ -24,7 +24,7 @@ class Console:
 
     Args:
         json_wanted: results are one JSON value instead of text.
-        out, err: streams; those of the process when the console was made, or nowhere if it has none.
+        out, err: streams; by default those of the process now, or nowhere if it has none.
         quiet: write nothing but errors to stderr (a rank of a torchrun job, other than the first).
     """
 
