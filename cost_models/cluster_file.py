@@ -84,10 +84,11 @@ from .cluster_fields import (
 from .cluster_measured import check_dtype, collective_links, curves, link_of, op_costs
 from .cluster_text import render_cluster
 
-__all__ = ["parse_cluster", "read_cluster", "write_cluster"]
+__all__ = ["MOST_DEVICES", "parse_cluster", "read_cluster", "write_cluster"]
 
 _BACKENDS = ("cpu", "cuda", "tpu", "npu")
-_MOST_DEVICES = 1 << 16
+MOST_DEVICES = 1 << 16
+"""What a cluster may have, however it is named."""
 
 
 def read_cluster(path: str | Path) -> Cluster:
@@ -310,11 +311,11 @@ def _devices(
             where=source.where("devices", "count", str(count)),
             ways_out=("give a whole number of at least 1",),
         )
-    if before + count > _MOST_DEVICES:
+    if before + count > MOST_DEVICES:
         raise ClusterError(
             f"a cluster of {before + count} devices is too large",
             where=source.where("devices", "count", str(count)),
-            ways_out=(f"give at most {_MOST_DEVICES} devices in all",),
+            ways_out=(f"give at most {MOST_DEVICES} devices in all",),
         )
     return kind, node, count
 

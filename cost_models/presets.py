@@ -41,7 +41,7 @@ import torch
 
 from ..compiler.ir.cluster import Cluster, Device, DeviceType, Host, Link, LinkRule
 from ..compiler.ir.errors import ClusterError
-from .cluster_file import read_cluster
+from .cluster_file import MOST_DEVICES, read_cluster
 
 __all__ = [
     "device_type",
@@ -223,15 +223,22 @@ def make_cluster(
     entry = device_type(kind)
     machine = next(machine for machine in _MACHINES if machine[0] == kind)
     per_node = machine[1] if devices_per_node is None else devices_per_node
-    if count < 1 or per_node < 1:
+    if per_node < 1:
         raise ClusterError(
-            f"a cluster of {count} devices, {per_node} in a node, is not possible",
-            ways_out=("give counts of at least 1",),
+            f"a node of {per_node} devices is not possible", ways_out=("give at least 1",)
         )
+    _check_count(count)
     devices = tuple(Device(index, kind, f"node{index // per_node}") for index in range(count))
     inside = _inside(kind, machine[2], min(count, per_node))
     links = (replace(inside, same_node=True), LinkRule(machine[3], same_node=False))
     return Cluster(name or f"{kind}x{count}", (entry,), devices, links)
+
+
+def _check_count(count: int) -> None:
+    if not 1 <= count <= MOST_DEVICES:
+        raise ClusterError(
+            f"{count} devices is not possible", ways_out=(f"give a count of 1 to {MOST_DEVICES}",)
+        )
 
 
 def _inside(kind: str, link: Link, workers: int) -> LinkRule:
@@ -339,10 +346,7 @@ def _with_memory(entry: DeviceType, limit: int | None) -> DeviceType:
 
 
 def _local(backend: str, count: int, entry: DeviceType) -> Cluster:
-    if count < 1:
-        raise ClusterError(
-            f"{count} devices is not possible", ways_out=("give a count of at least 1",)
-        )
+    _check_count(count)
     if entry.memory_bytes < 1:
         raise ClusterError(
             f"a memory limit of {entry.memory_bytes} bytes is not possible",
@@ -395,7 +399,7 @@ def limit_memory(cluster: Cluster, memory_limit_bytes: int | None) -> Cluster:
 
 
 def _parse_text(spec: str, limit: int | None) -> Cluster:
-    if spec.isdigit():
+    if re.fullmatch(r"[+-]?\d{1,18}", spec):
         return local_cluster(int(spec), limit)
     if spec.lower().endswith((".toml", ".json")) or os.sep in spec or os.path.isfile(spec):
         return limit_memory(read_cluster(spec), limit)
@@ -404,7 +408,7 @@ def _parse_text(spec: str, limit: int | None) -> Cluster:
     kind, colon, count = spec.partition(":")
     if not colon:
         return limit_memory(preset(spec), limit)
-    if re.fullmatch(r"[1-9]\d*", count) is None:
+    if re.fullmatch(r"[1-9]\d{0,17}", count) is None:
         raise ClusterError(
             f"{count!r} in devices = {spec!r} is not a number of devices",
             ways_out=(f"write for example {kind}:4",),
@@ -421,12 +425,13 @@ def _parse_mixed(spec: str, limit: int | None) -> Cluster:
     """`cuda:1+cpu:2`: devices of this machine in the order of ranks."""
     kinds: list[str] = []
     for part in spec.split("+"):
-        match = re.fullmatch(r"(cuda|cpu):([1-9]\d*)", part)
+        match = re.fullmatch(r"(cuda|cpu):([1-9]\d{0,17})", part)
         if match is None:
             raise ClusterError(
                 f"{part!r} in devices = {spec!r} names no devices of this machine",
                 ways_out=("write for example cuda:1+cpu:2", "describe a cluster in a file"),
             )
+        _check_count(len(kinds) + int(match[2]))
         kinds += [match[1]] * int(match[2])
     if len(set(kinds)) == 1:
         return _parse_text(f"{kinds[0]}:{len(kinds)}", limit)

@@ -152,7 +152,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         loaded = for_inference(loaded)
     planned, comparison = compare_strategies(
         loaded.model,
-        int(options.devices) if options.devices.isdigit() else options.devices,
+        options.devices,
         example_inputs=loaded.args,
         example_kwargs=loaded.kwargs,
         loss_fn=loaded.loss_fn,

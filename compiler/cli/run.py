@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..ir.errors import UsageError
+from ..words import bytes_text
 from .command import (
     Command,
     add_model_arguments,
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from .model_loader import LoadedModel
 
 __all__ = ["COMMAND"]
-
-_MIB = 1 << 20
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -259,7 +258,7 @@ def _as_text(measured: MeasuredRun, reference: ReferenceRun | None, predicted: f
         + (f", {reference.step_seconds:.4g} unpartitioned" if reference else ""),
         "peak memory: "
         + ", ".join(
-            f"rank {rank} {peak / _MIB:.1f} MiB"
+            f"rank {rank} {bytes_text(peak)}"
             for rank, peak in enumerate(measured.peak_memory_bytes)
         ),
     ]

@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..ir.errors import UsageError
+from ..words import bytes_text
 from .console import Console
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run_inference"]
 
-_MIB = 1 << 20
 _TRAINING = ("save_checkpoint", "clip_grad_norm", "optimizer", "lr")
 
 
@@ -111,9 +111,9 @@ def _text(
     ]
     predicted = {load.device: load.total_seconds for load in loads}
     for rank, busy in enumerate(measured.busy_seconds):
-        peak = measured.peak_memory_bytes[rank] / _MIB
+        peak = bytes_text(measured.peak_memory_bytes[rank])
         told = f", {predicted[rank]:.4g} predicted" if rank in predicted else ""
-        lines.append(f"rank {rank}: busy {busy:.4g} s a microbatch{told}; peak {peak:.1f} MiB")
+        lines.append(f"rank {rank}: busy {busy:.4g} s a microbatch{told}; peak {peak}")
     if "max_relative_error" in data:
         error, worst = data["max_relative_error"], data["worst"]
         assert isinstance(error, dict) and isinstance(worst, dict)

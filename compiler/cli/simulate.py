@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..words import bytes_text
 from .command import Command, add_model_arguments
 from .console import Console
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from ..ir.plan import MemoryPrediction, Plan
 
 __all__ = ["COMMAND"]
-
-_MIB = 1 << 20
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -112,11 +111,11 @@ def _figures(simulation: Simulation, data: dict[str, Any], peaks: list[str]) -> 
     ]
     lines.extend(_seconds_table(simulation))
     lines += peaks or [
-        f"rank {rank}: peak memory {peak / _MIB:.1f} MiB"
+        f"rank {rank}: peak memory {bytes_text(peak)}"
         for rank, peak in enumerate(data["peak_memory_bytes"])
     ]
     lines.extend(
-        f"link {link['source']} -> {link['target']}: {link['num_bytes'] / _MIB:.2f} MiB a step"
+        f"link {link['source']} -> {link['target']}: {bytes_text(round(link['num_bytes']))} a step"
         for link in data["link_bytes"]
     )
     if not data["counts_communication"]:

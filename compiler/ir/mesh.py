@@ -25,6 +25,8 @@ __all__ = [
     "local_type",
 ]
 
+_MOST_DIGITS = 18  # of a number that anybody means
+
 
 @dataclass(frozen=True, slots=True)
 class MeshAxis:
@@ -54,7 +56,7 @@ class Mesh:
         axes = []
         for item in filter(None, text.split(",")):
             name, equals, size = item.partition("=")
-            if not equals or not size.isdigit() or int(size) < 1:
+            if not equals or not _is_number(size) or int(size) < 1:
                 raise ValueError(f"not a mesh axis: {item!r} (expected name=size)")
             axes.append(MeshAxis(name, int(size)))
         return Mesh(tuple(axes))
@@ -111,11 +113,16 @@ class Layout:
         return f"[{','.join(map(str, self.placements))}]"
 
 
+def _is_number(text: str) -> bool:
+    """Whether `int` takes it: not all that are digits to Python, and not any number of them."""
+    return text.isdecimal() and len(text) <= _MOST_DIGITS
+
+
 def _parse_placement(text: str) -> Placement:
     if text == "R":
         return Replicate()
     kind, body = text[:2], text[2:-1]
-    if text.endswith(")") and kind == "S(" and body.isdigit():
+    if text.endswith(")") and kind == "S(" and _is_number(body):
         return Shard(int(body))
     if text.endswith(")") and kind == "P(" and body in ("sum", "avg", "max", "min"):
         return Partial(body)

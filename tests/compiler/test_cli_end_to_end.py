@@ -21,6 +21,7 @@ from torch import nn
 from cutset.compiler.cli import main
 from cutset.compiler.export import validate_onnx
 from cutset.compiler.plan_json import load_plan, save_plan
+from tests.compiler.trace_files import what_ranks_did
 
 FACTORIES = """
 import torch
@@ -205,23 +206,11 @@ def test_run_trains_the_same_weights_as_the_unpartitioned_model(
         json.loads((folder / f"{name}.json").read_text())["traceEvents"]
         for name in ("measured", "simulated")
     )
-    assert _what(measured) == _what(simulated)
+    assert what_ranks_did(measured) == what_ranks_did(simulated)
     assert sum(entry["name"] == "I 1.0" for entry in measured) == 1
     assert all(entry["dur"] >= 0 for entry in measured if entry["ph"] == "X")
     levels = [entry["args"]["bytes"] for entry in simulated if entry["ph"] == "C"]
     assert max(levels) > min(levels) > 0
-
-
-def _what(events: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
-    """What a trace says each rank did with which lane, however long it took; events of one thread
-    do not overlap."""
-    spans = [one for one in events if one["ph"] == "X"]
-    for one in spans:
-        for other in spans:
-            if one is not other and (one["pid"], one["tid"]) == (other["pid"], other["tid"]):
-                ends = one["ts"] + one["dur"] - 1e-3, other["ts"] + other["dur"] - 1e-3
-                assert one["ts"] >= ends[1] or other["ts"] >= ends[0], (one, other)
-    return sorted((one["pid"], one["cat"], one["name"]) for one in spans)
 
 
 def test_run_goes_on_from_a_checkpoint(

@@ -11,6 +11,7 @@ import pytest
 
 from cutset.compiler.cli import main
 from cutset.compiler.export import validate_onnx
+from tests.compiler.trace_files import what_ranks_did
 
 FACTORIES = """
 import torch
@@ -130,6 +131,57 @@ def test_other_verbs_take_a_placed_plan(
     target = tmp_path / "plan.onnx"
     _json(["export", str(plan_file), *model_of(folder), "--onnx", str(target)], capsys)
     validate_onnx(onnx.load(target))
+
+
+def traced(
+    folder: Path, plan: Path, into: Path, capsys: pytest.CaptureFixture[str]
+) -> list[tuple[int, str, str]]:
+    """What ranks did in a step that was run, which they do in a simulated one too."""
+    events = []
+    for verb in (["run", f"{folder}/factories.py:net", "--plan"], ["simulate"]):
+        target = into / f"{verb[0]}.json"
+        more = ["--steps", "2"] if verb[0] == "run" else ["--model", f"{folder}/factories.py:net"]
+        found = _json(
+            [*verb, str(plan), *more, "--dtype", "float64", "--trace", str(target)], capsys
+        )
+        assert found["step_seconds"] > 0
+        events.append(what_ranks_did(json.loads(target.read_text())["traceEvents"]))
+    assert events[0] == events[1]
+    return events[0]
+
+
+def test_traces_of_placed_operators_lie_side_by_side(
+    folder: Path, plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = traced(folder, plan_file, tmp_path, capsys)
+    names = {name for _, lane, name in found if lane == "compute"}
+    assert {name.split(".")[1] for name in names} == {"0", "1", "2", "3"}  # microbatches
+    assert any(lane == "communication" for _, lane, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "least_pieces"),
+    [
+        (["--objective", "latency", "--devices", "{folder}/cluster.toml"], 3),
+        (["--mesh", "pipeline=2", "--microbatches", "4", "--devices", "2"], 2),
+        (["--mesh", "data=2", "--devices", "2"], 1),
+    ],
+)
+def test_traces_of_inference_lie_side_by_side(
+    options: list[str],
+    least_pieces: int,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = tmp_path / "plan.json"
+    wanted = [option.format(folder=folder) for option in options]
+    arguments = ["plan", f"{folder}/factories.py:net", "--mode", "infer", "--dtype", "float64"]
+    _json([*arguments, *wanted, "-o", str(plan)], capsys)
+    found = traced(folder, plan, tmp_path, capsys)
+    pieces = {name.split(".")[0] for _, lane, name in found if lane == "compute"}
+    assert len(pieces) >= least_pieces
+    assert {rank for rank, _, _ in found} == {0, 1}
 
 
 def test_run_infers_what_the_model_infers_and_tells_how_busy_devices_were(

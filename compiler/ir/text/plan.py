@@ -411,7 +411,7 @@ def _read_nodes(line: Line) -> NodeLayout:
 
 def _read_schedule(scanner: Scanner) -> Schedule:
     rows = [scanner.raw()]
-    while scanner.peek().isdigit():
+    while scanner.peek().isdecimal():
         rows.append(scanner.raw())
     return Schedule.parse("\n".join(rows))
 

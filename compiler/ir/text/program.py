@@ -273,7 +273,7 @@ def _read_instruction(line: Line) -> Instruction:
     kind = line.string()
     if kind in _COMPUTE:
         stage, dot, microbatch = line.string().partition(".")
-        if not (dot and stage.isdigit() and microbatch.isdigit()):
+        if not (dot and stage.isdecimal() and microbatch.isdecimal()):
             raise line.error("expected stage.microbatch")
         numbers = int(stage), int(microbatch)
         if kind == "BackwardWeight" and line.accept("part"):
