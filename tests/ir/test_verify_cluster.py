@@ -116,6 +116,14 @@ def test_meshes() -> None:
         verify_mesh(Mesh.parse("data=2,data=4"))
 
 
+@pytest.mark.parametrize(
+    "text", ["data", "data=", "data=0", "data=-2", "data=\u00b2", "data=" + "9" * 5000]
+)
+def test_what_is_no_mesh_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a mesh axis"):
+        Mesh.parse(text)
+
+
 def test_layouts() -> None:
     mesh = Mesh.parse("data=2,tensor=4")
     type = TensorType((6, 3), torch.float32)
