@@ -14,6 +14,7 @@ __all__ = [
     "add_optimizer_arguments",
     "positive_float",
     "positive_int",
+    "seed",
 ]
 
 DTYPES = ("float64", "float32", "bfloat16")
@@ -42,7 +43,7 @@ class Command:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """How the factory's model is made: seed and element type."""
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the model's values and of dropout"
+        "--seed", type=seed, default=0, metavar="N", help="of the model's values and of dropout"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="convert the model and its float inputs (default: as made)"
@@ -59,6 +60,14 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr", type=positive_float, metavar="RATE", help="learning rate (default: 0.001)"
     )
+
+
+def seed(text: str) -> int:
+    """An argument that torch takes as a seed: an integer of 64 bits."""
+    number = int(text)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer of 64 bits")
+    return number
 
 
 def positive_int(text: str) -> int:

@@ -99,7 +99,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="keep optimizer states in the memory of the host (default: if nothing fits otherwise)",
     )
     parser.add_argument(
-        "--memory-limit", type=positive_float, metavar="GIB", help="memory of every device"
+        "--memory-limit", type=gibibytes, metavar="GIB", help="memory of every device"
     )
     parser.add_argument(
         "--compare",
@@ -111,9 +111,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_optimizer_arguments(parser)
 
 
+def gibibytes(text: str) -> int:
+    """An argument in GiB, as bytes."""
+    number = positive_float(text) * _GIB
+    if not 1 <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} GiB is not what a device has")
+    return int(number)
+
+
 def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `plan_model` that the command line pins."""
-    limit = options.memory_limit
     return {
         "mode": options.mode,
         "objective": options.objective,
@@ -130,7 +137,7 @@ def planning_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "zero": options.zero,
         "recompute": options.recompute,
         "offload": options.offload,
-        "memory_limit_bytes": None if limit is None else int(limit * _GIB),
+        "memory_limit_bytes": options.memory_limit,
     }
 
 

@@ -92,6 +92,11 @@ def test_every_verb_has_help_with_examples(
         ["plan", "m.py:f", "--devices", "2", "--dtype", "float8"],
         ["plan", "m.py:f", "--devices", "2", "--schedule", "foo"],
         ["export", "p", "--model", "m.py:f"],
+        ["plan", "m.py:f", "--devices", "2", "--seed", "9" * 30],
+        ["plan", "m.py:f", "--devices", "2", "--memory-limit", "1e300"],
+        ["plan", "m.py:f", "--devices", "2", "--memory-limit", "1e-12"],
+        ["plan", "m.py:f", "--devices", "2", "--compare", ","],
+        ["plan", "m.py:f", "--devices", "2", "--compare", "ddp,"],
     ],
 )
 def test_malformed_command_lines_exit_with_2(
@@ -268,3 +273,13 @@ def test_a_reader_that_stops_early_ends_the_command_in_silence(tmp_path: Path) -
         )  # fmt: skip
         os.close(writing)
         assert (ended.returncode, ended.stderr) == (1, b""), arguments
+
+
+def test_a_schedule_that_nobody_knows_is_refused_before_any_work(
+    factories: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", f"{factories}:mapping", "--devices", "2", "--schedule", "zigzag"]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "no schedule is called 'zigzag'" in told and "known: 1f1b, gpipe" in told
+    assert "capture" not in told
