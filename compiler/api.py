@@ -33,6 +33,7 @@ from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
 from .ir.mesh import Mesh
 from .ir.plan import Objective, OptimizerModel, Plan
+from .ir.verify import verify_plan
 from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
 from .planned import ModelPlan, PlannedModel, build_programs
@@ -194,6 +195,7 @@ def plan_model(
             captured = planning.captured(planning.first_count(options))
             check_plan_matches(given, fingerprint(captured.graph, type(model).__name__), cluster)
             chosen = replace(given, cluster=cluster)
+            verify_plan(chosen, captured.graph)
         else:
             captured, chosen = planning.search(options)
         say("generate and verify programs")

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,12 @@ from cutset.compiler.ir.errors import (
     PlanFormatError,
     RuntimeFailure,
     UsageError,
+    VerificationError,
     WorkerLost,
 )
+from cutset.compiler.ir.mesh import Layout
+from cutset.compiler.ir.plan import Plan, ValueLayout
+from cutset.compiler.plan_json import plan_from_json, save_plan
 
 from .processes import ROOT, descendants, start_script, wait_gone
 
@@ -202,6 +207,24 @@ def test_a_plan_for_another_model_or_cluster(plan_text: str, tmp_path: Path) -> 
         partition(net(), "h100-node", plan=path)
     with pytest.raises(PlanFormatError, match="infer"):
         partition(net(), plan=path, mode="infer")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plan: replace(plan, recomputed=(0, 99)), "recomputed nodes .99. do not exist"),
+        (
+            lambda plan: replace(plan, layouts=(ValueLayout("ghost", Layout(())),)),
+            "no value of this name",
+        ),
+    ],
+)
+def test_a_sound_plan_file_that_does_not_fit_the_graph(
+    change: Callable[[Plan], Plan], words: str, plan_text: str, tmp_path: Path
+) -> None:
+    save_plan(change(plan_from_json(plan_text)), tmp_path / "plan.json")
+    with pytest.raises(VerificationError, match=words):
+        partition(net(), plan=tmp_path / "plan.json")
 
 
 # -- processes ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from cutset.compiler.ir.errors import VerificationError
 from cutset.compiler.ir.graph import Mode, OutputKind
 from cutset.compiler.ir.mesh import Layout, Mesh
-from cutset.compiler.ir.plan import Plan, ValueLayout
+from cutset.compiler.ir.plan import OptimizerModel, Plan, ValueLayout
 from cutset.compiler.ir.replicable import replicable_nodes
 from cutset.compiler.ir.verify import verify_plan
 from tests.ir.builders import GraphBuilder, tied_embedding
@@ -82,6 +82,10 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "mesh": (lambda p: replace(p, mesh=Mesh.parse("a=1,a=1")), "two axes are called 'a'"),
     "batch size": (lambda p: replace(p, batch_size=0), "batch_size is 0"),
     "microbatches": (lambda p: replace(p, batch_size=3), "num_microbatches is 4 for a batch of 3"),
+    "optimizer states": (
+        lambda p: replace(p, optimizer=OptimizerModel("adamw", 1e308)),
+        "keeps 1e+308 bytes of states",
+    ),
     "mode": (lambda p: replace(p, mode=Mode.INFER), "a plan to infer for a graph to train"),
     "stage index": (lambda p: stage(p, 1, index=2), "its index is 2, not 1"),
     "device": (

@@ -18,6 +18,7 @@ from .schedule import verify_schedule
 __all__ = ["verify_plan"]
 
 _ROUNDING = 1e-9
+_MOST_STATES = 1e6  # bytes of states for a byte of parameters
 
 
 def verify_plan(plan: Plan, graph: Graph | None = None) -> None:
@@ -38,6 +39,12 @@ def verify_plan(plan: Plan, graph: Graph | None = None) -> None:
         0 <= plan.num_microbatches <= plan.batch_size,
         f"num_microbatches is {plan.num_microbatches} for a batch of {plan.batch_size}",
         "plan",
+    )
+    states = plan.optimizer.state_bytes_per_parameter_byte
+    check(
+        0.0 <= states <= _MOST_STATES,
+        f"the optimizer keeps {states} bytes of states for a byte of parameters",
+        "optimizer of the plan",
     )
     _verify_stages(plan)
     if graph is not None:
