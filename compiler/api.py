@@ -18,7 +18,6 @@ from torch import nn
 
 from ..cost_models import parse_devices
 from ..passes.context import PlanOptions
-from ..passes.schedule import SCHEDULES
 from ..runtime.launcher import under_torchrun
 from ..runtime.session import LocalSession, Session
 from .batch import batch_size, signature_of, take_rows
@@ -174,7 +173,7 @@ def plan_model(
     options = PlanOptions(
         num_stages=num_stages,
         num_microbatches=given.num_microbatches if given else num_microbatches,
-        schedule=_schedule(schedule),
+        schedule=schedule,
         recompute=recompute,
         optimizer=optimizer_model or OptimizerModel("adamw", 2.0),
         pins=pins if goal is Objective.STEP else (),
@@ -407,16 +406,6 @@ def _objective(name: str) -> Objective:
             ways_out=(f"one of: {', '.join(known)}",),
         )
     return Objective(name)
-
-
-def _schedule(name: str | None) -> str | None:
-    if name is not None and name not in SCHEDULES:
-        raise UsageError(
-            f"no schedule is called {name!r}",
-            where="schedule",
-            ways_out=(f"known: {', '.join(SCHEDULES)}",),
-        )
-    return name
 
 
 def _mode(name: str) -> Mode:

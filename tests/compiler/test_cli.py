@@ -96,7 +96,6 @@ def test_every_verb_has_help_with_examples(
         ["plan", "m.py:f", "--devices", "2", "--memory-limit", "1e300"],
         ["plan", "m.py:f", "--devices", "2", "--memory-limit", "1e-12"],
         ["plan", "m.py:f", "--devices", "2", "--compare", ","],
-        ["plan", "m.py:f", "--devices", "2", "--compare", "ddp,"],
     ],
 )
 def test_malformed_command_lines_exit_with_2(
@@ -273,13 +272,3 @@ def test_a_reader_that_stops_early_ends_the_command_in_silence(tmp_path: Path) -
         )  # fmt: skip
         os.close(writing)
         assert (ended.returncode, ended.stderr) == (1, b""), arguments
-
-
-def test_a_schedule_that_nobody_knows_is_refused_before_any_work(
-    factories: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["plan", f"{factories}:mapping", "--devices", "2", "--schedule", "zigzag"]
-    assert main(arguments) == 2
-    told = capsys.readouterr().err
-    assert "no schedule is called 'zigzag'" in told and "known: 1f1b, gpipe" in told
-    assert "capture" not in told
