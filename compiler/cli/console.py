@@ -94,8 +94,9 @@ class Console:
             self._write_always(stream, text)
 
     def _write_always(self, stream: TextIO, text: str) -> None:
+        encoding = stream.encoding or "utf-8"
         try:
-            stream.write(text)
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             stream.flush()
         except BrokenPipeError:  # whoever reads has read enough
             _give_up(stream)

@@ -418,7 +418,7 @@ def _run(program: LayoutProgram, solver_name: str) -> _Run | None:
     if branches:
         solver.set_solver_specific_parameters(
             f"limits/nodes = {_MOST_NODES}\nlimits/gap = {tolerance}\n"
-            "randomization/randomseedshift = 1"
+            "randomization/randomseedshift = 1\nmisc/catchctrlc = FALSE"
         )
     status = solver.solve(model)
     if status not in (model_builder.SolveStatus.OPTIMAL, model_builder.SolveStatus.FEASIBLE):

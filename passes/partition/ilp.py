@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.ir.cluster import Link
+from ..interrupts import solve_interruptibly
 from .objective import held_seconds, sync_seconds, transfer
 from .problem import Assignment, Flow, Shared, StageProblem, Unit
 
@@ -447,7 +448,7 @@ def solve(
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = seed
     solver.parameters.max_deterministic_time = time_limit * _WORK_PER_SECOND
-    status = solver.solve(program.model)
+    status = solve_interruptibly(solver, program.model)
     work = float(solver.response_proto.deterministic_time) / _WORK_PER_SECOND
     if status == cp_model.INFEASIBLE:
         return SolveOutcome("infeasible", math.inf, None, work)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
+from ..interrupts import solve_interruptibly
+
 __all__ = ["Outcome", "solve"]
 
 _WORK_A_SECOND = 0.7  # deterministic time for a second: an idle machine does about 1
@@ -46,7 +48,7 @@ def solve(
         solver.parameters.random_seed = 0
         solver.parameters.max_time_in_seconds = allowed * longer
         solver.parameters.max_deterministic_time = _WORK_A_SECOND * allowed
-        status = solver.solve(model)
+        status = solve_interruptibly(solver, model)
         spent += solver.response_proto.deterministic_time / _WORK_A_SECOND
         if status == cp_model.INFEASIBLE:
             return Outcome.INFEASIBLE, solver, spent

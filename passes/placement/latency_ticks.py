@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..interrupts import solve_interruptibly
 from .latency_problem import LatencyProblem
 
 __all__ = ["Effort", "Found", "Linear", "Program", "Ticks", "solve"]
@@ -121,7 +122,7 @@ def solve(
     solver.parameters.max_time_in_seconds = max(effort.seconds, 0.01)
     solver.parameters.relative_gap_limit = effort.gap
     solver.best_bound_callback = lambda ticks: on_bound(ticks / program.ticks.per_time)
-    status = solver.solve(program.model, Watch())
+    status = solve_interruptibly(solver, program.model, Watch())
     if status == cp_model.INFEASIBLE:
         return True
     assert status in (cp_model.OPTIMAL, cp_model.FEASIBLE, cp_model.UNKNOWN), status

@@ -272,3 +272,16 @@ def test_a_reader_that_stops_early_ends_the_command_in_silence(tmp_path: Path) -
         )  # fmt: skip
         os.close(writing)
         assert (ended.returncode, ended.stderr) == (1, b""), arguments
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_a_terminal_cannot_show_are_escaped(encoding: str, tmp_path: Path) -> None:
+    cache = tmp_path / "ordn\u00fcng\udcff"
+    ended = subprocess.run(
+        [sys.executable, "-m", "cutset", "profile", "list"],
+        capture_output=True, timeout=60,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    shown = "ordn\u00fcng" if encoding == "utf-8" else "ordn\\xfcng"
+    assert f"{shown}\\udcff" in ended.stdout.decode(encoding)
