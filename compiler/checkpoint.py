@@ -14,6 +14,7 @@ writes to a directory beside the wanted one, which gets its name when all is wri
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -144,7 +145,16 @@ def save_checkpoint(
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise UsageError if a checkpoint cannot get this name."""
+    """Raise UsageError if a checkpoint cannot get this name: there is something, or its folder can
+    neither be written to nor be made."""
+    folder = next(entry for entry in target.absolute().parents if entry.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"a checkpoint cannot be made in {folder}: "
+            + ("it takes no files" if folder.is_dir() else "it is not a folder"),
+            where=str(target),
+            ways_out=("name another directory", "check the path and its permissions"),
+        )
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(
             "there is something already, which is not overwritten",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cutset.compiler.checkpoint import refuse_existing
 from cutset.compiler.cli import main
 from cutset.compiler.cli.main import COMMANDS
 from cutset.compiler.cli.model_loader import choose_optimizer, load_model
@@ -285,3 +286,13 @@ def test_names_that_a_terminal_cannot_show_are_escaped(encoding: str, tmp_path: 
     assert ended.returncode == 0, ended.stderr
     shown = "ordn\u00fcng" if encoding == "utf-8" else "ordn\\xfcng"
     assert f"{shown}\\udcff" in ended.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("name", ["file/checkpoint", "file/new/checkpoint"])
+def test_a_checkpoint_that_has_nowhere_to_go_is_refused_before_training(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    refuse_existing(tmp_path / "new" / "checkpoint")
+    with pytest.raises(UsageError, match=r"cannot be made in .*file: it is not a folder"):
+        refuse_existing(tmp_path / name)
