@@ -19,9 +19,10 @@ leaves 4 to 6 GiB for the driver's context, libraries and the allocator's segmen
   runs) and for four workers of one thread on a shared host of 16 cores (one). An instruction takes
   17 to 33 us: taken 20. A message keeps a thread busy at either end, so half as many as workers go
   at full speed (0.8 to 1.4 of two, 2.6 of four). They take 0.1 of a core from what is computed
-  (12 % on the host; on two cores the figure says little, 0 to 90 %), keep 0.2 of their speed beside
-  it (2 to 39 %, on two), and the last worker comes to a collective 500 us late (620 to 930, on two,
-  not all quiet). Between hosts none of this was measured, and nothing of it is taken.
+  (12 % on the host; on two cores the figure says little, 0 to 90 %) and keep 0.2 of their speed
+  beside it (2 to 39 %, on two). The last worker came to a collective 620 to 930 us late on two
+  cores, not all quiet: that says more of what else ran there, and nothing of it is taken. Between
+  hosts none of this was measured.
 * `tpu-like` and `npu-like` are shapes of machine to plan for, not products: of the order of what is
   published of TPU v5p and Ascend 910B.
 
@@ -251,7 +252,6 @@ def _inside(kind: str, link: Link, workers: int) -> LinkRule:
         streams=max(1.0, workers / 2),
         compute_share=0.1,
         progress_share=0.2,
-        skew_seconds=500 * MICROSECOND,
     )
 
 
