@@ -23,10 +23,11 @@ from .context import Context
 from .layouts.choose import LayoutChoice, Memory
 from .offload import offloaded
 from .partition.devices import used_types
-from .partition.fitting import Fit, find_fitting, with_memory
+from .partition.fitting import Fit, Needs, find_fitting, with_memory
 from .partition.from_graph import state_problem
 from .partition.prepare import stage_counts, state
-from .partition.search import SearchLimits, Tables, estimate, search
+from .partition.problem import StageProblem
+from .partition.search import SearchLimits, Solution, Tables, estimate, search
 from .partition.statement import Statement
 from .recompute import choose_recompute
 from .stage_layouts import StageLayouts
@@ -35,6 +36,7 @@ __all__ = ["Candidate", "Pricing", "Way"]
 
 _TYPICAL = 1.1  # the additive bound of memory, as a share of the need
 _GENEROUS = 1.25  # such shares above which no stages are searched
+_FAR_ABOVE = 2.0  # such shares above which a stage surely does not fit
 _AMPLE = 1e3
 _FAR = 1.25  # share of the memory that additive bounds exceed it by, if nothing is to fit
 _LOOK_SECONDS = 1.0  # deterministic time for the integer programs of one candidate
@@ -122,12 +124,23 @@ class Pricing:
         statement, counts = self._pipeline(plan)
         if statement is None or self._is_too_large(plan, statement):
             return None
-        problem = with_memory(state_problem(statement, plan.num_microbatches), _TYPICAL)
+        problem = state_problem(statement, plan.num_microbatches)
         limits = SearchLimits(tolerance=self.context.options.tolerance, num_orders=1)
-        solution = estimate(problem, counts, limits)
+        solution = estimate(with_memory(problem, _TYPICAL), counts, limits)
+        if math.isinf(solution.seconds) and counts == (1,):
+            solution = self._whole(statement, problem, limits)
         if math.isinf(solution.seconds):
             return None
         return Candidate(plan, way, solution.seconds)
+
+    def _whole(self, statement: Statement, problem: StageProblem, limits: SearchLimits) -> Solution:
+        """One stage that exceeds the usual share of the additive bound: whether it fits is soon
+        known, as there is only one."""
+        solution = estimate(with_memory(problem, _FAR_ABOVE), (1,), limits)
+        found = solution.assignment
+        if found is None or Needs.of(statement, problem).fitting_share(found) is None:
+            return solution
+        return Solution(None, math.inf, solution.lower_bound, solution.methods)
 
     def fit(self, plan: Plan) -> Fit | None:
         """The fastest stages of `plan` that fit by liveness, over units made for its microbatches;

@@ -21,6 +21,7 @@ from cutset.compiler.compare import (
 from cutset.compiler.ir.cluster import Cluster, Link, LinkRule
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.graph import Mode
+from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.planning import Planning
 from cutset.cost_models.presets import limit_memory, parse_devices
 from cutset.passes.context import PlanOptions
@@ -126,6 +127,20 @@ def test_strategies_are_read_before_anything_is_planned() -> None:
         assert "ddp, fsdp, tp, pp" in caught.value.ways_out[0]
     with pytest.raises(UsageError, match="no strategy called 'magic'"):
         compare_strategies(nn.Linear(1, 1), "no such cluster", strategies=("ddp", "magic"))
+
+
+@pytest.mark.parametrize("name", ["llama", "unet"])
+def test_a_stage_that_fits_to_the_byte_is_found(name: str) -> None:
+    """The additive bound of memory is far above what a single stage needs."""
+    cluster = parse_devices("h100:2")
+    options = PlanOptions(mesh=Mesh.parse("data=2"), num_microbatches=1, offload="none")
+    planning = replace(planning_of(name), cluster=cluster)
+    free = planning.search(options)[1]
+    assert free.prediction is not None and free.certificate is not None
+    need = max(entry.total_bytes for entry in free.prediction.memory)
+    short = replace(planning, cluster=limit_memory(cluster, need)).search(options)[1]
+    assert short.certificate is not None
+    assert short.certificate.objective == free.certificate.objective
 
 
 def test_the_table_says_what_does_not_fit() -> None:
