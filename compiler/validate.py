@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..passes.transfer import transfer, transfer_layouts
+from ..passes.transfer import carried_over
 from ..runtime.inprocess import InProcessSession
 from .batch import Call, signature_of, take_rows
 from .capture import capture
@@ -101,15 +101,10 @@ def _in_float64(planned: PlannedModel) -> PlannedModel:
         check=False,
     )
     graphs = planned.captured.graph, captured.graph
-    layouts = transfer_layouts(planned.plan, *graphs)
     alike = [node.op for node in graphs[0].nodes] == [node.op for node in graphs[1].nodes]
     plan = replace(
-        planned.plan,
+        carried_over(planned.plan, *graphs),
         cluster=_boundless(planned.plan.cluster),
-        stages=transfer(planned.plan, *graphs),
-        layouts=layouts.values,
-        parameter_layouts=layouts.parameters,
-        node_layouts=layouts.nodes,
         recomputed=planned.plan.recomputed if alike else (),
     )
     return replace(
@@ -134,7 +129,7 @@ def _boundless(cluster: Cluster) -> Cluster:
 
 
 def _tolerance(planned: PlannedModel) -> float:
-    if planned.plan.stage_mesh.size == 1:
+    if planned.plan.stage_mesh.size == 1 and not planned.plan.is_mixed:
         return TOLERANCE
     carried = {v.type.dtype for v in planned.captured.graph.values if v.type.is_float}
     return max([TOLERANCE, *(_ROUNDED[dtype] for dtype in carried if dtype in _ROUNDED)])

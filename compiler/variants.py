@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..passes.place import stream
 from ..passes.schedule import build_schedule
-from ..passes.transfer import transfer, transfer_layouts
+from ..passes.transfer import carried_over
 from .batch import Call, batch_size, signature_of, take_rows
 from .capture import Captured, capture
 from .ir.counts import divisors
@@ -101,19 +101,13 @@ class Variants:
             captured = capture(planned.model, args, kwargs, mode=mode, loss_fn=loss_fn, check=False)
         except CaptureError as error:
             raise self._at_another_size(error, rows, count) from error
-        stages = transfer(first, planned.captured.graph, captured.graph)
-        layouts = transfer_layouts(first, planned.captured.graph, captured.graph)
         plan = replace(
-            first,
-            layouts=layouts.values,
-            parameter_layouts=layouts.parameters,
-            node_layouts=layouts.nodes,
+            carried_over(first, planned.captured.graph, captured.graph),
             recomputed=(),
             fingerprint=fingerprint(captured.graph, first.fingerprint.name),
             mode=mode,
             batch_size=rows,
             num_microbatches=count,
-            stages=stages,
             schedule=None,
             prediction=None,
             certificate=None,

@@ -131,6 +131,12 @@ class MemoryCurve:
             self._messages += type.num_bytes
             self._note(seconds, moment)
 
+    def grow(self, register: Register, num_bytes: float, seconds: float, moment: str) -> None:
+        """A register, or what parts of it travel in, takes more until it is freed."""
+        self._registers[register] = self._registers.get(register, 0.0) + num_bytes
+        self._messages += num_bytes
+        self._note(seconds, moment)
+
     def free(self, registers: Iterable[Register], seconds: float, moment: str) -> None:
         self._messages -= sum(self._registers.pop(register, 0.0) for register in registers)
         self._note(seconds, moment)

@@ -78,7 +78,7 @@ class SimulatedRank:
     )
     sending: Counter[Register] = field(default_factory=Counter)
     freed: set[Register] = field(default_factory=set)
-    arriving: dict[Register, Message] = field(default_factory=dict)
+    arriving: dict[Register, list[Message]] = field(default_factory=lambda: defaultdict(list))
     work: Work | None = None
     speed: float = 1.0
     end_seconds: float = 0.0

@@ -192,8 +192,12 @@ class _Run:
             case Recv():
                 message = self.traffic.message(instruction.peer, rank.index, instruction.tag)
                 message.recv = instruction
-                rank.arriving[instruction.register] = message
-                rank.memory.define(instruction.register, instruction.type, now, name)
+                rank.arriving[instruction.register].append(message)
+                if instruction.offset is None:
+                    rank.memory.define(instruction.register, instruction.type, now, name)
+                else:  # the part, and what it arrives in
+                    size = 2 * instruction.type.num_bytes
+                    rank.memory.grow(instruction.register, size, now, name)
                 self.clock.happen(message.posted)
             case Free():
                 rank.freed.update(instruction.registers)
@@ -228,8 +232,8 @@ class _Run:
     def _compute(self, rank: SimulatedRank, action: Computation) -> Process:
         stage = self.prices.stages[rank.index, action.stage]
         for register in _reads(stage, action):
-            if register in rank.arriving:
-                yield rank.arriving[register].arrived
+            for message in rank.arriving.get(register, ()):
+                yield message.arrived
         name, kind = event_name(action) or "", _KINDS[type(action)]
         part = action.part if isinstance(action, BackwardWeight) else None
         begin = self.clock.now
@@ -280,6 +284,8 @@ class _Run:
         rank.sending[send.register] += 1
         self.clock.happen(message.sent)
         size = send.type.num_bytes
+        if send.offset is not None:  # it is copied out
+            rank.memory.grow(send.register, size, self.clock.now, event_name(send) or "")
         yield from self._work(rank, send_seconds(self.cluster, rank.index, send.peer, size))
 
     def _optimizer_step(self, rank: SimulatedRank, item: OptimizerStep) -> Process:
@@ -400,7 +406,7 @@ def _writes(stage: StageProgram, action: Computation) -> list[tuple[Register, Te
     if isinstance(action, Forward):
         return [
             (
-                Register(graph.values[output.value].name, action.microbatch),
+                Register(output.target, action.microbatch),
                 graph.values[output.value].type,
             )
             for output in graph.outputs_of(OutputKind.BOUNDARY)

@@ -15,13 +15,47 @@ from dataclasses import dataclass, replace
 
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Graph, Node, ValueKind, producers, users
-from ..compiler.ir.plan import NodeLayout, ParameterLayout, Plan, Stage, ValueLayout
+from ..compiler.ir.plan import NodeLayout, ParameterLayout, Plan, Stage, StageMesh, ValueLayout
 from ..compiler.sharding.sharding import legal_node_layouts, legal_value_layouts
 from .replicate import complete_stages, replicated_nodes
 
-__all__ = ["Layouts", "held_stages", "transfer", "transfer_layouts"]
+__all__ = ["Layouts", "carried_over", "held_stages", "transfer", "transfer_layouts"]
 
 _HELD = (ValueKind.PARAMETER, ValueKind.BUFFER)
+
+
+def carried_over(plan: Plan, old: Graph, new: Graph) -> Plan:
+    """`plan`, which was made for `old`, with its stages and layouts for `new`.
+
+    Raises:
+        UsageError: as `transfer`.
+    """
+    stages = transfer(plan, old, new)
+    if plan.is_mixed:
+        return replace(plan, stages=tuple(_own_carried(plan, stage, old, new) for stage in stages))
+    layouts = transfer_layouts(plan, old, new)
+    return replace(
+        plan,
+        stages=stages,
+        layouts=layouts.values,
+        parameter_layouts=layouts.parameters,
+        node_layouts=layouts.nodes,
+    )
+
+
+def _own_carried(plan: Plan, stage: Stage, old: Graph, new: Graph) -> Stage:
+    """A stage of `new` with the layouts that it has over its own mesh in `old`."""
+    assert stage.own is not None
+    layouts = transfer_layouts(plan.of_stage(stage), old, new)
+    inside = frozenset(stage.nodes)
+    kept = (replace(group, nodes=_within(group.nodes, inside)) for group in layouts.nodes)
+    groups = tuple(group for group in kept if group.nodes)
+    own = StageMesh(stage.own.mesh, layouts.values, layouts.parameters, groups)
+    return replace(stage, own=own)
+
+
+def _within(nodes: tuple[int, ...], inside: frozenset[int]) -> tuple[int, ...]:
+    return tuple(node for node in nodes if node in inside)
 
 
 def transfer(
@@ -33,7 +67,7 @@ def transfer(
     """Stages of `new_graph` under `plan`, which was made for `old_graph`.
 
     Stages that the new graph has no nodes for (one that only computes the loss) are left out and
-    the others renumbered; every stage keeps its device.
+    the others renumbered; every stage keeps its devices, and its mesh if it has its own.
 
     Args:
         old_graph: the planned graph, or None if it is not at hand.
@@ -223,8 +257,9 @@ def _stages(plan: Plan, graph: Graph, stage_of: dict[int, int]) -> tuple[Stage, 
     for node, stage in stage_of.items():
         groups[stage].add(node)
     pairs = zip(plan.stages, groups, strict=True)
-    kept = [(stage.devices, group) for stage, group in pairs if group]
+    kept = [(stage, group) for stage, group in pairs if group]
     complete_stages(graph, [group for _, group in kept])
     return tuple(
-        Stage(index, devices, tuple(sorted(group))) for index, (devices, group) in enumerate(kept)
+        replace(stage, index=index, nodes=tuple(sorted(group)))
+        for index, (stage, group) in enumerate(kept)
     )

@@ -72,7 +72,9 @@ class Contract:
         meetings = []
         for item in program.instructions:
             if isinstance(item, Send | Recv):
-                message = Message(item.peer, item.tag, str(item.type), str(item.register))
+                place = "" if item.offset is None else f" at {item.offset}"
+                text = f"{item.type}{place}"
+                message = Message(item.peer, item.tag, text, str(item.register))
                 messages[type(item)].append(message)
             elif isinstance(item, Collective):
                 meetings.append(Meeting(_told_collective(item), item.ranks))

@@ -50,6 +50,7 @@ from .parts import (
     view_of,
 )
 from .recorder import Recorder
+from .rectangles import Arriving, rectangle_of
 
 __all__ = ["Executor", "Step", "StepResult"]
 
@@ -136,6 +137,9 @@ class Executor:
         self._device = device
         self._timeout = timeout_seconds
         self._stages = {stage.index: stage for stage in program.stages}
+        self._boundaries = {
+            shard.name: shard for stage in program.stages for shard in stage.boundaries
+        }
         self._consumers = {stage.index: dict(stage.consumers) for stage in program.stages}
         self._later = {index: _read_later(entry) for index, entry in kernels.items()}
         self._slots: dict[int, GraphSlots] = {}
@@ -177,7 +181,7 @@ class Executor:
             if kernels.collectives is not None:
                 kernels.collectives.recorder = self._recorder
         self._position = 0
-        self._registers: dict[Register, Tensor | Pending] = {}
+        self._registers: dict[Register, Tensor | Pending | Arriving] = {}
         self._contexts: dict[tuple[int, int], _Context] = {}
         self._draining: list[Pending] = []
         self._sends: dict[Register, list[Pending]] = {}
@@ -330,8 +334,13 @@ class Executor:
                 read = [r for reads in self._tangents(stage, microbatch) for r in reads]
             case _:
                 return [pending for _, pending in self._needed(instruction)]
-        held = (self._registers.get(register) for register in read)
-        return [item for item in held if item is not None and not isinstance(item, Tensor)]
+        awaited: list[Pending] = []
+        for item in (self._registers.get(register) for register in read):
+            if isinstance(item, Arriving):
+                awaited += item.pieces
+            elif item is not None and not isinstance(item, Tensor):
+                awaited.append(item)
+        return awaited
 
     def _needed(self, instruction: Instruction | None) -> list[tuple[Collective, Pending]]:
         """Collectives under way whose results `instruction` (None: the end of the step) needs."""
@@ -392,10 +401,8 @@ class Executor:
                 self._backward_weight(stage, microbatch, None)
             case Send():
                 self._send(instruction)
-            case Recv(register, peer, tag, type):
-                arriving = self._communicator.recv(type, peer, tag, label=self._label(register))
-                self._registers[register] = arriving
-                self._saw_start(arriving, instruction)
+            case Recv():
+                self._receive(instruction)
             case Free(registers):
                 self._free(registers)
             case GradientNorm(parameters):
@@ -418,8 +425,9 @@ class Executor:
         held = self._registers[register]
         if isinstance(held, Tensor):
             return held
+        pieces = held.pieces if isinstance(held, Arriving) else (held,)
         tensor = held.wait(self._timeout)
-        self._saw_end([held])
+        self._saw_end(pieces)
         assert tensor is not None
         self._registers[register] = tensor
         return tensor
@@ -557,8 +565,24 @@ class Executor:
             context.kept[Source.PASSED, index] = tensor
         self.touched.update(names)
 
+    def _receive(self, recv: Recv) -> None:
+        register = recv.register
+        label = self._label(register)
+        arriving = self._communicator.recv(recv.type, recv.peer, recv.tag, label=label)
+        if recv.offset is None:
+            self._registers[register] = arriving
+        else:
+            part = self._boundaries[register.value]
+            held = self._registers.setdefault(register, Arriving(part, self._device))
+            assert isinstance(held, Arriving)
+            held.add(arriving, recv.offset, recv.type)
+        self._saw_start(arriving, recv)
+
     def _send(self, send: Send) -> None:
         tensor = self._read(send.register)
+        if send.offset is not None:
+            part = self._boundaries[send.register.value]
+            tensor = rectangle_of(tensor, part, send.offset, send.type.shape)
         pending = self._communicator.send(
             tensor, send.peer, send.tag, label=self._label(send.register)
         )

@@ -1,7 +1,8 @@
 """Spread stage graphs over the in-stage mesh: what each rank of a stage runs and holds.
 
 The ranks at one place of the mesh, one a stage, are a *column*. A column runs the pipeline by
-itself; columns meet in the collectives of their stages, and where gradients are summed.
+itself; columns meet in the collectives of their stages, and where gradients are summed. Where
+stages have meshes of their own, every rank is by itself, with its stage.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ..ir.graph import Graph, Mode, ValueKind
-from ..ir.mesh import Mesh
+from ..ir.graph import Graph, Mode, OutputKind, ValueKind
+from ..ir.mesh import Mesh, local_offset, local_type
 from ..ir.plan import Plan
 from ..ir.program import GradientPart, StageProgram, TensorShard
 from ..sharding.localize import localize_each
 from ..sharding.recompute import recomputed_locally
-from ..sharding.sharding import Sharding
+from ..sharding.sharding import Sharding, stage_sharding
 from ..sharding.zero import division
 from .cut import cut_stages
 
@@ -32,12 +33,14 @@ class Column:
     Args:
         ranks: of each stage.
         shards: per stage, parts of the tensors that its rank does not hold whole.
+        sharding: of the only stage, where it has a mesh of its own.
     """
 
     place: Place
     ranks: tuple[int, ...]
     stages: tuple[StageProgram, ...]
     shards: tuple[tuple[TensorShard, ...], ...]
+    sharding: Sharding | None = None
 
     def shards_of(self, rank: int) -> tuple[TensorShard, ...]:
         """All parts that `rank` holds; a tensor that two of its stages use is held once."""
@@ -57,6 +60,8 @@ def make_columns(graph: Graph, plan: Plan) -> tuple[Column, ...]:
         VerificationError: a layout is illegal, or a stage reads what no stage up to it computes.
     """
     stages = cut_stages(graph, plan.stages, frozenset(plan.recomputed))
+    if plan.is_mixed:
+        return tuple(column for stage in stages for column in _own_columns(graph, plan, stage))
     if plan.stage_mesh.size == 1:
         ranks = tuple(stage.device for stage in plan.stages)
         return (Column((), ranks, stages, ((),) * len(stages)),)
@@ -72,6 +77,28 @@ def make_columns(graph: Graph, plan: Plan) -> tuple[Column, ...]:
         )
         for number, place in enumerate(places)
     )
+
+
+def _own_columns(graph: Graph, plan: Plan, stage: StageProgram) -> Iterator[Column]:
+    """The ranks of a stage with a mesh of its own, in the order of the mesh."""
+    planned = plan.stages[stage.index]
+    sharding = stage_sharding(plan, graph, planned, stage.graph)
+    places = tuple(_places(sharding.mesh))
+    local = [(stage, ())] if len(places) == 1 else _local_stages(plan, sharding, stage, places)
+    for place, rank, (part, shards) in zip(places, planned.devices, local, strict=True):
+        part = replace(part, boundaries=tuple(_boundaries(sharding, stage.graph, place)))
+        yield Column(place, (rank,), (part,), (shards,), sharding)
+
+
+def _boundaries(sharding: Sharding, graph: Graph, place: Place) -> Iterator[TensorShard]:
+    """The parts that the rank at `place` has of the values that cross the bounds of a stage."""
+    received = graph.values_of(ValueKind.BOUNDARY)
+    sent = [graph.values[output.value] for output in graph.outputs_of(OutputKind.BOUNDARY)]
+    for value in (*received, *sent):
+        layout = sharding.crossing_layout(value)
+        offset = local_offset(value.type, layout, sharding.mesh, place)
+        part = local_type(value.type, layout, sharding.mesh, place)
+        yield TensorShard(value.name, value.type, offset, part)
 
 
 def _places(mesh: Mesh) -> Iterable[Place]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..ir.errors import VerificationError
 from ..ir.graph import Graph, Mode, Value, ValueKind, users
 from ..ir.mesh import Layout, Partial, Shard, local_offset, local_type
 from ..ir.plan import Plan
@@ -65,19 +66,59 @@ def parameter_copies(
     """The copies of every trained parameter: its name -> rank -> copy, in the order of names."""
     if graph.mode is not Mode.TRAIN:
         return {}
-    sharding = Sharding.of(plan, graph)
-    holders: dict[str, dict[Place, dict[int, StageProgram]]]
-    holders = defaultdict(lambda: defaultdict(dict))
+    whole = Sharding.of(plan, graph) if not plan.is_mixed else None
+    shardings: dict[int, Sharding] = {}
+    holders: dict[str, dict[int, dict[Place, dict[int, StageProgram]]]]
+    holders = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for column in columns:
         for rank, stage in zip(column.ranks, column.stages, strict=True):
+            mesh = stage.index if whole is None else 0  # of which stage the mesh is
+            sharding = whole or column.sharding
+            assert sharding is not None
+            shardings[mesh] = sharding
             for value in stage.graph.values_of(ValueKind.PARAMETER):
                 if value.requires_grad:
-                    holders[value.origin][column.place].setdefault(rank, stage)
+                    holders[value.origin][mesh][column.place].setdefault(rank, stage)
     read_by = users(graph)
     values = {value.origin: value for value in graph.values_of(ValueKind.PARAMETER)}
     return {
-        name: _Copies(sharding, values[name], min(read_by[values[name].id]), holders[name]).all()
+        name: _joined(
+            values[name],
+            [
+                _Copies(shardings[mesh], values[name], min(read_by[values[name].id]), found).all()
+                for mesh, found in sorted(holders[name].items())
+            ],
+        )
         for name in sorted(holders)
+    }
+
+
+def _joined(value: Value, by_mesh: list[dict[int, Copy]]) -> dict[int, Copy]:
+    """The copies of `value` over all meshes, each of which adds a term on every rank.
+
+    Raises:
+        VerificationError: ranks of one mesh have the same term, or share the update.
+    """
+    if len(by_mesh) == 1:
+        return by_mesh[0]
+    for copies in by_mesh:
+        ranks = tuple(sorted(copies))
+        if any(copy.terms != ranks or copy.update is not None for copy in copies.values()):
+            raise VerificationError(
+                f"stages with meshes of their own share it, and the gradients on ranks {ranks} of "
+                "one of them are not terms of one sum",
+                where=f"parameter {value.origin!r}",
+                ways_out=(
+                    "put the nodes that use it into one stage",
+                    "give these stages only a data axis, without ZeRO, or one device",
+                    "give all stages the same mesh",
+                ),
+            )
+    ranks = tuple(sorted(rank for copies in by_mesh for rank in copies))
+    return {
+        rank: replace(copy, terms=ranks, summed=ranks, is_tied=True, is_owner=rank == ranks[0])
+        for copies in by_mesh
+        for rank, copy in copies.items()
     }
 
 

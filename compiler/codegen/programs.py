@@ -8,7 +8,8 @@ needed before: between two ranks, transfers keep their order. Results are sent a
 action that makes them; input gradients leave before weight gradients are computed. Registers are
 freed after their last reader.
 
-Every column of the in-stage mesh runs the same schedule. The sums of gradients and what follows the
+Every column of the in-stage mesh runs the same schedule, as do all ranks of a stage that has a mesh
+of its own; `edges.py` has what they send to whom. The sums of gradients and what follows the
 last action are in `tail.py`; the last weight gradients of a stage are computed in parts, after each
 of which the sums start that it has made possible.
 """
@@ -32,12 +33,11 @@ from ..ir.program import (
     Recv,
     Register,
     Send,
-    StageProgram,
 )
-from ..ir.schedule import Action, ActionKind, Schedule
-from ..ir.types import TensorType
+from ..ir.schedule import Action, ActionKind
 from .columns import Column, make_columns
 from .copies import parameter_copies
+from .edges import Edges
 from .receives import post_receives_early
 from .tail import Tail
 
@@ -76,33 +76,33 @@ def generate_programs(
             mode=graph.mode,
             num_microbatches=plan.num_microbatches,
             stages=(),
-            stage_ranks=columns[0].ranks,
+            stage_ranks=() if plan.is_mixed else columns[0].ranks,
             instructions=(),
             plan_hash=plan_hash,
             memory_limit_bytes=plan.cluster.type_of(rank).memory_bytes,
         )
         for rank in range(num_ranks)
     ]
+    edges = Edges.of(columns, plan.cluster, plan.num_microbatches, plan.schedule)
     for column in columns:
-        edges = _Edges(column.stages, column.ranks, plan.num_microbatches)
-        edges.order_by(plan.schedule)
         for rank in sorted(set(column.ranks)):
             programs[rank] = _with_column(programs[rank], column, plan, edges, tail)
     return post_receives_early(tuple(programs))
 
 
 def _with_column(
-    program: Program, column: Column, plan: Plan, edges: _Edges, tail: Tail | None
+    program: Program, column: Column, plan: Plan, edges: Edges, tail: Tail | None
 ) -> Program:
-    """The program of a rank of `column`, which runs the first column's schedule."""
+    """The program of a rank of `column`: the schedule is for the first rank of each stage."""
     assert plan.schedule is not None
     rank = program.rank
-    position = column.ranks.index(rank)
-    actions = plan.schedule.ranks[plan.stages[position].device]
+    homes = zip(column.ranks, column.stages, strict=True)
+    stages = tuple(stage for home, stage in homes if home == rank)
+    actions = plan.schedule.ranks[plan.stages[stages[0].index].device]
     program = replace(
         program,
-        stages=tuple(stage for stage in column.stages if column.ranks[stage.index] == rank),
-        stage_ranks=column.ranks,
+        stages=stages,
+        stage_ranks=() if plan.is_mixed else column.ranks,
         shards=column.shards_of(rank),
     )
     if tail is None:
@@ -169,141 +169,20 @@ def _closing(
     return _Closing(tuple(instructions), True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Edge:
-    """A value that one stage's action makes and another rank's (or stage's) reads.
-
-    `consumer` is set for gradients. Tags of the microbatches are `first_tag`, `first_tag + 1`, ...
-    """
-
-    value: str
-    consumer: int | None
-    type: TensorType
-    source: int
-    target: int
-    first_tag: int
-
-    def register(self, microbatch: int) -> Register:
-        return Register(self.value, microbatch, self.consumer)
-
-
-class _Edges:
-    """Which values each kind of action of each stage makes and reads."""
-
-    def __init__(
-        self, stages: tuple[StageProgram, ...], ranks: tuple[int, ...], num_microbatches: int
-    ) -> None:
-        self._ranks = ranks
-        self._num_microbatches = num_microbatches
-        self._values = [stage.graph.by_name() for stage in stages]
-        self._numbers = _numbered(stages, ranks)
-        self._made: dict[tuple[ActionKind, int], list[_Edge]] = {}
-        self._read: dict[tuple[ActionKind, int], list[_Edge]] = {}
-        self._sent: dict[tuple[int, Register], int] = {}  # (target, register) -> turn
-        for stage in stages:
-            self._add_stage(stage)
-
-    def order_by(self, schedule: Schedule) -> None:
-        """Note in which order ranks send."""
-        for row in schedule.ranks:
-            for action in row:
-                for edge in self.made_by(action):
-                    key = edge.target, edge.register(action.microbatch)
-                    self._sent.setdefault(key, len(self._sent))
-
-    def turn(self, target: int, register: Register) -> int:
-        """Place of a message among all that its sender sends."""
-        return self._sent[target, register]
-
-    def made_by(self, action: Action) -> list[_Edge]:
-        """Values that `action` defines, one entry per rank that reads it."""
-        return self._made.get((action.kind, action.stage), [])
-
-    def read_by(self, action: Action) -> list[_Edge]:
-        """Values that `action` waits for."""
-        return self._read.get((action.kind, action.stage), [])
-
-    def _add_stage(self, stage: StageProgram) -> None:
-        index = stage.index
-        forward = ActionKind.FORWARD
-        self._made[forward, index] = [
-            self._value_edge(index, name, target, consumers)
-            for name, consumers in stage.consumers
-            for target in sorted({self._ranks[consumer] for consumer in consumers})
-        ]
-        self._read[forward, index] = [
-            self._value_edge(producer, name, self._ranks[index], (index,))
-            for name, producer in stage.producers
-        ]
-        made = [
-            self._gradient_edge(index, name, index, producer)
-            for name, producer in stage.producers
-            if self._values[index][name].requires_grad
-        ]
-        read = [
-            self._gradient_edge(index, name, consumer, index)
-            for name, consumers in stage.consumers
-            if self._values[index][name].requires_grad
-            for consumer in consumers
-        ]
-        for kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
-            self._made[kind, index], self._read[kind, index] = made, read
-
-    def _value_edge(
-        self, producer: int, name: str, target: int, consumers: tuple[int, ...]
-    ) -> _Edge:
-        """The value `name` on its way to rank `target`; one message serves all stages there."""
-        number = self._numbers[name, target]
-        return _Edge(
-            value=name,
-            consumer=None,
-            type=self._values[consumers[0]][name].type,
-            source=self._ranks[producer],
-            target=target,
-            first_tag=number * self._num_microbatches,
-        )
-
-    def _gradient_edge(self, stage: int, name: str, consumer: int, producer: int) -> _Edge:
-        """The gradient of `name` that stage `consumer` contributes."""
-        number = self._numbers[name, ~consumer]
-        return _Edge(
-            value=name,
-            consumer=consumer,
-            type=self._values[stage][name].type,
-            source=self._ranks[consumer],
-            target=self._ranks[producer],
-            first_tag=number * self._num_microbatches,
-        )
-
-
-def _numbered(
-    stages: tuple[StageProgram, ...], ranks: tuple[int, ...]
-) -> dict[tuple[str, int], int]:
-    """Numbers of transfers: (value, target rank), and (value, ~stage) for that stage's gradient."""
-    keys = {
-        key
-        for stage in stages
-        for name, consumers in stage.consumers
-        for consumer in consumers
-        for key in ((name, ranks[consumer]), (name, ~consumer))
-    }
-    return {key: number for number, key in enumerate(sorted(keys))}
-
-
 def _instructions(
     rank: int,
     actions: tuple[Action, ...],
-    edges: _Edges,
+    edges: Edges,
     closing: Mapping[int, _Closing],
 ) -> Iterator[Instruction]:
     """`closing`: by position, of the actions that end a stage."""
     receives = _receives_by_action(actions, edges, rank)
-    ahead = len({action.stage for action in actions if edges.read_by(action)})
+    ahead = len({action.stage for action in actions if edges.read_by(rank, action)})
     ahead = ahead if all(action.kind is ActionKind.FORWARD for action in actions) else 1
     last_read = {
         edge.register(action.microbatch): position
         for position, action in enumerate(actions)
-        for edge in edges.read_by(action)
+        for edge in edges.read_by(rank, action)
     }
     pending = [position for position, posts in enumerate(receives) if posts]
     pending.reverse()
@@ -318,50 +197,51 @@ def _instructions(
         end = closing.get(position, _Closing((), False))
         yield from _compute(action, without_weights=end.in_parts)
         dead = []
-        for edge in edges.made_by(action):
+        for edge in edges.made_by(rank, action):
             register = edge.register(action.microbatch)
             if edge.target != rank:
-                yield Send(register, edge.target, edge.first_tag + action.microbatch, edge.type)
+                tag = edge.first_tag + action.microbatch
+                yield Send(register, edge.target, tag, edge.type, edge.offset)
             if register not in last_read:
                 dead.append(register)
-        read = [edge.register(action.microbatch) for edge in edges.read_by(action)]
+        read = [edge.register(action.microbatch) for edge in edges.read_by(rank, action)]
         dead += [register for register in read if last_read[register] == position]
         if dead:
             yield Free(tuple(dict.fromkeys(dead)))
         yield from end.instructions
 
 
-def _receives_by_action(actions: tuple[Action, ...], edges: _Edges, rank: int) -> list[list[Recv]]:
+def _receives_by_action(actions: tuple[Action, ...], edges: Edges, rank: int) -> list[list[Recv]]:
     """Receives that each action needs and no earlier action of this rank has posted, and before
     them those of what the same ranks send before."""
-    seen: set[Register] = set()
+    seen: set[tuple[int, Register]] = set()
     table: list[list[Recv]] = []
     for action in actions:
         posts = []
-        for edge in edges.read_by(action):
+        for edge in edges.read_by(rank, action):
             register = edge.register(action.microbatch)
-            if edge.source != rank and register not in seen:
-                seen.add(register)
+            if edge.source != rank and (edge.source, register) not in seen:
+                seen.add((edge.source, register))
                 tag = edge.first_tag + action.microbatch
-                posts.append(Recv(register, edge.source, tag, edge.type))
+                posts.append(Recv(register, edge.source, tag, edge.type, edge.offset))
         table.append(posts)
     return _in_order_of_sends(table, edges, rank)
 
 
-def _in_order_of_sends(table: list[list[Recv]], edges: _Edges, rank: int) -> list[list[Recv]]:
+def _in_order_of_sends(table: list[list[Recv]], edges: Edges, rank: int) -> list[list[Recv]]:
     waiting: dict[int, list[Recv]] = defaultdict(list)
     for item in (item for posts in table for item in posts):
         waiting[item.peer].append(item)
     for items in waiting.values():
-        items.sort(key=lambda item: edges.turn(rank, item.register), reverse=True)
-    done: set[Register] = set()
+        items.sort(key=lambda item: edges.turn(item.peer, rank, item.register), reverse=True)
+    done: set[tuple[int, Register]] = set()
     ordered: list[list[Recv]] = []
     for posts in table:
         moved = []
         for item in posts:
-            while item.register not in done:
+            while (item.peer, item.register) not in done:
                 moved.append(waiting[item.peer].pop())
-                done.add(moved[-1].register)
+                done.add((item.peer, moved[-1].register))
         ordered.append(moved)
     return ordered
 

@@ -47,7 +47,7 @@ class _BlockingRun:
         self.happened: set[Hashable] = set()
         self.waiting: dict[Hashable, list[int]] = {}  # event -> ranks to try again after it
         self.ready: list[int] = []
-        self.sources: dict[tuple[int, Register], int] = {}  # (target, register) -> source
+        self.sources: dict[tuple[int, Register], list[int]] = {}  # by (target, register)
         self.registers = Registers(programs)
 
     def advance(self, ranks: range | list[int]) -> None:
@@ -66,15 +66,15 @@ class _BlockingRun:
     def start(self, rank: int, item: Instruction) -> Hashable | None:
         """Begin `item`; the event that must happen before it ends, None if it ends at once."""
         if isinstance(item, Recv):
-            self.sources[rank, item.register] = item.peer
+            self.sources.setdefault((rank, item.register), []).append(item.peer)
             self.happen((Recv, item.peer, rank, item.register))
             return None
         read = item.registers if isinstance(item, Free) else self.registers.reads(item)
         for register in read:
-            source = self.sources.get((rank, register))
-            sent = (Send, source, rank, register)
-            if source is not None and sent not in self.happened:
-                return sent
+            for source in self.sources.get((rank, register), ()):
+                sent = (Send, source, rank, register)
+                if sent not in self.happened:
+                    return sent
         if isinstance(item, Send):
             self.happen((Send, rank, item.peer, item.register))
             posted = (Recv, rank, item.peer, item.register)

@@ -8,6 +8,7 @@ and what is left for the last ones (the rule of `torch.chunk`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .types import TensorType
@@ -21,8 +22,10 @@ __all__ = [
     "Replicate",
     "Shard",
     "chunk_sizes",
+    "format_stage_meshes",
     "local_offset",
     "local_type",
+    "parse_stage_meshes",
 ]
 
 _MOST_DIGITS = 18  # of a number that anybody means
@@ -63,6 +66,26 @@ class Mesh:
 
     def __str__(self) -> str:
         return ",".join(f"{axis.name}={axis.size}" for axis in self.axes)
+
+
+def format_stage_meshes(meshes: Iterable[Mesh]) -> str:
+    """In-stage meshes, stage after stage: `data=2/tensor=2/data=1`, the last on one device."""
+    return "/".join(str(mesh) or "data=1" for mesh in meshes)
+
+
+def parse_stage_meshes(text: str) -> tuple[Mesh, ...]:
+    """Inverse of `format_stage_meshes`; axes of one device are left out.
+
+    Raises:
+        ValueError: an item is no mesh, or names no axis.
+    """
+    meshes = []
+    for item in text.split("/"):
+        mesh = Mesh.parse(item)
+        if not mesh.axes:
+            raise ValueError(f"not a mesh of a stage: {item!r} (one device is data=1)")
+        meshes.append(Mesh(tuple(axis for axis in mesh.axes if axis.size > 1)))
+    return tuple(meshes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ code is regenerated from plan and model, never read from a plan file.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cluster import Cluster
 from .graph import Mode
-from .mesh import Layout, Mesh, Shard
+from .mesh import Layout, Mesh, Shard, format_stage_meshes
 from .schedule import Schedule
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "ProfileReport",
     "ProfiledBlock",
     "Stage",
+    "StageMesh",
     "ValueLayout",
 ]
 
@@ -91,6 +92,7 @@ class Stage:
 
     `devices` are in the order of the plan's `stage_mesh`, whose last axis varies fastest. The
     devices at one place of the mesh, one a stage, are a *column*: pipeline messages stay within it.
+    Where stages have meshes of their `own`, all have, and there are no columns.
 
     `nodes` are node ids in graph order. A node in several stages is recomputed in each (cheap
     nodes that depend on no parameter and no randomness, such as masks and position tables).
@@ -99,11 +101,25 @@ class Stage:
     index: int
     devices: tuple[int, ...]
     nodes: tuple[int, ...]
+    own: StageMesh | None = None
 
     @property
     def device(self) -> int:
         """The device in the first column."""
         return self.devices[0]
+
+
+@dataclass(frozen=True, slots=True)
+class StageMesh:
+    """The mesh of one stage where stages differ in it, with layouts of what is in the stage.
+
+    Without axes the stage is on one device.
+    """
+
+    mesh: Mesh
+    layouts: tuple[ValueLayout, ...] = ()
+    parameter_layouts: tuple[ParameterLayout, ...] = ()
+    node_layouts: tuple[NodeLayout, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +328,8 @@ class Plan:
     """All decisions. Passes fill in fields one after the other; see `passes/pipeline.py`.
 
     Args:
-        mesh: all axes, `pipeline` among them if there are several stages.
+        mesh: all axes, `pipeline` among them if there are several stages; no others where stages
+            have meshes of their own, which hold the layouts, too.
         recomputed: nodes whose results backward computes again instead of keeping them.
         alternatives: what other meshes would have given, best first; those that fit come first.
         profile: of what was measured to find it, if anything was.
@@ -339,8 +356,35 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether stages have meshes of their own."""
+        return any(stage.own is not None for stage in self.stages)
+
+    def of_stage(self, stage: Stage) -> Plan:
+        """The same plan with the mesh and the layouts that `stage` has, as if all stages had."""
+        own = stage.own
+        if own is None:
+            return self
+        return replace(
+            self,
+            mesh=own.mesh,
+            layouts=own.layouts,
+            parameter_layouts=own.parameter_layouts,
+            node_layouts=own.node_layouts,
+            stages=tuple(replace(entry, own=None) for entry in self.stages),
+        )
+
+    @property
+    def mesh_text(self) -> str:
+        """The mesh as users write it: those of the stages, one after the other, if they differ."""
+        if not self.is_mixed:
+            return str(self.mesh)
+        return format_stage_meshes(stage.own.mesh for stage in self.stages if stage.own)
+
+    @property
     def stage_mesh(self) -> Mesh:
-        """The axes inside a stage: over them tensors are laid out."""
+        """The axes inside a stage: over them tensors are laid out. Where stages have meshes of
+        their own, ask `of_stage`."""
         return Mesh(tuple(axis for axis in self.mesh.axes if axis.name != PIPELINE))
 
     @property
@@ -353,11 +397,14 @@ class Plan:
     @property
     def is_offloaded(self) -> bool:
         """Whether optimizer states of some parameter lie in the memory of a host."""
-        return any(entry.offloaded for entry in self.parameter_layouts)
+        views = [self.of_stage(stage) for stage in self.stages] if self.is_mixed else [self]
+        return any(entry.offloaded for view in views for entry in view.parameter_layouts)
 
     @property
     def zero_level(self) -> int:
         """The highest level of ZeRO over the data axis of any parameter (see `ParameterLayout`)."""
+        if self.is_mixed:
+            return max(self.of_stage(stage).zero_level for stage in self.stages)
         names = [axis.name for axis in self.stage_mesh.axes]
         if DATA not in names:
             return 0

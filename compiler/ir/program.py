@@ -16,7 +16,8 @@ Meaning of the instructions:
   `BackwardWeight(s, m, k)` is part k of that alone; all parts of a stage (`StageProgram.parts`),
   in order, do the whole. So gradients can be summed over ranks while later parts compute.
 * `Send` starts a non-blocking send of a register; `Recv` posts a non-blocking receive. The
-  register is readable once a later instruction that reads it has waited for it.
+  register is readable once a later instruction that reads it has waited for it. Where both name a
+  rectangle, several `Recv`s together fill the register.
 * `Free` drops registers (after their sends have completed).
 * `ReduceScatter`, `AllReduce` and `AllGather` start a collective over `ranks`; all its `targets`, a
   *bucket*, travel in one message. `ReduceScatter` sums gradients and leaves each rank the sum of
@@ -112,22 +113,29 @@ class BackwardWeight:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Start sending `register` to rank `peer`; `tag` is unique per register in a step."""
+    """Start sending `register` to rank `peer`; `tag` is unique per register in a step.
+
+    With `offset` only a rectangle of it goes: the part of `type` that begins there in the whole
+    boundary value (see `StageProgram.boundaries`).
+    """
 
     register: Register
     peer: int
     tag: int
     type: TensorType
+    offset: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Recv:
-    """Post a receive of `register` from rank `peer`, matching the `Send` with the same tag."""
+    """Post a receive of `register`, or of the rectangle at `offset`, from rank `peer`, matching the
+    `Send` with the same tag."""
 
     register: Register
     peer: int
     tag: int
     type: TensorType
+    offset: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +272,8 @@ class StageProgram:
         kept: gradients of which backward keeps a part only.
         parts: parameters whose gradients are complete after each part of the weight gradients; the
             last part does what is left. Empty: they are computed in one piece.
+        boundaries: where stages have meshes of their own, of each boundary value that the stage
+            reads or makes, by name, the part that this rank has; its gradient's part is the same.
     """
 
     index: int
@@ -274,6 +284,7 @@ class StageProgram:
     recomputed: tuple[int, ...] = ()
     kept: tuple[GradientPart, ...] = ()
     parts: tuple[tuple[str, ...], ...] = ()
+    boundaries: tuple[TensorShard, ...] = ()
 
     @property
     def last_part(self) -> int | None:
@@ -293,7 +304,8 @@ class Program:
 
     Args:
         stage_ranks: rank of each stage in this rank's *column*: the ranks, one a stage, at one
-            place of the in-stage mesh. Messages between stages stay in a column.
+            place of the in-stage mesh. Messages between stages stay in a column. Where stages have
+            meshes of their own there are no columns, and it is empty.
         plan_hash: agreed by all ranks before the first step.
         memory_limit_bytes: what the verifier holds the rank to.
         shards: parts of the parameters, buffers, constants and inputs that it does not hold whole.

@@ -267,12 +267,12 @@ class _Localizer:
         value = self.graph.values[output.value]
         wanted = self.sharding.replicated
         if output.kind is OutputKind.BOUNDARY:
-            wanted = self.sharding.layout(value)
+            wanted = self.sharding.crossing_layout(value)
         elif output.kind is OutputKind.BUFFER:
             wanted = self.held.get(output.target, wanted)
         maker = self._maker(value)
         ref = self._read(maker, output.value, wanted, frozenset())
-        if output.kind is OutputKind.BOUNDARY:
+        if output.kind is OutputKind.BOUNDARY and wanted == self.sharding.layout(value):
             ref = self.local.named(ref, value.name, maker)
         self._note_origin(maker)
         return Output(output.kind, ref.id, output.target, output.batch_dim)

@@ -6,14 +6,14 @@ Names of values and nodes are the same in a model's graph and in the graphs of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..ir.errors import VerificationError
 from ..ir.graph import Graph, Node, OutputKind, Value, ValueKind, users
 from ..ir.mesh import Layout, Mesh, Partial, Placement, Replicate, Shard
 from ..ir.ops import Category
-from ..ir.plan import NodeLayout, ParameterLayout, Plan, ValueLayout
+from ..ir.plan import NodeLayout, ParameterLayout, Plan, Stage, ValueLayout
 from .rules import strategies_of
 from .strategy import OpStrategy, can_shard
 
@@ -23,6 +23,7 @@ __all__ = [
     "legal_node_layouts",
     "legal_value_layouts",
     "make_sharding",
+    "stage_sharding",
 ]
 
 
@@ -38,6 +39,8 @@ class Sharding:
         deferred: per value name, the axes on which the gradient stays a term a rank: all its
             readers work on parts, and it is computed from parameters alone. For a parameter the
             terms are summed at the end of the step.
+        crossing: per value name, the layout in which it leaves a stage, where that is not the one
+            that it is made in.
     """
 
     mesh: Mesh
@@ -45,6 +48,7 @@ class Sharding:
     layouts: Mapping[str, Layout]
     parameters: Mapping[str, ParameterLayout]
     deferred: Mapping[str, frozenset[int]]
+    crossing: Mapping[str, Layout] = field(default_factory=dict)
 
     @staticmethod
     def of(plan: Plan, graph: Graph) -> Sharding:
@@ -64,6 +68,10 @@ class Sharding:
     def layout(self, value: Value) -> Layout:
         """The layout in which `value` is made or held."""
         return self.layouts.get(value.name, self.replicated)
+
+    def crossing_layout(self, value: Value) -> Layout:
+        """The layout in which `value` leaves a stage."""
+        return self.crossing.get(value.name, self.layout(value))
 
     def node_strategies(self, node: Node) -> tuple[OpStrategy, ...] | None:
         """One strategy an axis; None: replicated."""
@@ -115,6 +123,48 @@ def make_sharding(
         parameters={entry.value: entry for entry in parameter_layouts},
         deferred=_deferred(graph, len(mesh.axes), strategies, made),
     )
+
+
+def stage_sharding(plan: Plan, graph: Graph, stage: Stage, part: Graph) -> Sharding:
+    """The sharding of the graph `part` of one stage over the stage's own mesh.
+
+    A value from another stage arrives in parts along an axis if all that reads it wants the same
+    parts, else whole. What leaves is no term of a sum. So gradients that cross are whole, too.
+
+    Raises:
+        VerificationError: a layout is illegal for its operator.
+    """
+    whole = Sharding.of(plan.of_stage(stage), graph)
+    made = dict(whole.layouts)
+    read_by = users(part)
+    for value in part.values_of(ValueKind.BOUNDARY):
+        readers = [part.nodes[number] for number in read_by[value.id]]
+        made[value.name] = Layout(
+            tuple(_arrival(whole, value, readers, axis) for axis in range(len(whole.mesh.axes)))
+        )
+    crossing = {}
+    for output in part.outputs_of(OutputKind.BOUNDARY):
+        name = part.values[output.value].name
+        if name in made:
+            crossing[name] = _without_terms(made[name])
+    deferred = _deferred(part, len(whole.mesh.axes), whole.strategies, made)
+    return replace(whole, layouts=made, deferred=deferred, crossing=crossing)
+
+
+def _arrival(sharding: Sharding, value: Value, readers: Iterable[Node], axis: int) -> Placement:
+    """How `value`, which no node of the stage computes, arrives along `axis`."""
+    wanted: set[Placement] = set()
+    for node in readers:
+        strategies = sharding.node_strategies(node)
+        for position, index in enumerate(node.inputs):
+            if index == value.id:
+                wanted.add(Replicate() if strategies is None else strategies[axis].inputs[position])
+    only = wanted.pop() if len(wanted) == 1 else Replicate()
+    return only if isinstance(only, Shard) else Replicate()
+
+
+def _without_terms(layout: Layout) -> Layout:
+    return Layout(tuple(Replicate() if isinstance(p, Partial) else p for p in layout.placements))
 
 
 def legal_node_layouts(

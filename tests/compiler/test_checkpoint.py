@@ -25,7 +25,7 @@ from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.ir.plan import Plan
 from cutset.compiler.parallel import Parallel
 from cutset.runtime.inprocess import InProcessSession
-from tests.exactness.harness import spread
+from tests.exactness.harness import spread, with_meshes
 from tests.sharding.choices import random_layouts
 
 from .partitioned import Plain, assert_same, batch, chain, partition, partition_chain
@@ -56,6 +56,8 @@ def plan_of(kind: str) -> Plan:
     if kind.startswith("zero"):
         return make(4, mesh="data=2,pipeline=2", zero=int(kind[-1])).plan
     planned = make(2, num_stages=2)
+    if kind == "unlike":
+        return with_meshes(planned.plan, planned.captured.graph, "data=1/tensor=2")
     mesh = Mesh.parse("data=1,tensor=2")
     return spread(planned.plan, mesh, random_layouts(planned.captured.graph, mesh, 4))
 
@@ -91,11 +93,11 @@ def halving(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def test_a_run_moves_from_plan_to_plan_by_checkpoints(tmp_path: Path) -> None:
-    """Two steps under each plan in turn are ten steps in one piece, to rounding."""
+    """Two steps under each plan in turn are twelve steps in one piece, to rounding."""
     plain = Plain(chain(DROPOUT), adamw)
     scheduler = halving(plain.optimizer)
-    kinds = ("pipeline", "zero1", "tensor", "zero3", "pipeline")
-    assert partitioned_into(under("tensor")), "the plan splits parameters"
+    kinds = ("pipeline", "zero1", "unlike", "tensor", "zero3", "pipeline")
+    assert partitioned_into(under("tensor")) and partitioned_into(under("unlike"))
     saved = None
     for position, kind in enumerate(kinds):
         parallel = under(kind, meta_chain() if position else None)

@@ -46,6 +46,11 @@ def test_local_workers_are_exact_over_meshes(pool: WorkerPool, mesh: str) -> Non
     assert all(error.value <= adamw64.tolerance for error in errors.values()), errors
 
 
+def test_local_workers_are_exact_over_unlike_meshes(pool: WorkerPool) -> None:
+    errors = gpt2().mixed_errors("tensor=2/data=2", pool.session(4))
+    assert all(error.value <= adamw64.tolerance for error in errors.values()), errors
+
+
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_local_workers_are_exact_under_zero(pool: WorkerPool, level: int) -> None:
     """gpt2's tied weight is on both stages, so it is scattered, then summed, then gathered."""

@@ -14,8 +14,9 @@ from torch import nn
 from cutset.compiler.batch import signature_of, take_rows
 from cutset.compiler.capture import Captured, capture
 from cutset.compiler.ir.graph import Graph, Mode
-from cutset.compiler.ir.mesh import Mesh, MeshAxis
-from cutset.compiler.ir.plan import OptimizerModel, Plan
+from cutset.compiler.ir.mesh import Mesh, MeshAxis, parse_stage_meshes
+from cutset.compiler.ir.plan import OptimizerModel, Plan, Stage, StageMesh
+from cutset.compiler.ir.schedule import Action
 from cutset.compiler.measure import MeasuredRun, measure_training
 from cutset.compiler.parallel import Parallel, RunOptions
 from cutset.compiler.planned import PlannedModel, build_programs
@@ -25,7 +26,7 @@ from cutset.passes.context import PlanOptions
 from cutset.passes.pipeline import plan_graph
 from cutset.runtime.session import Session
 from tests.models.exact import IN_FLOAT32, ROWS, ExactModel
-from tests.sharding.choices import Layouts, flowing_layouts, random_layouts
+from tests.sharding.choices import Layouts, flowing_layouts, random_layouts, zero_layouts_of
 
 __all__ = [
     "Numerics",
@@ -36,6 +37,7 @@ __all__ = [
     "sgd32",
     "sharded_tolerance_of",
     "spread",
+    "with_meshes",
 ]
 
 STEPS = 3
@@ -135,6 +137,10 @@ class Subject:
         )
         if mesh is not None and layouts is not None:
             plan = spread(plan, mesh, layouts)
+        return self.bound(plan)
+
+    def bound(self, plan: Plan) -> PlannedModel:
+        """`plan` with its programs, ready to run."""
         programs = build_programs(self.captured, plan, self.clip)
         return PlannedModel(
             model=self.model,
@@ -157,6 +163,12 @@ class Subject:
         recompute: str = "none",
     ) -> MeasuredRun:
         """Train under a plan with so many stages on `session`."""
+        planned = self.planned(num_stages, schedule, mesh, layouts, recompute)
+        assert len(planned.plan.stages) == num_stages
+        return self.train(planned, session)
+
+    def train(self, planned: PlannedModel, session: Session) -> MeasuredRun:
+        """Train under a plan on `session`."""
         options = RunOptions(
             loss_fn=self.loss_fn,
             optimizer=self.numerics.optimizer,
@@ -165,9 +177,7 @@ class Subject:
             clip_grad_norm=self.clip,
             timeout_seconds=60.0,
         )
-        planned = self.planned(num_stages, schedule, mesh, layouts, recompute)
         parallel = Parallel(planned, options, session)
-        assert len(parallel.plan.stages) == num_stages
         return measure_training(
             parallel, self.args, self.kwargs, loss_fn=self.loss_fn, steps=STEPS, compare=True
         )
@@ -181,6 +191,10 @@ class Subject:
         layouts: Layouts | None = None,
         recompute: str = "none",
     ) -> dict[str, WorstError]:
+        """Worst relative error by kind of tensor (see `compared`)."""
+        return self.compared(self.run(num_stages, schedule, session, mesh, layouts, recompute))
+
+    def compared(self, measured: MeasuredRun) -> dict[str, WorstError]:
         """Worst relative error by kind of tensor.
 
         A gradient that is zero but for rounding (of a bias in front of BatchNorm) has a difference
@@ -189,7 +203,6 @@ class Subject:
         gradient, with the same floor; in units of the weight it would say how far the gain is from
         one, and nothing of sums over ranks.
         """
-        measured = self.run(num_stages, schedule, session, mesh, layouts, recompute)
         run, reference, gain = measured.run, self.reference, self.numerics.gain
         sizes = {name: float(item.abs().max()) for name, item in reference.gradients.items()}
         largest = max(sizes.values())
@@ -215,6 +228,66 @@ class Subject:
         inner = in_stage(mesh)
         layouts = layouts_over(self.captured.graph, inner, seed)
         return self.errors(mesh.axis("pipeline").size, schedule, session, inner, layouts)
+
+    def mixed_errors(
+        self,
+        meshes: str,
+        session: Session,
+        *,
+        seed: int | None = None,
+        schedule: str = "1f1b",
+        zero: int = 0,
+    ) -> dict[str, WorstError]:
+        """`errors` over stages with meshes of their own (`data=2/tensor=2`), under random layouts,
+        or flowing ones if there is no seed, with ZeRO of level `zero`."""
+        planned = self.planned(len(meshes.split("/")), schedule)
+        plan = with_meshes(planned.plan, self.captured.graph, meshes, seed, zero)
+        return self.compared(self.train(self.bound(plan), session))
+
+
+def with_meshes(
+    plan: Plan, graph: Graph, meshes: str, seed: int | None = None, zero: int = 0
+) -> Plan:
+    """A pipeline plan with its stages on meshes of their own, one after the other."""
+    stages, first = [], 0
+    for stage, mesh in zip(plan.stages, parse_stage_meshes(meshes), strict=True):
+        has_data = mesh.axis("data").size > 1
+        layouts = (
+            zero_layouts_of(graph, mesh, zero)
+            if zero and has_data
+            else layouts_over(graph, mesh, seed)
+        )
+        devices = tuple(range(first, first + mesh.size))
+        stages.append(replace(stage, devices=devices, own=own_layouts(graph, stage, mesh, layouts)))
+        first += mesh.size
+    schedule = plan.schedule
+    assert schedule is not None
+    rows: list[tuple[Action, ...]] = [()] * first
+    for stage, old in zip(stages, plan.stages, strict=True):
+        rows[stage.device] = schedule.ranks[old.device]
+    return replace(
+        plan,
+        cluster=parse_devices(f"cpu:{first}"),
+        stages=tuple(stages),
+        schedule=replace(schedule, ranks=tuple(rows)),
+        prediction=None,
+        certificate=None,
+    )
+
+
+def own_layouts(graph: Graph, stage: Stage, mesh: Mesh, layouts: Layouts) -> StageMesh:
+    """Of layouts of a whole graph, those of what is in one stage."""
+    nodes = set(stage.nodes)
+    read = {graph.values[v].name for number in nodes for v in graph.nodes[number].inputs}
+    kept = (
+        replace(group, nodes=tuple(n for n in group.nodes if n in nodes)) for group in layouts.nodes
+    )
+    return StageMesh(
+        mesh,
+        tuple(entry for entry in layouts.values if entry.value in read),
+        tuple(entry for entry in layouts.parameters if entry.value in read),
+        tuple(group for group in kept if group.nodes),
+    )
 
 
 def sharded_tolerance_of(name: str, numerics: Numerics) -> float:

@@ -45,6 +45,7 @@ from cutset.compiler.ir.plan import (
     ProfiledBlock,
     ProfileReport,
     Stage,
+    StageMesh,
     ValueLayout,
 )
 from cutset.compiler.ir.program import (
@@ -185,13 +186,14 @@ def graphs(draw: st.DrawFn) -> Graph:
 registers = st.builds(Register, texts, ids, st.none() | ids)
 several = st.lists(texts, max_size=3).map(tuple)
 numbers = st.lists(ids, max_size=3).map(tuple)
+shards = st.lists(st.builds(TensorShard, texts, types, numbers, types), max_size=2).map(tuple)
 instructions = st.one_of(
     st.builds(Forward, ids, ids),
     st.builds(Backward, ids, ids),
     st.builds(BackwardInput, ids, ids),
     st.builds(BackwardWeight, ids, ids, st.none() | ids),
-    st.builds(Send, registers, ids, ids, types),
-    st.builds(Recv, registers, ids, ids, types),
+    st.builds(Send, registers, ids, ids, types, st.none() | numbers),
+    st.builds(Recv, registers, ids, ids, types, st.none() | numbers),
     st.builds(Free, st.lists(registers, max_size=3).map(tuple)),
     st.builds(GradientNorm, st.lists(texts, max_size=3).map(tuple)),
     st.builds(AllReduce, several, numbers, st.sampled_from(["sum"])),
@@ -211,6 +213,7 @@ stage_programs = st.builds(
     st.lists(ids, max_size=9).map(tuple),
     st.lists(st.builds(GradientPart, texts, texts, ids, st.booleans()), max_size=2).map(tuple),
     st.lists(several, max_size=3).map(tuple),
+    shards,
 )
 programs = st.builds(
     Program,
@@ -220,14 +223,8 @@ programs = st.builds(
     num_microbatches=ids,
     stages=st.lists(stage_programs, max_size=2).map(tuple),
     stage_ranks=st.lists(ids, max_size=3).map(tuple),
-    shards=st.lists(
-        st.builds(TensorShard, texts, types, st.lists(ids, max_size=3).map(tuple), types),
-        max_size=2,
-    ).map(tuple),
-    updates=st.lists(
-        st.builds(TensorShard, texts, types, st.lists(ids, max_size=3).map(tuple), types),
-        max_size=2,
-    ).map(tuple),
+    shards=shards,
+    updates=shards,
     gradient_terms=st.lists(st.tuples(texts, st.lists(ids, max_size=3).map(tuple)), max_size=2).map(
         tuple
     ),
@@ -321,6 +318,19 @@ predictions = st.builds(
     st.lists(st.builds(DeviceLoad, ids, finite, finite), max_size=2).map(tuple),
 )
 phases = st.tuples(finite, finite, finite)
+value_layouts = st.lists(st.builds(ValueLayout, texts, layouts), max_size=2).map(tuple)
+parameter_layouts = st.lists(
+    st.builds(ParameterLayout, texts, layouts, layouts, layouts, st.booleans()), max_size=2
+).map(tuple)
+node_layouts = st.lists(
+    st.builds(
+        NodeLayout,
+        st.lists(ids, max_size=9).map(tuple),
+        st.lists(layouts, max_size=3).map(tuple),
+        st.lists(layouts, max_size=2).map(tuple),
+    ),
+    max_size=2,
+).map(tuple)
 plans = st.builds(
     Plan,
     fingerprint=st.builds(Fingerprint, texts, texts, texts, counts, counts),
@@ -337,22 +347,14 @@ plans = st.builds(
             ids,
             st.lists(ids, min_size=1, max_size=3).map(tuple),
             st.lists(ids, max_size=9).map(tuple),
+            st.none()
+            | st.builds(StageMesh, meshes, value_layouts, parameter_layouts, node_layouts),
         ),
         max_size=3,
     ).map(tuple),
-    layouts=st.lists(st.builds(ValueLayout, texts, layouts), max_size=2).map(tuple),
-    parameter_layouts=st.lists(
-        st.builds(ParameterLayout, texts, layouts, layouts, layouts, st.booleans()), max_size=2
-    ).map(tuple),
-    node_layouts=st.lists(
-        st.builds(
-            NodeLayout,
-            st.lists(ids, max_size=9).map(tuple),
-            st.lists(layouts, max_size=3).map(tuple),
-            st.lists(layouts, max_size=2).map(tuple),
-        ),
-        max_size=2,
-    ).map(tuple),
+    layouts=value_layouts,
+    parameter_layouts=parameter_layouts,
+    node_layouts=node_layouts,
     recomputed=st.lists(ids, max_size=9).map(tuple),
     schedule=st.none() | schedules,
     prediction=st.none() | predictions,

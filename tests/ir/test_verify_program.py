@@ -168,9 +168,9 @@ HEADERS = {
         lambda p: program(p, 2, stage_ranks=(0, 2, 1)),
         "it is in columns (0, 1, 2) and (0, 2, 1)",
     ),
-    "no stages": (
+    "no columns and no parts": (
         lambda p: tuple(replace(x, stage_ranks=()) for x in p),
-        "there are no stages",
+        "and has the parts {}",
     ),
     "no microbatches": (
         lambda p: tuple(replace(x, num_microbatches=0) for x in p),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .graph import parse_graph, print_attributes, print_graph, print_node
-from .plan import format_ranges, parse_plan, parse_ranges, print_plan
+from .plan import parse_plan, print_plan
 from .program import parse_program, print_instruction, print_program
+from .ranges import format_ranges, parse_ranges
 
 __all__ = [
     "format_ranges",

@@ -25,6 +25,9 @@ first mesh="data=4" num_microbatches=2 zero=1 step_seconds=0.2 fits=true
 profiled path="layers.0" device_type="cpu" num_nodes=17 ... measured=(0.01, 0.01, 0.02)
 warning "..."
 
+Stages with meshes of their own have their layouts below them: `own mesh="data=2" {`, lines
+`layout`, `parameter` and `nodes`, and `}`.
+
 What few plans have is written where it is so: `objective throughput` at the end of the first line,
 `threads 4` and `instruction_seconds 4e-05` at the end of a type's, `streams 1.5`, `compute_share
 0.25`, `progress_share 0.5` and `skew_seconds 2e-4` at the end of a link's, `offloaded` at the end
@@ -34,7 +37,6 @@ of a parameter's; after a type lines `host`, `curve`, `op_cost` and `correction`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -42,36 +44,33 @@ from typing import Any, TypeVar
 from ..cluster import Cluster, Device, DeviceType, Host, Link, LinkRule, OpCost, RateCurve
 from ..corrections import Correction, Corrections
 from ..graph import Mode
-from ..mesh import Layout, Mesh
+from ..mesh import Mesh
 from ..plan import (
     Alternative,
     Certificate,
     DeviceLoad,
     Fingerprint,
     MemoryPrediction,
-    NodeLayout,
     Objective,
     OptimizerModel,
-    ParameterLayout,
     Plan,
     Prediction,
     ProfiledBlock,
     ProfileReport,
     Stage,
-    ValueLayout,
+    StageMesh,
 )
 from ..schedule import Schedule
-from .scan import Line, Scanner, print_literal, print_name, print_text, read_enum
+from .layouts import print_layouts, read_all, read_layouts
+from .ranges import format_ranges, parse_ranges
+from .scan import Line, Scanner, print_literal, print_text, read_enum
 
 __all__ = [
-    "format_ranges",
     "parse_plan",
-    "parse_ranges",
     "print_plan",
 ]
 
 _Record = TypeVar("_Record")
-_MOST_IDS = 10_000_000
 _OF_FEW_TYPES: dict[str, Any] = {
     "host": None,
     "threads": None,
@@ -86,31 +85,6 @@ _FEW_SHARES = {
     "skew_seconds": 0.0,
 }  # of links, if not so
 _OF_FEW_LINKS: dict[str, Any] = {"collectives": (), "streams": None, **_FEW_SHARES}
-
-
-def format_ranges(ids: tuple[int, ...]) -> str:
-    """Non-negative ids as runs: (0, 1, 2, 5) as `0-2,5`. The order is kept."""
-    runs: list[tuple[int, int]] = []
-    for number in ids:
-        if runs and runs[-1][1] + 1 == number:
-            runs[-1] = runs[-1][0], number
-        else:
-            runs.append((number, number))
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def parse_ranges(text: str) -> tuple[int, ...]:
-    """Inverse of `format_ranges`. Raises ValueError on malformed text."""
-    ids: list[int] = []
-    for run in text.split(",") if text else ():
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", run, re.ASCII)
-        if match is None:
-            raise ValueError(f"not a range of ids: {run!r} (expected e.g. 4 or 0-17)")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last - first + len(ids) > _MOST_IDS:
-            raise ValueError(f"not a range of ids: {run!r}")
-        ids.extend(range(first, last + 1))
-    return tuple(ids)
 
 
 def print_plan(plan: Plan) -> str:
@@ -131,26 +105,11 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         nodes = print_text(format_ranges(stage.nodes))
         devices = print_text(format_ranges(stage.devices))
         yield f"stage {stage.index} devices={devices} nodes={nodes}"
-    for entry in plan.layouts:
-        yield f"layout {print_name(entry.value)} {print_literal(str(entry.layout))}"
-    for parameter in plan.parameter_layouts:
-        yield " ".join(
-            [
-                f"parameter {print_name(parameter.value)}",
-                f"held={print_literal(str(parameter.held))}",
-                f"gradient={print_literal(str(parameter.gradient))}",
-                f"state={print_literal(str(parameter.state))}",
-                *(["offloaded"] if parameter.offloaded else []),
-            ]
-        )
-    for group in plan.node_layouts:
-        yield " ".join(
-            [
-                f"nodes {print_text(format_ranges(group.nodes))}",
-                f"inputs={print_literal(' '.join(map(str, group.inputs)))}",
-                f"outputs={print_literal(' '.join(map(str, group.outputs)))}",
-            ]
-        )
+        if stage.own is not None:
+            yield f"own mesh={print_literal(str(stage.own.mesh))} {{"
+            yield from (f"  {line}" for line in print_layouts(stage.own))
+            yield "}"
+    yield from print_layouts(plan)
     if plan.recomputed:
         yield f"recomputed {print_text(format_ranges(plan.recomputed))}"
     if plan.schedule is not None:
@@ -241,22 +200,27 @@ def parse_plan(text: str) -> Plan:
     mesh = Mesh.parse(head.string())
     objective = read_enum(head, Objective) if head.accept("objective") else Objective.STEP
     head.end()
+    fingerprint = _read_line(scanner, "model", Fingerprint)
+    optimizer = _read_line(scanner, "optimizer", OptimizerModel)
+    cluster = _read_cluster(scanner)
+    stages = tuple(_read_stages(scanner))
+    layouts, parameters, nodes = read_layouts(scanner)
     plan = Plan(
-        fingerprint=_read_line(scanner, "model", Fingerprint),
-        optimizer=_read_line(scanner, "optimizer", OptimizerModel),
-        cluster=_read_cluster(scanner),
+        fingerprint=fingerprint,
+        optimizer=optimizer,
+        cluster=cluster,
         mode=mode,
         objective=objective,
         batch_size=batch_size,
         num_microbatches=num_microbatches,
         mesh=mesh,
-        stages=tuple(_read_all(scanner, "stage", _read_stage)),
-        layouts=tuple(_read_all(scanner, "layout", _read_layout)),
-        parameter_layouts=tuple(_read_all(scanner, "parameter", _read_parameter)),
-        node_layouts=tuple(_read_all(scanner, "nodes", _read_nodes)),
+        stages=stages,
+        layouts=layouts,
+        parameter_layouts=parameters,
+        node_layouts=nodes,
         recomputed=tuple(
             node
-            for run in _read_all(scanner, "recomputed", lambda line: parse_ranges(line.string()))
+            for run in read_all(scanner, "recomputed", lambda line: parse_ranges(line.string()))
             for node in run
         ),
         schedule=_read_schedule(scanner) if scanner.peek() == "schedule" else None,
@@ -265,10 +229,10 @@ def parse_plan(text: str) -> Plan:
         plan = replace(plan, prediction=_read_prediction(scanner))
     if scanner.peek() == "certificate":
         plan = replace(plan, certificate=_read_line(scanner, "certificate", Certificate))
-    plan = replace(plan, alternatives=tuple(_read_all(scanner, "alternative", _read_alternative)))
+    plan = replace(plan, alternatives=tuple(read_all(scanner, "alternative", _read_alternative)))
     if scanner.peek() == "profile":
         plan = replace(plan, profile=_read_profile(scanner))
-    plan = replace(plan, warnings=tuple(_read_all(scanner, "warning", Line.string)))
+    plan = replace(plan, warnings=tuple(read_all(scanner, "warning", Line.string)))
     scanner.end()
     return plan
 
@@ -281,15 +245,6 @@ def _read_line(scanner: Scanner, head: str, kind: type[_Record], **given: object
     return record
 
 
-def _read_all(scanner: Scanner, head: str, read: Any) -> Iterator[Any]:
-    """What `read` makes of every following line that starts with `head`."""
-    while scanner.peek() == head:
-        line = scanner.line()
-        line.expect(head)
-        yield read(line)
-        line.end()
-
-
 def _read_cluster(scanner: Scanner) -> Cluster:
     head = scanner.line()
     head.expect("cluster")
@@ -298,7 +253,7 @@ def _read_cluster(scanner: Scanner) -> Cluster:
     local = head.literal() is True
     head.expect("{")
     types = tuple(_read_types(scanner))
-    devices = [item for run in _read_all(scanner, "devices", _read_devices) for item in run]
+    devices = [item for run in read_all(scanner, "devices", _read_devices) for item in run]
     links = tuple(_read_links(scanner))
     scanner.line().expect("}")
     return Cluster(name, types, tuple(devices), links, local)
@@ -314,13 +269,13 @@ def _read_types(scanner: Scanner) -> Iterator[DeviceType]:
         if line.accept("instruction_seconds"):
             entry = replace(entry, instruction_seconds=_number(line))
         line.end()
-        for host in _read_all(scanner, "host", _read_host):
+        for host in read_all(scanner, "host", _read_host):
             entry = replace(entry, host=host)
-        curves = _read_all(scanner, "curve", lambda line: _read_record(line, RateCurve))
+        curves = read_all(scanner, "curve", lambda line: _read_record(line, RateCurve))
         entry = replace(entry, curves=tuple(curves))
-        costs = _read_all(scanner, "op_cost", lambda line: _read_record(line, OpCost))
+        costs = read_all(scanner, "op_cost", lambda line: _read_record(line, OpCost))
         entry = replace(entry, op_costs=tuple(costs))
-        known = tuple(_read_all(scanner, "correction", _read_correction))
+        known = tuple(read_all(scanner, "correction", _read_correction))
         yield replace(entry, corrections=Corrections(known) if known else None)
 
 
@@ -358,31 +313,35 @@ def _read_links(scanner: Scanner) -> Iterator[LinkRule]:
                 share: dict[str, Any] = {name: _number(line)}
                 rule = replace(rule, **share)
         line.end()
-        own = _read_all(
+        own = read_all(
             scanner, "collective", lambda line: (line.string(), _read_record(line, Link))
         )
         yield replace(rule, collectives=tuple(own))
 
 
-def _read_stage(line: Line) -> Stage:
-    index = line.integer()
-    line.expect("devices", "=")
-    devices = parse_ranges(line.string())
-    line.expect("nodes", "=")
-    return Stage(index, devices, parse_ranges(line.string()))
+def _read_stages(scanner: Scanner) -> Iterator[Stage]:
+    while scanner.peek() == "stage":
+        line = scanner.line()
+        line.expect("stage")
+        index = line.integer()
+        line.expect("devices", "=")
+        devices = parse_ranges(line.string())
+        line.expect("nodes", "=")
+        stage = Stage(index, devices, parse_ranges(line.string()))
+        line.end()
+        yield replace(stage, own=_read_own(scanner)) if scanner.peek() == "own" else stage
 
 
-def _read_layout(line: Line) -> ValueLayout:
-    return ValueLayout(line.name(), Layout.parse(line.string()))
-
-
-def _read_parameter(line: Line) -> ParameterLayout:
-    name, layouts = line.name(), []
-    for field in ("held", "gradient", "state"):
-        line.expect(field, "=")
-        layouts.append(Layout.parse(line.string()))
-    held, gradient, state = layouts
-    return ParameterLayout(name, held, gradient, state, line.accept("offloaded"))
+def _read_own(scanner: Scanner) -> StageMesh:
+    line = scanner.line()
+    line.expect("own")
+    line.expect("mesh", "=")
+    mesh = Mesh.parse(line.string())
+    line.expect("{")
+    line.end()
+    own = StageMesh(mesh, *read_layouts(scanner))
+    scanner.line().expect("}")
+    return own
 
 
 def _read_alternative(line: Line) -> Alternative:
@@ -396,17 +355,8 @@ def _read_profile(scanner: Scanner) -> ProfileReport:
     line.expect("first")
     first = _read_alternative(line)
     line.end()
-    blocks = tuple(_read_all(scanner, "profiled", lambda line: _read_record(line, ProfiledBlock)))
+    blocks = tuple(read_all(scanner, "profiled", lambda line: _read_record(line, ProfiledBlock)))
     return replace(report, first=first, blocks=blocks)
-
-
-def _read_nodes(line: Line) -> NodeLayout:
-    nodes = parse_ranges(line.string())
-    sides = []
-    for field in ("inputs", "outputs"):
-        line.expect(field, "=")
-        sides.append(tuple(map(Layout.parse, line.string().split())))
-    return NodeLayout(nodes, *sides)
 
 
 def _read_schedule(scanner: Scanner) -> Schedule:
@@ -418,7 +368,7 @@ def _read_schedule(scanner: Scanner) -> Schedule:
 
 def _read_prediction(scanner: Scanner) -> Prediction:
     figures = _read_line(scanner, "prediction", Prediction, memory=(), loads=())
-    rows = _read_all(scanner, "memory", lambda line: _read_record(line, MemoryPrediction))
+    rows = read_all(scanner, "memory", lambda line: _read_record(line, MemoryPrediction))
     memory = tuple(rows)
-    loads = _read_all(scanner, "load", lambda line: _read_record(line, DeviceLoad))
+    loads = read_all(scanner, "load", lambda line: _read_record(line, DeviceLoad))
     return replace(figures, memory=memory, loads=tuple(loads))

@@ -11,6 +11,7 @@ program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_h
     recomputed "2-5"
     keep "layers.1.weight" dim 0 over data summed
     part layers.1.weight layers.0.bias
+    boundary h f32[4,8] of f32[4,16] at (0, 8)
     to %h (1,)
     graph mlp.stage0 train {
       ...
@@ -18,6 +19,7 @@ program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_h
   }
   Forward 0.0
   Send %h@0 -> 1 tag=0 f32[4,8]
+  Send %h@0 -> 2 tag=1 f32[2,8] at (2, 8)
   Recv %h@0!1 <- 1 tag=2 f32[4,8]
   Free %h@0
   ...
@@ -55,7 +57,7 @@ from ..program import (
     TensorShard,
 )
 from .graph import print_graph, read_graph
-from .plan import format_ranges, parse_ranges
+from .ranges import format_ranges, parse_ranges
 from .scan import Line, Scanner, print_literal, print_name, print_text, read_enum, read_strings
 
 __all__ = ["parse_program", "print_instruction", "print_program", "print_register"]
@@ -84,6 +86,7 @@ def print_program(program: Program) -> str:
             lines.append(f"    recomputed {print_text(format_ranges(stage.recomputed))}")
         lines += [f"    keep {_kept(part)}" for part in stage.kept]
         lines += [" ".join(["    part", *map(print_text, names)]) for names in stage.parts]
+        lines += [f"    boundary {_shard(shard)}" for shard in stage.boundaries]
         lines += [f"    to {print_name(name)} {print_literal(to)}" for name, to in stage.consumers]
         lines += [f"    from {print_name(name)} {source}" for name, source in stage.producers]
         lines += textwrap.indent(print_graph(stage.graph), "    ").splitlines()
@@ -109,7 +112,8 @@ def print_instruction(item: Instruction) -> str:
         case Send() | Recv():
             arrow = "->" if isinstance(item, Send) else "<-"
             register = print_register(item.register)
-            return f"{kind} {register} {arrow} {item.peer} tag={item.tag} {item.type}"
+            place = "" if item.offset is None else f" at {print_literal(item.offset)}"
+            return f"{kind} {register} {arrow} {item.peer} tag={item.tag} {item.type}{place}"
         case Free():
             return " ".join([kind, *map(print_register, item.registers)])
         case GradientNorm():
@@ -176,12 +180,16 @@ def _read_shards(scanner: Scanner, head: str) -> Iterator[TensorShard]:
     while scanner.peek() == head:
         line = scanner.line()
         line.expect(head)
-        name, part = line.string(), line.type()
-        line.expect("of")
-        whole = line.type()
-        line.expect("at")
-        yield TensorShard(name, whole, _integers(line), part)
+        yield _read_shard(line)
         line.end()
+
+
+def _read_shard(line: Line) -> TensorShard:
+    name, part = line.string(), line.type()
+    line.expect("of")
+    whole = line.type()
+    line.expect("at")
+    return TensorShard(name, whole, _integers(line), part)
 
 
 def _read_terms(scanner: Scanner) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -225,7 +233,8 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
         recomputed: tuple[int, ...] = ()
         kept: list[GradientPart] = []
         parts: list[tuple[str, ...]] = []
-        while scanner.peek() in ("axis", "recomputed", "keep", "part", "to", "from"):
+        boundaries: list[TensorShard] = []
+        while scanner.peek() in ("axis", "recomputed", "keep", "part", "boundary", "to", "from"):
             line = scanner.line()
             if line.accept("axis"):
                 axes.append((line.string(), _integers(line)))
@@ -235,6 +244,8 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
                 kept.append(_read_kept(line))
             elif line.accept("part"):
                 parts.append(_names(line))
+            elif line.accept("boundary"):
+                boundaries.append(_read_shard(line))
             elif line.accept("to"):
                 consumers.append((line.name(), _integers(line)))
             else:
@@ -252,6 +263,7 @@ def _read_stages(scanner: Scanner) -> Iterator[StageProgram]:
             recomputed,
             tuple(kept),
             tuple(parts),
+            tuple(boundaries),
         )
 
 
@@ -287,7 +299,9 @@ def _read_instruction(line: Line) -> Instruction:
             peer = line.integer()
             line.expect("tag", "=")
             transfer = Send if kind == "Send" else Recv
-            return transfer(register, peer, line.integer(), line.type())
+            tag, type = line.integer(), line.type()
+            offset = _integers(line) if line.accept("at") else None
+            return transfer(register, peer, tag, type, offset)
         case "Free":
             registers = []
             while line.peek():

@@ -1,9 +1,10 @@
 """Rules of one rank's instruction list on its own: registers and actions.
 
-A register is defined once, by a computation or a `Recv`, before it is read, and not read after
-`Free`; what is defined is also read or freed. Every stage of the rank runs forward once per
-microbatch and, when training, backward once: whole, or input half and then weight half, which may
-be in the parts that the stage has, one after the other.
+A register is defined once, by a computation, a `Recv`, or `Recv`s whose rectangles cover the rank's
+part of the value, each element once. That is before it is read, and it is not read after `Free`;
+what is defined is also read or freed. Every stage of the rank runs forward once per microbatch and,
+when training, backward once: whole, or input half and then weight half, which may be in the parts
+that the stage has, one after the other.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..program import (
     Register,
     Send,
 )
+from .rectangles import Cover, is_inside
 from .registers import Registers
 from .report import fail_at
 
@@ -39,6 +41,7 @@ def _verify_registers(program: Program, registers: Registers) -> None:
     defined: dict[Register, int] = {}
     freed: dict[Register, int] = {}
     read: set[Register] = set()
+    covers: dict[Register, Cover] = {}
     for position, item in enumerate(program.instructions):
         needed = item.registers if isinstance(item, Free) else registers.reads(item)
         for register in needed:
@@ -50,6 +53,9 @@ def _verify_registers(program: Program, registers: Registers) -> None:
                 )
             if register not in defined:
                 fail_at(program, position, f"{register} is used before it is defined")
+            if register in covers and not covers[register].is_complete:
+                told = f"{register} is used before all parts of it are received"
+                fail_at(program, position, told)
             read.add(register)
         if isinstance(item, Free):
             freed.update(dict.fromkeys(item.registers, position))
@@ -59,6 +65,14 @@ def _verify_registers(program: Program, registers: Registers) -> None:
             _verify_transfer(program, position, item, registers)
         made = (item.register,) if isinstance(item, Recv) else registers.defines(item)
         for register in made:
+            if isinstance(item, Recv) and item.offset is not None:
+                part = registers.part_of(program.rank, register)
+                cover = covers.setdefault(register, Cover(part)) if part is not None else None
+                if cover is None or not cover.add(item.offset, item.type):
+                    told = f"this part of {register} is not in what the rank has, or twice there"
+                    fail_at(program, position, told)
+                defined.setdefault(register, position)
+                continue
             if register in defined:
                 fail_at(
                     program,
@@ -79,8 +93,13 @@ def _verify_transfer(
     expected = registers.type_of(program.rank, item.register)
     if expected is None:
         fail_at(program, position, f"no stage sends or receives %{item.register.value}")
-    if item.type != expected:
-        fail_at(program, position, f"{item.register} is {expected}, not {item.type}")
+    part = registers.part_of(program.rank, item.register)
+    if part is None or item.offset is None:
+        if item.type != expected or item.offset is not None or part is not None:
+            fail_at(program, position, f"{item.register} is {expected}, not {item.type}")
+    elif not is_inside(part, item.offset, item.type):
+        told = f"it is {part.part} at {part.offset} of {part.whole}, which does not hold this"
+        fail_at(program, position, f"of {item.register} the rank has a part: {told}")
     if item.register.microbatch not in range(program.num_microbatches):
         fail_at(program, position, f"there are {program.num_microbatches} microbatches")
 

@@ -61,7 +61,7 @@ def _verify_pair(
     for turn, (here, there) in enumerate(zip(sends, receives, strict=False)):
         send, recv = source.instructions[here], target.instructions[there]
         assert isinstance(send, Send) and isinstance(recv, Recv)
-        for field in ("register", "tag", "type"):
+        for field in ("register", "tag", "type", "offset"):
             mine, other = getattr(send, field), getattr(recv, field)
             if mine != other:
                 fail_at(

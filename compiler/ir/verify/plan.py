@@ -14,6 +14,7 @@ from .cluster import verify_cluster, verify_layout, verify_mesh
 from .recompute import verify_recomputed
 from .report import check, fail_node, first_repeated
 from .schedule import verify_schedule
+from .stage_meshes import verify_shared_tensors, verify_stage_meshes
 
 __all__ = ["verify_plan"]
 
@@ -56,7 +57,14 @@ def verify_plan(plan: Plan, graph: Graph | None = None) -> None:
         if plan.stages:
             _verify_cover(plan, graph)
             _verify_edges(plan, graph)
-    _verify_layouts(plan, graph)
+    if plan.is_mixed:
+        verify_stage_meshes(plan)
+        for stage in plan.stages:
+            _verify_layouts(plan.of_stage(stage), graph)
+        if graph is not None:
+            verify_shared_tensors(plan, graph)
+    else:
+        _verify_layouts(plan, graph)
     verify_recomputed(plan.recomputed, plan.mode, graph, "plan")
     if plan.schedule is not None:
         _verify_plan_schedule(plan, graph)
@@ -70,9 +78,10 @@ def _verify_stages(plan: Plan) -> None:
     for position, stage in enumerate(plan.stages):
         here = f"stages[{position}] of the plan"
         check(stage.index == position, f"its index is {stage.index}, not {position}", here)
+        size = plan.of_stage(stage).stage_mesh.size
         check(
-            len(stage.devices) == plan.stage_mesh.size,
-            f"it has {len(stage.devices)} devices for an in-stage mesh of {plan.stage_mesh.size}",
+            len(stage.devices) == size,
+            f"it has {len(stage.devices)} devices for an in-stage mesh of {size}",
             here,
         )
         for device in stage.devices:

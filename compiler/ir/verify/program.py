@@ -77,19 +77,27 @@ def _verify_headers(programs: tuple[Program, ...]) -> None:
             check(mine == others, f"its {name} is {mine}, that of rank 0 is {others}", here)
         mine, others = len(program.stage_ranks), len(first.stage_ranks)
         check(mine == others, f"it knows {mine} stages, rank 0 knows {others}", here)
-    check(bool(first.stage_ranks), "there are no stages", "program 0")
     check(first.num_microbatches >= 1, "there are no microbatches", "program 0")
 
 
 def _verify_stages(programs: tuple[Program, ...]) -> None:
-    """Each column of the in-stage mesh, by itself, is a pipeline of all stages."""
+    """Each column of the in-stage mesh, by itself, is a pipeline of all stages, or all ranks
+    together are, where stages have meshes of their own."""
+    check(any(program.stages for program in programs), "no rank has a stage", "programs")
+    graphs = {id(stage.graph): stage.graph for p in programs for stage in p.stages}
+    verify_graphs(graphs.values(), is_stage=True)
+    if programs[0].stage_ranks:
+        _verify_columns(programs)
+    else:
+        _verify_own_meshes(programs)
+    _verify_groups(programs)
+
+
+def _verify_columns(programs: tuple[Program, ...]) -> None:
     columns: dict[tuple[int, ...], list[Program]] = {}
     for program in programs:
         if program.stages:
             columns.setdefault(program.stage_ranks, []).append(program)
-    check(bool(columns), "no rank has a stage", "programs")
-    graphs = {id(stage.graph): stage.graph for p in programs for stage in p.stages}
-    verify_graphs(graphs.values(), is_stage=True)
     seen: dict[int, tuple[int, ...]] = {}
     for stage_ranks in columns:
         for rank in stage_ranks:
@@ -98,7 +106,39 @@ def _verify_stages(programs: tuple[Program, ...]) -> None:
             check(other == stage_ranks, told, f"rank {rank}")
     for stage_ranks, members in columns.items():
         _verify_column(stage_ranks, members)
-    _verify_groups(programs)
+
+
+def _verify_own_meshes(programs: tuple[Program, ...]) -> None:
+    """Every rank has one stage; the ranks of a stage read and make the same values, and know which
+    part of them they have."""
+    first: dict[int, StageProgram] = {}
+    for program in programs:
+        here = f"program {program.rank}"
+        check(len(program.stages) <= 1, "it has several stages, each with a mesh of its own", here)
+        for stage in program.stages:
+            _verify_stage(program, stage)
+            same = first.setdefault(stage.index, stage)
+            crossing = stage.consumers, stage.producers
+            alike = crossing == (same.consumers, same.producers)
+            check(alike, f"stage {stage.index} has other boundaries on other ranks", here)
+            _verify_parts(program, stage)
+    check(sorted(first) == list(range(len(first))), f"there are stages {sorted(first)}", "programs")
+    _verify_pipeline({index: first[index] for index in sorted(first)}, programs[0].mode)
+
+
+def _verify_parts(program: Program, stage: StageProgram) -> None:
+    """Parts of boundary values are of the types that the stage computes with."""
+    here = f"boundaries of stage {stage.index} on rank {program.rank}"
+    types = {v.name: v.type for v in (*boundary_inputs(stage), *boundary_outputs(stage))}
+    parts = {shard.name: shard.part for shard in stage.boundaries}
+    check(types == parts, f"it computes with {types}, and has the parts {parts}", here)
+
+
+def _verify_stage(program: Program, stage: StageProgram) -> None:
+    here = f"stage {stage.index} of rank {program.rank}"
+    check(stage.graph.mode is program.mode, "its graph is of another mode", here)
+    verify_axes(program, stage)
+    verify_recomputed(stage.recomputed, program.mode, stage.graph, here)
 
 
 def _verify_groups(programs: tuple[Program, ...]) -> None:
@@ -127,16 +167,19 @@ def _verify_column(stage_ranks: tuple[int, ...], programs: list[Program]) -> Non
             home = stage_ranks[stage.index]
             check(home == program.rank, f"the stage belongs to rank {home}", here)
             check(stage.index not in stages, "the rank holds the stage twice", here)
-            check(stage.graph.mode is program.mode, "its graph is of another mode", here)
-            verify_axes(program, stage)
-            verify_recomputed(stage.recomputed, program.mode, stage.graph, here)
+            _verify_stage(program, stage)
             stages[stage.index] = stage
     for index, rank in enumerate(stage_ranks):
         check(index in stages, f"rank {rank} does not hold stage {index}", f"program {rank}")
+    _verify_pipeline(stages, programs[0].mode)
+
+
+def _verify_pipeline(stages: dict[int, StageProgram], mode: Mode) -> None:
+    """Stages, one rank of each, fit together."""
     _verify_boundaries(stages)
     _verify_buffers(stages)
     losses = [index for index, stage in stages.items() if stage.graph.outputs_of(OutputKind.LOSS)]
-    expected = 1 if programs[0].mode is Mode.TRAIN else 0
+    expected = 1 if mode is Mode.TRAIN else 0
     check(
         len(losses) == expected, f"{len(losses)} stages return a loss: {losses}", "stage programs"
     )
@@ -161,6 +204,11 @@ def _verify_buffers(stages: dict[int, StageProgram]) -> None:
 def _verify_boundaries(stages: dict[int, StageProgram]) -> None:
     """Every boundary value has one producer, and both ends describe it alike."""
     made: dict[str, tuple[int, Value]] = {}
+    wholes = {
+        (index, shard.name): shard.whole
+        for index, stage in stages.items()
+        for shard in stage.boundaries
+    }
     readers: dict[str, list[int]] = {}
     for index, stage in sorted(stages.items()):
         for value in boundary_outputs(stage):
@@ -183,10 +231,12 @@ def _verify_boundaries(stages: dict[int, StageProgram]) -> None:
             source, origin = made[value.name]
             check(sources[value.name] == source, f"it comes from stage {source}", here)
             check(source < index, f"it comes from stage {source}, which is not earlier", here)
+            mine = wholes.get((index, value.name), value.type)
+            theirs = wholes.get((source, value.name), origin.type)
             check(
-                (value.type, value.requires_grad) == (origin.type, origin.requires_grad),
-                f"it is {value.type} (gradient: {value.requires_grad}), but stage {source} sends "
-                f"{origin.type} (gradient: {origin.requires_grad})",
+                (mine, value.requires_grad) == (theirs, origin.requires_grad),
+                f"it is {mine} (gradient: {value.requires_grad}), but stage {source} sends "
+                f"{theirs} (gradient: {origin.requires_grad})",
                 here,
             )
         sent = {value.name: tuple(readers.get(value.name, ())) for value in boundary_outputs(stage)}
@@ -226,6 +276,8 @@ def _verify_memory(program: Program, registers: Registers, static: int) -> None:
     for position, item in enumerate(program.instructions):
         made = (item.register,) if isinstance(item, Recv) else registers.defines(item)
         for register in made:
+            if register in live:
+                continue  # another part of it
             type = registers.type_of(program.rank, register)
             live[register] = 0 if type is None else type.num_bytes
             total += live[register]

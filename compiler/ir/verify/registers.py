@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..graph import OutputKind, Value, ValueKind
 from ..program import (
     Backward,
@@ -12,6 +14,7 @@ from ..program import (
     Register,
     Send,
     StageProgram,
+    TensorShard,
 )
 from ..types import TensorType
 
@@ -24,9 +27,12 @@ def boundary_inputs(stage: StageProgram) -> tuple[Value, ...]:
 
 
 def boundary_outputs(stage: StageProgram) -> tuple[Value, ...]:
-    """Values that the stage sends."""
+    """Values that the stage sends, under the names that they have for others."""
     graph = stage.graph
-    return tuple(graph.values[item.value] for item in graph.outputs_of(OutputKind.BOUNDARY))
+    return tuple(
+        replace(graph.values[item.value], name=item.target)
+        for item in graph.outputs_of(OutputKind.BOUNDARY)
+    )
 
 
 class Registers:
@@ -37,6 +43,7 @@ class Registers:
 
     def __init__(self, programs: tuple[Program, ...]) -> None:
         self._types: dict[tuple[int, str], TensorType] = {}
+        self._parts: dict[tuple[int, str], TensorShard] = {}
         self._inputs: dict[int, tuple[str, ...]] = {}
         self._outputs: dict[int, tuple[str, ...]] = {}
         self._input_gradients: dict[int, tuple[str, ...]] = {}
@@ -48,6 +55,7 @@ class Registers:
     def _add(self, rank: int, stage: StageProgram) -> None:
         received, sent = boundary_inputs(stage), boundary_outputs(stage)
         self._types.update({(rank, value.name): value.type for value in (*received, *sent)})
+        self._parts.update({(rank, shard.name): shard for shard in stage.boundaries})
         self._inputs[stage.index] = tuple(value.name for value in received)
         self._outputs[stage.index] = tuple(value.name for value in sent)
         self._input_gradients[stage.index] = tuple(
@@ -64,6 +72,10 @@ class Registers:
     def type_of(self, rank: int, register: Register) -> TensorType | None:
         """Type of the value on `rank` (a gradient has its value's type); None if it has none."""
         return self._types.get((rank, register.value))
+
+    def part_of(self, rank: int, register: Register) -> TensorShard | None:
+        """Which part of the whole value `rank` has, where stages have meshes of their own."""
+        return self._parts.get((rank, register.value))
 
     def defines(self, item: Instruction) -> tuple[Register, ...]:
         """Registers that `item` computes (not those that a `Recv` fills)."""

@@ -1,5 +1,5 @@
 """Rules of the parts of tensors that ranks hold: inside the whole, of the type that the stages of
-the rank compute with, and together, each once, all of it."""
+the rank compute with, and together, on the ranks of each stage, each once, all of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 
 from ..graph import ValueKind
 from ..program import Program, TensorShard
+from .rectangles import overlap
 from .report import check, first_repeated
 
 __all__ = ["verify_shards"]
@@ -15,23 +16,23 @@ __all__ = ["verify_shards"]
 
 def verify_shards(programs: tuple[Program, ...]) -> None:
     """Check every rule of the module docstring. Raises VerificationError."""
-    holders: dict[str, list[tuple[int, TensorShard | None]]] = {}
+    holders: dict[tuple[int, str], list[tuple[int, TensorShard | None]]] = {}
     for program in programs:
-        for name, shard in _verify_program(program).items():
-            holders.setdefault(name, []).append((program.rank, shard))
-    for name, held in holders.items():
+        for key, shard in _verify_program(program).items():
+            holders.setdefault(key, []).append((program.rank, shard))
+    for (_, name), held in holders.items():
         _verify_cover(name, held)
 
 
-def _verify_program(program: Program) -> dict[str, TensorShard | None]:
-    """What the rank holds by name; None: the whole."""
+def _verify_program(program: Program) -> dict[tuple[int, str], TensorShard | None]:
+    """What the rank holds by stage and name; None: the whole."""
     here = f"parts of rank {program.rank}"
     repeated = first_repeated(shard.name for shard in program.shards)
     check(repeated is None, f"it holds two parts of {repeated!r}", here)
     shards = {shard.name: shard for shard in program.shards}
     for shard in program.shards:
         _verify_bounds(shard, here)
-    held: dict[str, TensorShard | None] = {}
+    held: dict[tuple[int, str], TensorShard | None] = {}
     for stage in program.stages:
         for value in stage.graph.values:
             if value.kind in (ValueKind.RESULT, ValueKind.BOUNDARY):
@@ -39,8 +40,8 @@ def _verify_program(program: Program) -> dict[str, TensorShard | None]:
             part = shards.get(value.origin)
             told = f"stage {stage.index} computes with {value.type} of {value.origin!r}"
             check(part is None or part.part == value.type, f"{told}, it holds {part}", here)
-            held[value.origin] = part
-    unknown = sorted(shards.keys() - held.keys())
+            held[stage.index, value.origin] = part
+    unknown = sorted(shards.keys() - {name for _, name in held})
     check(not unknown, f"no stage reads {unknown}, of which it holds parts", here)
     return held
 
@@ -68,12 +69,8 @@ def _verify_cover(name: str, held: list[tuple[int, TensorShard | None]]) -> None
     check(len(wholes) == 1, f"they are of {', '.join(map(str, wholes))}", here)
     for one, two in itertools.combinations(found, 2):
         told = f"those of ranks {parts[one]} and {parts[two]} overlap"
-        check(not _overlap(one, two), told, here)
+        boxes = ((item.offset, item.part.shape) for item in (one, two))
+        check(not overlap(*boxes), told, here)
     size = sum(math.prod(shard.part.shape) for shard in found)
     total = math.prod(found[0].whole.shape)
     check(size == total, f"they have {size} of its {total} elements", here)
-
-
-def _overlap(one: TensorShard, two: TensorShard) -> bool:
-    dims = zip(one.offset, one.part.shape, two.offset, two.part.shape, strict=True)
-    return all(a < b + size and b < a + length for a, length, b, size in dims)

@@ -17,6 +17,7 @@ values; Mesh-TensorFlow and GSPMD leave the question to their lowering.)
 from __future__ import annotations
 
 import enum
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -51,6 +52,13 @@ _LIKE = frozenset(
 def verify_sums(programs: tuple[Program, ...]) -> None:
     """Check every column along every axis of its stages. Raises VerificationError."""
     held = {(p.rank, stage.index): stage for p in programs for stage in p.stages}
+    if not programs[0].stage_ranks:
+        for program in programs:
+            for stage in program.stages:
+                for axis, ranks in stage.axes:
+                    if ranks[0] == program.rank:
+                        _verify_alone(programs, held, stage, axis)
+        return
     for stage_ranks in dict.fromkeys(p.stage_ranks for p in programs if p.stages):
         first = held[stage_ranks[0], 0]
         for axis, ranks in first.axes:
@@ -67,13 +75,7 @@ def _verify_column(
     lines = []
     made: dict[str, _Ranks] = {}
     for index, rank in enumerate(stage_ranks):
-        ranks = dict(held[rank, index].axes)[axis]
-        line = _Line(
-            axis=axis,
-            ranks=ranks,
-            graphs=tuple(held[member, index].graph for member in ranks),
-            offsets=tuple(_offsets(programs[member]) for member in ranks),
-        )
+        line = _line(programs, held, held[rank, index], axis)
         line.run_forward(made)
         lines.append(line)
     if programs[0].mode is not Mode.TRAIN:
@@ -82,6 +84,44 @@ def _verify_column(
     for line in reversed(lines):
         line.run_backward(wanted)
         _verify_terms(programs[line.ranks[0]], line)
+
+
+def _line(programs: tuple[Program, ...], held: _Stages, stage: StageProgram, axis: str) -> _Line:
+    ranks = dict(stage.axes)[axis]
+    return _Line(
+        axis=axis,
+        ranks=ranks,
+        graphs=tuple(held[member, stage.index].graph for member in ranks),
+        offsets=tuple(_offsets(programs[member]) for member in ranks),
+    )
+
+
+def _verify_alone(
+    programs: tuple[Program, ...], held: _Stages, stage: StageProgram, axis: str
+) -> None:
+    """One stage over its own mesh: values cross its bounds in the parts that its ranks have of
+    them, never as terms, and so do gradients."""
+    line = _line(programs, held, stage, axis)
+    places: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for rank in line.ranks:
+        for shard in held[rank, stage.index].boundaries:
+            places[shard.name].add(shard.offset)
+    crossing = {n: _Ranks.SAME if len(found) == 1 else _Ranks.OWN for n, found in places.items()}
+    made = dict(crossing)
+    line.run_forward(made)
+    for name, _ in stage.consumers:
+        terms = crossing[name] is _Ranks.SAME and made[name] is _Ranks.OWN
+        here = f"boundary %{name} of stage {stage.index} along axis {axis}"
+        check(not terms, "it leaves as terms of a sum, or as parts that are taken for copies", here)
+    if programs[0].mode is not Mode.TRAIN:
+        return
+    gradients = {name: {_Gradient.WHOLE} for name, _ in stage.consumers}
+    line.run_backward(gradients)
+    for name, _ in stage.producers:
+        terms = crossing[name] is _Ranks.SAME and _Gradient.TERM in gradients.get(name, ())
+        here = f"gradient of %{name} in stage {stage.index} along axis {axis}"
+        check(not terms, "each rank has but a term of it where it leaves the stage", here)
+    _verify_terms(programs[line.ranks[0]], line)
 
 
 def _offsets(program: Program) -> dict[str, tuple[int, ...]]:
@@ -138,7 +178,7 @@ class _Line:
             found = self.ranks_of[output.value]
             name = graph.values[output.value].name
             if output.kind is OutputKind.BOUNDARY:
-                boundaries[name] = found
+                boundaries[output.target] = found
             elif output.kind is not OutputKind.BUFFER:
                 told = f"output {name} is {found.value}"
                 check(found is not _Ranks.OWN, told, here)
@@ -181,7 +221,7 @@ class _Line:
             if output.kind is OutputKind.LOSS:
                 self._add(value, _Gradient.WHOLE)
             elif output.kind is OutputKind.BOUNDARY:
-                for kind in boundaries.get(value.name, ()):
+                for kind in boundaries.get(output.target, ()):
                     self._add(value, kind)
         for node in reversed(graph.nodes):
             for value, kind in self._gradients(node):

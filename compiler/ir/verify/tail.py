@@ -92,7 +92,7 @@ def _verify_terms(programs: tuple[Program, ...]) -> None:
                 if part != mine:
                     check(False, f"rank {other} holds the part at {part}, not {mine}", here)
         for name in parts[rank]:
-            copies = {other for other in program.stage_ranks if name in parts[other]}
+            copies = {other for other in _tied_to(program, programs) if name in parts[other]}
             known = set(terms[rank].get(name, (rank,)))
             if not copies <= known:
                 check(
@@ -101,6 +101,18 @@ def _verify_terms(programs: tuple[Program, ...]) -> None:
                     f"{sorted(known)} sum their gradients",
                     f"parameter {name!r} on rank {rank}",
                 )
+
+
+def _tied_to(program: Program, programs: tuple[Program, ...]) -> Iterator[int]:
+    """Ranks whose copies of a parameter belong to those of `program`: of its column, or, where
+    stages have meshes of their own, of all other stages."""
+    if program.stage_ranks:
+        yield from program.stage_ranks
+        return
+    own = {stage.index for stage in program.stages}
+    for other in programs:
+        if own.isdisjoint(stage.index for stage in other.stages):
+            yield other.rank
 
 
 def _verify_parts(program: Program) -> None:

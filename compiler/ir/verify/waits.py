@@ -138,7 +138,7 @@ class _Ends:
     def __init__(self, programs: tuple[Program, ...]) -> None:
         self.sends: dict[tuple[int, int, Register], int] = {}  # (source, target, register)
         self.receives: dict[tuple[int, int, Register], int] = {}
-        self.received: dict[tuple[int, Register], int] = {}  # (rank, register) -> source
+        self.received: dict[tuple[int, Register], list[int]] = {}  # (rank, register) -> sources
         self.collectives: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         self.turns: dict[tuple[int, int], int] = {}  # (rank, position) -> turn in its group
         self.awaited: dict[tuple[int, int], list[int]] = {}  # (rank, position) -> collectives
@@ -157,7 +157,7 @@ class _Ends:
                     self.sends.setdefault((rank, item.peer, item.register), position)
                 elif isinstance(item, Recv):
                     self.receives.setdefault((item.peer, rank, item.register), position)
-                    self.received.setdefault((rank, item.register), item.peer)
+                    self.received.setdefault((rank, item.register), []).append(item.peer)
                 elif isinstance(item, Collective):
                     turns = self.collectives.setdefault((rank, tuple(sorted(item.ranks))), [])
                     self.turns[rank, position] = len(turns)
@@ -178,10 +178,10 @@ class _Ends:
             yield from self._starts(program, started)
         read = item.registers if isinstance(item, Free) else registers.reads(item)
         for register in read:
-            source = self.received.get((rank, register))
-            sent = None if source is None else self.sends.get((source, rank, register))
-            if source is not None and sent is not None:
-                yield Wait(source, sent, _Reason(SEND, rank, source, register))
+            for source in self.received.get((rank, register), ()):
+                sent = self.sends.get((source, rank, register))
+                if sent is not None:
+                    yield Wait(source, sent, _Reason(SEND, rank, source, register))
 
     def _starts(self, program: Program, position: int) -> Iterator[Wait]:
         """Until the other members have started the collective at `position`."""
