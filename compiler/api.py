@@ -30,8 +30,8 @@ from .ir.cluster import Cluster
 from .ir.errors import PlanFormatError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.graph import Mode
-from .ir.mesh import Mesh
-from .ir.plan import Objective, OptimizerModel, Plan
+from .ir.mesh import Mesh, MeshAxis, parse_stage_meshes
+from .ir.plan import PIPELINE, Objective, OptimizerModel, Plan
 from .ir.verify import verify_plan
 from .parallel import OptimizerFactory, Parallel, RunOptions
 from .plan_json import check_plan_matches, load_plan
@@ -91,7 +91,8 @@ def plan_model(
         mode: `train` or `infer`.
         optimizer_model: what planning assumes of the optimizer; None: AdamW.
         num_microbatches, num_stages, schedule: pin a decision; None: chosen.
-        mesh: pin the mesh, as `data=2,pipeline=2,tensor=2`; None: chosen, unless stages are fixed
+        mesh: pin the mesh, as `data=2,pipeline=2,tensor=2`, or those of the stages, from the first
+            to the last, as `data=2,tensor=2/data=1`; None: chosen, unless stages are fixed
             by `num_stages` or `constraints`, which leave one device a stage.
         zero: level of ZeRO over the data axis (0 to 3); None: the least that fits.
         recompute: what backward computes again instead of keeping it: `auto` (as much as must be
@@ -180,7 +181,7 @@ def plan_model(
         device_pins=() if goal is Objective.STEP else pins,
         layout_pins=layout_pins(constraints),
         together=together_groups(together),
-        mesh=_mesh(mesh),
+        **_meshes(mesh),
         zero=_zero(zero),
         offload=offload,
         objective=goal,
@@ -451,15 +452,27 @@ def _given_plan(plan: Plan | str | PathLike[str] | None) -> Plan | None:
     return load_plan(plan)
 
 
-def _mesh(mesh: str | Mesh | None) -> Mesh | None:
+def _meshes(mesh: str | Mesh | None) -> dict[str, Any]:
+    """The fields of `PlanOptions` for one mesh, or for the meshes of stages that differ in them."""
     if mesh is None or isinstance(mesh, Mesh):
-        return mesh
+        return {"mesh": mesh}
     try:
-        return Mesh.parse(mesh)
+        if "/" not in mesh:
+            return {"mesh": Mesh.parse(mesh)}
+        stages = parse_stage_meshes(mesh)
     except ValueError as error:
         raise UsageError(
-            str(error), where="mesh", ways_out=("write e.g. mesh='data=2,pipeline=2,tensor=2'",)
+            str(error),
+            where="mesh",
+            ways_out=(
+                "write e.g. mesh='data=2,pipeline=2,tensor=2'",
+                "write e.g. mesh='data=2,tensor=2/data=1' for a stage on four devices, then one "
+                "on one",
+            ),
         ) from error
+    if len(set(stages)) == 1:
+        return {"mesh": Mesh((MeshAxis(PIPELINE, len(stages)), *stages[0].axes))}
+    return {"stage_meshes": stages}
 
 
 def _zero(level: int | None) -> int | None:

@@ -190,7 +190,7 @@ def explain_json(
         "num_microbatches": plan.num_microbatches,
         "optimizer": plan.optimizer.name,
         "cluster": {"name": plan.cluster.name, "num_devices": len(plan.cluster.devices)},
-        "mesh": str(plan.mesh),
+        "mesh": plan.mesh_text,
         "devices": mesh_json(plan),
         "objective": plan.objective.value,
         "placement": placement_json(plan, graph),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cost_models.stages import optimizer_seconds
 from .ir.plan import Alternative, Plan
+from .ir.text import format_ranges
 from .words import bytes_text, plural, seconds_text
 
 __all__ = [
@@ -41,7 +42,18 @@ def columns(plan: Plan) -> tuple[tuple[dict[str, int], tuple[int, ...]], ...]:
 
 
 def mesh_json(plan: Plan) -> dict[str, object]:
-    """Devices by column and stage."""
+    """Devices by column and stage; by stage alone where stages have meshes of their own."""
+    if plan.is_mixed:
+        return {
+            "stages": [
+                {
+                    "axes": {axis.name: axis.size for axis in stage.own.mesh.axes},
+                    "devices": list(stage.devices),
+                }
+                for stage in plan.stages
+                if stage.own is not None
+            ]
+        }
     return {
         "axes": {axis.name: axis.size for axis in plan.mesh.axes},
         "columns": [{"place": place, "devices": list(row)} for place, row in columns(plan)],
@@ -50,6 +62,8 @@ def mesh_json(plan: Plan) -> dict[str, object]:
 
 def mesh_text(plan: Plan) -> str:
     """A picture of the devices: a row a stage, a column a place on the in-stage axes."""
+    if plan.is_mixed:
+        return _own_meshes_text(plan)
     if plan.stage_mesh.size == 1 or not plan.stages:
         return ""
     head = f"mesh {plan.mesh} (a row is a stage, microbatches go down a column)"
@@ -66,10 +80,27 @@ def mesh_text(plan: Plan) -> str:
         lines.append(f"  ... and {len(plan.stages) - _STAGES} more stages")
     if len(table) > _COLUMNS:
         lines.append(f"  ... and {len(table) - _COLUMNS} more columns")
+    return "\n".join([head, *lines, f"  {_zero_text(plan)}"])
+
+
+def _own_meshes_text(plan: Plan) -> str:
+    """The mesh and the devices of each stage."""
+    lines = [f"meshes {plan.mesh_text} (each stage has its own)"]
+    for stage in plan.stages[:_STAGES]:
+        view = plan.of_stage(stage)
+        mesh = str(view.stage_mesh) or "one device"
+        zero = f", {_zero_text(view)}" if view.zero_level else ""
+        devices = format_ranges(stage.devices)
+        lines.append(f"  {f'stage {stage.index}':<10}| {mesh} on {devices}{zero}")
+    if len(plan.stages) > _STAGES:
+        lines.append(f"  ... and {len(plan.stages) - _STAGES} more stages")
+    return "\n".join(lines)
+
+
+def _zero_text(plan: Plan) -> str:
     level = plan.zero_level
     parts = ("", "states", "gradients and states", "parameters, gradients and states")[level]
-    ending = f" ({parts} in parts over data)" if level else ""
-    return "\n".join([head, *lines, f"  ZeRO-{level}{ending}"])
+    return f"ZeRO-{level}" + (f" ({parts} in parts over data)" if level else "")
 
 
 def offload_json(plan: Plan) -> dict[str, Any] | None:
@@ -111,7 +142,10 @@ def _row(label: str, cells: list[str], mark: str = " ") -> str:
 
 def layouts_json(plan: Plan) -> dict[str, object]:
     """How many parameters, other held tensors and nodes have which layout; those that are
-    replicated in every respect are not in a plan, and not here."""
+    replicated in every respect are not in a plan, and not here. By stage where stages have meshes
+    of their own."""
+    if plan.is_mixed:
+        return {"stages": [layouts_json(plan.of_stage(stage)) for stage in plan.stages]}
     parameters = Counter(
         (str(entry.held), str(entry.gradient), str(entry.state)) for entry in plan.parameter_layouts
     )

@@ -8,6 +8,7 @@ were found, on a graph captured at that size. Where times are to be measured, th
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,13 @@ class Planning:
             CaptureError, InfeasibleError, UsageError: see `plan_model`.
         """
         profile = self.profile
+        if profile is not None and options.stage_meshes:
+            raise UsageError(
+                f"profile = {profile.kind!r} measures blocks over one mesh, and stages have meshes "
+                "of their own",
+                where="profile",
+                ways_out=("leave profile out", "give all stages the same mesh"),
+            )
         if profile is None or self._measures_nodes(options):
             return self.search_once(options)
         measurer = self.measurer(self.cluster, profile)
@@ -118,7 +126,8 @@ class Planning:
         if plan.num_microbatches == count:
             return captured, plan
         captured = self.captured(plan.num_microbatches)
-        pinned = replace(options, num_microbatches=plan.num_microbatches, mesh=plan.mesh)
+        mesh = None if plan.is_mixed else plan.mesh
+        pinned = replace(options, num_microbatches=plan.num_microbatches, mesh=mesh)
         return captured, _joined(plan, self._plan(captured, pinned))
 
     def _placed(self, options: PlanOptions) -> tuple[Captured, Plan]:
@@ -200,6 +209,10 @@ class Planning:
                 data = options.mesh.axis(DATA).size
                 legal = tuple(n for n in legal if self.rows // n % data == 0) or legal
                 target = _A_STAGE * options.mesh.axis(PIPELINE).size
+            elif options.stage_meshes:
+                data = math.lcm(*(mesh.axis(DATA).size for mesh in options.stage_meshes))
+                legal = tuple(n for n in legal if self.rows // n % data == 0) or legal
+                target = _A_STAGE * len(options.stage_meshes)
             elif mesh_is_open(self.cluster, options):
                 target = max(1, self.rows // devices)
             return max(count for count in legal if count <= max(1, target))

@@ -83,6 +83,7 @@ class PlanOptions:
             is cheap for the memory it frees).
         mesh: axes and sizes, in the order of ranks; None: searched if nothing else says how many
             stages there are.
+        stage_meshes: in-stage meshes, one a stage, where stages differ; empty: they do not.
         zero: level of ZeRO over the data axis; None: the least that fits.
         offload: what lies in the memory of the host: `none`, `optimizer` (its states, which are
             updated there) or `auto` (its states if nothing fits otherwise).
@@ -108,6 +109,7 @@ class PlanOptions:
     layout_pins: tuple[LayoutPin, ...] = ()
     recompute: str = "auto"
     mesh: Mesh | None = None
+    stage_meshes: tuple[Mesh, ...] = ()
     zero: int | None = None
     offload: str = "auto"
     objective: Objective = Objective.STEP

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Mode
-from ..compiler.ir.mesh import Mesh, Replicate
+from ..compiler.ir.mesh import Mesh, Replicate, format_stage_meshes
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR
 from .context import RECOMPUTES, SCHEDULES, PlanOptions
 from .offload import OFFLOADS, have_hosts
@@ -37,6 +39,10 @@ def check_pinned(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
     _check_names(mode, options)
     if options.mesh is not None:
         _check_mesh(cluster, mode, options, options.mesh)
+    if options.stage_meshes:
+        _check_stage_meshes(cluster, mode, options)
+        _check_offload(cluster, mode, options)
+        return
     _check_layout_pins(cluster, options)
     if options.zero:
         _check_zero(cluster, mode, options, options.zero)
@@ -51,6 +57,60 @@ def _check_names(mode: Mode, options: PlanOptions) -> None:
     if options.recompute not in RECOMPUTES:
         cause = f"there is no way to recompute called {options.recompute!r}"
         raise _refused("recompute", cause, f"one of: {', '.join(RECOMPUTES)}")
+
+
+def _check_stage_meshes(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
+    meshes = options.stage_meshes
+    told = f"mesh {format_stage_meshes(meshes)}"
+    if options.num_stages not in (None, len(meshes)):
+        raise _refused(
+            "mesh",
+            f"num_stages = {options.num_stages} contradicts {told}, which has {len(meshes)} stages",
+            "leave num_stages out",
+        )
+    size = sum(mesh.size for mesh in meshes)
+    if size > len(cluster.devices):
+        raise _refused(
+            "mesh",
+            f"{told} needs {size} devices, the cluster has {len(cluster.devices)}",
+            "shrink an axis",
+            "plan for more devices",
+        )
+    for mesh in meshes:
+        if mesh.axis(PIPELINE).size > 1:
+            raise _refused(
+                "mesh",
+                f"{told} has a {PIPELINE} axis inside a stage",
+                "give each stage its mesh, without a pipeline: e.g. data=2/tensor=2",
+            )
+        _check_mesh(cluster, mode, replace(options, num_stages=None), mesh)
+    for what, given in (
+        ("modules are pinned to stages or devices", options.pins or options.device_pins),
+        ("parameters are pinned to layouts", options.layout_pins),
+        ("optimizer states are to be offloaded", options.offload == "optimizer"),
+    ):
+        if given:
+            raise _refused(
+                "mesh",
+                f"{told} gives stages meshes of their own, and {what}; both at once is not planned",
+                "leave one of them out",
+                "give all stages the same mesh, e.g. pipeline=2,tensor=2",
+            )
+    if options.zero:
+        _check_zero_of_stages(mode, options, told)
+
+
+def _check_zero_of_stages(mode: Mode, options: PlanOptions, told: str) -> None:
+    if mode is not Mode.TRAIN or all(mesh.axis(DATA).size == 1 for mesh in options.stage_meshes):
+        raise _refused(
+            "zero",
+            f"ZeRO-{options.zero} splits what training holds over a {DATA} axis; {told} has none, "
+            "or this plan is for inference",
+            f"add {DATA}=2 or more to a stage",
+            "leave zero out",
+        )
+    if not updates_elementwise(options.optimizer.name):
+        raise _whole_updates("zero", f"ZeRO-{options.zero}", options.optimizer.name)
 
 
 def _check_mesh(cluster: Cluster, mode: Mode, options: PlanOptions, mesh: Mesh) -> None:

@@ -17,9 +17,19 @@ from .place import PlaceOperators
 from .predict import Predict
 from .recompute import ChooseRecompute
 from .schedule import BuildSchedule
+from .stage_meshes import PlanStageMeshes
 from .stages import PartitionStages
 
-__all__ = ["PASSES", "PLACEMENT", "Context", "Pass", "PlanOptions", "plan_graph", "run_passes"]
+__all__ = [
+    "PASSES",
+    "PLACEMENT",
+    "STAGE_MESHES",
+    "Context",
+    "Pass",
+    "PlanOptions",
+    "plan_graph",
+    "run_passes",
+]
 
 PASSES: tuple[Pass, ...] = (
     ChooseRecompute(),
@@ -30,6 +40,9 @@ PASSES: tuple[Pass, ...] = (
     Predict(),
 )
 
+
+STAGE_MESHES: tuple[Pass, ...] = (PlanStageMeshes(), BuildSchedule())
+"""Instead, where each stage is given a mesh of its own."""
 
 PLACEMENT: tuple[Pass, ...] = (PlaceOperators(),)
 """Instead, where operators are placed one by one."""
@@ -62,6 +75,8 @@ def plan_graph(
         optimizer=chosen.optimizer,
     )
     passes = PASSES if chosen.objective is Objective.STEP else PLACEMENT
+    if chosen.stage_meshes:
+        passes = STAGE_MESHES
     return run_passes(start, Context(graph, chosen, progress), passes)
 
 

@@ -84,7 +84,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="what backward computes again instead of keeping it (default: what memory asks for)",
     )
     parser.add_argument(
-        "--mesh", metavar="AXIS=N,...", help="e.g. data=2,pipeline=2,tensor=2 (default: chosen)"
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="e.g. data=2,pipeline=2,tensor=2, or one mesh for each stage, first to last: "
+        "data=2,tensor=2/data=1 (default: chosen)",
     )
     parser.add_argument(
         "--zero",

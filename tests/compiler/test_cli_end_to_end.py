@@ -100,6 +100,15 @@ def test_plan_takes_a_mesh_and_a_level_of_zero(
     assert "mesh tensor=4 has none" in refused["error"]["cause"]
 
 
+def test_plan_takes_a_mesh_for_each_stage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", f"{folder}/factories.py:wide", "--devices", "h100:3"]
+    found = _json([*arguments, "--mesh", "data=2/data=1"], capsys)
+    assert found["mesh"] == "data=2/data=1"
+    assert [stage["axes"] for stage in found["devices"]["stages"]] == [{"data": 2}, {}]
+    refused = _json([*arguments, "--mesh", "data=2/tensor=2"], capsys, code=2)
+    assert "needs 4 devices, the cluster has 3" in refused["error"]["cause"]
+
+
 def test_explain_knows_modules_when_it_has_the_model(
     folder: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
