@@ -144,12 +144,15 @@ class _Groups:
                 self.join(previous, unit)
 
     def fuse_cheap(self) -> None:
-        """Merge cheap units into neighbours until none is left that can be."""
+        """Merge cheap units into neighbours until none is left that can be, or as few units as
+        stages."""
         share = sum(self.seconds.values()) / self.how.num_stages
         pending = sorted(self.members)
         while pending:
             changed = []
             for unit in pending:
+                if len(self.members) <= self.how.num_stages:
+                    return
                 if unit in self.members and self.seconds[unit] <= _CHEAP * share:
                     host = self._host(unit, _LARGEST * share)
                     if host is not None:

@@ -8,7 +8,7 @@ are those of the nodes that end each computation.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.cluster import Cluster
@@ -96,6 +96,27 @@ def _homes(graph: Graph, part: LocalPart, stages: tuple[Stage, ...]) -> dict[int
     return home
 
 
+def _bound(graph: Graph, part: LocalPart) -> Iterator[tuple[int, ...]]:
+    """The local nodes for one node of the whole graph: none of them is a stage without it.
+
+    What is for a node that every stage may compute itself goes with who reads it first.
+    """
+    replicated = replicated_nodes(graph)
+    ends = {last for node, last in enumerate(part.lasts) if node not in replicated}
+    read_by = users(part.graph)
+    for number, origin in enumerate(part.origins):
+        last = part.lasts[origin]
+        if number in ends:
+            continue
+        if last in ends and last != number:
+            yield number, last
+            continue
+        outputs = part.graph.nodes[number].outputs
+        readers = sorted(reader for value in outputs for reader in read_by[value])
+        if readers:
+            yield number, readers[0]
+
+
 def _local_nodes(part: LocalPart, nodes: set[int]) -> tuple[int, ...]:
     """Local nodes of a stage: a stage makes all conversions that it reads, and those of its results
     that are outputs of the graph."""
@@ -149,6 +170,7 @@ def column_of(plan: Plan, context: Context) -> Column:
             context.options, num_stages=len(groups), num_microbatches=plan.num_microbatches or None
         ),
         network=network,
+        bound=tuple(_bound(context.graph, part)),
     )
     column = Column(local_plan, local_context, groups, part, sharding)
     parameters = parameters_of(plan, context.graph, column)

@@ -130,6 +130,7 @@ class Context:
         graph: of the whole model; for the pipeline of one column of a mesh, its local graph.
         network: who meets in the collectives of a local graph.
         parameters: figures of its trained parameters, by value id.
+        bound: groups of its nodes that are in one stage, as what they are for is one node.
         parts: local graphs that passes have made of the graph (see `columns.py`).
     """
 
@@ -138,6 +139,7 @@ class Context:
     progress: Callable[[str], None] = silent
     network: Network | None = None
     parameters: Mapping[int, ParameterFigures] = field(default_factory=dict)
+    bound: tuple[tuple[int, ...], ...] = ()
     parts: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
 

@@ -68,7 +68,7 @@ def state(plan: Plan, context: Context) -> Statement:
         num_stages=most,
         max_units=max(_UNITS_PER_STAGE * most, fine),
         labels=node_labels(graph, options.pins, options.device_pins),
-        together=together_nodes(graph, options.together),
+        together=(*together_nodes(graph, options.together), *context.bound),
     )
     units = coarsen(graph, [node.id for node in graph.nodes if node.id not in replicated], how)
     return Statement(

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
+from torch.nn import functional as F
 
+from cutset.compiler.api import plan_model
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.compiler.ir.errors import InfeasibleError, UsageError
 from cutset.compiler.ir.graph import Graph, Mode, ValueKind
 from cutset.compiler.ir.plan import OptimizerModel, Plan
+from cutset.cost_models import parse_devices
 from cutset.cost_models.presets import local_cpu_cluster
 from cutset.passes.pipeline import PlanOptions, plan_graph
+from tests.compiler.partitioned import batch, chain
 from tests.ir.builders import GraphBuilder, mlp, residual, tied_embedding
 
 ADAMW = OptimizerModel("adamw", 2.0)
@@ -181,3 +186,28 @@ def test_a_graph_that_costs_nothing_still_has_a_plan() -> None:
     found = plan(build.build(), 2, 4)
     assert [stage.nodes for stage in found.stages] == [(0,)]
     assert found.certificate is not None and found.certificate.gap == 0.0
+
+
+@pytest.mark.parametrize("mesh", ["data=2,pipeline=2", "pipeline=2,tensor=2"])
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("skew_seconds", [0.0, 1e-3, 0.1])
+def test_no_stage_has_collectives_alone(mesh: str, zero: int, skew_seconds: float) -> None:
+    """However long they take beside the few operators of the model."""
+    if zero and mesh.startswith("pipeline"):
+        pytest.skip("no data axis")
+    cluster = parse_devices("cpu:4")
+    cluster = replace(
+        cluster, links=tuple(replace(rule, skew_seconds=skew_seconds) for rule in cluster.links)
+    )
+    planned = plan_model(
+        chain(),
+        cluster,
+        example_inputs=batch(),
+        loss_fn=F.mse_loss,
+        num_microbatches=2,
+        mesh=mesh,
+        zero=zero,
+        check=False,
+    )
+    assert len(planned.plan.stages) == 2
+    assert all(stage.nodes for stage in planned.plan.stages)
