@@ -40,9 +40,19 @@ from .context import Context
 from .partition.runs import Table
 from .stage_layouts import StageLayouts
 
-__all__ = ["OwnStage", "StageFigures", "shared_parameters"]
+__all__ = ["OwnStage", "SplitParameter", "StageFigures", "shared_parameters"]
 
 _MANY_BYTES = 1e6  # a message by which links are compared
+
+
+class SplitParameter(InfeasibleError):
+    """Layouts split a parameter that several stages share."""
+
+    def __init__(
+        self, cause: str, *, where: str = "", ways_out: tuple[str, ...] = (), parameter: str = ""
+    ) -> None:
+        super().__init__(cause, where=where, ways_out=ways_out)
+        self.parameter = parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +200,7 @@ class OwnStage:
         """The stage with `nodes`; of parameters that are `shared` with others it has all.
 
         Raises:
-            InfeasibleError: the layouts split such a parameter.
+            SplitParameter: the layouts split such a parameter.
         """
         graph, inside = self.context.graph, frozenset(nodes)
         read = {graph.values[v].name for node in nodes for v in graph.nodes[node].inputs}
@@ -214,13 +224,15 @@ class OwnStage:
 
     def _check_whole(self, entry: ParameterLayout) -> None:
         if any(not isinstance(item, Replicate) for item in entry.held.placements):
-            raise InfeasibleError(
-                f"several stages use {entry.value}, which the layouts over {self.whole.mesh} split",
+            origin = self.context.graph.by_name()[entry.value].origin
+            raise SplitParameter(
+                f"several stages use {origin}, which the layouts over {self.whole.mesh} split",
                 where="mesh",
                 ways_out=(
-                    "give stages that share a parameter a data axis only, or one device",
+                    "give stages that share a parameter one device",
                     "give all stages the same mesh, e.g. pipeline=2,tensor=2",
                 ),
+                parameter=origin,
             )
 
     def memory(self, own: Stage, stages: Sequence[Stage], in_flight: int) -> list[MemoryPrediction]:

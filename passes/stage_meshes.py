@@ -2,8 +2,9 @@
 
 From these meshes, the graph's units and their prices on each stage's devices to stages with their
 layouts, the number of microbatches, a prediction and a certificate. Layouts over a mesh are those
-that are best for the whole graph on it (`layouts/`). Stages are runs of units in one topological
-order, and cuts are chosen that minimise
+that are best for the whole graph on it (`layouts/`); parameters that several stages turn out to
+share are whole over the tensor axis. Stages are runs of units in one topological order, and cuts
+are chosen that minimise
 
     step = sum_s t_s + max_s ((m - 1) t_s + u_s)
 
@@ -22,18 +23,19 @@ from dataclasses import dataclass, replace
 from ..compiler.ir.counts import divisors
 from ..compiler.ir.errors import InfeasibleError
 from ..compiler.ir.graph import Mode, ValueKind
-from ..compiler.ir.mesh import Mesh, MeshAxis, format_stage_meshes
+from ..compiler.ir.mesh import Mesh, MeshAxis, Replicate, format_stage_meshes
 from ..compiler.ir.plan import (
     DATA,
     PIPELINE,
+    TENSOR,
     Certificate,
     MemoryPrediction,
     Plan,
     Prediction,
     Stage,
 )
-from .context import Context
-from .own_stages import OwnStage, StageFigures, shared_parameters
+from .context import Context, LayoutPin
+from .own_stages import OwnStage, SplitParameter, StageFigures, shared_parameters
 from .partition.prepare import schedule_name, state
 from .partition.problem import in_flight_microbatches
 from .partition.runs import best_runs
@@ -142,6 +144,28 @@ class _Search:
         Raises:
             InfeasibleError: nothing fits, or no layouts over a mesh are legal.
         """
+        while True:
+            try:
+                return self.solved_once(plan, zero)
+            except SplitParameter as error:
+                self.hold_whole(error)
+
+    def hold_whole(self, error: SplitParameter) -> None:
+        """Pin a parameter that several stages share to be whole over the tensor axis.
+
+        Raises:
+            InfeasibleError: it is so already.
+        """
+        pin = LayoutPin(error.parameter, TENSOR, Replicate())
+        options = self.context.options
+        if pin in options.layout_pins:
+            raise error
+        pins = (*options.layout_pins, pin)
+        self.context = replace(self.context, options=replace(options, layout_pins=pins))
+        self.layouts = StageLayouts(replace(self.plan, mesh=Mesh(())), self.context)
+
+    def solved_once(self, plan: Plan, zero: int) -> Plan:
+        """As `solved`; raises SplitParameter where stages would share parts of one."""
         stages = [
             OwnStage.of(plan, self.context, self.layouts, mesh, group, zero)
             for mesh, group in zip(self.meshes, self.groups, strict=True)

@@ -181,8 +181,10 @@ def _collectives(stage: StageProgram) -> Iterator[Meeting]:
 
 def _told_collective(item: Collective) -> str:
     kind = item.reduction if isinstance(item, AllReduce) else type(item).__name__
-    dims = "" if isinstance(item, AllReduce) else f" along {item.dims}"
-    return f"{kind} of {', '.join(item.targets)}{dims}"
+    how = f" along {item.dims}" if not isinstance(item, AllReduce) else ""
+    if isinstance(item, AllReduce) and item.copies:
+        how = f" of copies {item.copies}"
+    return f"{kind} of {', '.join(item.targets)}{how}"
 
 
 def _whole(graph: Graph, node: Node) -> str:

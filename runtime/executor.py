@@ -369,6 +369,9 @@ class Executor:
         if isinstance(item, ReduceScatter):
             tensors = [self._gradients[name] for name in item.targets]
             return start_reduce_scatter(communicator, tensors, item.dims, item.ranks, label=label)
+        if item.copies:
+            for name in item.targets:
+                self._updated[name].div_(item.copies[item.ranks.index(self._program.rank)])
         is_norm = item.targets == (GRADIENT_NORM,)
         tensors = [self._norm] if is_norm else [self._updated[name] for name in item.targets]
         return start_all_reduce(communicator, tensors, item.ranks, item.reduction, label=label)

@@ -40,6 +40,7 @@ class Copy:
         is_tied: whether other stages of the column hold it, too.
         is_owner: whether this copy of the part counts in the norm.
         is_offloaded: whether its optimizer states lie on the host.
+        copies: see `AllReduce`, of the sum over `summed`.
     """
 
     held: TensorType
@@ -53,6 +54,7 @@ class Copy:
     is_tied: bool
     is_owner: bool
     is_offloaded: bool
+    copies: tuple[int, ...] = ()
 
     @property
     def updated(self) -> TensorType:
@@ -94,29 +96,39 @@ def parameter_copies(
 
 
 def _joined(value: Value, by_mesh: list[dict[int, Copy]]) -> dict[int, Copy]:
-    """The copies of `value` over all meshes, each of which adds a term on every rank.
+    """The copies of `value` over all meshes: one sum over all ranks, each term counted once.
 
     Raises:
-        VerificationError: ranks of one mesh have the same term, or share the update.
+        VerificationError: ranks of one mesh hold parts of it, or share the update (ZeRO).
     """
     if len(by_mesh) == 1:
         return by_mesh[0]
+    counts: dict[int, int] = {}
     for copies in by_mesh:
-        ranks = tuple(sorted(copies))
-        if any(copy.terms != ranks or copy.update is not None for copy in copies.values()):
+        entries = copies.values()
+        if any(copy.update is not None or copy.held != value.type for copy in entries):
             raise VerificationError(
-                f"stages with meshes of their own share it, and the gradients on ranks {ranks} of "
-                "one of them are not terms of one sum",
+                "stages with meshes of their own use it, and ranks of one of them hold but parts "
+                "of it or share its update",
                 where=f"parameter {value.origin!r}",
                 ways_out=(
+                    "replicate it in these stages, without ZeRO",
                     "put the nodes that use it into one stage",
-                    "give these stages only a data axis, without ZeRO, or one device",
                     "give all stages the same mesh",
                 ),
             )
-    ranks = tuple(sorted(rank for copies in by_mesh for rank in copies))
+        counts.update({rank: len(copies) // len(copy.terms) for rank, copy in copies.items()})
+    ranks = tuple(sorted(counts))
+    table = tuple(counts[rank] for rank in ranks)
     return {
-        rank: replace(copy, terms=ranks, summed=ranks, is_tied=True, is_owner=rank == ranks[0])
+        rank: replace(
+            copy,
+            terms=ranks,
+            summed=ranks,
+            is_tied=True,
+            is_owner=rank == ranks[0],
+            copies=table if max(table) > 1 else (),
+        )
         for copies in by_mesh
         for rank, copy in copies.items()
     }

@@ -166,8 +166,9 @@ def _shares(bucket: tuple[Entry, ...]) -> tuple[tuple[str, ...], tuple[int, ...]
 def _all_reduces(entries: Iterable[Entry], limit: float) -> Iterator[Instruction]:
     for bucket in make_buckets(
         ((name, copy) for name, copy in entries if len(copy.summed) > 1),
-        key=lambda copy: (copy.summed, copy.held.dtype),
+        key=lambda copy: (copy.summed, copy.copies, copy.held.dtype),
         size=lambda copy: copy.updated.num_bytes,
         limit=limit,
     ):
-        yield AllReduce(tuple(name for name, _ in bucket), bucket[0][1].summed)
+        first = bucket[0][1]
+        yield AllReduce(tuple(name for name, _ in bucket), first.summed, copies=first.copies)

@@ -152,9 +152,13 @@ class GradientNorm:
 
 @dataclass(frozen=True, slots=True)
 class AllReduce:
+    """`copies`, if there are any: for each of `ranks`, how many of them have the same term, which
+    each divides by that before it is summed."""
+
     targets: tuple[str, ...]
     ranks: tuple[int, ...]
     reduction: str = "sum"
+    copies: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +317,8 @@ class Program:
             optimizer states are of these (ZeRO).
         offloaded: parameters whose optimizer states lie on the host and are updated there.
         gradient_terms: (parameter, ranks whose gradients of their copies are terms of one sum), for
-            the parameters of which this rank is not the only one.
+            the parameters of which this rank is not the only one; some may have the same term (see
+            `AllReduce`).
     """
 
     rank: int

@@ -146,6 +146,42 @@ def test_conflicts_are_named(mesh: str, options: dict[str, Any], cause: str) -> 
     assert cause in caught.value.cause and caught.value.ways_out
 
 
+class Tied(nn.Module):
+    """An embedding whose weight is the head's."""
+
+    def __init__(self, size: int = 4096) -> None:
+        super().__init__()
+        self.table = nn.Embedding(size, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.blocks(self.table(ids)), self.table.weight)
+
+
+@pytest.mark.parametrize("mesh", ["data=2/data=1", "tensor=2/data=1"])
+def test_tied_parameters_are_whole_in_all_their_stages(mesh: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 4096, (ROWS,))
+    found = plan_model(
+        Tied(), 3, example_inputs=(ids, ids), loss_fn=F.cross_entropy, mesh=mesh, check=False
+    )
+    for program in found.programs:
+        assert dict(program.gradient_terms)["table.weight"] == (0, 1, 2)
+        assert all(shard.name != "table.weight" for shard in program.shards)
+    assert all(error < 1e-9 for error in verify_numerically(found).values())
+
+
+def test_a_large_vocabulary_that_stages_share_is_not_split() -> None:
+    """Alone on the mesh, the table would be held in parts."""
+    with torch.device("meta"):
+        model, ids = Tied(1 << 17), torch.zeros(4096, dtype=torch.long)
+    arguments: dict[str, Any] = {"example_inputs": (ids, ids), "loss_fn": F.cross_entropy}
+    alone = plan_model(model, "h100:2", mesh="tensor=2", **arguments)
+    assert any(shard.name == "table.weight" for shard in alone.programs[0].shards)
+    shared = plan_model(model, "h100:3", mesh="tensor=2/data=1", **arguments)
+    assert all(shard.name != "table.weight" for p in shared.programs for shard in p.shards)
+
+
 def test_recomputation_is_kept_stage_by_stage() -> None:
     found = planned("data=2/data=1", 3, recompute="full")
     assert found.plan.recomputed

@@ -50,9 +50,15 @@ def test_zero_and_clipping_by_the_global_norm(zero: int) -> None:
     check("checkpoint", "data=2,tensor=2/data=2", zero=zero, clip=0.1)
 
 
-def test_a_tied_parameter_whose_copies_have_no_terms_is_refused() -> None:
-    with pytest.raises(VerificationError, match="are not terms of one sum"):
-        check("bert", "tensor=2/data=2")
+@pytest.mark.parametrize("meshes", ["tensor=2/data=2", "data=2,tensor=2/data=1"])
+def test_a_tied_parameter_with_copies_that_have_one_term(meshes: str) -> None:
+    """Along `tensor` the ranks have the same gradient of the embeddings."""
+    check("bert", meshes, clip=0.1)
+
+
+def test_parts_of_a_tied_parameter_are_refused() -> None:
+    with pytest.raises(VerificationError, match="hold but parts"):
+        check("bert", "tensor=2/data=2", seed=1)
 
 
 @pytest.mark.slow

@@ -196,7 +196,7 @@ instructions = st.one_of(
     st.builds(Recv, registers, ids, ids, types, st.none() | numbers),
     st.builds(Free, st.lists(registers, max_size=3).map(tuple)),
     st.builds(GradientNorm, st.lists(texts, max_size=3).map(tuple)),
-    st.builds(AllReduce, several, numbers, st.sampled_from(["sum"])),
+    st.builds(AllReduce, several, numbers, st.sampled_from(["sum"]), numbers),
     st.builds(ReduceScatter, several, numbers, numbers),
     st.builds(AllGather, several, numbers, numbers),
     st.builds(Await, several),

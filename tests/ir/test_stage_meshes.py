@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeGuard
 
 import pytest
 
@@ -23,7 +24,7 @@ from cutset.compiler.ir.plan import (
     StageMesh,
     ValueLayout,
 )
-from cutset.compiler.ir.program import Program, Recv, Send, TensorShard
+from cutset.compiler.ir.program import AllReduce, Program, Recv, Send, TensorShard
 from cutset.compiler.ir.schedule import Action, Schedule
 from cutset.compiler.ir.text import parse_plan, parse_program, print_plan, print_program
 from cutset.compiler.ir.verify import verify_plan, verify_programs
@@ -212,13 +213,42 @@ def test_parts_of_a_tied_parameter_in_unlike_stages_are_refused() -> None:
         verify_plan(PLAN, tied())
 
 
-def test_copies_of_a_tied_parameter_must_have_terms_of_one_sum() -> None:
+def test_copies_of_a_tied_parameter_count_once_where_they_have_one_term() -> None:
     rows = NodeLayout((0,), (SPLIT("[S(0)]"), SPLIT("[R]")), (SPLIT("[S(0)]"),))
-    good = plan_of(over("data=2", (rows,)), over(""))
-    verify_programs(programs_of(good, tied()))
-    with pytest.raises(VerificationError, match="are not terms of one sum") as caught:
-        programs_of(plan_of(over("data=2"), over("")), tied())
-    assert "'w'" in str(caught.value)
+    for first, copies in ((over("data=2", (rows,)), ()), (over("data=2"), (2, 2, 1))):
+        programs = programs_of(plan_of(first, over("")), tied())
+        verify_programs(programs)
+        for program in programs:
+            (total,) = (item for item in program.instructions if is_sum(item, "w"))
+            assert (total.ranks, total.copies) == ((0, 1, 2), copies)
+            assert parse_program(print_program(program)) == program
+
+
+def is_sum(item: object, name: str) -> TypeGuard[AllReduce]:
+    return isinstance(item, AllReduce) and name in item.targets
+
+
+@pytest.mark.parametrize(
+    ("copies", "message"),
+    [
+        ((), "it is whole on ranks"),
+        ((1, 1, 1), "for one of 1 alike, there are 2"),
+        ((2, 2, 2), "for one of 2 alike, there are 1"),
+        ((2, 2), "are not numbers of copies"),
+    ],
+)
+def test_wrong_numbers_of_copies_are_caught(copies: tuple[int, ...], message: str) -> None:
+    programs = programs_of(plan_of(over("data=2"), over("")), tied())
+    with pytest.raises(VerificationError) as caught:
+        verify_programs(tuple(with_copies(program, copies) for program in programs))
+    assert message in caught.value.cause
+
+
+def with_copies(program: Program, copies: tuple[int, ...]) -> Program:
+    items = (
+        replace(item, copies=copies) if is_sum(item, "w") else item for item in program.instructions
+    )
+    return replace(program, instructions=tuple(items))
 
 
 def instruction(

@@ -24,6 +24,7 @@ program train rank=0 num_ranks=2 num_microbatches=2 memory_limit_bytes=64 plan_h
   Free %h@0
   ...
   AllReduce layers.0.bias layers.2.bias (0, 2) sum
+  AllReduce tied.weight (0, 1, 2) sum copies (2, 2, 1)
   OptimizerStep
 }
 """
@@ -120,7 +121,9 @@ def print_instruction(item: Instruction) -> str:
             return f"{kind} {print_literal(item.parameters)}"
         case AllReduce():
             targets = " ".join(map(print_text, item.targets))
-            return f"{kind} {targets} {print_literal(item.ranks)} {print_text(item.reduction)}"
+            copies = f" copies {print_literal(item.copies)}" if item.copies else ""
+            ranks = print_literal(item.ranks)
+            return f"{kind} {targets} {ranks} {print_text(item.reduction)}{copies}"
         case ReduceScatter() | AllGather():
             targets = " ".join(map(print_text, item.targets))
             return f"{kind} {targets} {print_literal(item.dims)} {print_literal(item.ranks)}"
@@ -310,7 +313,8 @@ def _read_instruction(line: Line) -> Instruction:
         case "GradientNorm":
             return GradientNorm(read_strings(line))
         case "AllReduce":
-            return AllReduce(_targets(line), _integers(line), line.string())
+            sides = _targets(line), _integers(line), line.string()
+            return AllReduce(*sides, _integers(line) if line.accept("copies") else ())
         case "ReduceScatter" | "AllGather":
             collective = ReduceScatter if kind == "ReduceScatter" else AllGather
             return collective(_targets(line), _integers(line), _integers(line))

@@ -173,6 +173,9 @@ def _verify_group(
         fail_at(program, position, f"{ranks} is not a group of ranks of this run")
     if isinstance(item, AllReduce) and list(ranks) != sorted(ranks):
         fail_at(program, position, f"{ranks} is not an ascending group")
+    copies = item.copies if isinstance(item, AllReduce) else ()
+    if copies and (len(copies) != len(ranks) or min(copies) < 1):
+        fail_at(program, position, f"{copies} are not numbers of copies on ranks {ranks}")
     if program.rank not in ranks:
         fail_at(program, position, f"rank {program.rank} is not a member of its group {ranks}")
     if not item.targets or len(set(item.targets)) < len(item.targets):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from ..graph import Graph, Mode, Node, OutputKind, Value, ValueKind
 from ..ops import Category
-from ..program import Program, StageProgram
+from ..program import AllReduce, Program, StageProgram
 from .report import check, fail_node
 
 __all__ = ["verify_sums"]
@@ -53,11 +53,13 @@ def verify_sums(programs: tuple[Program, ...]) -> None:
     """Check every column along every axis of its stages. Raises VerificationError."""
     held = {(p.rank, stage.index): stage for p in programs for stage in p.stages}
     if not programs[0].stage_ranks:
+        alike: dict[tuple[int, str], int] = {}
         for program in programs:
             for stage in program.stages:
                 for axis, ranks in stage.axes:
                     if ranks[0] == program.rank:
-                        _verify_alone(programs, held, stage, axis)
+                        _verify_alone(programs, held, stage, axis, alike)
+        _verify_copies(programs, alike)
         return
     for stage_ranks in dict.fromkeys(p.stage_ranks for p in programs if p.stages):
         first = held[stage_ranks[0], 0]
@@ -97,10 +99,18 @@ def _line(programs: tuple[Program, ...], held: _Stages, stage: StageProgram, axi
 
 
 def _verify_alone(
-    programs: tuple[Program, ...], held: _Stages, stage: StageProgram, axis: str
+    programs: tuple[Program, ...],
+    held: _Stages,
+    stage: StageProgram,
+    axis: str,
+    alike: dict[tuple[int, str], int],
 ) -> None:
     """One stage over its own mesh: values cross its bounds in the parts that its ranks have of
-    them, never as terms, and so do gradients."""
+    them, never as terms, and so do gradients.
+
+    Args:
+        alike: by rank and parameter, how many ranks of the stage have the same gradient; updated.
+    """
     line = _line(programs, held, stage, axis)
     places: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for rank in line.ranks:
@@ -122,6 +132,30 @@ def _verify_alone(
         here = f"gradient of %{name} in stage {stage.index} along axis {axis}"
         check(not terms, "each rank has but a term of it where it leaves the stage", here)
     _verify_terms(programs[line.ranks[0]], line)
+    for value in line.graphs[0].values_of(ValueKind.PARAMETER):
+        if line.gradient_of.get(value.id) == {_Gradient.WHOLE}:
+            for rank in line.ranks:
+                key = rank, value.origin
+                alike[key] = alike.get(key, 1) * len(line.ranks)
+
+
+def _copies(program: Program) -> dict[str, int]:
+    """By parameter, how many ranks have the same term of its gradient, where sums say so."""
+    return {
+        target: item.copies[item.ranks.index(program.rank)]
+        for item in program.instructions
+        if isinstance(item, AllReduce) and item.copies
+        for target in item.targets
+    }
+
+
+def _verify_copies(programs: tuple[Program, ...], alike: dict[tuple[int, str], int]) -> None:
+    """Sums divide terms by the number of ranks that have them."""
+    for program in programs:
+        for name, count in _copies(program).items():
+            found = alike.get((program.rank, name), 1)
+            told = f"a sum takes the gradient for one of {count} alike, there are {found}"
+            check(count == found, told, f"parameter {name!r} on rank {program.rank}")
 
 
 def _offsets(program: Program) -> dict[str, tuple[int, ...]]:
@@ -140,7 +174,7 @@ def _verify_terms(program: Program, line: _Line) -> None:
             if kind is _Gradient.TERM:
                 missing = sorted(set(line.ranks) - summed)
                 check(not missing, f"ranks {missing} have terms of it that are not summed", here)
-            else:
+            elif value.origin not in _copies(program):
                 others = sorted(set(line.ranks) & summed - {program.rank})
                 check(not others, f"it is whole on ranks {others}, and yet summed over them", here)
 
