@@ -108,7 +108,7 @@ def _bound(graph: Graph, part: LocalPart) -> Iterator[tuple[int, ...]]:
         last = part.lasts[origin]
         if number in ends:
             continue
-        if last in ends and last != number:
+        if last is not None and last in ends:
             yield number, last
             continue
         outputs = part.graph.nodes[number].outputs
