@@ -57,13 +57,20 @@ class SplitParameter(InfeasibleError):
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
-    """Seconds of a stage by run of units: of a microbatch, transfers included, of what it does once
-    a step, and of forward and backward alone."""
+    """Seconds of a stage by run of units: of the first microbatch, with its transfers, of each
+    other one, beside whose computation transfers go, of what it does once a step, and of forward
+    and backward alone."""
 
-    seconds: Table
+    first: Table
+    steady: Table
     per_step: Table
     forward: Table
     backward: Table
+
+    def later(self, num_microbatches: int) -> Table:
+        """All but the first microbatch, and what is done once."""
+        seconds: Table = (num_microbatches - 1) * self.steady + self.per_step
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +151,15 @@ class OwnStage:
                     each, once = self._parameter_seconds(value.id, value.type.num_bytes)
                     backward[unit + 1] += each
                     per_step[unit + 1] += once
-        crossing = np.zeros(len(units) + 1)
+        received, returned = np.zeros(len(units) + 1), np.zeros(len(units) + 1)
         if before is not None:
-            crossing[: len(units)] = self._crossing_seconds(units, home, before)
+            received[:-1], returned[:-1] = self._crossing_seconds(units, home, before)
         tables = [_by_run(part) for part in (forward, backward, per_step)]
-        return StageFigures(
-            tables[0] + tables[1] + crossing[:, None], tables[2], tables[0], tables[1]
-        )
+        computed, both = tables[0] + tables[1], (received + returned)[:, None]
+        held = Overlap.of(self.plan.cluster).held
+        slower = np.maximum(received, returned)[:, None]
+        steady = np.maximum(computed + held * both, slower)
+        return StageFigures(computed + both, steady, tables[2], tables[0], tables[1])
 
     def _origin(self, node: int) -> int:
         """The node of the whole graph that a local one is for."""
@@ -164,7 +173,10 @@ class OwnStage:
             num_bytes, 0, num_bytes
         )
         update = optimizer_seconds(
-            self.kind, self.plan.optimizer, parameter_bytes=found.updated_bytes
+            self.kind,
+            self.plan.optimizer,
+            parameter_bytes=found.updated_bytes,
+            num_parameters=int(self.kind.backend == "cpu"),  # others update all in one go
         )
         exposed = Overlap.of(self.plan.cluster).exposed * found.sum_seconds
         return found.microbatch_seconds, update + exposed + found.step_seconds
@@ -174,23 +186,29 @@ class OwnStage:
         units: Sequence[tuple[int, ...]],
         home: Mapping[int, int],
         before: tuple[int, ...],
-    ) -> Table:
-        """By first unit of the stage, seconds of what it receives, and returns gradients of: each
-        rank its part of the whole, or the stage before its own, whichever has fewer ranks."""
+    ) -> tuple[Table, Table]:
+        """By first unit of the stage, seconds of what it receives, and of the gradients that it
+        returns: each rank its part of the whole, or the stage before its own, whichever has fewer
+        ranks."""
         graph = self.context.graph
         made_by, read_by = producers(graph), users(graph)
-        moved = np.zeros(len(units))
+        moved, returned = np.zeros(len(units)), np.zeros(len(units))
         for value in graph.values:
             first = home.get(made_by.get(value.id, -1))
             last = max((home[node] for node in read_by[value.id] if node in home), default=-1)
             if first is not None and last > first:
-                ways = 2 if value.requires_grad and graph.mode is Mode.TRAIN else 1
-                moved[first + 1 : last + 1] += ways * value.type.num_bytes
+                moved[first + 1 : last + 1] += value.type.num_bytes
+                if value.requires_grad and graph.mode is Mode.TRAIN:
+                    returned[first + 1 : last + 1] += value.type.num_bytes
         fraction = self.plan.batch_size / self.plan.num_microbatches / batch_rows(graph)
         width = min(len(before), len(self.devices))
         link = self._slowest_link(before)
-        sent = moved * fraction / width / link.bytes_per_second
-        return np.where(moved > 0, sent + 2 * link.latency_seconds, 0.0)
+
+        def seconds(size: Table) -> Table:
+            sent = size * fraction / width / link.bytes_per_second
+            return np.where(size > 0, sent + link.latency_seconds, 0.0)
+
+        return seconds(moved), seconds(returned)
 
     def _slowest_link(self, before: tuple[int, ...]) -> Link:
         links = [self.plan.cluster.link(a, b) for a in before for b in self.devices]

@@ -6,12 +6,13 @@ that are best for the whole graph on it (`layouts/`); parameters that several st
 share are whole over the tensor axis. Stages are runs of units in one topological order, and cuts
 are chosen that minimise
 
-    step = sum_s t_s + max_s ((m - 1) t_s + u_s)
+    step = sum_s (t_s + r_s + g_s) + max_s ((m - 1) max(t_s + h (r_s + g_s), r_s, g_s) + u_s)
 
-with t_s the seconds of one of m microbatches in stage s, receiving and returning its boundary
-values included, and u_s those of what it does once a step (`partition/runs.py`). Stages that do not
-fit by liveness, and those that contain them, are left out, and it is done again; where nothing
-fits, with a higher level of ZeRO, then with recomputation.
+with t_s the seconds of one of m microbatches in stage s, r_s and g_s those of receiving its
+boundary values and returning their gradients, h the share of transfers that computation waits for,
+and u_s what the stage does once a step (`partition/runs.py`; `partition/objective.py` has the same
+for one mesh). Stages that do not fit by liveness, and those that contain them, are left out, and it
+is done again; where nothing fits, with a higher level of ZeRO, then with recomputation.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from ..compiler.ir.plan import (
     Prediction,
     Stage,
 )
+from ..compiler.sharding.sharding import Sharding
+from ..compiler.sharding.unruled import unruled_warnings
 from .context import Context, LayoutPin
 from .own_stages import OwnStage, SplitParameter, StageFigures, shared_parameters
 from .partition.prepare import schedule_name, state
@@ -176,11 +179,8 @@ class _Search:
         ]
         forbidden: list[tuple[int, int, int]] = []  # stage and run
         while True:
-            runs = best_runs(
-                [(table.seconds, table.per_step) for table in tables],
-                plan.num_microbatches,
-                forbidden,
-            )
+            priced = [(table.first, table.later(plan.num_microbatches)) for table in tables]
+            runs = best_runs(priced, forbidden)
             if runs is None:
                 raise self.too_large(forbidden)
             found = self.found(plan, runs, stages, tables)
@@ -210,10 +210,10 @@ class _Search:
         for index, (stage, part) in enumerate(zip(stages, cut, strict=True)):
             in_flight = in_flight_microbatches(schedule, count, len(cut), index)
             memory += stage.memory(part, cut, in_flight)
-        seconds = [table.seconds[a, b] for table, (a, b) in zip(tables, runs, strict=True)]
-        once = [table.per_step[a, b] for table, (a, b) in zip(tables, runs, strict=True)]
-        slowest = max((count - 1) * t + u for t, u in zip(seconds, once, strict=True))
-        return _Found(runs, float(sum(seconds) + slowest), cut, tuple(memory))
+        pairs = list(zip(tables, runs, strict=True))
+        way = sum(table.first[run] for table, run in pairs)
+        slowest = max(table.later(count)[run] for table, run in pairs)
+        return _Found(runs, float(way + slowest), cut, tuple(memory))
 
     def over(self, found: _Found) -> list[tuple[int, int, int]]:
         """The stages that exceed the memory of their devices."""
@@ -223,6 +223,14 @@ class _Search:
             for stage in found.stages
             if any(need[device] > self.limit(device) for device in stage.devices)
         ]
+
+    def warnings(self, found: _Found) -> Iterator[str]:
+        """What the user should know: operators that could not be split, stage by stage."""
+        for stage in found.stages:
+            view = replace(self.plan, stages=found.stages).of_stage(stage)
+            graph = self.context.graph
+            for warning in unruled_warnings(graph, Sharding.of(view, graph)):
+                yield f"stage {stage.index}: {warning}"
 
     def limit(self, device: int) -> int:
         own = self.plan.cluster.type_of(device).memory_bytes
@@ -252,9 +260,9 @@ class _Search:
         self.context.progress(
             f"meshes {told}, {plan.num_microbatches} microbatches: {found.seconds:.6g} s a step"
         )
+        plan = replace(plan, stages=found.stages, warnings=(*plan.warnings, *self.warnings(found)))
         return replace(
             plan,
-            stages=found.stages,
             prediction=Prediction(
                 step_seconds=found.seconds,
                 bubble_fraction=min(max(bubble, 0.0), 1.0),

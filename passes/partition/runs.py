@@ -1,9 +1,9 @@
 """Cuts one order of units into runs, one a stage, where every stage has prices of its own.
 
-With t_s(a, b) the seconds of a microbatch in stage s if it has the units from a to before b, and
-u_s(a, b) those of what it does once a step,
+With f_s(a, b) the seconds that stage s adds to the way of the first microbatch if it has the units
+from a to before b, and v_s(a, b) those that it takes for all others and once a step,
 
-    step = sum_s t_s + max_s ((m - 1) t_s + u_s)
+    step = sum_s f_s + max_s v_s
 
 is minimised. Under a limit of the maximum the least sum follows by dynamic programming over the
 ends of runs; the limit then falls below the maximum that was found, until the sum alone is no
@@ -26,20 +26,19 @@ Table = npt.NDArray[np.float64]  # by first unit of a run and the first after it
 
 def best_runs(
     tables: Sequence[tuple[Table, Table]],
-    num_microbatches: int,
     forbidden: Iterable[tuple[int, int, int]] = (),
 ) -> tuple[tuple[int, int], ...] | None:
     """First unit and the first after the last, of each stage's run; None if nothing is allowed.
 
     Args:
-        tables: of each stage, t and u.
+        tables: of each stage, f and v.
         forbidden: (stage, a, b): neither this run nor one that contains it.
     """
-    sums, tops = [], []
-    for seconds, per_step in tables:
-        upper = np.triu(np.ones_like(seconds, dtype=bool), 1)
-        sums.append(np.where(upper, seconds, math.inf))
-        tops.append((num_microbatches - 1) * seconds + per_step)
+    tops = [top for _, top in tables]
+    sums = []
+    for first_way, _ in tables:
+        upper = np.triu(np.ones_like(first_way, dtype=bool), 1)
+        sums.append(np.where(upper, first_way, math.inf))
     for stage, first, last in forbidden:
         sums[stage][: first + 1, last:] = math.inf
     best, chosen, limit = math.inf, None, math.inf
