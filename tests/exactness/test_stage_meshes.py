@@ -65,7 +65,7 @@ def test_parts_of_a_tied_parameter_are_refused() -> None:
 @pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize("meshes", MESHES)
 @pytest.mark.parametrize(
-    "name", ["resnet", "unet", "transformer", "vit", "no_grad", "straight_through"]
+    "name", ["resnet", "unet", "vit", "no_grad", "straight_through", "checkpoint"]
 )
 def test_models_over_unlike_meshes(name: str, meshes: str, seed: int | None) -> None:
     check(name, meshes, seed=seed)
