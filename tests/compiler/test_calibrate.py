@@ -190,7 +190,7 @@ def test_fits_stand_in_the_file_as_comments() -> None:
     assert "# measured by cutset calibrate in 42 s, torch" in text
     line = next(line for line in text.splitlines() if "matmul f32" in line)
     assert line.startswith("# cpu-core: matmul f32") and line.split()[-3:] == ["5", "3.1%", "12.0%"]
-    assert any("any number of messages" in row for row in figure_lines(parse_devices("cpu:2")))
+    assert any("any number of messages" in row for row in figure_lines(parse_devices("h100:2")))
 
 
 def test_a_busy_machine_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.materialise import LAYER_MIB, MIB, measure, parallel_on, plan, sources
+from cutset.compiler import checkpoint
 from cutset.compiler.ir.errors import RuntimeFailure
 from tests.compiler.partitioned import Plain, assert_same, batch, chain, partition, train_both
 
@@ -35,7 +36,11 @@ def test_a_run_moves_between_processes_and_plans_by_checkpoints(
     train_both(first, plain, batches)
 
 
-def test_workers_survive_a_save_that_fails(pool: WorkerPool, tmp_path: Path) -> None:
+def test_workers_survive_a_save_that_fails(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a folder goes after it was looked for."""
+    monkeypatch.setattr(checkpoint, "refuse_existing", lambda target: None)
     (tmp_path / "file").touch()
     parallel = partition(chain(), session=pool.session(2))
     parallel.train_step(*batch())
