@@ -48,7 +48,7 @@ __all__ = ["ChooseMesh"]
 _CLOSE = 1.25  # an estimate within this of the best may win when looked at closely
 _FINALISTS = 4  # meshes, beside those of one axis
 _ALTERNATIVES = 4
-_STARVED = 4.0
+_STARVED = 3.0
 
 
 @dataclass(frozen=True, slots=True)
