@@ -151,7 +151,7 @@ def column_of(plan: Plan, context: Context) -> Column:
         parameters = parameters_of(plan, context.graph, column)
         return replace(column, context=replace(context, parameters=parameters))
     groups = stage_devices(plan.mesh)
-    sharding, part = _local_part(plan, context)
+    sharding, part, bound = _local_part(plan, context)
     network = slowest_network(plan.cluster, plan.stage_mesh, groups)
     local_plan = replace(
         plan,
@@ -170,20 +170,23 @@ def column_of(plan: Plan, context: Context) -> Column:
             context.options, num_stages=len(groups), num_microbatches=plan.num_microbatches or None
         ),
         network=network,
-        bound=tuple(_bound(context.graph, part)),
+        bound=bound,
     )
     column = Column(local_plan, local_context, groups, part, sharding)
     parameters = parameters_of(plan, context.graph, column)
     return replace(column, context=replace(local_context, parameters=parameters))
 
 
-def _local_part(plan: Plan, context: Context) -> tuple[Sharding, LocalPart]:
+def _local_part(
+    plan: Plan, context: Context
+) -> tuple[Sharding, LocalPart, tuple[tuple[int, ...], ...]]:
+    """The local graph of `plan`, with how it comes about and what of it is `_bound`."""
     key = layouts_key(plan)
     if key not in context.parts:
         sharding = Sharding.of(plan, context.graph)
         part = localize(context.graph, sharding, (0,) * len(plan.stage_mesh.axes))
-        context.parts[key] = sharding, part
-    found: tuple[Sharding, LocalPart] = context.parts[key]
+        context.parts[key] = sharding, part, tuple(_bound(context.graph, part))
+    found: tuple[Sharding, LocalPart, tuple[tuple[int, ...], ...]] = context.parts[key]
     return found
 
 

@@ -105,16 +105,10 @@ class OwnStage:
             InfeasibleError: no layouts are legal over the mesh.
         """
         whole = _layouts(plan, context, layouts, mesh, zero)
-        alone = replace(
-            plan,
-            mesh=mesh,
-            layouts=whole.layouts,
-            parameter_layouts=whole.parameter_layouts,
-            node_layouts=whole.node_layouts,
-        )
         network = mesh_network(plan.cluster, mesh, devices) if mesh.axes else context.network
         kind = slowest_type(plan.cluster, devices)
-        return OwnStage(plan, context, whole, devices, kind, network, column_of(alone, context))
+        column = column_of(plan.over(whole), context)
+        return OwnStage(plan, context, whole, devices, kind, network, column)
 
     @property
     def _fraction(self) -> float:
@@ -321,14 +315,7 @@ def _layouts(
         )
     found = StageMesh(mesh, choice.layouts, choice.parameter_layouts, choice.node_layouts)
     if zero and mesh.axis(DATA).size > 1:
-        alone = replace(
-            plan,
-            mesh=mesh,
-            layouts=found.layouts,
-            parameter_layouts=found.parameter_layouts,
-            node_layouts=found.node_layouts,
-        )
-        sharding = Sharding.of(alone, context.graph)
+        sharding = Sharding.of(plan.over(found), context.graph)
         parameters = zero_layouts(context.graph, sharding, DATA, zero)
         found = replace(found, parameter_layouts=parameters)
     return found

@@ -20,6 +20,7 @@ from .crossings import Crossing, crossings
 
 __all__ = ["Edge", "Edges"]
 
+_FORWARD = (ActionKind.FORWARD,)
 _BACKWARD = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 
 
@@ -145,8 +146,8 @@ class Edges:
             for name, source in stage.producers:
                 have, want = (_parts(homes[index], name) for index in (source, target))
                 moves = crossings(cluster, have, want)
-                keys = (ActionKind.FORWARD,)
-                self._cross(name, None, numbers[name, leader], moves, keys, (source, target))
+                number = numbers[name, leader]
+                self._cross(name, None, number, moves, _FORWARD, (source, target))
                 if values[name].requires_grad:
                     moves = crossings(cluster, want, have)
                     number = numbers[name, ~target]

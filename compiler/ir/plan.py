@@ -360,19 +360,22 @@ class Plan:
         """Whether stages have meshes of their own."""
         return any(stage.own is not None for stage in self.stages)
 
-    def of_stage(self, stage: Stage) -> Plan:
-        """The same plan with the mesh and the layouts that `stage` has, as if all stages had."""
-        own = stage.own
-        if own is None:
-            return self
+    def over(self, own: StageMesh) -> Plan:
+        """The same plan with one mesh, and layouts over it."""
         return replace(
             self,
             mesh=own.mesh,
             layouts=own.layouts,
             parameter_layouts=own.parameter_layouts,
             node_layouts=own.node_layouts,
-            stages=tuple(replace(entry, own=None) for entry in self.stages),
         )
+
+    def of_stage(self, stage: Stage) -> Plan:
+        """The same plan with the mesh and the layouts that `stage` has, as if all stages had."""
+        if stage.own is None:
+            return self
+        stages = tuple(replace(entry, own=None) for entry in self.stages)
+        return replace(self.over(stage.own), stages=stages)
 
     @property
     def mesh_text(self) -> str:
@@ -397,8 +400,8 @@ class Plan:
     @property
     def is_offloaded(self) -> bool:
         """Whether optimizer states of some parameter lie in the memory of a host."""
-        views = [self.of_stage(stage) for stage in self.stages] if self.is_mixed else [self]
-        return any(entry.offloaded for view in views for entry in view.parameter_layouts)
+        own = [stage.own.parameter_layouts for stage in self.stages if stage.own]
+        return any(entry.offloaded for table in (self.parameter_layouts, *own) for entry in table)
 
     @property
     def zero_level(self) -> int:

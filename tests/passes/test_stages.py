@@ -188,13 +188,18 @@ def test_a_graph_that_costs_nothing_still_has_a_plan() -> None:
     assert found.certificate is not None and found.certificate.gap == 0.0
 
 
-@pytest.mark.parametrize("mesh", ["data=2,pipeline=2", "pipeline=2,tensor=2"])
-@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("mesh", "zero"),
+    [
+        ("data=2,pipeline=2", 0),
+        ("data=2,pipeline=2", 1),
+        ("data=2,pipeline=2", 3),
+        ("pipeline=2,tensor=2", 0),
+    ],
+)
 @pytest.mark.parametrize("skew_seconds", [0.0, 1e-3, 0.1])
 def test_no_stage_has_collectives_alone(mesh: str, zero: int, skew_seconds: float) -> None:
     """However long they take beside the few operators of the model."""
-    if zero and mesh.startswith("pipeline"):
-        pytest.skip("no data axis")
     cluster = parse_devices("cpu:4")
     cluster = replace(
         cluster, links=tuple(replace(rule, skew_seconds=skew_seconds) for rule in cluster.links)
