@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ..cost_models.calibration import (
+    Beside,
     collective_sample,
     fitted_link,
+    overlap_shares,
     seconds_of_all,
-    share_kept,
-    share_taken,
     skew_seconds,
     streams,
 )
@@ -38,6 +38,7 @@ __all__ = ["measured_links"]
 _TIMEOUT_SECONDS = 300.0
 _LARGEST = 1 << 25  # where not all devices are CUDA devices
 _AT_ONCE_BYTES, _AT_ONCE_ON_CUDA = 1 << 20, 1 << 26  # so much that latency is next to nothing
+_SMALLER = 8  # a size at which latency counts, where threads of CPUs carry it
 _Class = tuple[str, str]
 
 
@@ -84,8 +85,9 @@ class _Links:
             for key, own in groups.items():
                 rules[key] = self._collective(rules[key], name, own)
         progress("transfers beside others and beside computation")
-        beside = self._call("time_overlap", {"size": self._at_once})
-        kept = share_kept(beside)
+        sizes = [self._at_once, self._at_once // _SMALLER] if self._on_host else [self._at_once]
+        rows = self._call("time_overlap", {"sizes": sizes})
+        taken, kept = overlap_shares([Beside(*one) for row in rows for one in row])
         rows = self._call("time_streams", {"size": self._at_once})
         alone, together = (max(row[way] for row in rows) for way in (0, 1))
         at_once = streams(alone, together, count) if len(self._nodes()) == 1 else None
@@ -93,7 +95,7 @@ class _Links:
             replace(
                 rule,
                 streams=at_once,
-                compute_share=share_taken(beside, kept),
+                compute_share=taken,
                 progress_share=kept,
                 skew_seconds=skew_seconds(self._late),
             )

@@ -14,6 +14,7 @@ from ..compiler.ir.cluster import CURVES, PHASES, DeviceType, Link, OpCost, Rate
 from .fits import Quality, Sample, fit_link, left_out, rates_by_size
 
 __all__ = [
+    "Beside",
     "OpTime",
     "calls",
     "collective_sample",
@@ -21,10 +22,9 @@ __all__ = [
     "fitted_link",
     "fitted_op_costs",
     "fitted_optimizer",
+    "overlap_shares",
     "rounded",
     "seconds_of_all",
-    "share_kept",
-    "share_taken",
     "skew_seconds",
     "streams",
     "with_curves",
@@ -34,9 +34,9 @@ Points = tuple[tuple[float, float], ...]
 
 _DIGITS = 4
 _ALL_STREAMS = 0.9  # of the messages at once: as many as there may be
-_ALL_MOVED = 0.95  # of a transfer: nothing was left of it
-_LEAST_SHARE, _MOST_SHARE = 0.02, 0.9
-_ONE_CORE = 1.0  # is the most that a transfer takes of a device that computes on one
+_LEAST_HUNDREDTHS = 2  # of shares that are above zero
+_MOST_SHARE = 0.9  # of a device's rate, taken by transfers at the speed that they keep
+_ERROR_DIGITS = 9
 _STEPS = {"all_reduce": 2}  # rings that go round twice
 
 
@@ -174,46 +174,53 @@ def streams(alone_seconds: float, together_seconds: float, count: int) -> float 
     return None if found >= _ALL_STREAMS * count else rounded(found)
 
 
-_Beside = tuple[float, float, float, float]
-
-
-def share_taken(transfers: Sequence[_Beside], kept: float = 1.0) -> float:
-    """The share of its rate that a device computes with less while transfers run at full speed.
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Transfers and a computation on one device, each alone and both started together.
 
     Args:
-        transfers: on each device, seconds of transfers alone, of a computation alone, of that
-            computation with the transfers beside it, and until both are done.
-        kept: the share of their speed that they keep beside computation: they take so much less of
-            it at a time, which stays under the whole.
+        transfers, computing: seconds of either alone.
+        computed, over: seconds until the computation is done beside the transfers, and both are.
     """
-    shares = []
-    for alone, computing, beside, whole in transfers:
-        moved = _moved_beside(alone, beside, whole)
-        if moved > 0.0:
-            shares.append((beside - computing) / min(moved, beside))
-    most = min(_ONE_CORE, _MOST_SHARE / kept)
-    share = min(max(statistics.median(shares), 0.0), most) if shares else 0.0
-    return rounded(share) if share >= _LEAST_SHARE else 0.0
+
+    transfers: float
+    computing: float
+    computed: float
+    over: float
 
 
-def share_kept(transfers: Sequence[_Beside]) -> float:
-    """The share of their speed that transfers keep while devices at their ends compute.
+def overlap_shares(measured: Sequence[Beside]) -> tuple[float, float]:
+    """The share of a device's rate that transfers at full speed take from computation, and the
+    share of their speed that they keep beside it (`overlap.py`).
 
-    Args:
-        transfers: as for `share_taken`.
+    Of all pairs in steps of a hundredth, the one that predicts both ends of what was measured
+    with the least sum of errors, relative to transfers and computation one after the other. Where
+    several do, transfers keep the most, and take the least.
     """
-    shares = []
-    for alone, _, beside, whole in transfers:
-        moved = _moved_beside(alone, beside, whole)
-        shares.append(moved / beside if moved < _ALL_MOVED * alone else 1.0)
-    share = max(statistics.median(shares), _LEAST_SHARE) if shares else 1.0
-    return rounded(share) if share < 1.0 - _LEAST_SHARE else 1.0
+    if not measured:
+        return 0.0, 1.0
+    hundredths = range(_LEAST_HUNDREDTHS, 101)
+    shares = [
+        (taken / 100, kept / 100)
+        for kept in reversed(hundredths)
+        for taken in (0, *hundredths)
+        if taken * kept <= _MOST_SHARE * 100 * 100
+    ]
+    return min(shares, key=lambda pair: round(_overlap_error(measured, *pair), _ERROR_DIGITS))
 
 
-def _moved_beside(alone: float, beside: float, whole: float) -> float:
-    """Of `alone` seconds of transfers, those that were done when the computation was over: the rest
-    went on at full speed."""
-    return min(max(alone - (whole - beside), 0.0), alone)
+def _overlap_error(measured: Sequence[Beside], taken: float, kept: float) -> float:
+    """Sum of the relative errors of what `overlap_shares` says."""
+    total = 0.0
+    for one in measured:
+        computed = one.computing / (1.0 - taken * kept)
+        if kept * computed >= one.transfers:  # they are over first
+            computed = over = one.computing + taken * one.transfers
+        else:
+            over = computed + one.transfers - kept * computed
+        error = abs(computed - one.computed) + abs(over - one.over)
+        total += error / (one.transfers + one.computing)
+    return total
 
 
 def seconds_of_all(times: Sequence[tuple[float, float]], *, shared: bool) -> float:

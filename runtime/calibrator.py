@@ -115,6 +115,6 @@ class Calibrator(Profiler):
         """See `LinkProbes.collective`."""
         return self._links.collective(name, ranks, sizes)
 
-    def time_overlap(self, *, size: int) -> tuple[float, float, float, float]:
+    def time_overlap(self, *, sizes: list[int]) -> list[tuple[float, float, float, float]]:
         """See `LinkProbes.overlap`."""
-        return self._links.overlap(size)
+        return self._links.overlap(sizes)

@@ -23,12 +23,12 @@ from .communicator import Communicator, Pending, Split
 
 __all__ = ["LinkProbes", "Rounds", "lower_quartile", "trimmed_mean"]
 
-_ROUNDS = 16
+_ROUNDS = 24
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 200
 _ENOUGH_SECONDS = 0.25  # of one kind of operation and size
 _ANSWER_BYTES = 8
 _COMPUTED = {"cpu": 256, "cuda": 2048}  # rows of matrices that are multiplied beside a transfer
-_LONGER = 2.0  # than the transfer
+_LONGER, _LONGER_ON_HOST = (2.0,), (1.0, 3.0)  # than the transfer
 _BETWEEN_SECONDS = 10e-3  # of computing before a transfer, on CPUs: more than a tick of a scheduler
 _BETWEEN_ROUNDS = 30
 _BUCKETS = 8  # all-reduces under way at once
@@ -174,30 +174,72 @@ class LinkProbes:
         }
         return whole.numel() * whole.element_size(), starters[name]
 
-    def overlap(self, size: int) -> tuple[float, float, float, float]:
-        """All-reduces of `size` bytes over all ranks, several at once: their seconds alone, those
-        of a computation alone, of the computation when the transfers start with it, and until both
-        are done."""
-        ranks = tuple(range(self._num_ranks))
-        starts = [self._starter("all_reduce", ranks, size)[1] for _ in range(_BUCKETS)]
-        alone = self._together(lambda: self._finish([start() for start in starts]))
+    def overlap(self, sizes: Sequence[int]) -> list[tuple[float, float, float, float]]:
+        """Transfers of `sizes` bytes and a computation that start together: seconds of the former
+        alone, of the latter alone, until the latter is done beside them, and until both are.
+
+        All-reduces over all ranks, several at once; on CPUs also messages around the ring. A
+        computation lasts as long as the transfers, or longer: the former tells what is still under
+        way afterwards, the latter what all of them take from it.
+        """
+        found = []
+        for size in sizes:
+            ranks = tuple(range(self._num_ranks))
+            reduces = [self._starter("all_reduce", ranks, size)[1] for _ in range(_BUCKETS)]
+            found += self._beside(lambda starts=reduces: [start() for start in starts])
+            if self._on_host:
+                found += self._beside(functools.partial(self._exchange, self._bytes(size)))
+        return found
+
+    def _exchange(self, message: Tensor) -> list[Pending]:
+        """A message to the next rank around the ring and one from the rank before."""
+        after, before = (self._rank + 1) % self._num_ranks, (self._rank - 1) % self._num_ranks
+        return [self._recv(message.numel(), before), self._send(message, after)]
+
+    def _beside(
+        self, start: Callable[[], Sequence[Pending]]
+    ) -> list[tuple[float, float, float, float]]:
+        """What `overlap` tells of the transfers that `start` starts, for each computation.
+
+        The three are timed in turns: a machine that is slower for a while is that for all of them.
+        """
         matrix = self._matrix()
+        before = self._computing() if self._on_host else _nothing
+        moving = self._together(lambda: self._finish(start()))
         one = self._together(lambda: _multiply(matrix, 1))
-        longer = 1.0 if self._on_host else _LONGER
-        count = self._agreed(max(1, round(longer * alone / one)), ranks)
-        computing = self._together(lambda: _multiply(matrix, count))
-        beside, whole = [], []
-        for _ in range(_ROUNDS):
-            self._communicator.barrier(label="the next overlap")
-            begin = time.perf_counter()
-            pending = [start() for start in starts]
-            _multiply(matrix, count)
-            self._synchronize()
-            beside.append(time.perf_counter() - begin)
-            self._finish(pending)
-            self._synchronize()
-            whole.append(time.perf_counter() - begin)
-        return alone, computing, self._typical(beside), self._typical(whole)
+        everyone = tuple(range(self._num_ranks))
+        found = []
+        for longer in _LONGER_ON_HOST if self._on_host else _LONGER:
+            count = self._agreed(max(1, round(longer * moving / one)), everyone)
+            compute = functools.partial(_multiply, matrix, count)
+            alone, computing, beside = [], [], []
+            for _ in range(_ROUNDS):
+                alone.append(self._timed(before, start, _nothing)[1])
+                computing.append(self._timed(before, list, compute)[0])
+                beside.append(self._timed(before, start, compute))
+            columns = (alone, computing, *zip(*beside, strict=True))
+            transfers, computation, computed, over = map(self._typical, columns)
+            found.append((transfers, computation, computed, over))
+        return found
+
+    def _timed(
+        self,
+        before: Callable[[], None],
+        start: Callable[[], Sequence[Pending]],
+        compute: Callable[[], None],
+    ) -> tuple[float, float]:
+        """After `before`, seconds until `compute` is done, and until what `start` starts is."""
+        self._communicator.barrier(label="the next round")
+        before()
+        self._synchronize()
+        begin = time.perf_counter()
+        pending = start()
+        compute()
+        self._synchronize()
+        computed = time.perf_counter()
+        self._finish(pending)
+        self._synchronize()
+        return computed - begin, time.perf_counter() - begin
 
     # -- how it is timed -----------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 
 from cutset.compiler.ir.cluster import DeviceType, OpCost, RateCurve
 from cutset.cost_models.calibration import (
+    Beside,
     OpTime,
     calls,
     collective_sample,
@@ -17,10 +18,9 @@ from cutset.cost_models.calibration import (
     fitted_link,
     fitted_op_costs,
     fitted_optimizer,
+    overlap_shares,
     rounded,
     seconds_of_all,
-    share_kept,
-    share_taken,
     skew_seconds,
     streams,
     with_curves,
@@ -128,23 +128,30 @@ def test_messages_at_once() -> None:
     assert streams(1.0, 2.0, 2) == 1.0 and streams(1.0, 1.6, 4) == 2.5
 
 
-def test_the_share_that_transfers_take() -> None:
-    """A computation of 20 ms takes 4 ms more beside a transfer of 10 ms."""
-    assert share_taken([(0.01, 0.02, 0.024, 0.024)] * 2) == pytest.approx(0.4)
-    assert share_taken([(0.01, 0.02, 0.0201, 0.0201)]) == 0.0
-    assert share_taken([(0.01, 0.02, 0.019, 0.019)]) == 0.0
-    assert share_taken([(0.01, 0.02, 0.5, 0.5)]) == 0.9
-    # half of the transfer goes on when the computation is done, which the other half slowed
-    assert share_taken([(0.01, 0.02, 0.024, 0.029)]) == pytest.approx(0.8)
-    assert share_taken([(0.01, 0.02, 0.09, 0.098)], kept=0.1) == 1.0
+def _beside(taken: float, kept: float, transfers: float, computing: float) -> Beside:
+    """Both started together: fluid, event by event."""
+    computed = computing + taken * transfers
+    if transfers / kept <= computed:
+        return Beside(transfers, computing, computed, computed)
+    computed = computing / (1 - taken * kept)
+    return Beside(transfers, computing, computed, computed + transfers - kept * computed)
 
 
-def test_the_share_of_their_speed_that_transfers_keep() -> None:
-    """Of 10 ms, 6 are left after 20 ms of computing: 4 ms were done in 20."""
-    assert share_kept([(0.01, 0.01, 0.02, 0.026)]) == pytest.approx(0.2)
-    assert share_kept([(0.02, 0.008, 0.01, 0.026)]) == pytest.approx(0.4)  # 4 ms were done in 10
-    assert share_kept([(0.01, 0.02, 0.02, 0.02)]) == 1.0
-    assert share_kept([(0.01, 0.02, 0.02, 0.5)]) == pytest.approx(0.02)
+@pytest.mark.parametrize(("taken", "kept"), [(0.0, 1.0), (0.4, 0.5), (0.8, 0.2), (0.31, 0.97)])
+def test_the_shares_that_transfers_take_and_keep(taken: float, kept: float) -> None:
+    rows = [_beside(taken, kept, 0.01, 0.01 * longer) for longer in (0.5, 1.0, 3.0, 9.0)]
+    assert overlap_shares(rows) == pytest.approx((taken, kept))
+    # one measurement that the machine disturbed is outvoted
+    assert overlap_shares([*rows, Beside(0.01, 0.01, 0.5, 0.9)]) == pytest.approx((taken, kept))
+
+
+def test_shares_that_nothing_tells_are_the_harmless_ones() -> None:
+    assert overlap_shares([]) == (0.0, 1.0)
+    assert overlap_shares([Beside(0.01, 0.02, 0.02, 0.02)]) == (0.0, 1.0)
+    assert overlap_shares([Beside(0.01, 0.02, 0.019, 0.019)]) == (0.0, 1.0)
+    # all of the rate can never be taken: both would stand still
+    taken, kept = overlap_shares([Beside(0.01, 0.02, 0.5, 0.5)])
+    assert taken * kept <= 0.9
 
 
 def test_a_collective_begins_when_the_last_rank_reaches_it() -> None:
