@@ -15,6 +15,7 @@ import pickle
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gpu_llama
 import torch
@@ -199,11 +201,17 @@ def plan_one(case: Case, cluster: Cluster, profile: str) -> Planned:
 
 
 class Planners(contextlib.ExitStack):
-    """Plans cases by `jobs` processes that stay for the next ones; they end with the context."""
+    """Plans cases by `jobs` processes that stay for the next ones; they end with the context.
+
+    What they measure they keep for each other alone: times of another hour would tell of this
+    machine as it was.
+    """
 
     def __init__(self, cluster: Cluster, profile: str, jobs: int) -> None:
         super().__init__()
         self._cluster, self._profile = cluster, profile
+        cache = self.enter_context(tempfile.TemporaryDirectory(prefix="cutset-"))
+        self.enter_context(mock.patch.dict(os.environ, CUTSET_CACHE=cache))
         self._pool = None
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
