@@ -11,7 +11,7 @@ import pytest
 from cutset.compiler.codegen.programs import generate_programs
 from cutset.compiler.ir.cluster import Cluster
 from cutset.compiler.ir.errors import VerificationError
-from cutset.compiler.ir.graph import Graph, Mode
+from cutset.compiler.ir.graph import Graph, Mode, OutputKind, ValueKind
 from cutset.compiler.ir.mesh import Layout, Mesh, format_stage_meshes, parse_stage_meshes
 from cutset.compiler.ir.ops import op_named
 from cutset.compiler.ir.plan import (
@@ -24,7 +24,14 @@ from cutset.compiler.ir.plan import (
     StageMesh,
     ValueLayout,
 )
-from cutset.compiler.ir.program import AllReduce, Program, Recv, Send, TensorShard
+from cutset.compiler.ir.program import (
+    GRADIENT_NORM,
+    AllReduce,
+    Program,
+    Recv,
+    Send,
+    TensorShard,
+)
 from cutset.compiler.ir.schedule import Action, Schedule
 from cutset.compiler.ir.text import parse_plan, parse_program, print_plan, print_program
 from cutset.compiler.ir.verify import verify_plan, verify_programs
@@ -47,6 +54,7 @@ def model() -> Graph:
     return build.build()
 
 
+ProgramChange = Callable[[tuple[Program, ...]], tuple[Program, ...]]
 GRAPH = model()
 SPLIT = Layout.parse
 
@@ -244,16 +252,24 @@ def test_wrong_numbers_of_copies_are_caught(copies: tuple[int, ...], message: st
     assert message in caught.value.cause
 
 
-def with_copies(program: Program, copies: tuple[int, ...]) -> Program:
+def test_copies_of_norms_are_refused() -> None:
+    own = programs_of(plan_of(over("data=2"), DATA))
+    counted = tuple(with_copies(program, (1,) * 4, GRADIENT_NORM) for program in own)
+    with pytest.raises(VerificationError, match="norms of ranks are no copies"):
+        verify_programs(counted)
+
+
+def with_copies(program: Program, copies: tuple[int, ...], target: str = "w") -> Program:
     items = (
-        replace(item, copies=copies) if is_sum(item, "w") else item for item in program.instructions
+        replace(item, copies=copies) if is_sum(item, target) else item
+        for item in program.instructions
     )
     return replace(program, instructions=tuple(items))
 
 
 def instruction(
     rank: int, kind: type, turn: int, change: Callable[[Send | Recv], tuple[Send | Recv, ...]]
-) -> Callable[[tuple[Program, ...]], tuple[Program, ...]]:
+) -> ProgramChange:
     """Replace one transfer of a program."""
 
     def mutate(programs: tuple[Program, ...]) -> tuple[Program, ...]:
@@ -266,17 +282,72 @@ def instruction(
     return mutate
 
 
-def boundary(rank: int, **changes: object) -> Callable[[tuple[Program, ...]], tuple[Program, ...]]:
+def boundary(rank: int, **changes: object) -> ProgramChange:
     def mutate(programs: tuple[Program, ...]) -> tuple[Program, ...]:
-        (held,) = programs[rank].stages
-        parts: tuple[TensorShard, ...] = tuple(replace(p, **changes) for p in held.boundaries)
-        changed = replace(programs[rank], stages=(replace(held, boundaries=parts),))
-        return (*programs[:rank], changed, *programs[rank + 1 :])
+        parts = programs[rank].stages[0].boundaries
+        return with_boundaries(programs, rank, tuple(replace(p, **changes) for p in parts))
 
     return mutate
 
 
-BROKEN_PROGRAMS: dict[str, tuple[Callable[[tuple[Program, ...]], tuple[Program, ...]], str]] = {
+def with_boundaries(
+    programs: tuple[Program, ...], rank: int, parts: tuple[TensorShard, ...]
+) -> tuple[Program, ...]:
+    (held,) = programs[rank].stages
+    changed = replace(programs[rank], stages=(replace(held, boundaries=parts),))
+    return (*programs[:rank], changed, *programs[rank + 1 :])
+
+
+def crosswise(programs: tuple[Program, ...]) -> tuple[Program, ...]:
+    """Ranks 2 and 3 have each other's parts, and all transfers follow."""
+    other = {0: 0, 1: 1, 2: 3, 3: 2}
+    changed = []
+    for program in programs:
+        (held,), (theirs,) = program.stages, programs[other[program.rank]].stages
+        taken = iter(transfers(programs[other[program.rank]]))
+        items = tuple(
+            replace(item := next(taken), peer=other[item.peer])
+            if isinstance(old, Send | Recv)
+            else old
+            for old in program.instructions
+        )
+        held = replace(held, boundaries=theirs.boundaries)
+        changed.append(replace(program, stages=(held,), instructions=items))
+    return tuple(changed)
+
+
+def transfers(program: Program) -> list[Send | Recv]:
+    return [item for item in program.instructions if isinstance(item, Send | Recv)]
+
+
+def graph_of(rank: int, change: Callable[[Graph], Graph]) -> ProgramChange:
+    def mutate(programs: tuple[Program, ...]) -> tuple[Program, ...]:
+        (held,) = programs[rank].stages
+        held = replace(held, graph=change(held.graph))
+        return (
+            *programs[:rank],
+            replace(programs[rank], stages=(held,)),
+            *programs[rank + 1 :],
+        )
+
+    return mutate
+
+
+def another_operator(graph: Graph) -> Graph:
+    """Of as many operands."""
+    node = replace(graph.nodes[0], op=op_named("aten.mm.default"))
+    return replace(graph, nodes=(node, *graph.nodes[1:]))
+
+
+def another_input(graph: Graph) -> Graph:
+    values = (
+        replace(value, origin="args[9]") if value.kind is ValueKind.INPUT else value
+        for value in graph.values
+    )
+    return replace(graph, values=tuple(values))
+
+
+BROKEN_PROGRAMS: dict[str, tuple[ProgramChange, str]] = {
     "part lost": (
         instruction(3, Recv, 0, lambda item: ()),
         "is used before all parts of it are received",
@@ -292,6 +363,15 @@ BROKEN_PROGRAMS: dict[str, tuple[Callable[[tuple[Program, ...]], tuple[Program, 
     ),
     "no place": (instruction(0, Send, 0, lambda item: (replace(item, offset=None),)), "is f32"),
     "part unknown": (boundary(2, name="g"), "and has the parts {'g'"),
+    "part twice named": (
+        lambda p: with_boundaries(p, 2, p[2].stages[0].boundaries * 2),
+        "has two parts of %h",
+    ),
+    "parts that overlap": (boundary(3, offset=(1, 0)), "those of ranks 2 and 3 overlap"),
+    "part outside": (boundary(3, offset=(3, 0)), "reaches out of 'h'"),
+    "parts crosswise": (crosswise, "begin at [(2, 0), (0, 0)] on ranks (2, 3)"),
+    "another operator": (graph_of(3, another_operator), "another rank runs node y"),
+    "another input": (graph_of(1, another_input), "ranks read, return or differentiate other"),
     "whole unlike": (
         lambda p: boundary(0, whole=p[3].stages[0].graph.values[0].type)(p),
         "stage 0 sends",
@@ -335,6 +415,40 @@ def without_sums(program: Program) -> Program:
     alias = op_named("aten.alias.default")
     nodes = tuple(
         replace(node, op=alias, args=node.args[:1]) if node.op.packet == "sum_gradient" else node
+        for node in held.graph.nodes
+    )
+    return replace(program, stages=(replace(held, graph=replace(held.graph, nodes=nodes)),))
+
+
+def test_buffers_that_would_differ_between_ranks_are_caught() -> None:
+    """Each rank would add up its own rows."""
+    build = GraphBuilder("running", Mode.TRAIN)
+    x, w = build.input("x", (ROWS, WIDTH)), build.parameter("w", (WIDTH, WIDTH))
+    build.buffer("seen", (WIDTH,))
+    h = build.op("aten.linear.default", x, w, name="h")
+    rows = build.op("aten.sum.dim_IntList", x, (0,), name="rows")
+    build.output(rows, OutputKind.BUFFER, target="seen", batch_dim=None)
+    build.loss(build.op("aten.mean.default", h, name="loss"))
+    halves = over(
+        "data=2",
+        (
+            NodeLayout((1,), (SPLIT("[S(0)]"),), (SPLIT("[P(sum)]"),)),
+            NodeLayout((2,), (SPLIT("[S(0)]"),), (SPLIT("[P(sum)]"),)),
+        ),
+        layouts=(ValueLayout("x", SPLIT("[S(0)]")),),
+    )
+    programs = programs_of(plan_of(over(""), halves), build.build())
+    verify_programs(programs)
+    with pytest.raises(VerificationError, match="output rows_all_reduce is each rank's own"):
+        verify_programs(tuple(without(program, "rows_all_reduce") for program in programs))
+
+
+def without(program: Program, name: str) -> Program:
+    """Of the rank's graph, one collective passes on what it gets."""
+    (held,) = program.stages
+    alias = op_named("aten.alias.default")
+    nodes = tuple(
+        replace(node, op=alias, args=node.args[:1]) if node.name == name else node
         for node in held.graph.nodes
     )
     return replace(program, stages=(replace(held, graph=replace(held.graph, nodes=nodes)),))

@@ -217,6 +217,21 @@ def shards(**changes: object) -> Callable[[Program], Program]:
     )
 
 
+def copied(copies: tuple[int, ...]) -> Callable[[Program], Program]:
+    """All sums take terms for copies."""
+    return instructions(
+        lambda items: tuple(
+            replace(item, copies=copies) if isinstance(item, AllReduce) else item for item in items
+        )
+    )
+
+
+def crosswise(items: Programs) -> Programs:
+    """Ranks 0 and 2, one after the other along `tensor`, hold each other's parts."""
+    other = {0: 2, 2: 0}
+    return tuple(replace(p, shards=items[other.get(p.rank, p.rank)].shards) for p in items)
+
+
 def moved(text: str, to: str) -> Callable[[Program], Program]:
     """One instruction to just before another."""
 
@@ -234,6 +249,8 @@ SUMS: dict[str, tuple[Mutation, str]] = {
     "lost on one rank": (one(0, instructions(without_sums)), "does not take part"),
     "lost on all ranks": (every(instructions(without_sums)), "not reduced"),
     "forgotten by all": (every(unsummed), "have terms of it that are not summed"),
+    "of terms for copies": (every(copied((2, 2))), "are taken for copies"),
+    "of terms for one copy each": (every(copied((1, 1))), "are taken for copies"),
     "over a rank alone": (one(0, sums_over((0,))), ""),
     "of what is whole": (every(summed_too_often), "whole on ranks"),
     "of a gradient inside, lost": (
@@ -244,6 +261,16 @@ SUMS: dict[str, tuple[Mutation, str]] = {
     "of what is the same": (
         every(nodes("sum_gradient", as_all_reduce)),
         "it adds up what is the same on all ranks",
+    ),
+}
+OPERATORS: dict[str, tuple[Mutation, str]] = {
+    "another one on one rank": (
+        one(0, nodes("relu", lambda node: replace(node, op=op_named("aten.neg.default")))),
+        "another rank runs node relu0",
+    ),
+    "another draw on one rank": (
+        one(0, nodes("relu", lambda node: replace(node, random_draw=3))),
+        "another rank runs node relu0",
     ),
 }
 MEETINGS: dict[str, tuple[Mutation, str]] = {
@@ -271,6 +298,7 @@ PARTS: dict[str, tuple[Mutation, str]] = {
     ),
     "whole": (one(0, lambda p: replace(p, shards=p.shards[:-1])), "holds all of it"),
     "twice": (one(0, lambda p: replace(p, shards=p.shards * 2)), "it holds two parts of"),
+    "crosswise": (crosswise, "which is not their order along one dim"),
 }
 
 
@@ -280,6 +308,7 @@ PARTS: dict[str, tuple[Mutation, str]] = {
         pytest.param(*entry, id=f"{title}: {name}")
         for title, table in (
             ("sums", SUMS),
+            ("operators", OPERATORS),
             ("meetings", MEETINGS),
             ("groups", GROUPS),
             ("parts", PARTS),

@@ -16,6 +16,7 @@ from ..errors import VerificationError
 from ..graph import Graph, Node
 from ..ops import Category
 from ..program import (
+    GRADIENT_NORM,
     AllReduce,
     Backward,
     BackwardInput,
@@ -176,6 +177,8 @@ def _verify_group(
     copies = item.copies if isinstance(item, AllReduce) else ()
     if copies and (len(copies) != len(ranks) or min(copies) < 1):
         fail_at(program, position, f"{copies} are not numbers of copies on ranks {ranks}")
+    if copies and GRADIENT_NORM in item.targets:
+        fail_at(program, position, "the norms of ranks are no copies of each other")
     if program.rank not in ranks:
         fail_at(program, position, f"rank {program.rank} is not a member of its group {ranks}")
     if not item.targets or len(set(item.targets)) < len(item.targets):

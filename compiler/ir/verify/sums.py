@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from ..graph import Graph, Mode, Node, OutputKind, Value, ValueKind
 from ..ops import Category
 from ..program import AllReduce, Program, StageProgram
-from .report import check, fail_node
+from .report import check, fail_node, node_place
 
 __all__ = ["verify_sums"]
 
@@ -61,12 +61,19 @@ def verify_sums(programs: tuple[Program, ...]) -> None:
                         _verify_alone(programs, held, stage, axis, alike)
         _verify_copies(programs, alike)
         return
+    for program in programs:
+        copied = sorted(_copies(program))
+        told = f"terms of {copied} are taken for copies, which ranks of one mesh never have"
+        check(not copied, told, f"program {program.rank}")
     for stage_ranks in dict.fromkeys(p.stage_ranks for p in programs if p.stages):
         first = held[stage_ranks[0], 0]
         for axis, ranks in first.axes:
             if ranks[0] == stage_ranks[0]:  # the first along the axis stands for all of them
                 _verify_column(programs, held, stage_ranks, axis)
 
+
+_FIXED = ("op", "inputs", "outputs", "random_draw")
+"""Of nodes, what is the same on all ranks."""
 
 _Stages = dict[tuple[int, int], StageProgram]
 
@@ -195,15 +202,18 @@ class _Line:
     def run_forward(self, boundaries: dict[str, _Ranks]) -> None:
         """Fill `ranks_of`; boundary values are looked up by name, and entered."""
         graph = self.graphs[0]
-        counts = {len(other.nodes) for other in self.graphs}
         here = f"graph {graph.name} along axis {self.axis}"
-        check(len(counts) == 1, f"ranks {self.ranks} run so many nodes: {sorted(counts)}", here)
+        for other in {id(other): other for other in self.graphs[1:]}.values():
+            self._check_alike(other)
+        held_apart = set()  # buffers
         for value in graph.values:
             if value.kind is ValueKind.BOUNDARY:
                 self.ranks_of[value.id] = boundaries[value.name]
             elif value.kind is not ValueKind.RESULT:
                 places = {offsets.get(value.origin) for offsets in self.offsets}
                 self.ranks_of[value.id] = _Ranks.SAME if len(places) == 1 else _Ranks.OWN
+                if value.kind is ValueKind.BUFFER and len(places) > 1:
+                    held_apart.add(value.origin)
         for node in graph.nodes:
             found = self._result(node)
             for index in node.outputs:
@@ -213,9 +223,23 @@ class _Line:
             name = graph.values[output.value].name
             if output.kind is OutputKind.BOUNDARY:
                 boundaries[output.target] = found
-            elif output.kind is not OutputKind.BUFFER:
+            else:
                 told = f"output {name} is {found.value}"
-                check(found is not _Ranks.OWN, told, here)
+                is_held = output.kind is OutputKind.BUFFER and output.target in held_apart
+                check(is_held or found is not _Ranks.OWN, told, here)
+
+    def _check_alike(self, other: Graph) -> None:
+        """Graphs of two ranks differ in the arguments of operators and in shapes alone."""
+        graph = self.graphs[0]
+        counts = sorted({len(graph.nodes), len(other.nodes)})
+        here = f"graph {graph.name} along axis {self.axis}"
+        check(len(counts) == 1, f"ranks {self.ranks} run so many nodes: {counts}", here)
+        for mine, theirs in zip(graph.nodes, other.nodes, strict=True):
+            if any(getattr(mine, name) != getattr(theirs, name) for name in _FIXED):
+                self._fail(mine, f"another rank runs {node_place(other, theirs)}")
+        ends = [[(v.kind, v.origin, v.requires_grad) for v in g.values] for g in (graph, other)]
+        alike = ends[0] == ends[1] and graph.outputs == other.outputs
+        check(alike, "ranks read, return or differentiate other values", here)
 
     def _result(self, node: Node) -> _Ranks:
         read = [self.ranks_of[index] for index in node.inputs]
