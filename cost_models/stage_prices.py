@@ -41,6 +41,7 @@ class StagePrices:
         self._costs: dict[tuple[int, int], StageCosts] = {}
         self._shares: dict[tuple[int, int], tuple[float, ...]] = {}  # parts of weight gradients
         self._meets: dict[int, StageCosts] = {}  # by stage, of the first rank
+        self._parts: dict[int, tuple[float, ...]] = {}  # likewise, shares of parts
         self._alike: dict[Hashable, tuple[StageProgram, StageCosts, tuple[float, ...]]] = {}
         for program in programs:
             for stage in program.stages:
@@ -53,14 +54,16 @@ class StagePrices:
     def _priced(
         self, stage: StageProgram, device_type: DeviceType, measured: StageSeconds | None
     ) -> tuple[StageCosts, tuple[float, ...]]:
-        """Costs and shares of parts; ranks with tensors and links alike are priced once."""
+        """Costs and shares of parts; ranks with tensors and links alike are priced once. Shares are
+        those of the stage's first rank, as ranks have to meet equally often in each part."""
         network = Network(self._cluster, stage.axes)
         links = tuple(network.ring(axis) for axis, _ in stage.axes)
         key = stage.index, device_type.name, links, types_of(stage)
         if key not in self._alike:
             costs = stage_costs(stage, device_type, network, measured, self._meets.get(stage.index))
             self._meets.setdefault(stage.index, costs)
-            self._alike[key] = stage, costs, part_shares(stage, device_type, network)
+            shares = self._parts.setdefault(stage.index, part_shares(stage, device_type, network))
+            self._alike[key] = stage, costs, shares
         first, costs, shares = self._alike[key]
         pairs = zip(first.axes, stage.axes, strict=True)
         return costs.among({old: new for (_, old), (_, new) in pairs}), shares

@@ -17,7 +17,8 @@ from ..compiler.ir.plan import DATA, PIPELINE, Plan
 from ..compiler.sharding.sharding import make_sharding
 from ..compiler.sharding.zero import zero_layouts
 from ..cost_models.corrections import least
-from ..cost_models.ops import NodeCost, price
+from ..cost_models.ops import price
+from ..cost_models.slowest import slowest_type
 from .columns import Column, column_of, layouts_key, parameters_of
 from .context import Context
 from .layouts.choose import LayoutChoice, Memory
@@ -70,6 +71,7 @@ class Pricing:
         self.context = context
         self.layouts = StageLayouts(plan, context)
         self._work: dict[int, float] = {}
+        self._paces: dict[tuple[str, int], float] = {}
         self._candidates: dict[tuple[Mesh, int, Way], Candidate | None] = {}
         self._unfit: dict[tuple[Mesh, Way], int] = {}  # with so many microbatches or fewer
         self._choices: dict[object, LayoutChoice | None] = {}  # with saving
@@ -204,13 +206,31 @@ class Pricing:
     def _least_costs(self, count: int) -> list[float]:
         """Seconds of each node, of one of `count` microbatches on one device at its best, whichever
         type is fastest; no part of it is priced less anywhere, even where prices were measured."""
-        tables: list[tuple[NodeCost, ...]] = []
-        for kind in map(DeviceType.at_its_best, used_types(self.plan.cluster)):
-            if kind.corrections is not None:
-                kind = replace(kind, corrections=least(kind.corrections))
-            portion = self.layouts.portion(count)
-            tables.append(price(self.context.graph, kind, batch_fraction=portion))
-        return [min(cost.total_seconds for cost in row) for row in zip(*tables, strict=True)]
+        tables = [self._costs_at_best(kind, count) for kind in used_types(self.plan.cluster)]
+        return [min(row) for row in zip(*tables, strict=True)]
+
+    def _costs_at_best(self, kind: DeviceType, count: int) -> list[float]:
+        kind = kind.at_its_best()
+        if kind.corrections is not None:
+            kind = replace(kind, corrections=least(kind.corrections))
+        portion = self.layouts.portion(count)
+        costs = price(self.context.graph, kind, batch_fraction=portion)
+        return [cost.total_seconds for cost in costs]
+
+    def rate(self, devices: tuple[int, ...], count: int) -> float:
+        """How many devices of the types that are fastest, node by node, do no less than `devices`
+        that share the work of each node, of one of `count` microbatches."""
+        cluster = self.plan.cluster
+        if len(used_types(cluster)) == 1:
+            return float(len(devices))
+        kind = slowest_type(cluster, devices)
+        key = kind.name, count
+        if key not in self._paces:
+            own, least = self._costs_at_best(kind, count), self._least_costs(count)
+            pairs = zip(own, least, strict=True)
+            ratios = (a / b for a, b in pairs if 0.0 < b < math.inf)
+            self._paces[key] = min(ratios, default=1.0)
+        return len(devices) / self._paces[key] if self._paces[key] else math.inf
 
     # -- layouts -----------------------------------------------------------------------------------
 
@@ -300,7 +320,8 @@ class Pricing:
             local = replace(column.plan, num_microbatches=count)
             self._statements[key, count] = state(local, column.context)
         statement = self._statements[key, count]
-        if len(statement.units) < plan.mesh.axis(PIPELINE).size:
+        is_open = self.context.options.mesh is None and not plan.stage_mesh.axes
+        if not is_open and len(statement.units) < plan.mesh.axis(PIPELINE).size:
             return None, ()
         parameters = parameters_of(plan, self.context.graph, column)
         counts = stage_counts(column.plan, column.context, len(statement.units))

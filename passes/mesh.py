@@ -32,12 +32,13 @@ from dataclasses import dataclass, replace
 
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import DATA, PIPELINE, Alternative, Certificate, Plan
+from ..compiler.ir.text import format_ranges
 from ..compiler.sharding.sharding import Sharding
 from ..compiler.sharding.unruled import unruled_warnings
 from .candidates import Candidate, Pricing, Way
 from .context import Context
 from .mesh_bounds import Bounds, Entry
-from .mesh_space import microbatch_counts, more_microbatches, search_space, ways_to_save
+from .mesh_space import mesh_sizes, microbatch_counts, more_microbatches, search_space, ways_to_save
 from .offload import may_offload, offloaded
 from .partition.fitting import Fit
 from .pinned import check_pinned, mesh_is_open
@@ -381,7 +382,10 @@ class _Search:
     def told(self) -> str:
         """The space that the bounds cover."""
         pinned = self.context.options.mesh
-        meshes = f"all data x pipeline x tensor meshes of {len(self.plan.cluster.devices)} devices"
+        every, *fewer = mesh_sizes(self.plan.cluster)
+        meshes = f"all data x pipeline x tensor meshes of {every} devices"
+        if fewer:
+            meshes += f" in their order, or of the first {format_ranges(tuple(sorted(fewer)))}"
         numbers = ", ".join(map(str, sorted(self.counts)))
         return (
             f"{meshes if pinned is None else f'mesh {pinned}'}; layouts in which equal layers are "

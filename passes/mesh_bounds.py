@@ -5,13 +5,15 @@ The two bounds are those of `mesh.py`.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..compiler.ir.mesh import Mesh
-from ..compiler.ir.plan import DATA, PIPELINE, TENSOR
+from ..compiler.ir.plan import PIPELINE
 from .candidates import Pricing, Way
+from .columns import stage_devices
 
 __all__ = ["Bounds", "Entry"]
 
@@ -45,15 +47,38 @@ class Bounds:
 
     def __init__(self, pricing: Pricing) -> None:
         self._pricing = pricing
+        self._devices: dict[Mesh, tuple[tuple[int, ...], ...]] = {}
         self.close: dict[Mesh, dict[int, float]] = {}  # bounds by layouts, by microbatches
         self._could_rise: set[tuple[Mesh, int]] = set()  # those that were enough as they are
         self.raised = math.inf  # least share of a bound by layouts to that by division
 
     def by_division(self, mesh: Mesh, count: int) -> float:
         """No plan on `mesh` with `count` microbatches is faster, whatever its collectives."""
-        stages = mesh.axis(PIPELINE).size
-        inner = mesh.axis(DATA).size * mesh.axis(TENSOR).size
-        return (stages + count - 1) / (stages * count) * self._pricing.work_seconds(count) / inner
+        return self.divided(self._groups(mesh), count, mesh.axis(PIPELINE).size)
+
+    def divided(self, groups: Iterable[tuple[int, ...]], count: int, most: int) -> float:
+        """No plan is faster that has at most so many stages, each on the devices of one of
+        `groups`, and `count` microbatches.
+
+        With c_1 >= c_2 >= ... the work that the groups do in a second, stages take no less than
+        the bottleneck allows if the fastest are filled first, and no bottleneck is better than
+        one that just fills some: step >= min_k (k + m - 1) / m W / (c_1 + ... + c_k).
+        """
+        rates = sorted((self._pricing.rate(group, count) for group in groups), reverse=True)[:most]
+        sums = list(enumerate(itertools.accumulate(rates), 1))
+        if rates[0] == rates[-1]:  # all are filled
+            sums = sums[-1:]
+        work = self._pricing.work_seconds(count)
+        return min((stages + count - 1) / count * work / rate for stages, rate in sums)
+
+    def _groups(self, mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+        """Devices of each stage, or that may have one."""
+        if mesh not in self._devices:
+            single = all(axis.name == PIPELINE for axis in mesh.axes)
+            every = range(len(self._pricing.plan.cluster.devices))
+            groups = tuple((device,) for device in every) if single else stage_devices(mesh)
+            self._devices[mesh] = groups
+        return self._devices[mesh]
 
     def entry(self, bound: float, item: tuple[Mesh, int], *, is_close: bool = False) -> Entry:
         """Least bound first; of about equal ones by division fewer microbatches, whose bounds say

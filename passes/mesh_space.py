@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 
+from ..compiler.ir.cluster import Cluster
 from ..compiler.ir.counts import divisors
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Mode, ValueKind
@@ -17,6 +20,8 @@ from .microbatches import candidates, pinned_count
 from .pinned import updates_elementwise
 
 __all__ = [
+    "is_uneven",
+    "mesh_sizes",
     "meshes",
     "microbatch_counts",
     "more_microbatches",
@@ -24,6 +29,7 @@ __all__ = [
     "ways_to_save",
 ]
 
+_FEW_DEVICES = 16  # of which any number may form a mesh
 _SHARES = (1.0, 1.1)  # of the memory: additive bounds exceed the need by about a tenth
 
 
@@ -57,9 +63,8 @@ def search_space(
     """
     options = context.options
     pinned = options.mesh
-    every = meshes(len(plan.cluster.devices), rows) if pinned is None else (pinned,)
     table = []
-    for mesh in every:
+    for mesh in _searched(plan.cluster, rows) if pinned is None else (pinned,):
         data, stages = mesh.axis(DATA).size, mesh.axis(PIPELINE).size
         if (options.zero and data == 1) or not _suits_pins(context, mesh):
             continue
@@ -79,6 +84,40 @@ def search_space(
             ways_out=("let the data axis divide the rows of a microbatch",),
         )
     return table
+
+
+def _searched(cluster: Cluster, rows: int) -> Iterator[Mesh]:
+    """Meshes of all devices and, where some may be better left out, of the first of them. A
+    pipeline of single devices takes those that it wants of all."""
+    for size in mesh_sizes(cluster):
+        for mesh in meshes(size, rows):
+            if size == len(cluster.devices) or any(axis.name != PIPELINE for axis in mesh.axes):
+                yield mesh
+
+
+def mesh_sizes(cluster: Cluster) -> tuple[int, ...]:
+    """How many of the devices, which are taken in order, may form a mesh; all of them first.
+
+    Where devices are uneven, any number of a few; of many those that end a node or a type, or are
+    the largest power of two."""
+    count = len(cluster.devices)
+    if not is_uneven(cluster):
+        return (count,)
+    if count <= _FEW_DEVICES:
+        return tuple(range(count, 1, -1))
+    pairs = itertools.pairwise(cluster.devices)
+    ends = {b.index for a, b in pairs if (a.type, a.node) != (b.type, b.node)}
+    ends |= {count, 1 << (count.bit_length() - 1)}
+    return tuple(sorted(ends - {1}, reverse=True))
+
+
+def is_uneven(cluster: Cluster) -> bool:
+    """Whether devices are of several types, or nodes of several sizes, or the number of devices is
+    no power of two."""
+    count = len(cluster.devices)
+    sizes = Counter(device.node for device in cluster.devices).values()
+    kinds = {device.type for device in cluster.devices}
+    return len(kinds) > 1 or len(set(sizes)) > 1 or count & (count - 1) > 0
 
 
 def _suits_pins(context: Context, mesh: Mesh) -> bool:

@@ -26,12 +26,11 @@ def updates_elementwise(optimizer: str) -> bool:
 
 
 def mesh_is_open(cluster: Cluster, options: PlanOptions) -> bool:
-    """Whether there is a mesh to choose: devices of one kind, and nothing that fixes stages."""
+    """Whether there is a mesh to choose: several devices, and nothing that fixes stages."""
     if options.mesh is not None:
         return True
-    kinds = {device.type for device in cluster.devices}
     fixed = options.num_stages is not None or options.pins or options.device_pins
-    return len(kinds) == 1 and len(cluster.devices) > 1 and not fixed
+    return len(cluster.devices) > 1 and not fixed
 
 
 def check_pinned(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:
@@ -170,7 +169,7 @@ def _check_layout_pins(cluster: Cluster, options: PlanOptions) -> None:
             raise _refused(
                 where,
                 f"the pin splits parameters over a {TENSOR} axis, but no mesh is searched: stages "
-                "are fixed, devices differ in type, or there is one",
+                "are fixed, or there is one device",
                 f"pin the mesh too, e.g. mesh='{PIPELINE}=2,{TENSOR}=2'",
             )
 
@@ -199,15 +198,8 @@ def _check_zero(cluster: Cluster, mode: Mode, options: PlanOptions, level: int) 
             f"pin the mesh too, e.g. mesh='{DATA}=2,{PIPELINE}=2'",
             "leave zero out",
         )
-    kinds = {device.type for device in cluster.devices}
     if options.mesh is None and len(cluster.devices) == 1:
         raise _refused("zero", f"ZeRO-{level} needs several devices, there is one", "leave it out")
-    if options.mesh is None and len(kinds) > 1:
-        raise _refused(
-            "zero",
-            f"ZeRO-{level} works over a {DATA} axis, and devices of several types get one a stage",
-            f"pin the mesh too, e.g. mesh='{DATA}=2'",
-        )
 
 
 def _check_offload(cluster: Cluster, mode: Mode, options: PlanOptions) -> None:

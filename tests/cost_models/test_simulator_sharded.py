@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from cutset.compiler.api import plan_model
-from cutset.compiler.ir.program import AllReduce, Await, Instruction, Program
+from cutset.compiler.ir.program import AllReduce, Await, BackwardWeight, Instruction, Program
 from cutset.cost_models import simulate
 from cutset.cost_models.links import all_reduce_seconds
+from cutset.cost_models.stage_prices import StagePrices
 
 
 def test_collectives_inside_stages_take_time() -> None:
@@ -75,3 +76,32 @@ def _sums_last(program: Program) -> tuple[Instruction, ...]:
     moved = (AllReduce, Await)
     *first, last = (item for item in program.instructions if not isinstance(item, moved))
     return (*first, *(i for i in program.instructions if isinstance(i, moved)), last)
+
+
+def test_ranks_of_several_types_meet_equally_often_in_each_part_of_backward() -> None:
+    with torch.device("meta"):
+        blocks = (nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)),) * 8
+        model = nn.Sequential(*blocks)
+        batch = (torch.randn(4096, 512), torch.randn(4096, 512))
+    planned = plan_model(
+        model,
+        "mixed-node",
+        example_inputs=batch,
+        loss_fn=F.mse_loss,
+        mesh="data=2,tensor=4",
+        num_microbatches=1,
+        zero=0,
+    )
+    prices = StagePrices(planned.programs, planned.plan.cluster, {})
+    counts = []
+    for program in planned.programs:
+        parts = (item for item in program.instructions if isinstance(item, BackwardWeight))
+        counts.append(
+            [
+                [entry.count for entry in (*cost.exposed, *cost.hidden)]
+                for part in parts
+                for cost in prices.of(program.rank, part)
+            ]
+        )
+    assert len(counts[0]) > 1 and counts[0][0]
+    assert len(counts) == 8 and all(each == counts[0] for each in counts)

@@ -7,10 +7,10 @@ import pytest
 from cutset.compiler.ir.cluster import Cluster
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.graph import Mode
-from cutset.compiler.ir.mesh import Mesh
+from cutset.compiler.ir.mesh import Mesh, Shard
 from cutset.compiler.ir.plan import OptimizerModel
 from cutset.cost_models.presets import local_cpu_cluster, preset
-from cutset.passes.context import PlanOptions
+from cutset.passes.context import LayoutPin, PlanOptions
 from cutset.passes.mesh_space import meshes
 from cutset.passes.pinned import check_pinned
 
@@ -52,12 +52,17 @@ def test_contradictions_are_refused(options: PlanOptions, cause: str, way_out: s
     [
         (local_cpu_cluster(4), Mode.INFER, "is for inference"),
         (local_cpu_cluster(1), Mode.TRAIN, "there is one"),
-        (preset("mixed-node"), Mode.TRAIN, "devices of several types"),
     ],
 )
 def test_zero_needs_what_it_splits(cluster: Cluster, mode: Mode, cause: str) -> None:
     with pytest.raises(UsageError, match=cause):
         check_pinned(cluster, mode, _options(zero=1))
+
+
+def test_zero_and_split_parameters_may_be_asked_for_on_devices_of_several_types() -> None:
+    check_pinned(preset("mixed-node"), Mode.TRAIN, _options(zero=1))
+    pin = LayoutPin("0", "tensor", Shard(0))
+    check_pinned(preset("mixed-node"), Mode.TRAIN, _options(layout_pins=(pin,)))
 
 
 @pytest.mark.parametrize("mesh", [str(mesh) for mesh in meshes(4, rows=8)])
