@@ -31,10 +31,15 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Rows of a call.
 
     Raises:
-        UsageError: no input is a tensor with at least one dim.
+        UsageError: no input is a tensor with at least one dim, or it has no rows.
     """
     for leaf in pytree.tree_leaves((args, dict(kwargs))):
         if isinstance(leaf, Tensor) and leaf.ndim >= 1:
+            if not leaf.shape[0]:
+                raise UsageError(
+                    f"the batch has no rows: its first tensor is {tuple(leaf.shape)}",
+                    ways_out=("pass a batch of at least one row",),
+                )
             return int(leaf.shape[0])
     raise UsageError(
         "no example input is a tensor with a batch dim, so the batch size is unknown",

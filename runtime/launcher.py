@@ -40,6 +40,7 @@ __all__ = [
 RANK_FACTORY = "cutset.runtime.rank:Rank"
 PRELOAD = ("torch._dynamo",)  # the first optimizer or make_fx of a process imports it (1.7 s)
 _HOST = "127.0.0.1"
+_OWN_SECONDS = 10.0  # longest wait of this process for a store that it serves itself
 _WORKER_BYTES = 96 << 20  # that a worker has for itself before it has tensors
 
 
@@ -238,7 +239,10 @@ def _check_room(num_ranks: int) -> None:
 def _store(port: int, timeout_seconds: float) -> HostedStore:
     """The meeting point of the ranks, hosted by this process."""
     try:
-        return host_store(_HOST, port, timedelta(seconds=timeout_seconds))
+        # this process connects to what it serves, which takes no waiting for others
+        store = host_store(_HOST, port, timedelta(seconds=max(timeout_seconds, _OWN_SECONDS)))
+        store.set_timeout(timedelta(seconds=timeout_seconds))
+        return store
     except (RuntimeError, OSError) as error:
         raise RuntimeFailure(
             f"port {port} of {_HOST} cannot be used: {str(error).splitlines()[0]}",

@@ -22,6 +22,8 @@ class Store(Protocol):
 
     def wait(self, keys: list[str], timeout: timedelta) -> None: ...
 
+    def set_timeout(self, timeout: timedelta) -> None: ...
+
 
 class HostedStore(Store, Protocol):
     @property

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from ..ir.errors import CutsetError, RuntimeFailure
 from . import calibrate, explain, export, place, plan, profile, run, simulate, verify
@@ -42,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(json_wanted=options.json)
     try:
         # A model that prints must not spoil the JSON on stdout.
-        with contextlib.redirect_stdout(sys.stderr), console.catching_warnings():
+        with (
+            _interruptible_imports(console),
+            contextlib.redirect_stdout(sys.stderr),
+            console.catching_warnings(),
+        ):
             options.command.run(options, console)
     except KeyboardInterrupt:
         console.note("interrupted")
@@ -56,6 +64,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.error(known)
         return known.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _interruptible_imports(console: Console) -> Iterator[None]:
+    """Ctrl-C while torch is imported ends the process at once; nothing has begun by then.
+
+    torch imports numpy from C++, drops what that raises, and goes on with half of it.
+    """
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        spec = getattr(sys.modules.get("torch"), "__spec__", None)
+        if getattr(spec, "_initializing", False):
+            console.note("interrupted")
+            os._exit(_INTERRUPTED)
+        signal.default_int_handler(number, frame)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # who called has a way of his own
+        return
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _unexpected(error: Exception) -> CutsetError:

@@ -304,3 +304,13 @@ def test_bfloat16_stays_close_to_the_unpartitioned_bfloat16_model() -> None:
 def test_compiled_stages_train_like_eager_ones() -> None:
     parallel = partition(chain(0.2), compile=True)
     train_both(parallel, Plain(chain(0.2)), [(X, Y)] * 2, 1e-10)
+
+
+def test_a_batch_without_rows_is_refused() -> None:
+    parallel = partition(chain())
+    for call in (lambda: parallel.train_step(X[:0], Y[:0]), lambda: parallel(X[:0])):
+        with pytest.raises(UsageError, match=r"the batch has no rows: .* \(0, 6\)"):
+            call()
+    with pytest.raises(UsageError, match="the batch has no rows"):
+        partition(chain(), X[:0], Y[:0])
+    train_both(parallel, Plain(chain()), [(X, Y)])

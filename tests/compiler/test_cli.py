@@ -296,3 +296,23 @@ def test_a_checkpoint_that_has_nowhere_to_go_is_refused_before_training(
     refuse_existing(tmp_path / "new" / "checkpoint")
     with pytest.raises(UsageError, match=r"cannot be made in .*file: it is not a folder"):
         refuse_existing(tmp_path / name)
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
+    """torch drops what importing numpy raises, as this one does."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n    pass\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "cutset", "plan", "model.py:build", "--devices", "2"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (130, "cutset: interrupted\n", "")

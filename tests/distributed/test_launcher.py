@@ -168,6 +168,11 @@ class TestStart:
                 launch(2, master_port=port)
         assert "leave master_port at 0" in str(caught.value)
 
+    def test_too_short_a_time_is_told_in_words(self, capfd: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(RuntimeFailure, match="timed out"):
+            launch(2, timeout_seconds=1e-9)
+        assert "frame #" not in capfd.readouterr().err
+
     def test_contradicting_arguments(self) -> None:
         with pytest.raises(UsageError, match="1 devices were given for 2 ranks"):
             launch_local(2, devices=[torch.device("cpu")])
