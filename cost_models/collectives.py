@@ -75,6 +75,15 @@ class Network:
         gathered = all_gather_seconds(cluster, group, num_bytes)
         return gathered + reduce_scatter_seconds(cluster, group, num_bytes)
 
+    def waiting_seconds(self, axis: str, collective: str) -> float:
+        """Of an `all_gather` or a `reduce_scatter` beside others, what these do not wait for: over
+        gloo, which has messages for it, its latency and the last rank; nothing on CUDA."""
+        if self.backend(axis) != "cpu":
+            return 0.0
+        seconds = all_gather_seconds if collective == "all_gather" else reduce_scatter_seconds
+        group = self.group(axis)
+        return seconds(self.cluster, group, 0.0) + group_skew_seconds(self.cluster, group)
+
     def host_seconds(self, axis: str, collective: str, num_bytes: float) -> float:
         """What such a bucket, without its latency, takes of the thread that computes."""
         group = self.group(axis)

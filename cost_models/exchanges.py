@@ -31,6 +31,7 @@ from .memory_tables import rerun_nodes
 from .ops import price_once
 from .stages import (
     StageSeconds,
+    hidden_again_seconds,
     hidden_sum_seconds,
     in_weights,
     reached_values,
@@ -92,6 +93,11 @@ class Exchange:
             kinds=tuple((kind, seconds * share) for kind, seconds in self.kinds),
             skew_seconds=self.skew_seconds * share,
         )
+
+    def at_once(self) -> Exchange:
+        """The same started together: over gloo, where messages make them (all but all-reduces),
+        each has its latency at the same time."""
+        return replace(self, latency_seconds=self.latency_seconds / max(self.count, 1.0))
 
     def among(self, groups: Mapping[tuple[int, ...], tuple[int, ...]]) -> Exchange:
         """The same among the ranks that `groups` has for its own."""
@@ -215,7 +221,9 @@ def stage_costs(
     times = measured or seconds
     if meets is None:
         ahead = max(sum(cost.forward_seconds for cost in costs) - seconds.forward, 0.0)
-        again = ahead if stage.recomputed else 0.0
+        again = 0.0
+        if stage.recomputed:
+            again += hidden_again_seconds(graph, costs, stage.recomputed, ahead)
         if graph.mode is Mode.TRAIN:
             again += hidden_sum_seconds(graph, in_weights(graph, costs), network, stage.kept)
         shares = _share(ahead, forward), _share(again, second)
@@ -241,11 +249,12 @@ def _divided(seconds: float, exchanges: Iterable[Exchange], share: float) -> Act
     total = sum(entry.seconds for entry in joined)
     if not total:
         return ActionCost(seconds, hidden=joined)
-    if total > seconds:  # measured: they took no longer than all
-        joined = tuple(entry.faster(seconds / total) for entry in joined)
-        total = seconds
+    waited = (1.0 - share) * total
+    if waited > seconds:  # measured: it took no longer than all
+        joined = tuple(entry.faster(seconds / waited) for entry in joined)
+        waited = seconds
     return ActionCost(
-        seconds - (1.0 - share) * total,
+        seconds - waited,
         tuple(entry.scaled(1.0 - share) for entry in joined) if share < 1.0 else (),
         tuple(entry.scaled(share) for entry in joined) if share > 0.0 else (),
     )

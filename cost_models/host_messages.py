@@ -4,7 +4,7 @@ Gloo sends from the thread that asks for it: the message is copied into a socket
 of the link, before anything else goes on. Its all-reduces run in threads of their own. All other
 collectives are messages of each rank to each other (`runtime/torch_messages.py`), and a rank copies
 its own part and adds up what it receives; small ones
-take no longer than it takes to ask for them. What a program starts travels in buckets
+take its thread no longer than it takes to ask for them. What a program starts travels in buckets
 (`runtime/parts.py`): tensors are laid down before and copied out after. CUDA devices do all of this
 beside the kernels.
 
@@ -27,7 +27,7 @@ from ..compiler.ir.cluster import Cluster
 if TYPE_CHECKING:
     from .exchanges import Exchange
 
-__all__ = ["HostSeconds", "ahead_seconds", "bucket_seconds", "send_seconds"]
+__all__ = ["HostSeconds", "ahead_seconds", "asking_seconds", "bucket_seconds", "send_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,16 @@ def ahead_seconds(cluster: Cluster, rank: int, entry: Exchange) -> float:
     sent = sum(
         size / cluster.link(*edge).bytes_per_second for edge, size in entry.edges if edge[0] == rank
     )
-    return entry.latency_seconds + sent
+    return asking_seconds(cluster, rank, entry) + sent
+
+
+def asking_seconds(cluster: Cluster, rank: int, entry: Exchange) -> float:
+    """Of asking for the messages of the collectives of `entry`, one to and one from each other
+    rank: an instruction each. Their latency is more, as threads wait for processors; no computation
+    waits for that.
+    """
+    messages = 2 * (len(set(entry.ranks)) - 1) * entry.count
+    return min(messages * cluster.type_of(rank).instruction_seconds, entry.latency_seconds)
 
 
 def bucket_seconds(

@@ -2,14 +2,16 @@
 after others have started: their buffers, and the time that hides them.
 
 It mirrors `runtime/collective_ops.py`: `early_starts` says after how many others each gather is
-started, `late_ends` when each sum is waited for.
+started, `late_ends` when each sum is waited for. Where messages make collectives (gloo), those that
+are under way together wait for each other's ranks and threads at the same time; on CUDA they are
+kernels of one stream.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..compiler.ir.buckets import early_starts, late_ends
 from .liveness import Step
@@ -78,18 +80,20 @@ def finish_late(
     return (*made, *later.get(len(steps), ()))
 
 
-def late_seconds(parts: Sequence[tuple[float, float, float]]) -> float:
+def late_seconds(parts: Sequence[tuple[float, float, float]], waiting: float = 0.0) -> float:
     """Time of computing gradients, where sums travel beside what is computed next.
 
     Args:
         parts: seconds of computing, then of summing what is complete, and bytes of that.
+        waiting: seconds of a sum in which nothing travels, so that others do.
 
     >>> late_seconds([(2.0, 1.0, 8.0), (2.0, 1.0, 8.0)])
     5.0
     """
     sums = [(seconds, size) for _, seconds, size in parts if size]
     ends = late_ends([size for _, size in sums])
-    now = wire = 0.0
+    wire = _Wire(waiting)
+    now = 0.0
     done: list[float] = []  # when each sum is there
     waited = 0
     for computing, summing, size in parts:
@@ -99,28 +103,29 @@ def late_seconds(parts: Sequence[tuple[float, float, float]]) -> float:
         while waited < len(done) and ends[waited] <= len(done):
             now = max(now, done[waited])
             waited += 1
-        wire = max(wire, now) + summing
-        done.append(wire)
+        done.append(wire.carry(now, summing))
     return max([now, *done])
 
 
-def overlapped_seconds(seconds: Sequence[float], gathered: Sequence[float]) -> float:
+def overlapped_seconds(
+    seconds: Sequence[float], gathered: Sequence[float], waiting: float = 0.0
+) -> float:
     """Time of nodes that run one after the other, where gathers travel beside computation.
 
     Args:
         seconds: of each node.
         gathered: by node, bytes of what it gathers; 0: it computes.
+        waiting: seconds of a gather in which nothing travels, so that others do.
     """
     waits = [node for node, size in enumerate(gathered) if size]
     starts = early_starts([gathered[node] for node in waits])
-    now = wire = 0.0
+    wire = _Wire(waiting)
+    now = 0.0
     done: list[float] = []  # when each gather is there
 
     def start(waited: int) -> None:
-        nonlocal wire
         while len(done) < len(waits) and starts[len(done)] <= waited:
-            wire = max(wire, now) + seconds[waits[len(done)]]
-            done.append(wire)
+            done.append(wire.carry(now, seconds[waits[len(done)]]))
 
     start(0)
     waited = 0
@@ -132,3 +137,17 @@ def overlapped_seconds(seconds: Sequence[float], gathered: Sequence[float]) -> f
         else:
             now += length
     return now
+
+
+@dataclass(slots=True)
+class _Wire:
+    """What travels one after the other, but for the `waiting` that each begins with."""
+
+    waiting: float
+    free: float = 0.0
+
+    def carry(self, now: float, seconds: float) -> float:
+        """When what starts at `now` and takes `seconds` alone is there."""
+        waiting = min(self.waiting, seconds)
+        self.free = max(self.free, now + waiting) + seconds - waiting
+        return self.free

@@ -53,7 +53,7 @@ from ..compiler.ir.types import TensorType
 from .action_memory import ActionMemory
 from .discrete_events import Clock, Process, Work
 from .exchanges import ActionCost, Exchange, exchange
-from .host_messages import ahead_seconds, bucket_seconds, send_seconds
+from .host_messages import ahead_seconds, asking_seconds, bucket_seconds, send_seconds
 from .memory_curve import MemoryCurve
 from .simulated_rank import Meeting, SimulatedRank
 from .simulation import Simulation, Span
@@ -254,7 +254,7 @@ class _Run:
         beside: list[Meeting] = []
         for _ in range(pieces):
             for entry in piece.hidden:
-                beside.append(self._meet(rank, entry, name, "hidden"))
+                beside.append(self._meet(rank, self._beside(rank, entry), name, "hidden"))
                 yield from self._work(rank, ahead_seconds(self.cluster, rank.index, entry))
             yield from self._work(rank, piece.compute_seconds)
             yield self.clock.later(_skew_seconds(piece))
@@ -263,11 +263,16 @@ class _Run:
         for meeting in beside:
             yield meeting.end
 
+    def _beside(self, rank: SimulatedRank, entry: Exchange) -> Exchange:
+        """`entry` as it travels where its ranks do not wait for it."""
+        on_host = self.cluster.type_of(rank.index).backend == "cpu"
+        return entry.at_once() if on_host and entry.collective != "all_reduce" else entry
+
     def _meet(self, rank: SimulatedRank, entry: Exchange, name: str, channel: str) -> Meeting:
         """Collectives inside the action called `name`."""
+        total = sum(seconds for _, seconds in entry.kinds) or 1.0
         names = [
-            (inner_name(kind, entry.ranks, name), seconds / (entry.travel_seconds or 1.0))
-            for kind, seconds in entry.kinds
+            (inner_name(kind, entry.ranks, name), seconds / total) for kind, seconds in entry.kinds
         ]
         return self.traffic.meet(rank.index, entry, names, channel)
 
@@ -336,7 +341,7 @@ class _Run:
             item.ranks,
             size,
             num_tensors=len(item.targets),
-            asking=entry.latency_seconds,
+            asking=asking_seconds(self.cluster, rank.index, entry),
         )
         rank.memory.start(item, self.clock.now, name)
         yield from self._work(rank, host.before)

@@ -18,13 +18,14 @@ from ..compiler.ir.plan import OptimizerModel
 from ..compiler.ir.program import GradientPart, StageProgram
 from .collectives import Network
 from .links import reduce_scatter_seconds
-from .memory_tables import memory_model
+from .memory_tables import memory_model, rerun_nodes
 from .ops import NodeCost, price_once
 from .prefetch import late_seconds, overlapped_seconds
 from .recompute import with_reruns
 
 __all__ = [
     "StageSeconds",
+    "hidden_again_seconds",
     "hidden_sum_seconds",
     "in_weights",
     "optimizer_seconds",
@@ -68,8 +69,9 @@ def stage_seconds(
         kept: gradients that are summed as soon as they are complete (ZeRO 2), in `network`.
     """
     costs = price_once(graph, device_type, network=network)
-    whole = sum(cost.forward_seconds for cost in costs)
-    forward = overlapped_seconds([cost.forward_seconds for cost in costs], _gathered(graph))
+    seconds = [cost.forward_seconds for cost in costs]
+    waiting = _waiting(graph, network, kept, "all_gather")
+    forward = overlapped_seconds(seconds, _gathered(graph), waiting)
     if graph.mode is Mode.INFER:
         return StageSeconds(forward, 0.0, 0.0)
     weights = in_weights(graph, costs)
@@ -80,10 +82,26 @@ def stage_seconds(
     hidden = hidden_sum_seconds(graph, weights, network, kept)
     if recomputed:
         found = _recomputing(graph, costs, found, recomputed)
-        hidden += whole - forward  # backward gathers again, and has more to hide it behind
+        hidden += hidden_again_seconds(graph, costs, recomputed, sum(seconds) - forward)
     in_second = min(hidden, found.backward_weight)
     in_first = min(hidden - in_second, found.backward_input)
     return StageSeconds(forward, found.backward_input - in_first, found.backward_weight - in_second)
+
+
+def hidden_again_seconds(
+    graph: Graph, costs: Sequence[NodeCost], recomputed: Collection[int], ahead: float
+) -> float:
+    """Of the gathers that backward repeats, seconds that computation hides: the share that it hides
+    in forward, of which there is no more.
+
+    Args:
+        ahead: seconds of gathers that forward hides.
+    """
+    gathers = [node for node, size in enumerate(_gathered(graph)) if size]
+    total = sum(costs[node].forward_seconds for node in gathers)
+    repeated = rerun_nodes(graph, recomputed)
+    again = sum(costs[node].forward_seconds for node in gathers if node in repeated)
+    return ahead * again / total if total else 0.0
 
 
 def hidden_sum_seconds(
@@ -104,7 +122,20 @@ def hidden_sum_seconds(
         whole = gathered[node]
         parts.append((0.0, weights[node], whole) if whole else (weights[node], 0.0, 0.0))
         parts += ((0.0, seconds, size) for seconds, size in sums.get(node, ()))
-    return sum(a + b for a, b, _ in parts) - late_seconds(parts)
+    waiting = _waiting(graph, network, kept, "reduce_scatter")
+    return sum(a + b for a, b, _ in parts) - late_seconds(parts, waiting)
+
+
+def _waiting(
+    graph: Graph, network: Network | None, kept: Sequence[GradientPart], collective: str
+) -> float:
+    """See `Network.waiting_seconds`, for parameters of `graph` and gradients that are `kept`."""
+    axes = {
+        str(graph.nodes[node].args[1]) for node, size in enumerate(_gathered(graph)) if size
+    } | {part.axis for part in kept}
+    if network is None or not axes:
+        return 0.0
+    return min(network.waiting_seconds(axis, collective) for axis in axes)
 
 
 def _sums_kept(

@@ -232,9 +232,12 @@ class StageLayouts:
         at least; infinite where it takes as long."""
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
         network = mesh_network(self.plan.cluster, inner, stage_devices(mesh)[0])
-        summed = network.sum_bytes_seconds(DATA, _MANY_BYTES, math.inf)
+        waits_at_once = network.waiting_seconds(DATA, "all_gather") > 0.0
+        bucket = self._bucket_bytes(mesh) if waits_at_once else math.inf
+        summed = network.sum_bytes_seconds(DATA, _MANY_BYTES, bucket)
         share = rounds * network.share_bytes_seconds(DATA, _MANY_BYTES) / summed if summed else 1.0
-        if latency := network.bucket_latency_seconds(DATA):
+        latency = network.bucket_latency_seconds(DATA)
+        if latency and not waits_at_once:
             share = min(share, rounds * network.share_seconds(DATA, 0.0) / latency)
         return share if share < 1.0 - 1e-9 else math.inf
 

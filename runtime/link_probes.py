@@ -186,7 +186,7 @@ class LinkProbes:
         for size in sizes:
             ranks = tuple(range(self._num_ranks))
             reduces = [self._starter("all_reduce", ranks, size)[1] for _ in range(_BUCKETS)]
-            found += self._beside(lambda starts=reduces: [start() for start in starts])
+            found += self._beside(functools.partial(_all, reduces))
             if self._on_host:
                 found += self._beside(functools.partial(self._exchange, self._bytes(size)))
         return found
@@ -328,6 +328,10 @@ class LinkProbes:
 def _multiply(matrix: Tensor, times: int) -> None:
     for _ in range(times):
         torch.mm(matrix, matrix)
+
+
+def _all(starts: Sequence[Callable[[], Pending]]) -> list[Pending]:
+    return [start() for start in starts]
 
 
 def _nothing() -> None:

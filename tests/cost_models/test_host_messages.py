@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
@@ -5,16 +7,20 @@ from cutset.cost_models.exchanges import exchange
 from cutset.cost_models.host_messages import (
     HostSeconds,
     ahead_seconds,
+    asking_seconds,
     bucket_seconds,
     send_seconds,
 )
 
 MEMORY, WIRE = 10.0, 4.0  # bytes per second
 LATENCY = 0.5
+ASKING = 0.125
 
 
 def cluster(backend: str, count: int = 4) -> Cluster:
-    kind = DeviceType("one", backend, 1 << 30, MEMORY, (("f32", 1.0),), 0.0)
+    kind = DeviceType(
+        "one", backend, 1 << 30, MEMORY, (("f32", 1.0),), 0.0, instruction_seconds=ASKING
+    )
     devices = tuple(Device(index, "one", "here") for index in range(count))
     return Cluster("test", (kind,), devices, (LinkRule(Link(LATENCY, WIRE)),))
 
@@ -23,7 +29,13 @@ def bucket(name: str, *, backend: str = "cpu", tensors: int = 2) -> HostSeconds:
     where = cluster(backend)
     entry = exchange(where, name, (0, 1, 2, 3), 80.0)
     return bucket_seconds(
-        where, 1, name, (0, 1, 2, 3), 80.0, num_tensors=tensors, asking=entry.latency_seconds
+        where,
+        1,
+        name,
+        (0, 1, 2, 3),
+        80.0,
+        num_tensors=tensors,
+        asking=asking_seconds(where, 1, entry),
     )
 
 
@@ -40,7 +52,7 @@ def test_an_all_reduce_takes_copies_of_a_bucket_only() -> None:
 def test_a_reduce_scatter_is_laid_down_sent_added_up_and_copied_out() -> None:
     found = bucket("reduce_scatter")
     assert found.before == pytest.approx(160 / MEMORY)
-    assert found.sending == pytest.approx(3 * LATENCY + 40 / MEMORY + 60 / WIRE)
+    assert found.sending == pytest.approx(6 * ASKING + 40 / MEMORY + 60 / WIRE)
     assert found.finishing == pytest.approx((40 + 180) / MEMORY)
     assert found.after == pytest.approx(40 / MEMORY)
 
@@ -48,7 +60,7 @@ def test_a_reduce_scatter_is_laid_down_sent_added_up_and_copied_out() -> None:
 def test_an_all_gather_sends_its_part_and_copies_the_others_out() -> None:
     found = bucket("all_gather")
     assert found.before == pytest.approx(40 / MEMORY)
-    assert found.sending == pytest.approx(3 * LATENCY + 40 / MEMORY + 60 / WIRE)
+    assert found.sending == pytest.approx(6 * ASKING + 40 / MEMORY + 60 / WIRE)
     assert (found.finishing, found.after) == (0.0, pytest.approx(120 / MEMORY))
 
 
@@ -59,5 +71,13 @@ def test_cuda_devices_do_it_beside_their_kernels() -> None:
 def test_collectives_beside_computation_are_asked_for_and_sent_by_its_thread() -> None:
     where = cluster("cpu")
     gather = exchange(where, "all_gather", (0, 1, 2, 3), 80.0)
-    assert ahead_seconds(where, 2, gather) == pytest.approx(3 * LATENCY + 60 / WIRE)
+    assert ahead_seconds(where, 2, gather) == pytest.approx(6 * ASKING + 60 / WIRE)
     assert ahead_seconds(where, 2, exchange(where, "all_reduce", (0, 1, 2, 3), 80.0)) == 0.0
+
+
+def test_asking_for_messages_takes_no_longer_than_they_do() -> None:
+    where = cluster("cpu")
+    gather = exchange(where, "all_gather", (0, 1, 2, 3), 80.0)
+    assert asking_seconds(where, 0, gather) == 6 * ASKING
+    slow = replace(where, types=(replace(where.types[0], instruction_seconds=9.0),))
+    assert asking_seconds(slow, 0, gather) == gather.latency_seconds == 3 * LATENCY

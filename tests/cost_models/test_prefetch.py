@@ -45,6 +45,17 @@ def test_gathers_hide_behind_what_computes() -> None:
     assert overlapped_seconds([2.0, 1.0, 2.0, 3.0], [0, 0, 0, 0]) == 8.0
 
 
+def test_messages_wait_for_their_latencies_together() -> None:
+    """Both start at once, wait for 1 s, and travel for 1 s each: the first is exposed for 2 s, the
+    second is there when 1 s has been computed; one after the other it would not be."""
+    sizes = [1 * MIB, 0, 1 * MIB, 0, 14 * MIB]
+    gathers = [2.0, 1.0, 2.0, 1.0, 0.0]
+    assert overlapped_seconds(gathers, sizes, 1.0) == 4.0
+    assert overlapped_seconds(gathers, sizes) == 5.0
+    # no more of it is waiting than there is
+    assert overlapped_seconds([2.0, 3.0, 2.0, 3.0], [8 * MIB, 0, 8 * MIB, 0], 9.0) == 8.0
+
+
 def test_sums_end_where_the_next_has_no_room() -> None:
     """Of 16 MiB, two buckets of an eighth: 4 MiB. Reversed, sums are to ends what gathers are to
     starts."""
@@ -94,3 +105,6 @@ def test_sums_hide_behind_what_computes_next() -> None:
     assert late_seconds([(2.0, 1.0, size), (2.0, 1.0, size)]) == 5.0
     assert late_seconds([(2.0, 3.0, size), (2.0, 1.0, size)]) == 6.0
     assert late_seconds([(2.0, 0.0, 0.0), (2.0, 0.0, 0.0)]) == 4.0
+    together = [(0.0, 2.0, size), (0.0, 2.0, size), (0.0, 0.0, 14 * size)]
+    assert late_seconds(together, waiting=1.0) == 3.0
+    assert late_seconds(together) == 4.0

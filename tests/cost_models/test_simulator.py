@@ -151,21 +151,18 @@ def interleaved(level: int) -> tuple[Program, ...]:
     return generate_programs(graph, plan, plan_hash="0" * 12)
 
 
-@pytest.mark.parametrize(("level", "seconds"), [(0, 6.5), (1, 6.75)])
-def test_gradients_of_one_stage_are_reduced_while_another_computes(
-    level: int, seconds: float
-) -> None:
+@pytest.mark.parametrize("level", [0, 1])
+def test_gradients_of_one_stage_are_reduced_while_another_computes(level: int) -> None:
     """F0 0-1, F1 -2, B1 -4, B0 -6. An all-reduce over two ranks takes two latencies: that of stage
     1 is hidden behind B0, that of stage 0 is not. With ZeRO 1 the second half of each all-reduce,
-    an all-gather, follows the update; its first half, messages that the thread which computes asks
-    for, keeps that from B0 for a latency: B1 -4, B0 4.25-6.25, -6.5 and, for both stages in one
-    bucket, -6.75."""
+    an all-gather, follows the update: B0 -6, the first half for stage 0 -6.25 and the second, for
+    both stages in one bucket, -6.5."""
     where = cluster(Link(0.25, 1e30))
     measured = {index: StageSeconds(1.0, 1.0, 1.0) for index in range(2)}
     programs = interleaved(level)
     verify_programs(programs)
     result = simulate(programs, cluster=where, optimizer=FREE, measured=measured)
-    assert result.step_seconds == pytest.approx(seconds)
+    assert result.step_seconds == pytest.approx(6.5)
     for curve in result.memory_curves:
         assert curve[-1][1] == curve[0][1], "all that a step takes it gives back"
 
