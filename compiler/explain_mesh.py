@@ -192,6 +192,8 @@ def alternatives_text(plan: Plan) -> str:
         lead = "runner-up " if number == 0 else ""
         ratio = entry.step_seconds / plan.objective_seconds - 1.0
         fits = "" if entry.fits else ", does not fit"
+        if plan.is_mixed and number == 0:
+            fits += ", the best with one mesh for all stages"
         lines.append(
             f"{lead:<16}{_named(entry)}: {seconds_text(entry.step_seconds)} ({ratio:+.1%}){fits}"
         )

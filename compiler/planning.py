@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -106,6 +107,7 @@ class Planning:
             )
         if profile is None or self._measures_nodes(options):
             return self.search_once(options)
+        options = replace(options, one_mesh=True)
         measurer = self.measurer(self.cluster, profile)
         times = BlockTimes(
             self.cluster, profile, ProfileDatabase(cache_directory()), measurer, self.say
@@ -126,8 +128,7 @@ class Planning:
         if plan.num_microbatches == count:
             return captured, plan
         captured = self.captured(plan.num_microbatches)
-        mesh = None if plan.is_mixed else plan.mesh
-        pinned = replace(options, num_microbatches=plan.num_microbatches, mesh=mesh)
+        pinned = replace(options, num_microbatches=plan.num_microbatches, **_meshes(plan))
         return captured, _joined(plan, self._plan(captured, pinned))
 
     def _placed(self, options: PlanOptions) -> tuple[Captured, Plan]:
@@ -225,6 +226,12 @@ class Planning:
                 ways_out=(f"legal counts here: {', '.join(map(str, legal))}",),
             )
         return wanted
+
+
+def _meshes(plan: Plan) -> dict[str, Any]:
+    """The fields of `PlanOptions` that ask for the meshes of `plan`."""
+    own = tuple(stage.own.mesh for stage in plan.stages if stage.own is not None)
+    return {"stage_meshes": own} if own else {"mesh": plan.mesh}
 
 
 def _joined(searched: Plan, plan: Plan) -> Plan:

@@ -84,6 +84,7 @@ class PlanOptions:
         mesh: axes and sizes, in the order of ranks; None: searched if nothing else says how many
             stages there are.
         stage_meshes: in-stage meshes, one a stage, where stages differ; empty: they do not.
+        one_mesh: no meshes of the stages' own are tried where nothing asks for them.
         zero: level of ZeRO over the data axis; None: the least that fits.
         offload: what lies in the memory of the host: `none`, `optimizer` (its states, which are
             updated there) or `auto` (its states if nothing fits otherwise).
@@ -110,6 +111,7 @@ class PlanOptions:
     recompute: str = "auto"
     mesh: Mesh | None = None
     stage_meshes: tuple[Mesh, ...] = ()
+    one_mesh: bool = False
     zero: int | None = None
     offload: str = "auto"
     objective: Objective = Objective.STEP

@@ -8,9 +8,10 @@ to look at first. One assumes perfect division,
 
     step >= (p + m - 1) / (p m) W / (d t)
 
-with W the seconds of the whole batch on one device in such microbatches. The other has the
-collectives too: with t and u the seconds of a microbatch through all stages and of the end of the
-step under the layouts that are best for this very sum,
+with W the seconds of the whole batch on one device in such microbatches (`mesh_bounds.py` has it
+for devices that differ). The other has the collectives too: with t and u the seconds of a
+microbatch through all stages and of the end of the step under the layouts that are best for this
+very sum,
 
     step >= (p + m - 1) / p t + u / p
 

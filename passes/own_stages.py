@@ -37,10 +37,11 @@ from ..cost_models.slowest import slowest_type
 from ..cost_models.stages import optimizer_seconds
 from .columns import Column, column_of
 from .context import Context
+from .partition.prepare import state
 from .partition.runs import Table
 from .stage_layouts import StageLayouts
 
-__all__ = ["OwnStage", "SplitParameter", "StageFigures", "shared_parameters"]
+__all__ = ["OwnStage", "OwnStages", "SplitParameter", "StageFigures", "shared_parameters"]
 
 _MANY_BYTES = 1e6  # a message by which links are compared
 
@@ -104,7 +105,7 @@ class OwnStage:
         Raises:
             InfeasibleError: no layouts are legal over the mesh.
         """
-        whole = _layouts(plan, context, layouts, mesh, zero)
+        whole = _layouts(plan, context, layouts, mesh, devices, zero)
         network = mesh_network(plan.cluster, mesh, devices) if mesh.axes else context.network
         kind = slowest_type(plan.cluster, devices)
         column = column_of(plan.over(whole), context)
@@ -288,6 +289,52 @@ class OwnStage:
         return round(2 * rows * total)
 
 
+class OwnStages:
+    """Stages on meshes of their own for one graph and cluster; each is made and priced once."""
+
+    def __init__(self, plan: Plan, context: Context) -> None:
+        self.plan = plan
+        self.context = context
+        self.layouts = StageLayouts(plan, context)
+        self._units: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._stages: dict[object, OwnStage] = {}
+        self._figures: dict[object, StageFigures] = {}
+
+    def units(self, num_stages: int) -> tuple[tuple[int, ...], ...]:
+        """What runs are made of, in their order."""
+        if num_stages not in self._units:
+            options = replace(self.context.options, num_stages=num_stages)
+            plan = replace(self.plan, mesh=Mesh(()))
+            self._units[num_stages] = state(plan, replace(self.context, options=options)).units
+        return self._units[num_stages]
+
+    def stage(self, plan: Plan, mesh: Mesh, devices: tuple[int, ...], zero: int) -> OwnStage:
+        """The stage of `plan` on `devices`; see `OwnStage.of`."""
+        key = self._key(plan, mesh, devices, zero)
+        if key not in self._stages:
+            self._stages[key] = OwnStage.of(plan, self.context, self.layouts, mesh, devices, zero)
+        return self._stages[key]
+
+    def figures(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        devices: tuple[int, ...],
+        zero: int,
+        before: tuple[int, ...] | None,
+    ) -> StageFigures:
+        """Figures of that stage behind one on the devices `before`."""
+        key = self._key(plan, mesh, devices, zero), before
+        if key not in self._figures:
+            units = self.units(plan.mesh.axis(PIPELINE).size)
+            self._figures[key] = self.stage(plan, mesh, devices, zero).figures(units, before)
+        return self._figures[key]
+
+    def _key(self, plan: Plan, mesh: Mesh, devices: tuple[int, ...], zero: int) -> object:
+        stages = plan.mesh.axis(PIPELINE).size
+        return stages, plan.num_microbatches, plan.recomputed, mesh, devices, zero
+
+
 def shared_parameters(graph: Graph, stages: Iterable[Collection[int]]) -> frozenset[str]:
     """Names of parameters that nodes of several stages read."""
     homes: dict[str, set[int]] = defaultdict(set)
@@ -300,13 +347,18 @@ def shared_parameters(graph: Graph, stages: Iterable[Collection[int]]) -> frozen
 
 
 def _layouts(
-    plan: Plan, context: Context, layouts: StageLayouts, mesh: Mesh, zero: int
+    plan: Plan,
+    context: Context,
+    layouts: StageLayouts,
+    mesh: Mesh,
+    devices: tuple[int, ...],
+    zero: int,
 ) -> StageMesh:
-    """Layouts of the whole graph over `mesh`."""
+    """Layouts of the whole graph over `mesh` on `devices`."""
     if not mesh.axes:
         return StageMesh(mesh)
     piped = Mesh((MeshAxis(PIPELINE, plan.mesh.axis(PIPELINE).size), *mesh.axes))
-    choice = layouts.fastest(piped, plan.num_microbatches)
+    choice = layouts.fastest(piped, plan.num_microbatches, devices=devices)
     if choice is None:
         raise InfeasibleError(
             f"no layouts over mesh {mesh} are legal for {plan.num_microbatches} microbatches",

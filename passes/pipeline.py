@@ -19,6 +19,7 @@ from .recompute import ChooseRecompute
 from .schedule import BuildSchedule
 from .stage_meshes import PlanStageMeshes
 from .stages import PartitionStages
+from .unlike import TryStageMeshes
 
 __all__ = [
     "PASSES",
@@ -36,6 +37,7 @@ PASSES: tuple[Pass, ...] = (
     ChooseMesh(),
     ChooseMicrobatches(),
     PartitionStages(),
+    TryStageMeshes(),
     BuildSchedule(),
     Predict(),
 )

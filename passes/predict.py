@@ -90,9 +90,9 @@ def _memory(plan: Plan, column: Column) -> tuple[MemoryPrediction, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Predict:
-    """Pass: fills `plan.prediction`."""
+    """Pass: fills `plan.prediction`, unless stages have meshes of their own and were priced so."""
 
     name: str = "predict"
 
     def run(self, plan: Plan, context: Context) -> Plan:
-        return replace(plan, prediction=predict(plan, context))
+        return plan if plan.is_mixed else replace(plan, prediction=predict(plan, context))

@@ -47,6 +47,7 @@ class StageLayouts:
         self._choices: dict[tuple[int, Memory], LayoutChoice | None] = {}
         self._bounds: dict[tuple[int, Memory], float] = {}
         self._axes: dict[object, AxesBefore] = {}
+        self._groups: dict[object, tuple[int, ...]] = {}
 
     @functools.cached_property
     def facts(self) -> GraphFacts:
@@ -75,14 +76,24 @@ class StageLayouts:
     # -- choices -----------------------------------------------------------------------------------
 
     def fastest(
-        self, mesh: Mesh, count: int, *, bounding: bool = False, late: float = 0.0
+        self,
+        mesh: Mesh,
+        count: int,
+        *,
+        bounding: bool = False,
+        late: float = 0.0,
+        devices: tuple[int, ...] | None = None,
     ) -> LayoutChoice | None:
         """Layouts over the in-stage axes without a limit of memory; None if none are legal.
 
         Sums of gradients count as hidden by the last backward but for a part, or if they are
         `late`, as all that it cannot hide; with a share between, the mean of both so weighted.
+
+        Args:
+            devices: of one stage; None: those of the first.
         """
-        return self._within(self._front(mesh, count, bounding=bounding, late=late), Memory())
+        front = self._front(mesh, count, bounding=bounding, late=late, devices=devices)
+        return self._within(front, Memory())
 
     def choice_within(
         self,
@@ -139,7 +150,13 @@ class StageLayouts:
         return more / (more + less) if more > 0.0 and less > 0.0 else None
 
     def _front(
-        self, mesh: Mesh, count: int, *, bounding: bool = False, late: float = 0.0
+        self,
+        mesh: Mesh,
+        count: int,
+        *,
+        bounding: bool = False,
+        late: float = 0.0,
+        devices: tuple[int, ...] | None = None,
     ) -> LayoutFront | None:
         if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
             return None
@@ -150,7 +167,8 @@ class StageLayouts:
         shared = self._gathered_share(mesh, rounds) if gathers else math.inf
         usual = self._spread(mesh, count, bounding=False)
         bucket = self._bucket_bytes(mesh)
-        key = (str(inner), like, spread, usual, late, late and rounds, shared, bucket)
+        devices = self._alike(inner, devices or stage_devices(mesh)[0])
+        key = (str(inner), devices, like, spread, usual, late, late and rounds, shared, bucket)
         if key not in self._fronts:
             plain = LayoutOptions(
                 num_microbatches=usual,
@@ -166,7 +184,6 @@ class StageLayouts:
                 sum_share=min((1.0 - late) * self.overlap.exposed + late, shared),
                 backward_share=1.0 - late * self.overlap.hidden / rounds,
             )
-            devices = stage_devices(mesh)[0]
             try:
                 before = self._before(inner, devices, plain)
                 self._fronts[key] = LayoutFront.of(
@@ -175,6 +192,13 @@ class StageLayouts:
             except InfeasibleError:
                 self._fronts[key] = None
         return self._fronts[key]
+
+    def _alike(self, inner: Mesh, devices: tuple[int, ...]) -> tuple[int, ...]:
+        """The first devices asked for that are as fast as these and as well linked."""
+        network = mesh_network(self.plan.cluster, inner, devices)
+        links = tuple(network.ring(axis.name) for axis in inner.axes)
+        key = inner, slowest_type(self.plan.cluster, devices).name, links
+        return self._groups.setdefault(key, devices)
 
     def _before(self, inner: Mesh, devices: tuple[int, ...], options: LayoutOptions) -> AxesBefore:
         """What is decided over all in-stage axes but the last; the same for plans and bounds."""

@@ -1,4 +1,4 @@
-"""Decides the stages of a plan whose meshes the user gives, one a stage and in their order.
+"""Decides the stages of a plan whose meshes are given, one a stage and in their order.
 
 From these meshes, the graph's units and their prices on each stage's devices to stages with their
 layouts, the number of microbatches, a prediction and a certificate. Layouts over a mesh are those
@@ -17,8 +17,10 @@ is done again; where nothing fits, with a higher level of ZeRO, then with recomp
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.counts import divisors
@@ -38,16 +40,15 @@ from ..compiler.ir.plan import (
 from ..compiler.sharding.sharding import Sharding
 from ..compiler.sharding.unruled import unruled_warnings
 from .context import Context, LayoutPin
-from .own_stages import OwnStage, SplitParameter, StageFigures, shared_parameters
-from .partition.prepare import schedule_name, state
+from .own_stages import OwnStage, OwnStages, SplitParameter, StageFigures, shared_parameters
+from .partition.prepare import schedule_name
 from .partition.problem import in_flight_microbatches
-from .partition.runs import best_runs
+from .partition.runs import Table, best_runs
 from .pinned import check_pinned, updates_elementwise
 from .recompute import choose_recompute
 from .replicate import complete_stages
-from .stage_layouts import StageLayouts
 
-__all__ = ["PlanStageMeshes"]
+__all__ = ["PlanStageMeshes", "StageMeshSearch", "stage_groups"]
 
 _A_STAGE = 4  # microbatches, about which numbers are priced
 _MOST_COUNTS = 6
@@ -61,7 +62,8 @@ class PlanStageMeshes:
 
     def run(self, plan: Plan, context: Context) -> Plan:
         check_pinned(plan.cluster, plan.mode, context.options)
-        return _Search(plan, context).run()
+        known = OwnStages(plan, context)
+        return StageMeshSearch(plan, known, context.options.stage_meshes).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +76,32 @@ class _Found:
     memory: tuple[MemoryPrediction, ...]
 
 
-class _Search:
-    """Working state of the pass."""
+class StageMeshSearch:
+    """Working state of the search for stages on `meshes`.
 
-    def __init__(self, plan: Plan, context: Context) -> None:
-        self.meshes: tuple[Mesh, ...] = context.options.stage_meshes
+    Args:
+        known: stages of the graph, which searches on several meshes may share.
+    """
+
+    def __init__(self, plan: Plan, known: OwnStages, meshes: tuple[Mesh, ...]) -> None:
+        self.meshes = meshes
         self.start = time.perf_counter()
-        self.context = replace(
-            context, options=replace(context.options, num_stages=len(self.meshes))
-        )
-        axes = (MeshAxis(PIPELINE, len(self.meshes)),)
+        self.known = known
+        axes = (MeshAxis(PIPELINE, len(meshes)),)
         self.plan = replace(plan, mesh=Mesh(axes))
-        self.groups = tuple(_groups(self.meshes))
-        statement = state(replace(plan, mesh=Mesh(())), self.context)
-        self.units = statement.units
-        self.layouts = StageLayouts(plan, self.context)
+        self.groups = stage_groups(meshes)
+        self.units = known.units(len(meshes))
 
-    def run(self) -> Plan:
-        """The fastest of the numbers of microbatches that fit, with the least saving that does."""
+    @property
+    def context(self) -> Context:
+        return self.known.context
+
+    def run(self, counts: Iterable[int] | None = None) -> Plan:
+        """The fastest of the numbers of microbatches that fit, with the least saving that does.
+
+        Raises:
+            InfeasibleError: none does.
+        """
         if len(self.units) < len(self.meshes):
             raise InfeasibleError(
                 f"{len(self.meshes)} stages wanted of {len(self.units)} separable parts of the "
@@ -103,7 +113,7 @@ class _Search:
         for zero, recompute in self.ways():
             plan = replace(self.plan, recomputed=choose_recompute(self.context.graph, recompute))
             table = []
-            for count in self.counts():
+            for count in self.counts() if counts is None else counts:
                 try:
                     table.append(self.solved(replace(plan, num_microbatches=count), zero))
                 except InfeasibleError as error:
@@ -163,20 +173,16 @@ class _Search:
         options = self.context.options
         if pin in options.layout_pins:
             raise error
-        pins = (*options.layout_pins, pin)
-        self.context = replace(self.context, options=replace(options, layout_pins=pins))
-        self.layouts = StageLayouts(replace(self.plan, mesh=Mesh(())), self.context)
+        options = replace(options, layout_pins=(*options.layout_pins, pin))
+        self.known = OwnStages(self.known.plan, replace(self.context, options=options))
 
     def solved_once(self, plan: Plan, zero: int) -> Plan:
         """As `solved`; raises SplitParameter where stages would share parts of one."""
         stages = [
-            OwnStage.of(plan, self.context, self.layouts, mesh, group, zero)
+            self.known.stage(plan, mesh, group, zero)
             for mesh, group in zip(self.meshes, self.groups, strict=True)
         ]
-        tables = [
-            stage.figures(self.units, self.groups[index - 1] if index else None)
-            for index, stage in enumerate(stages)
-        ]
+        tables = self.figures(plan, zero)
         forbidden: list[tuple[int, int, int]] = []  # stage and run
         while True:
             priced = [(table.first, table.later(plan.num_microbatches)) for table in tables]
@@ -188,6 +194,50 @@ class _Search:
             if not over:
                 return self.finished(plan, found, tables)
             forbidden += over
+
+    def figures(self, plan: Plan, zero: int) -> list[StageFigures]:
+        """Of the stages of `plan`, by run of units."""
+        before = (None, *self.groups)
+        return [
+            self.known.figures(plan, mesh, group, zero, last)
+            for mesh, group, last in zip(self.meshes, self.groups, before, strict=False)
+        ]
+
+    def quick(self, count: int) -> tuple[float, float] | None:
+        """Seconds of a step if everything fitted, and what no stages take less than if ZeRO, too,
+        shares what is done once a step; None if no layouts are legal or there are too few units."""
+        zero, recompute = next(self.ways())
+        recomputed = choose_recompute(self.context.graph, recompute)
+        plan = replace(self.plan, recomputed=recomputed, num_microbatches=count)
+        if len(self.units) < len(self.meshes):
+            return None
+        try:
+            tables = self.figures(plan, zero)
+        except InfeasibleError:
+            return None
+        whole = self.step_seconds([(table.first, table.later(count)) for table in tables])
+        shared = [
+            (table.first, (count - 1) * table.steady + self.least_share(mesh) * table.per_step)
+            for mesh, table in zip(self.meshes, tables, strict=True)
+        ]
+        return whole, self.step_seconds(shared)
+
+    def least_share(self, mesh: Mesh) -> float:
+        """Of what a stage does once a step, what is left at least whatever ZeRO shares: updates are
+        split over the data axis, and instead of a sum there may be the scattering half of it, or
+        nothing that is known where collectives were measured one by one."""
+        data = mesh.axis(DATA).size
+        if data > 1 and any(rule.collectives for rule in self.plan.cluster.links):
+            return 0.0
+        return 1.0 / data
+
+    def step_seconds(self, tables: list[tuple[Table, Table]]) -> float:
+        runs = best_runs(tables)
+        if runs is None:
+            return math.inf
+        pairs = list(zip(tables, runs, strict=True))
+        way = sum(float(first[run]) for (first, _), run in pairs)
+        return way + max(float(later[run]) for (_, later), run in pairs)
 
     def found(
         self,
@@ -286,9 +336,7 @@ class _Search:
         )
 
 
-def _groups(meshes: tuple[Mesh, ...]) -> Iterator[tuple[int, ...]]:
+def stage_groups(meshes: Iterable[Mesh]) -> tuple[tuple[int, ...], ...]:
     """Devices of each stage: the next ones."""
-    first = 0
-    for mesh in meshes:
-        yield tuple(range(first, first + mesh.size))
-        first += mesh.size
+    ends = itertools.accumulate((mesh.size for mesh in meshes), initial=0)
+    return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(ends))

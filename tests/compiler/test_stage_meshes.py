@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from cutset.compiler.api import plan_model
 from cutset.compiler.explain import explain, explain_json
+from cutset.compiler.ir.cluster import Cluster, Device, DeviceType, Link, LinkRule
 from cutset.compiler.ir.errors import InfeasibleError, UsageError
 from cutset.compiler.ir.mesh import Mesh
 from cutset.compiler.parallel import Parallel, RunOptions
@@ -95,6 +97,41 @@ def test_a_plan_is_priced_explained_saved_and_validated(tmp_path: Path) -> None:
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
     assert all(error < 1e-9 for error in verify_numerically(found).values())
+
+
+def fast_and_slow(fast: int, slow: int, share: float) -> Cluster:
+    """Devices of two speeds on one node."""
+    kinds = tuple(
+        DeviceType(name, "cpu", 1 << 30, 1e12, (("f64", rate),), 1e-7)
+        for name, rate in (("fast", 2e9), ("slow", 2e9 * share))
+    )
+    names = ("fast",) * fast + ("slow",) * slow
+    devices = tuple(Device(index, name, "node") for index, name in enumerate(names))
+    return Cluster("two speeds", kinds, devices, (LinkRule(Link(1e-6, 1e10)),))
+
+
+def test_meshes_of_stages_are_searched_where_devices_differ() -> None:
+    """A slow pair works as fast as the fast device: found, explained and trained."""
+    arguments: dict[str, Any] = {"example_inputs": batch(), "loss_fn": F.mse_loss, "check": False}
+    machine = fast_and_slow(1, 2, 0.6)
+    found = plan_model(tower(), machine, **arguments)
+    plan = found.plan
+    assert plan.mesh_text == "data=1/tensor=2"
+    asked = plan_model(tower(), machine, mesh=plan.mesh_text, **arguments).plan
+    assert plan.objective_seconds <= asked.objective_seconds
+    first = plan.alternatives[0]
+    uniform = plan_model(tower(), machine, mesh=first.mesh, **arguments).plan
+    assert uniform.objective_seconds > 1.02 * plan.objective_seconds
+    assert first.step_seconds == pytest.approx(uniform.objective_seconds, rel=0.01)
+    text = explain(plan, found.captured.graph, found.programs)
+    assert "meshes data=1/tensor=2 (each stage has its own)" in text
+    assert re.search(r"runner-up +mesh .*, the best with one mesh for all stages", text)
+    options = RunOptions(loss_fn=F.mse_loss, optimizer=adamw)
+    parallel = Parallel(found, options, InProcessSession(3))
+    plain = Plain(tower(), adamw, rows=ROWS // plan.num_microbatches)
+    for seed in range(2):
+        assert abs(float(parallel.train_step(*batch(seed))) - plain.step(*batch(seed))) <= 1e-11
+    assert_same(parallel.state_dict(), plain.model.state_dict(), 1e-10)
 
 
 def test_meshes_that_are_alike_are_one_mesh() -> None:

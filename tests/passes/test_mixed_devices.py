@@ -13,15 +13,16 @@ from dataclasses import replace
 
 import pytest
 
-from cutset.compiler.ir.cluster import Cluster
+from cutset.compiler.ir.cluster import Cluster, Host, Link
 from cutset.compiler.ir.errors import InfeasibleError, UsageError
 from cutset.compiler.ir.graph import Graph
-from cutset.compiler.ir.mesh import Mesh
+from cutset.compiler.ir.mesh import Mesh, format_stage_meshes
 from cutset.compiler.ir.plan import Plan
 from cutset.cost_models.presets import limit_memory
 from cutset.passes.context import PlanOptions
 from cutset.passes.mesh_space import is_uneven, mesh_sizes, meshes
 from cutset.passes.pipeline import plan_graph
+from cutset.passes.unlike_space import unlike_meshes
 
 from .joint import random_graph
 from .layouts.test_choose import cluster
@@ -32,6 +33,7 @@ SHORT = (2, 4)
 MANY = 40
 SPEEDS = (0.2, 0.5, 0.8)
 EXACT = 1e-9
+HOST = Host(Link(1e-6, 1e10), 1 << 40, 1e10)
 
 
 def two_speeds(first: int, second: int, share: float, bytes_per_second: float = 1e9) -> Cluster:
@@ -67,8 +69,10 @@ def planned(graph: Graph, machine: Cluster, batch: int, **pinned: object) -> Pla
 
 
 def pinnable(machine: Cluster, rows: int) -> Iterator[dict[str, object]]:
+    """Meshes of any number of devices, and those of stages' own that are searched."""
     for size in range(1, len(machine.devices) + 1):
         yield from ({"mesh": mesh} for mesh in meshes(size, rows))
+    yield from ({"stage_meshes": own} for own in unlike_meshes(machine, rows))
 
 
 def check(graph: Graph, machine: Cluster, batch: int) -> None:
@@ -118,6 +122,56 @@ def test_fast_devices_share_rows_where_single_ones_would_wait_for_messages() -> 
     single = planned(graph, machine, 64, mesh=Mesh.parse("pipeline=8"))
     assert single is not None
     assert chosen.objective_seconds < single.objective_seconds
+
+
+def test_stages_get_meshes_of_their_own_where_that_is_faster() -> None:
+    """One fast device, then two slow ones."""
+    graph, machine, batch = drawn(44)
+    chosen = planned(graph, machine, batch)
+    assert chosen is not None and chosen.is_mixed and chosen.certificate is not None
+    assert chosen.mesh_text == "data=1/tensor=2"
+    uniform = planned(graph, machine, batch, one_mesh=True)
+    assert uniform is not None and not uniform.is_mixed
+    assert uniform.objective_seconds > 1.05 * chosen.objective_seconds
+    first = chosen.alternatives[0]
+    assert (first.mesh, first.step_seconds) == (uniform.mesh, uniform.objective_seconds)
+    assert "meshes of the stages' own" in chosen.certificate.search_space
+    check(graph, machine, batch)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"offload": "optimizer"}, {"num_stages": 3}, {"one_mesh": True}],
+)
+def test_meshes_of_their_own_are_not_tried_beside_what_they_are_refused_with(
+    asked: dict[str, object],
+) -> None:
+    graph, machine, batch = drawn(44)
+    kinds = tuple(replace(kind, host=HOST) for kind in machine.types)
+    found = planned(graph, replace(machine, types=kinds), batch, **asked)
+    assert found is not None and not found.is_mixed
+    assert found.certificate is not None
+    assert "own" not in found.certificate.search_space
+
+
+def test_devices_all_alike_have_one_mesh() -> None:
+    found = planned(random_graph(3, 4), cluster(4, 1e9), 32)
+    assert found is not None and found.certificate is not None
+    assert "own" not in found.certificate.search_space
+
+
+def test_the_meshes_that_stages_may_have() -> None:
+    def texts(machine: Cluster, rows: int) -> set[str]:
+        return {format_stage_meshes(meshes) for meshes in unlike_meshes(machine, rows)}
+
+    three = {"data=1/data=2", "data=1/tensor=2", "data=2/data=1", "tensor=2/data=1"}
+    assert texts(cluster(3, 1e9), 4) == three
+    assert texts(cluster(3, 1e9), 5) == {text for text in three if "data=2" not in text}
+    mixed = texts(two_speeds(4, 4, 0.5), 16)
+    assert {"data=4/tensor=4", "data=4/data=2/data=2", "data=1/tensor=3/data=4"} <= mixed
+    assert "data=4/data=4" not in mixed and len(mixed) < 150
+    large = texts(two_speeds(12, 0, 0.5), 1)
+    assert large == {"tensor=4/tensor=8", "tensor=8/tensor=4"}
 
 
 def test_which_numbers_of_devices_form_meshes() -> None:
