@@ -20,6 +20,7 @@ from ..cost_models.collectives import mesh_network
 from ..cost_models.overlap import Overlap
 from ..cost_models.parameters import stage_bucket_bytes
 from ..cost_models.slowest import slowest_type
+from .best_devices import BestDevices
 from .columns import stage_devices
 from .context import Context
 from .layout_pins import held_placements
@@ -157,12 +158,15 @@ class StageLayouts:
         bounding: bool = False,
         late: float = 0.0,
         devices: tuple[int, ...] | None = None,
+        rounds: float | None = None,
+        before: AxesBefore | None = None,
     ) -> LayoutFront | None:
         if mesh.axis(TENSOR).size > 1 and not updates_elementwise(self.plan.optimizer.name):
             return None
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
-        like, spread = self._like(count), self._spread(mesh, count, bounding=bounding)
-        rounds = mesh.axis(PIPELINE).size + count - 1
+        like = self._like(count)
+        rounds = rounds or self._rounds(mesh, count)
+        spread = self._spread(mesh, count, bounding=bounding, rounds=rounds)
         gathers = bounding and self._may_gather(mesh)
         shared = self._gathered_share(mesh, rounds) if gathers else math.inf
         usual = self._spread(mesh, count, bounding=False)
@@ -185,7 +189,7 @@ class StageLayouts:
                 backward_share=1.0 - late * self.overlap.hidden / rounds,
             )
             try:
-                before = self._before(inner, devices, plain)
+                before = before or self._before(inner, devices, plain)
                 self._fronts[key] = LayoutFront.of(
                     self.facts, inner, self.plan.cluster, devices, options, before
                 )
@@ -228,11 +232,17 @@ class StageLayouts:
             return self.portion(count)
         return 4.0 ** math.ceil(math.log(self.portion(count), 4) - 1e-9)
 
-    def _spread(self, mesh: Mesh, count: int, *, bounding: bool = True) -> float:
+    def _rounds(self, mesh: Mesh, count: int) -> float:
+        """Microbatches that a step takes with fill and drain of the pipeline."""
+        return mesh.axis(PIPELINE).size + count - 1
+
+    def _spread(
+        self, mesh: Mesh, count: int, *, bounding: bool = True, rounds: float | None = None
+    ) -> float:
         """Microbatches of like size that a step takes, fill and drain of the pipeline included,
         over which is spread what is done once a step: unless it is for `bounding` or in a small
         graph, to the nearest power of two."""
-        rounds = mesh.axis(PIPELINE).size + count - 1
+        rounds = rounds or self._rounds(mesh, count)
         spread = rounds * self.portion(count) / self._like(count)
         if bounding or self.is_small or not self.gains_with_size:
             return spread
@@ -241,7 +251,7 @@ class StageLayouts:
     def gathers_are_fast(self, mesh: Mesh, count: int) -> bool:
         """Whether gathering parameters may take less than summing their gradients, so that ZeRO 3
         may be the fastest even where others fit."""
-        rounds = mesh.axis(PIPELINE).size + count - 1
+        rounds = self._rounds(mesh, count)
         is_open = self.context.options.zero is None and self._may_gather(mesh)
         return is_open and self._gathered_share(mesh, rounds) < math.inf
 
@@ -251,7 +261,7 @@ class StageLayouts:
         has_parts = data > 1 and options.zero in (None, 3) and self.plan.mode is Mode.TRAIN
         return has_parts and updates_elementwise(self.plan.optimizer.name)
 
-    def _gathered_share(self, mesh: Mesh, rounds: int) -> float:
+    def _gathered_share(self, mesh: Mesh, rounds: float) -> float:
         """Of what sums of gradients over the data axis take, the share that ZeRO 3 takes instead,
         at least; infinite where it takes as long."""
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name != PIPELINE))
@@ -324,14 +334,16 @@ class StageLayouts:
         mean of both another one. Layouts
         are chosen for t of as many rows or more, which take no more time a row, and for the share
         of the update that is left with ZeRO. Recomputation, and ZeRO beyond that, only add; where
-        gathers are so much faster than sums that ZeRO 3 would not, sums count for less. Where other
-        stages have faster devices than the first there is no such bound.
+        gathers are so much faster than sums that ZeRO 3 would not, sums count for less. Where
+        stages have unlike devices, layouts are chosen on those of `best_devices.py`.
 
         Args:
             enough: a bound of so much need not be raised any further.
         """
-        if all(axis.name == PIPELINE for axis in mesh.axes) or not self._stages_are_alike(mesh):
+        if all(axis.name == PIPELINE for axis in mesh.axes):
             return 0.0
+        if not self._stages_are_alike(mesh):
+            return self._bound_on_best(mesh, count)
         least, rounds = 0.0, self._of_step(mesh, count)
         for form in (0.0, 1.0, None):
             if form != 0.0 and (
@@ -349,6 +361,32 @@ class StageLayouts:
             if memory is not None:
                 least = max(least, self._bound_within(front, memory))
         return rounds * least
+
+    def _bound_on_best(self, mesh: Mesh, count: int) -> float:
+        """Of stages on unlike devices, whatever the memory; nothing is known where there is no
+        fastest type. What is decided before the last axis is so on the devices that there are."""
+        if self._best is None:
+            return 0.0
+        real = self._front(mesh, count)
+        if real is None:
+            return math.inf
+        devices, layouts = self._best
+        rounds = devices.rounds(self.plan.cluster, stage_devices(mesh), count)
+        front = layouts._front(mesh, count, bounding=True, rounds=rounds, before=real.before)
+        if front is None:
+            return math.inf
+        spread = layouts._spread(mesh, count, rounds=rounds)
+        return spread / mesh.axis(PIPELINE).size * front.fastest.lower_bound
+
+    @functools.cached_property
+    def _best(self) -> tuple[BestDevices, StageLayouts] | None:
+        devices = BestDevices.of(self.plan.cluster)
+        if devices is None:
+            return None
+        plan = replace(self.plan, cluster=devices.cluster)
+        layouts = StageLayouts(plan, self.context)
+        layouts.facts = self.facts
+        return devices, layouts
 
     def _bound_within(self, front: LayoutFront, memory: Memory) -> float:
         """Infinite too, without another look, where it is so within more memory."""
