@@ -36,7 +36,7 @@ from .buffers import most_under_way
 from .memory_tables import MemoryModel, memory_model
 from .parameters import ParameterFigures
 
-_CUBLAS_BYTES = 2 * 2**25  # torch gives it 32 MiB a stream on Hopper; graphs have a stream
+_CUBLAS_BYTES = 2 * (33 << 20)  # 32 MiB and 1 (Lt) a stream on Hopper; graphs have a stream
 _MARGIN, _MARGIN_BYTES = 0.025, 1024
 _CUDA_BLOCK_BYTES = 512  # sizes are rounded up to it
 

@@ -76,6 +76,7 @@ class BlockRun:
         cuda_graphs: bool,
     ) -> None:
         self._kernels = kernels
+        self._on_host = device.type == "cpu"
         self._clock = busy_clock(device)
         self._key = torch.zeros((), dtype=torch.int64, device=device)
         self._sets = [_Set(stage, kernels, device) for _ in range(copies)]
@@ -85,8 +86,9 @@ class BlockRun:
         if cuda_graphs and device.type == "cuda" and kernels.is_capturable:
             self._slots = GraphSlots(kernels, in_flight=copies)
 
-    def median_seconds(self) -> tuple[float, float, float]:
-        """Of F, B and W of one copy."""
+    def typical_seconds(self) -> tuple[float, float, float]:
+        """Of F, B and W of one copy: on CPUs the mean, as a step pays for every delay; on CUDA,
+        where there are hardly any but those of measuring, the median."""
         for _ in range(_WARM):
             self.seconds()
         began = time.perf_counter()
@@ -96,7 +98,8 @@ class BlockRun:
             spent = time.perf_counter() - began
             if (len(rows) >= _LEAST and spent > _ENOUGH_SECONDS) or spent > _LONG_SECONDS:
                 break
-        first, second, third = map(statistics.median, zip(*rows, strict=True))
+        typical = statistics.fmean if self._on_host else statistics.median
+        first, second, third = map(typical, zip(*rows, strict=True))
         return first, second, third
 
     def seconds(self) -> tuple[float, float, float]:

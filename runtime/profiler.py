@@ -84,7 +84,7 @@ class Profiler:
     def time_block(
         self, *, program: str, source: str, copies: int, compile: bool, cuda_graphs: bool
     ) -> tuple[float, float, float] | str:
-        """Median seconds of F, B and W of the one stage of `program`; where memory does not
+        """Seconds of F, B and W of the one stage of `program`; where memory does not
         suffice, what the allocator says.
 
         Args:
@@ -106,7 +106,7 @@ class Profiler:
         self._communicator.barrier(label="the start of measuring")
         if run is None:
             return reason
-        found, reason = if_it_fits(run.median_seconds, self._device)
+        found, reason = if_it_fits(run.typical_seconds, self._device)
         return reason if found is None else found
 
     def time_instructions(self, *, program: str, source: str) -> float:

@@ -47,7 +47,7 @@ def run_of(
 @pytest.mark.parametrize("shared", [False, True])
 def test_all_phases_of_training_run(shared: bool) -> None:
     run = run_of(layer(Mode.TRAIN, shared=shared), copies=3)
-    assert all(seconds > 0.0 for seconds in run.median_seconds())
+    assert all(seconds > 0.0 for seconds in run.typical_seconds())
     (first, *_) = run._sets
     assert len(run._sets) == 3
     assert len(first.tangents) == 1
@@ -72,7 +72,7 @@ def test_weights_accumulate_in_each_copy_as_in_a_step() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_inference_has_a_forward_alone(shared: bool) -> None:
-    forward, first, second = run_of(layer(Mode.INFER, shared=shared)).median_seconds()
+    forward, first, second = run_of(layer(Mode.INFER, shared=shared)).typical_seconds()
     assert forward > 0.0 == first == second
 
 
@@ -85,6 +85,6 @@ def test_made_up_tensors_are_legal() -> None:
 @pytest.mark.parametrize("mode", list(Mode))
 def test_on_cuda_replays_of_graphs_are_timed(mode: Mode) -> None:
     run = run_of(layer(mode), device=torch.device("cuda", 0))
-    seconds = run.median_seconds()
+    seconds = run.typical_seconds()
     assert (min(seconds) > 0.0) == (mode is Mode.TRAIN) and seconds[0] > 0.0
     assert run._slots is not None and all(run._slots.replays(own.slot) for own in run._sets)
