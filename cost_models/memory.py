@@ -36,7 +36,8 @@ from .buffers import most_under_way
 from .memory_tables import MemoryModel, memory_model
 from .parameters import ParameterFigures
 
-_CUBLAS_BYTES = 2 * (33 << 20)  # 32 MiB and 1 (Lt) a stream on Hopper; graphs have a stream
+# a stream of cuBLAS 32 MiB and 1 (Lt) on Hopper, graphs have one; and what graphs and kernels keep
+_LIBRARY_BYTES = 2 * (33 << 20) + (1 << 20)
 _MARGIN, _MARGIN_BYTES = 0.025, 1024
 _CUDA_BLOCK_BYTES = 512  # sizes are rounded up to it
 
@@ -165,7 +166,7 @@ def library_bytes(backend: str) -> int:
     It is not held against the memory that a device has for plans: presets and clusters of this
     machine leave room for it, as for segments of which the allocator uses a part.
     """
-    return _CUBLAS_BYTES if backend == "cuda" else 0
+    return _LIBRARY_BYTES if backend == "cuda" else 0
 
 
 def consuming_stages(graph: Graph, stages: Iterable[Stage]) -> dict[int, int]:
