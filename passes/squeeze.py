@@ -21,7 +21,7 @@ __all__ = ["squeeze"]
 
 _RUNGS = 40
 _OTHERS = 6
-_EFFORT = 40_000  # of all walks of a search, which is seconds: then what was found has to do
+_EFFORT = 60_000  # of all walks of a search, which is seconds: then what was found has to do
 _LESS = 1.0 - 1e-4  # what solvers take for less
 
 

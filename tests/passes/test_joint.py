@@ -26,7 +26,7 @@ from .layouts.test_choose import cluster
 OPTIONS = PlanOptions(recompute="none", offload="none")
 EXACT = 1e-9
 AMPLE = 1 << 40
-FEW = (5, 13, 24, 27, 33, 52, 57, 60, 61, 63, 64, 68, 73)  # seeds that take seconds
+FEW = (5, 13, 24, 26, 27, 33, 52, 57, 60, 61, 63, 64, 68, 73)  # seeds that take seconds
 NEAR = 1.05
 MANY = 100
 BATCH = 32
