@@ -98,8 +98,11 @@ class BlockRun:
             spent = time.perf_counter() - began
             if (len(rows) >= _LEAST and spent > _ENOUGH_SECONDS) or spent > _LONG_SECONDS:
                 break
-        typical = statistics.fmean if self._on_host else statistics.median
-        first, second, third = map(typical, zip(*rows, strict=True))
+        columns = zip(*rows, strict=True)
+        first, second, third = (
+            statistics.fmean(found) if self._on_host else statistics.median(found)
+            for found in columns
+        )
         return first, second, third
 
     def seconds(self) -> tuple[float, float, float]:
