@@ -387,6 +387,8 @@ class _Search:
         meshes = f"all data x pipeline x tensor meshes of {every} devices"
         if fewer:
             meshes += f" in their order, or of the first {format_ranges(tuple(sorted(fewer)))}"
+        if len({entry.backend for entry in self.plan.cluster.types}) > 1:
+            meshes += ", of one backend in each stage"
         numbers = ", ".join(map(str, sorted(self.counts)))
         return (
             f"{meshes if pinned is None else f'mesh {pinned}'}; layouts in which equal layers are "

@@ -14,6 +14,7 @@ from ..compiler.ir.graph import Mode, ValueKind
 from ..compiler.ir.mesh import Mesh, MeshAxis
 from ..compiler.ir.plan import DATA, PIPELINE, TENSOR, Plan
 from .candidates import Way
+from .columns import stage_devices
 from .context import Context
 from .layout_pins import can_hold, held_placements
 from .microbatches import candidates, pinned_count
@@ -78,21 +79,42 @@ def search_space(
         if options.layout_pins:  # says which pin is impossible, and what would be legal
             whole = Mesh((MeshAxis(TENSOR, len(plan.cluster.devices)),))
             held_placements(context.graph, options.layout_pins, whole)
-        raise UsageError(
-            f"no number of microbatches of a batch of {plan.batch_size} rows suits the mesh",
-            where="mesh",
-            ways_out=("let the data axis divide the rows of a microbatch",),
-        )
+        raise _none_suits(plan, context)
     return table
 
 
+def _none_suits(plan: Plan, context: Context) -> UsageError:
+    options = context.options
+    backends = sorted({entry.backend for entry in plan.cluster.types})
+    if options.mesh is None and options.zero and len(backends) > 1:
+        return UsageError(
+            f"ZeRO-{options.zero} works over a {DATA} axis, and none is searched over devices of "
+            f"several backends ({', '.join(backends)})",
+            where="zero",
+            ways_out=(f"pin the mesh too, e.g. mesh='{DATA}=2'", "leave zero out"),
+        )
+    return UsageError(
+        f"no number of microbatches of a batch of {plan.batch_size} rows suits the mesh",
+        where="mesh",
+        ways_out=("let the data axis divide the rows of a microbatch",),
+    )
+
+
 def _searched(cluster: Cluster, rows: int) -> Iterator[Mesh]:
-    """Meshes of all devices and, where some may be better left out, of the first of them. A
-    pipeline of single devices takes those that it wants of all."""
+    """Meshes of all devices and, where some may be better left out, of the first of them, with
+    devices of one backend in each stage. A pipeline of single devices takes those that it wants of
+    all."""
     for size in mesh_sizes(cluster):
         for mesh in meshes(size, rows):
-            if size == len(cluster.devices) or any(axis.name != PIPELINE for axis in mesh.axes):
+            is_single = all(axis.name == PIPELINE for axis in mesh.axes)
+            if size == len(cluster.devices) if is_single else _has_one_backend_each(cluster, mesh):
                 yield mesh
+
+
+def _has_one_backend_each(cluster: Cluster, mesh: Mesh) -> bool:
+    """Whether the devices of each stage are of one backend."""
+    groups = stage_devices(mesh)
+    return all(len({cluster.type_of(device).backend for device in own}) == 1 for own in groups)
 
 
 def mesh_sizes(cluster: Cluster) -> tuple[int, ...]:

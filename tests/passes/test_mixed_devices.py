@@ -189,3 +189,22 @@ def test_the_certificate_says_which_devices_meshes_take() -> None:
     assert found is not None and found.certificate is not None
     space = found.certificate.search_space
     assert "meshes of 3 devices in their order, or of the first 2" in space
+
+
+def test_stages_are_on_devices_of_one_backend_unless_a_mesh_is_asked_for() -> None:
+    """Three devices as fast as each other, one of them a GPU: two of a kind share a stage."""
+    machine = two_speeds(1, 2, 1.0, 1e12)
+    gpu, other = machine.types
+    machine = replace(machine, types=(replace(gpu, backend="cuda"), replace(other, backend="cpu")))
+    graph, rows = random_graph(3, 2), 12
+    found = plan_graph(graph, machine, batch_size=rows, options=OPTIONS)
+    for stage in found.stages:
+        backends = {machine.type_of(device).backend for device in stage.devices}
+        assert len(backends) == 1, found.mesh_text
+    assert found.certificate is not None
+    assert "of one backend in each stage" in found.certificate.search_space
+    asked = replace(OPTIONS, mesh=Mesh.parse("data=3"))
+    assert plan_graph(graph, machine, batch_size=rows, options=asked).mesh.size == 3
+    with pytest.raises(UsageError, match="none is searched over devices of several backends"):
+        pair = replace(machine, devices=machine.devices[:2])
+        plan_graph(graph, pair, batch_size=rows, options=replace(OPTIONS, zero=2))
