@@ -229,10 +229,11 @@ def stage_costs(
         shares = _share(ahead, forward), _share(again, second)
     else:
         shares = meets.hidden
+    is_measured = measured is not None
     return StageCosts(
-        _divided(times.forward, forward, shares[0]),
-        _divided(times.backward_input, first, 0.0),
-        _divided(times.backward_weight, second, shares[1]),
+        _divided(times.forward, forward, shares[0], is_measured),
+        _divided(times.backward_input, first, 0.0, is_measured),
+        _divided(times.backward_weight, second, shares[1], is_measured),
         shares,
     )
 
@@ -243,18 +244,20 @@ def _share(seconds: float, exchanges: Iterable[Exchange]) -> float:
     return min(seconds / total, 1.0) if total else 0.0
 
 
-def _divided(seconds: float, exchanges: Iterable[Exchange], share: float) -> ActionCost:
-    """An action of `seconds`, of whose exchanges a share is hidden."""
+def _divided(
+    seconds: float, exchanges: Iterable[Exchange], share: float, is_measured: bool
+) -> ActionCost:
+    """An action of `seconds`, of whose exchanges a share is hidden; where it was measured, they
+    took no longer than all of it."""
     joined = _joined(exchanges)
     total = sum(entry.seconds for entry in joined)
     if not total:
         return ActionCost(seconds, hidden=joined)
-    waited = (1.0 - share) * total
-    if waited > seconds:  # measured: it took no longer than all
-        joined = tuple(entry.faster(seconds / waited) for entry in joined)
-        waited = seconds
+    if is_measured and total > seconds:
+        joined = tuple(entry.faster(seconds / total) for entry in joined)
+        total = seconds
     return ActionCost(
-        seconds - waited,
+        max(seconds - (1.0 - share) * total, 0.0),
         tuple(entry.scaled(1.0 - share) for entry in joined) if share < 1.0 else (),
         tuple(entry.scaled(share) for entry in joined) if share > 0.0 else (),
     )
