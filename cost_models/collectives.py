@@ -16,6 +16,7 @@ from ..compiler.ir.graph import Node
 from ..compiler.ir.mesh import Mesh
 from .host_messages import bucket_seconds
 from .links import (
+    SECONDS_OF,
     all_gather_seconds,
     all_reduce_seconds,
     all_to_all_seconds,
@@ -80,9 +81,9 @@ class Network:
         gloo, which has messages for it, its latency and the last rank; nothing on CUDA."""
         if self.backend(axis) != "cpu":
             return 0.0
-        seconds = all_gather_seconds if collective == "all_gather" else reduce_scatter_seconds
         group = self.group(axis)
-        return seconds(self.cluster, group, 0.0) + group_skew_seconds(self.cluster, group)
+        latency = SECONDS_OF[collective](self.cluster, group, 0.0)
+        return latency + group_skew_seconds(self.cluster, group)
 
     def host_seconds(self, axis: str, collective: str, num_bytes: float) -> float:
         """What such a bucket, without its latency, takes of the thread that computes."""

@@ -11,7 +11,7 @@ other ranks of the stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..compiler.ir.cluster import Cluster, DeviceType
@@ -19,14 +19,7 @@ from ..compiler.ir.graph import Graph, Mode, Node, ValueKind
 from ..compiler.ir.ops import Category
 from ..compiler.ir.program import StageProgram
 from .collectives import Network
-from .links import (
-    all_gather_seconds,
-    all_reduce_seconds,
-    all_to_all_seconds,
-    group_skew_seconds,
-    reduce_scatter_seconds,
-    ring,
-)
+from .links import SECONDS_OF, group_skew_seconds, ring
 from .memory_tables import rerun_nodes
 from .ops import price_once
 from .stages import (
@@ -39,14 +32,6 @@ from .stages import (
 )
 
 __all__ = ["ActionCost", "Exchange", "StageCosts", "edge_bytes", "exchange", "stage_costs"]
-
-Seconds = Callable[[Cluster, Sequence[int], float], float]
-_SECONDS: dict[str, Seconds] = {
-    "all_reduce": all_reduce_seconds,
-    "reduce_scatter": reduce_scatter_seconds,
-    "all_gather": all_gather_seconds,
-    "all_to_all": all_to_all_seconds,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +168,7 @@ def edge_bytes(
 
 def exchange(cluster: Cluster, collective: str, ranks: Sequence[int], num_bytes: float) -> Exchange:
     """One collective; `num_bytes` as in `edge_bytes`."""
-    seconds = _SECONDS[collective]
+    seconds = SECONDS_OF[collective]
     latency, whole = seconds(cluster, ranks, 0.0), seconds(cluster, ranks, num_bytes)
     return Exchange(
         ranks=tuple(ranks),

@@ -8,12 +8,13 @@ of its own for the steps of a collective.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..compiler.ir.cluster import Cluster, Link
 from ..compiler.ir.memo import once_per_object
 
 __all__ = [
+    "SECONDS_OF",
     "all_gather_seconds",
     "all_reduce_seconds",
     "all_to_all_seconds",
@@ -100,3 +101,12 @@ def all_gather_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: floa
 def all_to_all_seconds(cluster: Cluster, devices: Sequence[int], num_bytes: float) -> float:
     """All-to-all; `num_bytes` is what each device holds, of which 1/p stays."""
     return _ring_seconds(cluster, devices, "all_to_all", num_bytes)
+
+
+SECONDS_OF: dict[str, Callable[[Cluster, Sequence[int], float], float]] = {
+    "all_reduce": all_reduce_seconds,
+    "reduce_scatter": reduce_scatter_seconds,
+    "all_gather": all_gather_seconds,
+    "all_to_all": all_to_all_seconds,
+}
+"""The above by name."""

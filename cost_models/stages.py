@@ -130,12 +130,11 @@ def _waiting(
     graph: Graph, network: Network | None, kept: Sequence[GradientPart], collective: str
 ) -> float:
     """See `Network.waiting_seconds`, for parameters of `graph` and gradients that are `kept`."""
-    axes = {
-        str(graph.nodes[node].args[1]) for node, size in enumerate(_gathered(graph)) if size
-    } | {part.axis for part in kept}
-    if network is None or not axes:
+    if network is None:
         return 0.0
-    return min(network.waiting_seconds(axis, collective) for axis in axes)
+    gathers = (node for node, size in enumerate(_gathered(graph)) if size)
+    axes = {str(graph.nodes[node].args[1]) for node in gathers} | {part.axis for part in kept}
+    return min((network.waiting_seconds(axis, collective) for axis in axes), default=0.0)
 
 
 def _sums_kept(
@@ -203,16 +202,17 @@ def part_shares(
     return tuple(part / total if total else 1.0 / count for part in parts)
 
 
-def _gathered(graph: Graph) -> list[float]:
+@once_per_object
+def _gathered(graph: Graph) -> tuple[float, ...]:
     """By node, bytes of the parameter that it gathers."""
-    return [
+    return tuple(
         float(graph.values[node.outputs[0]].type.num_bytes)
         if node.op.category is Category.COLLECTIVE
         and node.op.packet == "all_gather"
         and graph.values[node.inputs[0]].kind is ValueKind.PARAMETER
         else 0.0
         for node in graph.nodes
-    ]
+    )
 
 
 def _recomputing(

@@ -111,7 +111,7 @@ class LinkProbes:
         """Seconds of a message of `size` bytes to the next rank around a ring, when rank 0 alone
         sends one and when all do at once."""
         message = self._bytes(size)
-        after, before = (self._rank + 1) % self._num_ranks, (self._rank - 1) % self._num_ranks
+        before, after = self._neighbours()
 
         def exchange(senders: Sequence[int]) -> float:
             found = []
@@ -126,6 +126,10 @@ class LinkProbes:
             return lower_quartile(found)
 
         return exchange((0,)), exchange(range(self._num_ranks))
+
+    def _neighbours(self) -> tuple[int, int]:
+        """The ranks before and after this one around the ring."""
+        return (self._rank - 1) % self._num_ranks, (self._rank + 1) % self._num_ranks
 
     # -- collectives ---------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class LinkProbes:
 
     def _exchange(self, message: Tensor) -> list[Pending]:
         """A message to the next rank around the ring and one from the rank before."""
-        after, before = (self._rank + 1) % self._num_ranks, (self._rank - 1) % self._num_ranks
+        before, after = self._neighbours()
         return [self._recv(message.numel(), before), self._send(message, after)]
 
     def _beside(
