@@ -9,7 +9,7 @@ predicted to take by the rates, other ranks apart; an operator in several parts 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -168,6 +168,7 @@ class BlockTimes:
         self._clock = clock
         self._types = {device.type: device.index for device in reversed(cluster.devices)}
         self._hardware = {name: hardware_of(cluster, i) for name, i in self._types.items()}
+        self._core_share = {name: cluster.core_share(i) for name, i in self._types.items()}
         self._seconds: dict[tuple[str, str], Phases] = {}  # by digest and type
         self._shares: dict[tuple[str, str], tuple[Share, ...]] = {}
         self._failed: set[tuple[str, str]] = set()  # what could not be measured
@@ -268,8 +269,7 @@ class BlockTimes:
             return False
         for name, record in found.items():
             assert record is not None
-            first, second, third = record.seconds
-            self._seconds[part.digest, name] = first, second, third
+            self._know(part, name, record.seconds)
         self.num_known += 1
         return True
 
@@ -287,14 +287,19 @@ class BlockTimes:
             if reasons:
                 self._give_up(part, name, reasons[0])
                 continue
-            first, second, third = (sum(column) / len(own) for column in zip(*own, strict=True))
-            seconds = first, second, third
-            self._seconds[part.digest, name] = seconds
+            seconds = tuple(sum(column) / len(own) for column in zip(*own, strict=True))
+            self._know(part, name, seconds)
             self._say(f"{self._noun} {progress}, {_told(part)}: {_listed(seconds)} on {name}")
             count = len(part.stage.graph.nodes)
             key = self._key(part, name)
             self._database.put(Record(key, part.path, count, seconds, time.time()))
         self.num_measured += any((part.digest, name) in self._seconds for name in self._types)
+
+    def _know(self, part: Part, name: str, busy: Sequence[float]) -> None:
+        """Of `part` on type `name`, `busy` seconds of F, B and W, which take longer where workers
+        share cores."""
+        first, second, third = (seconds / self._core_share[name] for seconds in busy)
+        self._seconds[part.digest, name] = first, second, third
 
     def _give_up(self, part: Part, name: str, reason: str) -> None:
         self._failed.add((part.digest, name))
@@ -412,5 +417,5 @@ def _told(part: Part) -> str:
     return " ".join(filter(None, [only, part.path])) or "operators of no module"
 
 
-def _listed(seconds: Phases) -> str:
+def _listed(seconds: Iterable[float]) -> str:
     return " + ".join(map(seconds_text, seconds))

@@ -156,6 +156,7 @@ class _Type:
 
     kind: DeviceType
     ranks: tuple[int, ...]
+    core_share: float = 1.0  # that a worker has of the time in which it computes
     call_seconds: float = 0.0
     qualities: list[Quality] = field(default_factory=list)
 
@@ -180,7 +181,7 @@ class _Measuring:
         ]
 
     def run(self) -> Calibration:
-        self._memory()
+        self._shared()
         self._overhead()
         self._curves()
         self._ops()
@@ -202,8 +203,8 @@ class _Measuring:
 
     # -- device --------------------------------------------------------------------------------
 
-    def _memory(self) -> None:
-        """What a plan may use of the memory of each device; CPU workers of a node share its."""
+    def _shared(self) -> None:
+        """What devices have of their node: CPU workers share its memory and its cores."""
         rows = self._call("describe")
         for entry in self._types:
             share = []
@@ -219,6 +220,14 @@ class _Measuring:
                 share.append(rows[rank]["memory_bytes"] / sharing)
             memory = int(_OF_MEMORY[entry.kind.backend] * min(share)) >> 20 << 20
             entry.kind = replace(entry.kind, memory_bytes=memory)
+            if not entry.on_cuda:
+                entry.kind = replace(entry.kind, cores=min(rows[r]["cores"] for r in entry.ranks))
+        kinds = tuple(entry.kind for entry in self._types)
+        cluster = replace(self._cluster, types=kinds)
+        for entry in self._types:
+            entry.core_share = min(map(cluster.core_share, entry.ranks))
+            if entry.core_share == 1.0:  # nobody waits for them
+                entry.kind = replace(entry.kind, cores=None)
 
     def _overhead(self) -> None:
         self._progress("issuing operators")
@@ -360,14 +369,18 @@ class _Measuring:
     def _call_types(
         self, method: str, arguments: Sequence[dict[str, Any]]
     ) -> list[tuple[float, ...]]:
-        """Call with `arguments` of each type; of what its devices answer, the medians."""
+        """Call with `arguments` of each type; of the times that its devices answer, in which they
+        compute, the medians while all do."""
         by_rank = {
             rank: given
             for entry, given in zip(self._types, arguments, strict=True)
             for rank in entry.ranks
         }
         found = self._call(method, [by_rank[rank] for rank in sorted(by_rank)])
-        return [_medians(found[rank] for rank in entry.ranks) for entry in self._types]
+        return [
+            tuple(seconds / entry.core_share for seconds in _medians(found[r] for r in entry.ranks))
+            for entry in self._types
+        ]
 
     # -- host ----------------------------------------------------------------------------------
 
@@ -377,7 +390,7 @@ class _Measuring:
         arguments = {"program": print_program(program), "source": emit_python(program)}
         found = self._call("time_instructions", arguments)
         for entry in self._types:
-            seconds = statistics.median(found[rank] for rank in entry.ranks)
+            seconds = statistics.median(found[rank] for rank in entry.ranks) / entry.core_share
             if not entry.on_cuda:  # there the host goes on while operators run
                 # each of three instructions issues about two operators
                 left = seconds - 2 * entry.kind.overhead_seconds

@@ -150,7 +150,7 @@ class _Links:
         times = {pair: found for row in rows for pair, found in row.items()}
         rules = {}
         for key, own in pairs.items():
-            samples = [Sample(1.0, float(n), t) for pair in own for n, t in times[pair]]
+            samples = [Sample(2.0, float(n), t) for pair in own for n, t in times[pair]]
             link, quality = fitted_link(samples, _title("send", key))
             self._qualities.append(quality)
             rules[key] = LinkRule(link, key[0], key[1], key[0] == key[1])

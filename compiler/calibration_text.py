@@ -66,7 +66,8 @@ def _not_measured(cluster: Cluster) -> Iterator[str]:
 def _type_lines(cluster: Cluster, entry: DeviceType) -> Iterator[str]:
     count = sum(device.type == entry.name for device in cluster.devices)
     rates = ", ".join(f"{dtype} {rate / _GIGA:.4g}" for dtype, rate in entry.flops_per_second)
-    yield f"{entry.name}: {count} of them at once, {entry.memory_bytes / 2**30:.1f} GiB each"
+    cores = "" if entry.cores is None else f" on {entry.cores} cores"
+    yield f"{entry.name}: {count} of them at once{cores}, {entry.memory_bytes / 2**30:.1f} GiB each"
     yield f"  products {rates} GFLOP/s"
     memory = entry.curve("memory")
     cached = "" if memory is None else f", {memory.points[0][1] / _GIGA:.4g} from caches"

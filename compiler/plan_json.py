@@ -38,7 +38,7 @@ __all__ = [
     "save_plan",
 ]
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 _PLAN_AGAIN = "write the plan again: cutset plan MODEL --devices ... -o plan.json"
 
 

@@ -12,6 +12,7 @@ of one type the mean of their figures counts.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import statistics
 import time
@@ -80,6 +81,7 @@ class NodeTimes:
         self._database = database
         self._say = say
         self._cuda_graphs = cuda_graphs
+        self._core_shares = [cluster.core_share(device.index) for device in cluster.devices]
         self._hardware = [hardware_of(cluster, device.index) for device in cluster.devices]
         self._session: Session | None = None
         graph = captured.graph
@@ -226,13 +228,20 @@ class NodeTimes:
         )
 
     def _known(self, keys: Sequence[BlockKey], counts: Sequence[int], measure: _Measure) -> Rows:
-        """What the database has of all `keys`, or what is measured now: of equal keys the mean."""
+        """What the database has of all `keys`, or what is measured now: of equal keys the mean.
+
+        Of each device in turn, seconds of computing, which take longer where workers share cores.
+        """
         found = self._look_up(keys)
-        if found is not None:
-            return found
-        with measuring_turn(self._say):
-            found = self._look_up(keys)  # whoever was waited for may have measured the same
-            return found or self._measured(keys, counts, measure)
+        if found is None:
+            with measuring_turn(self._say):
+                found = self._look_up(keys)  # whoever was waited for may have measured the same
+                found = found or self._measured(keys, counts, measure)
+        shares = itertools.cycle(self._core_shares)
+        return [
+            tuple(seconds / share for seconds in row)
+            for row, share in zip(found, shares, strict=False)
+        ]
 
     def _look_up(self, keys: Sequence[BlockKey]) -> Rows | None:
         known = {key: self._database.get(key) for key in dict.fromkeys(keys)}

@@ -55,6 +55,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "unsupported_ops",
         "host",
         "threads",
+        "cores",
         "instruction",
         "memory_bandwidths",
         "matmul_rates",

@@ -22,6 +22,7 @@ Quantities are strings with a unit, because a bare number is where cluster descr
     [types.big-worker]
     backend = "cpu"
     threads = 4    # optional: of a worker on this machine; default: an equal share of its cores
+    cores = 8      # optional: that all workers of a node share, if these are fewer than threads
     # memory, memory_bandwidth and rates as above
 
     [[devices]]
@@ -217,7 +218,8 @@ def _device_type(name: str, body: object, source: Source) -> DeviceType:
         ),
         unsupported_ops=tuple(unsupported),
         host=_host(table, name, source),
-        threads=_threads(table, name, source),
+        threads=_of_workers(table, "threads", name, source),
+        cores=_of_workers(table, "cores", name, source),
         instruction_seconds=(
             quantity(table, "instruction", TIMES, source, place, allow_zero=True)
             if "instruction" in table
@@ -228,23 +230,24 @@ def _device_type(name: str, body: object, source: Source) -> DeviceType:
     )
 
 
-def _threads(table: dict[str, object], name: str, source: Source) -> int | None:
-    if "threads" not in table:
+def _of_workers(table: dict[str, object], key: str, name: str, source: Source) -> int | None:
+    """How many `threads` or `cores` CPU workers of type `name` have, if it is said."""
+    if key not in table:
         return None
-    threads = table["threads"]
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+    number = table[key]
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ClusterError(
-            f"threads = {threads!r} is not a number of threads",
-            where=source.where(name, "threads"),
+            f"{key} = {number!r} is not a number of {key}",
+            where=source.where(name, key),
             ways_out=("give a whole number of at least 1", "leave the key out"),
         )
     if table["backend"] != "cpu":
         raise ClusterError(
-            f"device type {name!r} has threads, but only CPU workers are given some",
-            where=source.where(name, "threads"),
+            f"device type {name!r} has {key}, but only CPU workers are given some",
+            where=source.where(name, key),
             ways_out=("leave the key out",),
         )
-    return threads
+    return number
 
 
 def _host(table: dict[str, object], name: str, source: Source) -> Host | None:

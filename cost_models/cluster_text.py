@@ -67,6 +67,8 @@ def _render_type(entry: DeviceType) -> dict[str, object]:
     }
     if entry.threads is not None:
         body["threads"] = entry.threads
+    if entry.cores is not None:
+        body["cores"] = entry.cores
     if entry.instruction_seconds:
         body["instruction"] = _with_unit(entry.instruction_seconds, TIMES)
     for kind in CURVES[:-1]:

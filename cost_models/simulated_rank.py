@@ -80,9 +80,10 @@ class SimulatedRank:
     freed: set[Register] = field(default_factory=set)
     arriving: dict[Register, list[Message]] = field(default_factory=lambda: defaultdict(list))
     work: Work | None = None
-    speed: float = 1.0
+    left_share: float = 1.0  # of its speed, by transfers
     end_seconds: float = 0.0
     updating_seconds: float = 0.0
+    processor_seconds: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
     issuing: list[tuple[float, float]] = field(default_factory=list)
     under_way: list[tuple[float, float]] = field(default_factory=list)
@@ -130,6 +131,7 @@ class SimulatedRank:
         return RankSeconds(
             rank=self.index,
             busy_seconds=covered_seconds(busy),
+            processor_seconds=self.processor_seconds,
             communication_seconds=covered_seconds(under_way),
             exposed_seconds=covered_seconds(under_way, busy),
             host_seconds=host,

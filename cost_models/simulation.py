@@ -38,6 +38,8 @@ class RankSeconds:
     Args:
         busy_seconds: computing: F, B, I, W without the collectives in them, gradient norm and
             clipping, optimizer; on CPUs what the thread that computes does for messages, too.
+        processor_seconds: what of this it takes with a processor of its own for each thread, and no
+            transfers beside: by the clock of a thread.
         communication_seconds: with a transfer or a collective of its own under way.
         exposed_seconds: of these, those in which it does not compute; the others are hidden.
         host_seconds: of the host's time for instructions, those in which the rank does neither.
@@ -49,6 +51,7 @@ class RankSeconds:
 
     rank: int
     busy_seconds: float
+    processor_seconds: float
     communication_seconds: float
     exposed_seconds: float
     host_seconds: float

@@ -55,6 +55,7 @@ from .discrete_events import Clock, Process, Work
 from .exchanges import ActionCost, Exchange, exchange
 from .host_messages import ahead_seconds, asking_seconds, bucket_seconds, send_seconds
 from .memory_curve import MemoryCurve
+from .shared_cores import SharedCores
 from .simulated_rank import Meeting, SimulatedRank
 from .simulation import Simulation, Span
 from .stage_prices import Computation, StagePrices
@@ -130,6 +131,7 @@ class _Run:
         self.optimizer = optimizer
         self.clock = Clock()
         self.wires = Wires(self.clock, cluster, self._slow_down)
+        self.cores = SharedCores(cluster)
         self.traffic = Traffic(self.clock, cluster, self.wires, self._communicated)
         self.prices = StagePrices(programs, cluster, measured)
         self._actions: dict[Hashable, ActionMemory] = {}
@@ -147,9 +149,19 @@ class _Run:
         """Transfers take `share` of what `device` computes with."""
         rank = self._by_index.get(device)
         if rank is not None:
-            rank.speed = max(1.0 - share, _LEAST_SPEED)
-            if rank.work is not None:
-                self.clock.set_speed(rank.work, rank.speed)
+            rank.left_share = max(1.0 - share, _LEAST_SPEED)
+            self._set_speed(rank)
+
+    def _set_speed(self, rank: SimulatedRank) -> None:
+        if rank.work is not None:
+            self.clock.set_speed(rank.work, rank.left_share * self.cores.speed(rank.index))
+
+    def _computes(self, rank: SimulatedRank, work: Work | None) -> None:
+        """`rank` begins with `work`, or is done (None)."""
+        rank.work = work
+        self.wires.computes(rank.index, work is not None)
+        for index in self.cores.computes(rank.index, work is not None):
+            self._set_speed(self._by_index[index])
 
     # -- instructions --------------------------------------------------------------------------
 
@@ -218,15 +230,14 @@ class _Run:
                 yield from self._optimizer_step(rank, instruction)
 
     def _work(self, rank: SimulatedRank, seconds: float) -> Process:
-        """Compute, at the speed that transfers leave."""
+        """Compute, at the speed that transfers and others on its cores leave."""
         if seconds > 0.0:
             begin = self.clock.now
-            self.wires.computes(rank.index, True)
-            rank.work = Work(seconds)
-            self.clock.set_speed(rank.work, rank.speed)
-            yield rank.work.end
-            rank.work = None
-            self.wires.computes(rank.index, False)
+            work = Work(seconds)
+            self._computes(rank, work)
+            yield work.end
+            self._computes(rank, None)
+            rank.processor_seconds += seconds * self.cores.share(rank.index)
             rank.busy.append((begin, self.clock.now))
 
     def _compute(self, rank: SimulatedRank, action: Computation) -> Process:

@@ -12,6 +12,7 @@ import torch
 
 from ..compiler.ir.text import parse_program
 from .clock import busy_clock
+from .launcher import num_cores
 from .link_probes import LinkProbes, Rounds, lower_quartile
 from .optimizer import OptimizerSpec, RankOptimizer, zero_gradients
 from .profiler import Profiler
@@ -27,7 +28,8 @@ class Calibrator(Profiler):
     """What a worker has instead of a `Rank` during calibration; arguments as there."""
 
     def describe(self) -> dict[str, Any]:
-        """Name of the node and the device, and the memory of both in bytes."""
+        """Name of the node and the cores of it that this worker may use, name of the device and its
+        memory in bytes."""
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         name, memory = "", host
         if self._device.type == "cuda":
@@ -35,9 +37,9 @@ class Calibrator(Profiler):
             name, memory = properties.name, properties.total_memory
         return {
             "node": socket.gethostname(),
+            "cores": num_cores(),
             "device": name,
             "memory_bytes": int(memory),
-            "host_bytes": int(host),
         }
 
     def time_optimizer(

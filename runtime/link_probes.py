@@ -9,10 +9,12 @@ counts, without the extremes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -76,16 +78,16 @@ class LinkProbes:
     def messages(
         self, pairs: Sequence[tuple[int, int]], sizes: Sequence[int]
     ) -> dict[tuple[int, int], list[tuple[int, float]]]:
-        """(bytes, seconds) of messages over those of `pairs` that this rank is the source of, one
-        pair after the other."""
+        """Over those of `pairs` that this rank is the source of, one pair after the other, (bytes,
+        seconds) of two messages, there and back."""
         table = {}
         for source, target in pairs:
             self._communicator.barrier(label="the next pair")
-            if self._rank in (source, target):
-                answer = self._round_trip(source, target, _ANSWER_BYTES) / 2
+            with self._others((source, target)) as among_them:
+                if not among_them:
+                    continue
                 found = [
-                    (size, max(self._round_trip(source, target, size) - answer, answer / 10))
-                    for size in sizes
+                    (size + _ANSWER_BYTES, self._round_trip(source, target, size)) for size in sizes
                 ]
                 if self._rank == source:
                     table[source, target] = found
@@ -106,6 +108,21 @@ class LinkProbes:
             return self._quartile(once, agreed=(source, target))
         compute = self._computing() if self._rank == source else _nothing
         return trimmed_mean([end - begin for begin, end in self._after(compute, once)])
+
+    @contextlib.contextmanager
+    def _others(self, ranks: Sequence[int]) -> Iterator[bool]:
+        """Whether this rank is of `ranks`, which measure within; others compute meanwhile on CPUs,
+        as they do in a step."""
+        among_them = self._rank in ranks
+        yield among_them
+        if len(set(ranks)) == self._num_ranks:
+            return
+        with ThreadPoolExecutor(1) as pool:
+            over = pool.submit(self._communicator.barrier, label="what others measure")
+            while self._on_host and not among_them and not over.done():
+                _multiply(self._matrix(), 1)
+                self._synchronize()
+            over.result()
 
     def streams(self, size: int) -> tuple[float, float]:
         """Seconds of a message of `size` bytes to the next rank around a ring, when rank 0 alone
@@ -136,18 +153,15 @@ class LinkProbes:
     def collective(self, name: str, ranks: tuple[int, ...], sizes: Sequence[int]) -> list[Rounds]:
         """Collectives called `name` over `ranks`, of each size; none on other ranks."""
         self._communicator.barrier(label="the next collective")
-        if self._rank not in ranks:
-            return []
-        found = []
-        for size in sizes:
-            num_bytes, start = self._starter(name, ranks, size)
-            once = functools.partial(self._at_once, start)
-            if self._on_host:
-                times = tuple(self._after(self._computing(), once))
-            else:
-                times = ((0.0, self._quartile(once, agreed=ranks)),)
-            found.append(Rounds(num_bytes, times))
-        return found
+        with self._others(ranks) as among_them:
+            return [self._rounds(name, ranks, size) for size in sizes if among_them]
+
+    def _rounds(self, name: str, ranks: tuple[int, ...], size: int) -> Rounds:
+        num_bytes, start = self._starter(name, ranks, size)
+        once = functools.partial(self._at_once, start)
+        if self._on_host:
+            return Rounds(num_bytes, tuple(self._after(self._computing(), once)))
+        return Rounds(num_bytes, ((0.0, self._quartile(once, agreed=ranks)),))
 
     def _at_once(self, start: Callable[[], Pending]) -> None:
         self._finish([start()])

@@ -7,6 +7,8 @@ profiler; the running sum of those events is the live memory relative to the sta
 from __future__ import annotations
 
 import gc
+import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -22,9 +24,12 @@ __all__ = [
     "reset_peak_resident",
     "resident_bytes",
     "storage_bytes",
+    "until_unused",
+    "uses",
 ]
 
 T = TypeVar("T")
+_LONGEST_WAIT_SECONDS = 0.02
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -42,6 +47,24 @@ def give_back(tensor: Tensor) -> None:
     """
     if tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor.untyped_storage().resize_(0)
+
+
+def uses(tensor: Tensor) -> int:
+    """How many hold `tensor`; 0 where torch does not tell."""
+    count: Callable[[], int] = getattr(tensor, "_use_count", lambda: 0)
+    return count()
+
+
+def until_unused(tensor: Tensor, before: int) -> None:
+    """Wait until `tensor` has no more `uses` than `before`.
+
+    The thread of gloo that has reduced it keeps it until it goes on to other work: on a machine
+    with few cores so long that it would come on top of what is live later. A moment of this thread
+    is enough for the other, so there is a limit only lest anything waits for ever.
+    """
+    end = time.monotonic() + _LONGEST_WAIT_SECONDS
+    while uses(tensor) > before and time.monotonic() < end:
+        os.sched_yield()
 
 
 def if_it_fits(run: Callable[[], T], device: torch.device) -> tuple[T | None, str]:

@@ -31,6 +31,7 @@ from . import torch_collectives as collectives
 from . import torch_messages as messages
 from .communicator import PeerLost, Split
 from .contract import Contract, agree, contract_from
+from .memory import until_unused, uses
 from .stores import Store
 from .torch_pending import TorchPending, Wait
 
@@ -223,11 +224,14 @@ class TorchCommunicator:
         if backend == "gloo":
             buffer = _on_host(buffer)
         operation = _OPERATIONS[reduction]
+        before = uses(buffer)
         work = self._post(
             lambda: dist.all_reduce(buffer, operation, group=group, async_op=True), label
         )
 
         def finish(reduced: torch.Tensor) -> torch.Tensor:
+            if backend == "gloo":
+                until_unused(reduced, before)
             if reduction == "avg":
                 reduced = reduced / len(ranks)
             return _written_back(tensor, reduced)

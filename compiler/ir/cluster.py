@@ -149,6 +149,8 @@ class DeviceType:
         unsupported_ops: names of ops that the device cannot run.
         host: where optimizer states can lie; None: nowhere but on the device.
         threads: compute threads of a CPU worker; None: an equal share of the cores of its machine.
+        cores: that all CPU workers of a node share; all that is said here of speed holds while all
+            of them compute, and where fewer do, they are faster. None: enough for all of them.
         instruction_seconds: time of the host for one instruction of a program, beside its kernels.
         curves: rates by the size of the work, where they are known; they go before the above.
         op_costs: of kinds of operators that were measured.
@@ -164,6 +166,7 @@ class DeviceType:
     unsupported_ops: tuple[str, ...] = ()
     host: Host | None = None
     threads: int | None = None
+    cores: int | None = None
     instruction_seconds: float = 0.0
     curves: tuple[RateCurve, ...] = ()
     op_costs: tuple[OpCost, ...] = ()
@@ -309,6 +312,25 @@ class Cluster:
             where=f"cluster {self.name!r}",
             ways_out=(f"known types: {', '.join(entry.name for entry in self.types)}",),
         )
+
+    def threads_of(self, device: int) -> int:
+        """Compute threads of a CPU worker among those of its node."""
+        kind = self.type_of(device)
+        return kind.threads or max(1, (kind.cores or 1) // len(self._workers_beside(device)))
+
+    def core_share(self, device: int) -> float:
+        """Of a core for each of its threads, what `device` has while all workers of its node
+        compute: 1, unless they are CPU workers that share fewer cores."""
+        cores = self.type_of(device).cores
+        if cores is None:
+            return 1.0
+        return min(1.0, cores / sum(map(self.threads_of, self._workers_beside(device))))
+
+    def _workers_beside(self, device: int) -> tuple[int, ...]:
+        """The CPU workers of the node of `device`."""
+        node = self.devices[device].node
+        beside = (other.index for other in self.devices if other.node == node)
+        return tuple(index for index in beside if self.type_of(index).backend == "cpu")
 
     def link(self, source: int, target: int, collective: str | None = None) -> Link:
         """The link between two device indices, for a message or a ring step of `collective`.

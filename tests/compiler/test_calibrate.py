@@ -27,7 +27,7 @@ from cutset.compiler.ir.cluster import COLLECTIVES, PHASES, DeviceType
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.text import parse_program
 from cutset.compiler.ir.verify import verify_cluster
-from cutset.compiler.probes import Probe, op_probes, rate_probes, tiny_probe, work_of
+from cutset.compiler.probes import Probe, Work, op_probes, rate_probes, tiny_probe, work_of
 from cutset.cost_models import make_cluster
 from cutset.cost_models.cluster_file import parse_cluster, write_cluster
 from cutset.cost_models.fits import Quality, left_out
@@ -96,6 +96,46 @@ class OnCuda:
         ]
 
     def close(self) -> None: ...
+
+
+class OnFewCores:
+    """Answers for four CPU workers of one thread each, on so many cores."""
+
+    num_ranks = 4
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+
+    def call(
+        self, method: str, arguments: Any = (), *, timeout_seconds: float | None = None
+    ) -> list[Any]:
+        if method == "describe":
+            return [{"node": "here", "cores": self._cores, "memory_bytes": 1 << 34}] * 4
+        if method == "time_instructions":
+            return [1e-5] * 4
+        assert method == "time_block"
+        return [tuple(1e-6 * work.kernels for work in self._works(given)) for given in arguments]
+
+    def _works(self, given: dict[str, Any]) -> tuple[Work, ...]:
+        return work_of(Probe("op", "", "", 1.0, 1, parse_program(given["program"])))
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("cores", "share"), [(16, 1.0), (4, 1.0), (3, 0.75), (2, 0.5), (1, 0.25)])
+def test_workers_on_few_cores_take_longer(cores: int, share: float) -> None:
+    """By the clocks of their threads all is as with cores of their own."""
+    (kind,) = parse_devices("cpu:4").types
+    cluster = replace(parse_devices("cpu:4"), types=(replace(kind, threads=1),))
+    measuring = _Measuring(OnFewCores(cores), cluster, FULL, lambda line: None)
+    measuring._shared()
+    measuring._overhead()
+    measuring._instructions()
+    kind = measuring._types[0].kind
+    assert kind.cores == (None if share == 1.0 else cores)
+    assert kind.memory_bytes == int(0.7 * (1 << 32)) >> 20 << 20
+    assert kind.overhead_seconds == pytest.approx(1e-6 / share, rel=0.01)
+    assert kind.instruction_seconds == pytest.approx(8e-6 / share, rel=0.01)
 
 
 def on_cuda() -> DeviceType:

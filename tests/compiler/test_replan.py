@@ -187,6 +187,25 @@ def test_the_budget_ends_measuring_and_what_is_known_counts(tmp_path: Path) -> N
     assert plan.cluster.types[0].corrections is not None
 
 
+def test_workers_on_one_core_take_twice_the_time_of_their_threads(tmp_path: Path) -> None:
+    """What is measured is by the clock of a thread; what is predicted, while both compute."""
+    (kind,) = workers().types
+    few = replace(workers(), types=(replace(kind, threads=1, cores=1),))
+    search = planning(few)
+    times = BlockTimes(
+        search.cluster,
+        ProfileOptions("blocks"),
+        ProfileDatabase(tmp_path),
+        MadeUp(lambda part: 0.5),
+        search.say,
+    )
+    report = report_of(search_measured(search, PlanOptions(), times)[1])
+    for block in report.blocks:
+        assert block.measured == pytest.approx(block.predicted, rel=1e-6)
+    kept = ProfileDatabase(tmp_path).records()
+    assert sum(kept[0].seconds) in [pytest.approx(sum(b.measured) / 2) for b in report.blocks]
+
+
 def test_what_memory_does_not_suffice_for_keeps_its_price_and_is_warned_of(tmp_path: Path) -> None:
     class NoRoomForActivations(MadeUp):
         def measure(self, part: Part) -> list[Row]:

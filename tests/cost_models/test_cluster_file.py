@@ -143,6 +143,7 @@ def _clusters(draw: st.DrawFn) -> Cluster:
             tuple(draw(st.lists(_names, max_size=2))),
             host,
             None,
+            None,
             draw(st.just(0.0) | _positive),
             draw(_curves()),
             draw(_op_costs),
@@ -150,8 +151,8 @@ def _clusters(draw: st.DrawFn) -> Cluster:
         for name in names
     )
     if host is None:
-        threads = draw(st.none() | st.integers(1, 256))
-        types = (*types[1:], replace(types[0], backend="cpu", threads=threads))
+        given = {name: draw(st.none() | st.integers(1, 256)) for name in ("threads", "cores")}
+        types = (*types[1:], replace(types[0], backend="cpu", **given))
     devices = tuple(
         Device(index, draw(st.sampled_from(names)), draw(st.sampled_from(["n0", "n1", "ñ 2"])))
         for index in range(draw(st.integers(1, 6)))
@@ -323,14 +324,15 @@ def test_mistakes_in_what_was_measured(
     assert any(way_out in way for way in caught.value.ways_out), caught.value.ways_out
 
 
-@pytest.mark.parametrize("threads", ["0", "-2", "1.5", '"4"', "true"])
-def test_threads_are_a_whole_number(threads: str) -> None:
-    text = GOOD.replace('backend = "cuda"', f'backend = "cpu"\nthreads = {threads}')
-    with pytest.raises(ClusterError, match="is not a number of threads") as caught:
+@pytest.mark.parametrize("key", ["threads", "cores"])
+@pytest.mark.parametrize("number", ["0", "-2", "1.5", '"4"', "true"])
+def test_threads_and_cores_are_whole_numbers(key: str, number: str) -> None:
+    text = GOOD.replace('backend = "cuda"', f'backend = "cpu"\n{key} = {number}')
+    with pytest.raises(ClusterError, match=f"is not a number of {key}") as caught:
         parse_cluster(text, name="lab.toml")
     assert caught.value.where == "lab.toml:5"
-    cluster = parse_cluster(text.replace(f"threads = {threads}", "threads = 3"))
-    assert cluster.types[0].threads == 3
+    cluster = parse_cluster(text.replace(f"{key} = {number}", f"{key} = 3"))
+    assert getattr(cluster.types[0], key) == 3
 
 
 def test_mistakes_in_json_are_named_too() -> None:

@@ -265,6 +265,7 @@ device_types = st.builds(
     st.lists(texts, max_size=2).map(tuple),
     st.none() | st.builds(Host, st.builds(Link, finite, finite), counts, finite),
     st.none() | ids,
+    st.none() | ids,
     finite,
     st.lists(st.builds(RateCurve, texts, texts, points), max_size=2).map(tuple),
     st.lists(st.builds(OpCost, texts, texts, finite, points), max_size=2).map(tuple),

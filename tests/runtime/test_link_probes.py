@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from cutset.cost_models import make_cluster
 from cutset.cost_models.exchanges import edge_bytes
 from cutset.runtime import link_probes
+from cutset.runtime.communicator import Communicator
 from cutset.runtime.link_probes import LinkProbes
 from tests.cost_models.test_exchanges import Counted
 from tests.runtime.ranks import on_ranks
+
+
+def test_others_compute_while_two_ranks_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways between ranks 0 and 1; rank 2 multiplies until they are done."""
+    monkeypatch.setattr(link_probes, "_BETWEEN_ROUNDS", 4)
+    multiplied: Counter[str] = Counter()
+    multiply = link_probes._multiply
+
+    def counted(matrix: Tensor, times: int) -> None:
+        multiplied[threading.current_thread().name] += times
+        multiply(matrix, times)
+
+    monkeypatch.setattr(link_probes, "_multiply", counted)
+
+    def body(end: Communicator) -> Callable[[], dict[tuple[int, int], list[tuple[int, float]]]]:
+        def measure() -> dict[tuple[int, int], list[tuple[int, float]]]:
+            threading.current_thread().name = f"rank {end.rank}"
+            probes = LinkProbes(end, torch.device("cpu"), 10.0, on_host=True)
+            before = multiplied[f"rank {end.rank}"]
+            found = probes.messages([(0, 1), (1, 0)], [1 << 12])
+            if end.rank == 2:
+                assert multiplied["rank 2"] > before
+            return found
+
+        return measure
+
+    rows = on_ranks(3, body)
+    assert [list(row) for row in rows] == [[(0, 1)], [(1, 0)], []]
+    ((num_bytes, seconds),) = rows[0][0, 1]
+    assert num_bytes == (1 << 12) + 8 and seconds > 0.0
 
 
 @pytest.mark.parametrize("count", [2, 3])

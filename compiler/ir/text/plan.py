@@ -29,10 +29,10 @@ Stages with meshes of their own have their layouts below them: `own mesh="data=2
 `layout`, `parameter` and `nodes`, and `}`.
 
 What few plans have is written where it is so: `objective throughput` at the end of the first line,
-`threads 4` and `instruction_seconds 4e-05` at the end of a type's, `streams 1.5`, `compute_share
-0.25`, `progress_share 0.5` and `skew_seconds 2e-4` at the end of a link's, `offloaded` at the end
-of a parameter's; after a type lines `host`, `curve`, `op_cost` and `correction`, after a link lines
-`collective`.
+`threads 4`, `cores 8` and `instruction_seconds 4e-05` at the end of a type's, `streams 1.5`,
+`compute_share 0.25`, `progress_share 0.5` and `skew_seconds 2e-4` at the end of a link's,
+`offloaded` at the end of a parameter's; after a type lines `host`, `curve`, `op_cost` and
+`correction`, after a link lines `collective`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ _Record = TypeVar("_Record")
 _OF_FEW_TYPES: dict[str, Any] = {
     "host": None,
     "threads": None,
+    "cores": None,
     "instruction_seconds": 0.0,
     "curves": (),
     "op_costs": (),
@@ -139,6 +140,7 @@ def print_cluster(cluster: Cluster) -> str:
     lines = [f"cluster {print_text(cluster.name)} local={local} {{"]
     for entry in cluster.types:
         rare = "" if entry.threads is None else f" threads {entry.threads}"
+        rare += "" if entry.cores is None else f" cores {entry.cores}"
         if entry.instruction_seconds:
             rare += f" instruction_seconds {print_literal(entry.instruction_seconds)}"
         lines.append(f"  {_record('type', entry, skip=_OF_FEW_TYPES)}{rare}")
@@ -266,6 +268,8 @@ def _read_types(scanner: Scanner) -> Iterator[DeviceType]:
         entry: DeviceType = _read_record(line, DeviceType, **_OF_FEW_TYPES)
         if line.accept("threads"):
             entry = replace(entry, threads=line.integer())
+        if line.accept("cores"):
+            entry = replace(entry, cores=line.integer())
         if line.accept("instruction_seconds"):
             entry = replace(entry, instruction_seconds=_number(line))
         line.end()

@@ -86,6 +86,9 @@ def _verify_device_type(entry: DeviceType, here: str) -> None:
     if entry.threads is not None:
         check(entry.threads >= 1, f"it has {entry.threads} threads", here)
         check(entry.backend == "cpu", f"threads are of CPU workers, it is {entry.backend}", here)
+    if entry.cores is not None:
+        check(entry.cores >= 1, f"it has {entry.cores} cores", here)
+        check(entry.backend == "cpu", f"cores are of CPU workers, it is {entry.backend}", here)
     _not_negative("instruction_seconds", entry.instruction_seconds, here)
     for curve in entry.curves:
         _verify_curve(curve, here)
