@@ -70,11 +70,12 @@ CLUSTERS = {
     "cpu:4": parse_devices("cpu:4"),
     "slow links": slow_links(4),
 }
+LONG = {("residual_net", "h100:8"), ("residual_net", "cpu:4"), ("gpt2", "cpu:4")}
 PAIRS = [
     pytest.param(model, cluster, marks=[pytest.mark.slow] * is_slow)
     for model in ("gpt2", "llama", "mlp", "residual_net")
     for cluster in CLUSTERS
-    for is_slow in (model == "llama" or (model, cluster) == ("residual_net", "h100:8"),)
+    for is_slow in (model == "llama" or (model, cluster) in LONG,)
 ]
 TIGHT = [
     ("mlp", "h100:8", 200),

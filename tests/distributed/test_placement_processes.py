@@ -140,7 +140,9 @@ def test_a_worker_without_room_gets_less(pool: WorkerPool) -> None:
         assert measured.peak_memory_bytes[0] <= needs[0] <= 150_000
 
 
-@pytest.mark.parametrize("objective", ["throughput", "latency"])
+@pytest.mark.parametrize(
+    "objective", ["throughput", pytest.param("latency", marks=pytest.mark.slow)]
+)
 def test_workers_start_with_the_threads_of_their_type_and_are_measured(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

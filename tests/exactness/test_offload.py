@@ -75,7 +75,7 @@ CASES: tuple[tuple[int, float, dict[str, object]], ...] = (
 )
 
 
-@pytest.mark.parametrize("devices", TIGHT)
+@pytest.mark.parametrize("devices", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_states_are_offloaded_only_where_nothing_else_fits(devices: int) -> None:
     assert not planned(devices, 6.0).is_offloaded
     plan = planned(devices, TIGHT[devices])
