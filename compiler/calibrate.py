@@ -66,12 +66,14 @@ class Effort:
         every: of the sizes of a curve, every how many-th.
         most: sizes of a curve.
         link_bytes: sizes of messages and collectives; ones over 32 MiB on CUDA only.
+        rounds: how often transfers beside others, and beside computation, are made.
     """
 
     dtypes: tuple[tuple[str, tuple[str, ...]], ...]
     every: int
     most: int
     link_bytes: tuple[int, ...]
+    rounds: int = 24
 
 
 FULL = Effort(
@@ -192,8 +194,13 @@ class _Measuring:
         cluster = replace(self._cluster, types=kinds)
         qualities = [(entry.kind.name, tuple(entry.qualities)) for entry in self._types]
         if len(cluster.devices) > 1:
-            sizes = self._effort.link_bytes
-            rules, found = measured_links(self._session, cluster, self._progress, sizes)
+            rules, found = measured_links(
+                self._session,
+                cluster,
+                self._progress,
+                self._effort.link_bytes,
+                rounds=self._effort.rounds,
+            )
             cluster = replace(cluster, links=rules)
             qualities.append(("links", found))
         return Calibration(cluster, tuple(qualities), 0.0)

@@ -43,22 +43,31 @@ _Class = tuple[str, str]
 
 
 def measured_links(
-    session: Session, cluster: Cluster, progress: Callable[[str], None], sizes: Sequence[int]
+    session: Session,
+    cluster: Cluster,
+    progress: Callable[[str], None],
+    sizes: Sequence[int],
+    *,
+    rounds: int,
 ) -> tuple[tuple[LinkRule, ...], tuple[Quality, ...]]:
     """Rules for all pairs of devices of `cluster`, and how well their figures fit.
 
     Args:
         sizes: of messages and collectives, in bytes.
+        rounds: of transfers beside others and beside computation.
     """
-    return _Links(session, cluster, sizes).run(progress)
+    return _Links(session, cluster, sizes, rounds).run(progress)
 
 
 class _Links:
-    def __init__(self, session: Session, cluster: Cluster, sizes: Sequence[int]) -> None:
+    def __init__(
+        self, session: Session, cluster: Cluster, sizes: Sequence[int], rounds: int
+    ) -> None:
         self._session = session
         self._cluster = cluster
         alike = all(cluster.type_of(d.index).backend == "cuda" for d in cluster.devices)
         self._on_host = not alike
+        self._rounds = rounds
         self._late: list[float] = []  # seconds by which the last is later, a round
         self._sizes = [size for size in sizes if alike or size <= _LARGEST]
         self._at_once = _AT_ONCE_ON_CUDA if alike else _AT_ONCE_BYTES
@@ -74,7 +83,11 @@ class _Links:
             | {(min(pair), max(pair)) for own in self._pairs().values() for pair in own}
         )
         programs = [
-            {"program": print_program(_meeting(rank, count, every)), "on_host": self._on_host}
+            {
+                "program": print_program(_meeting(rank, count, every)),
+                "on_host": self._on_host,
+                "num_rounds": self._rounds,
+            }
             for rank in range(count)
         ]
         self._call("prepare_links", programs)

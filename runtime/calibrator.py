@@ -96,10 +96,16 @@ class Calibrator(Profiler):
 
     # -- links ---------------------------------------------------------------------------------
 
-    def prepare_links(self, *, program: str, on_host: bool) -> None:
-        """Make the connections that `program` names; `on_host` as in `LinkProbes`."""
+    def prepare_links(self, *, program: str, on_host: bool, num_rounds: int) -> None:
+        """Make the connections that `program` names; the others as in `LinkProbes`."""
         self._communicator.prepare(parse_program(program))
-        self._links = LinkProbes(self._communicator, self._device, self._timeout, on_host=on_host)
+        self._links = LinkProbes(
+            self._communicator,
+            self._device,
+            self._timeout,
+            on_host=on_host,
+            num_rounds=num_rounds,
+        )
 
     def time_messages_between(
         self, *, pairs: list[tuple[int, int]], sizes: list[int]

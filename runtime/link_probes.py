@@ -25,7 +25,6 @@ from .communicator import Communicator, Pending, Split
 
 __all__ = ["LinkProbes", "Rounds", "lower_quartile", "trimmed_mean"]
 
-_ROUNDS = 24
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 200
 _ENOUGH_SECONDS = 0.25  # of one kind of operation and size
 _ANSWER_BYTES = 8
@@ -56,6 +55,7 @@ class LinkProbes:
 
     Args:
         on_host: whether any of the ranks computes on a CPU.
+        num_rounds: of what is made beside others or beside computation.
     """
 
     def __init__(
@@ -65,11 +65,13 @@ class LinkProbes:
         timeout_seconds: float,
         *,
         on_host: bool,
+        num_rounds: int,
     ) -> None:
         self._communicator = communicator
         self._device = device
         self._timeout = timeout_seconds
         self._on_host = on_host
+        self._num_rounds = num_rounds
         self._rank, self._num_ranks = communicator.rank, communicator.num_ranks
         self._between = self._multiplications() if on_host else 0
 
@@ -132,7 +134,7 @@ class LinkProbes:
 
         def exchange(senders: Sequence[int]) -> float:
             found = []
-            for _ in range(_ROUNDS):
+            for _ in range(self._num_rounds):
                 self._communicator.barrier(label="the next exchange")
                 begin = time.perf_counter()
                 pending = [self._recv(size, before)] if before in senders else []
@@ -231,7 +233,7 @@ class LinkProbes:
             count = self._agreed(max(1, round(longer * moving / one)), everyone)
             compute = functools.partial(_multiply, matrix, count)
             alone, computing, beside = [], [], []
-            for _ in range(_ROUNDS):
+            for _ in range(self._num_rounds):
                 alone.append(self._timed(before, start, _nothing)[1])
                 computing.append(self._timed(before, list, compute)[0])
                 beside.append(self._timed(before, start, compute))
@@ -264,7 +266,7 @@ class LinkProbes:
     def _together(self, once: Callable[[], None]) -> float:
         """Seconds of `once` when all ranks begin at the same time."""
         found = []
-        for _ in range(_ROUNDS):
+        for _ in range(self._num_rounds):
             self._communicator.barrier(label="the next round")
             begin = time.perf_counter()
             once()

@@ -33,7 +33,7 @@ from cutset.cost_models.cluster_file import parse_cluster, write_cluster
 from cutset.cost_models.fits import Quality, left_out
 from cutset.cost_models.presets import parse_devices, preset
 
-LITTLE = Effort((("cpu", ("f32",)),), every=3, most=2, link_bytes=(1 << 12, 1 << 20))
+LITTLE = Effort((("cpu", ("f32",)),), every=3, most=2, link_bytes=(1 << 12, 1 << 20), rounds=6)
 FACTORY = """
 import torch
 

@@ -34,7 +34,7 @@ def test_others_compute_while_two_ranks_are_measured(monkeypatch: pytest.MonkeyP
     def body(end: Communicator) -> Callable[[], dict[tuple[int, int], list[tuple[int, float]]]]:
         def measure() -> dict[tuple[int, int], list[tuple[int, float]]]:
             threading.current_thread().name = f"rank {end.rank}"
-            probes = LinkProbes(end, torch.device("cpu"), 10.0, on_host=True)
+            probes = LinkProbes(end, torch.device("cpu"), 10.0, on_host=True, num_rounds=6)
             before = multiplied[f"rank {end.rank}"]
             found = probes.messages([(0, 1), (1, 0)], [1 << 12])
             if end.rank == 2:
@@ -61,9 +61,9 @@ def test_collectives_are_of_the_size_that_is_told(
     rows = on_ranks(
         count,
         lambda end: (
-            lambda: LinkProbes(end, torch.device("cpu"), 10.0, on_host=True).collective(
-                name, ranks, [1 << 14]
-            )
+            lambda: LinkProbes(
+                end, torch.device("cpu"), 10.0, on_host=True, num_rounds=6
+            ).collective(name, ranks, [1 << 14])
         ),
     )
     (found,) = rows[0]
