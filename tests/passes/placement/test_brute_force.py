@@ -14,8 +14,8 @@ from cutset.passes.placement.throughput import place_throughput
 from .brute import optimum, random_workload
 from .optima import check_against_optima, chunks
 
-# 160 problems in the normal suite, 400 more in the slow one; each for both modes
-SEEDS = chunks(20, normal=160, slow=560)
+# 100 problems in the normal suite, 460 more in the slow one; each for both modes
+SEEDS = chunks(20, normal=100, slow=560)
 
 
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "free"])
