@@ -27,7 +27,7 @@ from ..cost_models.calibration import (
 from ..cost_models.fits import Quality, Sample
 from ..runtime.link_probes import trimmed_mean
 from ..runtime.session import Session
-from .ir.cluster import COLLECTIVES, Cluster, LinkRule
+from .ir.cluster import COLLECTIVES, HANDLED, Cluster, Link, LinkRule
 from .ir.graph import Mode
 from .ir.program import AllReduce, Instruction, Program, Recv, Register, Send
 from .ir.text import print_program
@@ -39,6 +39,8 @@ _TIMEOUT_SECONDS = 300.0
 _LARGEST = 1 << 25  # where not all devices are CUDA devices
 _AT_ONCE_BYTES, _AT_ONCE_ON_CUDA = 1 << 20, 1 << 26  # so much that latency is next to nothing
 _SMALLER = 8  # a size at which latency counts, where threads of CPUs carry it
+_HANDLED_BYTES = (1 << 12, 1 << 17, 1 << 20)  # as of parameters: from biases to large matrices
+_LEAST_SECONDS = 1e-6
 _Class = tuple[str, str]
 
 
@@ -104,6 +106,7 @@ class _Links:
         rows = self._call("time_streams", {"size": self._at_once})
         alone, together = (max(row[way] for row in rows) for way in (0, 1))
         at_once = streams(alone, together, count) if len(self._nodes()) == 1 else None
+        handling = self._handling() if self._on_host else ()
         found = [
             replace(
                 rule,
@@ -111,6 +114,7 @@ class _Links:
                 compute_share=taken,
                 progress_share=kept,
                 skew_seconds=skew_seconds(self._late),
+                handling=handling,
             )
             for rule in rules.values()
         ]
@@ -168,6 +172,22 @@ class _Links:
             self._qualities.append(quality)
             rules[key] = LinkRule(link, key[0], key[1], key[0] == key[1])
         return rules
+
+    def _handling(self) -> tuple[tuple[str, Link], ...]:
+        """What collectives take of computation beside which they travel, over all devices."""
+        count = len(self._cluster.devices)
+        found = []
+        for name in HANDLED:
+            rows = self._call("time_handling", {"name": name, "sizes": _HANDLED_BYTES})
+            samples = [
+                collective_sample(name, count, num_bytes, max(seconds, _LEAST_SECONDS))
+                for row in rows
+                for num_bytes, seconds in row
+            ]
+            link, quality = fitted_link(samples, f"handling of {name}")
+            self._qualities.append(quality)
+            found.append((name, link))
+        return tuple(found)
 
     def _collective(self, rule: LinkRule, name: str, groups: Sequence[tuple[int, ...]]) -> LinkRule:
         samples = []

@@ -93,3 +93,8 @@ def _link_lines(rule: LinkRule) -> Iterator[str]:
         f"  {rule.progress_share:.0%} of its speed beside computing; "
         f"{seconds_text(rule.skew_seconds)} until the last rank comes"
     )
+    for name, link in rule.handling:
+        yield (
+            f"  {name} takes {seconds_text(link.latency_seconds)} + "
+            f"{link.bytes_per_second / _GIGA:.4g} GB/s of computing beside it"
+        )

@@ -318,7 +318,7 @@ def _priced(plan: Plan, graph: Graph) -> tuple[Column, tuple[NodeCost, ...]]:
     column = column_of(plan, Context(graph, PlanOptions(mesh=plan.mesh, optimizer=plan.optimizer)))
     devices = [device for stage in plan.stages for device in stage.devices]
     kind = slowest_type(plan.cluster, devices)
-    return column, price(column.context.graph, kind, network=column.context.network)
+    return column, price(column.context.graph, kind, network=column.context.network, ahead=True)
 
 
 def _without_tensor(plan: Plan) -> Plan:

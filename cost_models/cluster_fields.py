@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TypeVar
 
-from ..compiler.ir.cluster import PHASES
+from ..compiler.ir.cluster import HANDLED, PHASES
 from ..compiler.ir.errors import ClusterError
 
 __all__ = [
@@ -77,12 +77,14 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "compute_share",
         "progress_share",
         "skew",
+        "handling",
         "all_reduce",
         "all_gather",
         "reduce_scatter",
         "all_to_all",
     ),
     "collective": ("latency", "bandwidth"),
+    "handling": HANDLED,
 }
 KEYS_HELP = {
     **{

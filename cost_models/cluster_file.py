@@ -55,6 +55,8 @@ What `cutset calibrate` measures besides, all optional:
     skew = "200 us"          # how much later than the mean the last rank reaches a collective
     all_reduce = { latency = "90 us", bandwidth = "3 GB/s" }    # of one ring step
     # all_gather, reduce_scatter, all_to_all likewise
+    # what those of a stage take of the computation beside which they travel; reduce_scatter too
+    handling = { all_gather = { latency = "450 us", bandwidth = "1 GB/s" } }
 
 Links are rules, the first that matches a pair of devices counts; `a` and `b` name nodes. JSON has
 the same keys. A file that breaks a rule is refused with the line, the reason and the remedy.
@@ -82,7 +84,14 @@ from .cluster_fields import (
     typed,
     whole_bytes,
 )
-from .cluster_measured import check_dtype, collective_links, curves, link_of, op_costs
+from .cluster_measured import (
+    check_dtype,
+    collective_links,
+    curves,
+    handling_links,
+    link_of,
+    op_costs,
+)
 from .cluster_text import render_cluster
 
 __all__ = ["MOST_DEVICES", "parse_cluster", "read_cluster", "write_cluster"]
@@ -357,6 +366,7 @@ def _link(body: object, nodes: tuple[str, ...], source: Source) -> LinkRule:
         else 0.0,
         kept,
         quantity(table, "skew", TIMES, source, place, allow_zero=True) if "skew" in table else 0.0,
+        handling_links(table, source, place),
     )
 
 

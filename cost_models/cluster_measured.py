@@ -3,11 +3,11 @@ and what links do beside single messages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..compiler.ir.cluster import COLLECTIVES, CURVES, Link, OpCost, RateCurve
+from ..compiler.ir.cluster import COLLECTIVES, CURVES, HANDLED, Link, OpCost, RateCurve
 from ..compiler.ir.errors import ClusterError
 from ..compiler.ir.types import DTYPES_BY_NAME
 from .cluster_fields import (
@@ -24,7 +24,7 @@ from .cluster_fields import (
     quantity_of,
 )
 
-__all__ = ["check_dtype", "collective_links", "curves", "link_of", "op_costs"]
+__all__ = ["check_dtype", "collective_links", "curves", "handling_links", "link_of", "op_costs"]
 
 _CURVE_KEYS = tuple((kind, f"{kind}_rates") for kind in CURVES if kind != "memory")
 
@@ -143,8 +143,26 @@ def collective_links(
     table: Mapping[str, object], source: Source, place: tuple[str, ...]
 ) -> tuple[tuple[str, Link], ...]:
     """The collectives for which the link in `table` has figures of their own."""
+    return _named_links(COLLECTIVES, table, source, place)
+
+
+def handling_links(
+    table: Mapping[str, object], source: Source, place: tuple[str, ...]
+) -> tuple[tuple[str, Link], ...]:
+    """What collectives over the link in `table` take of computation."""
+    if "handling" not in table:
+        return ()
+    place = (*place, "handling")
+    body = as_table(table["handling"], "handling", source, place)
+    check_keys(body, "handling", source, place)
+    return _named_links(HANDLED, body, source, place)
+
+
+def _named_links(
+    names: Iterable[str], table: Mapping[str, object], source: Source, place: tuple[str, ...]
+) -> tuple[tuple[str, Link], ...]:
     found = []
-    for name in COLLECTIVES:
+    for name in names:
         if name in table:
             body = as_table(table[name], "collective", source, (*place, name))
             check_keys(body, "collective", source, (*place, name))

@@ -141,7 +141,10 @@ def _render_link(rule: LinkRule) -> dict[str, object]:
         body["progress_share"] = rule.progress_share
     if rule.skew_seconds:
         body["skew"] = _with_unit(rule.skew_seconds, TIMES)
-    return body | {name: _render_path(own) for name, own in rule.collectives}
+    body |= {name: _render_path(own) for name, own in rule.collectives}
+    if rule.handling:
+        body["handling"] = {name: _render_path(own) for name, own in rule.handling}
+    return body
 
 
 def _render_path(link: Link) -> dict[str, object]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..compiler.ir.cluster import COLLECTIVES, Cluster, DeviceType, Link
+from ..compiler.ir.cluster import COLLECTIVES, HANDLED, Cluster, DeviceType, Link
 from ..compiler.ir.graph import Node
 from ..compiler.ir.mesh import Mesh
 from .host_messages import bucket_seconds
@@ -22,6 +22,7 @@ from .links import (
     all_to_all_seconds,
     group_link,
     group_skew_seconds,
+    handling_seconds,
     reduce_scatter_seconds,
 )
 from .overlap import Overlap
@@ -72,9 +73,18 @@ class Network:
 
     def share_seconds(self, axis: str, num_bytes: float) -> float:
         """Likewise of one part, with its latencies."""
-        cluster, group = self.cluster, self.group(axis)
-        gathered = all_gather_seconds(cluster, group, num_bytes)
-        return gathered + reduce_scatter_seconds(cluster, group, num_bytes)
+        cluster, group, seconds = self.cluster, self.group(axis), 0.0
+        for name in HANDLED:
+            whole = SECONDS_OF[name](cluster, group, num_bytes)
+            seconds += min(self.handling_seconds(axis, name, num_bytes) or whole, whole)
+        return seconds
+
+    def handling_seconds(self, axis: str, collective: str, num_bytes: float) -> float:
+        """What a gather or a sum inside a stage takes of the computation beside which it travels,
+        where CPUs carry it and that was measured, else 0."""
+        if self.backend(axis) != "cpu":
+            return 0.0
+        return handling_seconds(self.cluster, self.group(axis), collective, num_bytes)
 
     def waiting_seconds(self, axis: str, collective: str) -> float:
         """Of an `all_gather` or a `reduce_scatter` beside others, what these do not wait for: over
@@ -122,6 +132,7 @@ class _Call:
     node: Node
     operand_bytes: float
     result_bytes: float
+    ahead: bool
 
     @property
     def group(self) -> tuple[int, ...]:
@@ -145,6 +156,13 @@ class _Call:
     def exchange(self) -> float:
         return self.meet(all_to_all_seconds, self.operand_bytes)
 
+    def beside(self, collective: str, seconds: float) -> float:
+        """Of `seconds` for the result's bytes, what computation takes longer."""
+        axis = self.node.args[1]
+        assert isinstance(axis, str)
+        taken = self.network.handling_seconds(axis, collective, self.result_bytes)
+        return min(taken, seconds) if self.ahead and taken else seconds
+
     def copy(self, num_bytes: float) -> float:
         moved = 2 * num_bytes
         return moved / self.device_type.memory_rate(moved) + self.device_type.overhead_seconds
@@ -157,13 +175,16 @@ def collective_seconds(
     *,
     operand_bytes: float,
     result_bytes: float,
+    ahead: bool = False,
 ) -> tuple[float, float]:
     """Seconds of `node` and of its adjoint.
 
     Args:
         operand_bytes, result_bytes: of the local tensors.
+        ahead: of a gather, which starts ahead, and of its adjoint, what they take of computation
+            where that is known.
     """
-    call = _Call(network, device_type, node, operand_bytes, result_bytes)
+    call = _Call(network, device_type, node, operand_bytes, result_bytes, ahead)
     forward, adjoint = _PRICES[node.op.packet]
     return forward(call), adjoint(call)
 
@@ -178,7 +199,8 @@ def _cut(call: _Call) -> float:
 
 
 def _gather(call: _Call) -> float:
-    return call.gather(call.result_bytes) + call.copy(call.result_bytes)
+    whole = call.gather(call.result_bytes) + call.copy(call.result_bytes)
+    return call.beside("all_gather", whole)
 
 
 def _gather_back(call: _Call) -> float:
@@ -188,7 +210,8 @@ def _gather_back(call: _Call) -> float:
 def _ungather(call: _Call) -> float:
     """The own part of a complete gradient, or the sum of its terms."""
     if call.node.args[5] is True:
-        return call.scatter(call.result_bytes) + call.copy(call.result_bytes)
+        whole = call.scatter(call.result_bytes) + call.copy(call.result_bytes)
+        return call.beside("reduce_scatter", whole)
     return call.copy(call.operand_bytes)
 
 

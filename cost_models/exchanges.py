@@ -19,7 +19,7 @@ from ..compiler.ir.graph import Graph, Mode, Node, ValueKind
 from ..compiler.ir.ops import Category
 from ..compiler.ir.program import StageProgram
 from .collectives import Network
-from .links import SECONDS_OF, group_skew_seconds, ring
+from .links import SECONDS_OF, group_skew_seconds, handling_seconds, ring
 from .memory_tables import rerun_nodes
 from .ops import price_once
 from .stages import (
@@ -46,6 +46,8 @@ class Exchange:
         edges: ((source, target), bytes).
         kinds: (collective, seconds on idle wires), where they are of several kinds.
         count: how many.
+        handling_seconds: what they take of computation beside which they travel, if all of that was
+            measured; see `handling_seconds`.
     """
 
     ranks: tuple[int, ...]
@@ -56,6 +58,7 @@ class Exchange:
     kinds: tuple[tuple[str, float], ...]
     count: float = 1.0
     skew_seconds: float = 0.0
+    handling_seconds: float = 0.0
 
     @property
     def travel_seconds(self) -> float:
@@ -77,6 +80,7 @@ class Exchange:
             wire_seconds=self.wire_seconds * share,
             kinds=tuple((kind, seconds * share) for kind, seconds in self.kinds),
             skew_seconds=self.skew_seconds * share,
+            handling_seconds=self.handling_seconds * share,
         )
 
     def at_once(self) -> Exchange:
@@ -177,6 +181,7 @@ def exchange(cluster: Cluster, collective: str, ranks: Sequence[int], num_bytes:
         wire_seconds=whole - latency,
         edges=edge_bytes(cluster, collective, ranks, num_bytes),
         kinds=((collective, whole),),
+        handling_seconds=handling_seconds(cluster, ranks, collective, num_bytes),
     )
 
 
@@ -273,6 +278,7 @@ def _sum(entries: Sequence[Exchange]) -> Exchange:
         kinds=tuple(kinds.items()),
         count=sum(entry.count for entry in entries),
         skew_seconds=sum(entry.skew_seconds for entry in entries),
+        handling_seconds=sum(entry.handling_seconds for entry in entries),
     )
 
 

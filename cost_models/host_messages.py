@@ -53,10 +53,12 @@ def send_seconds(cluster: Cluster, source: int, target: int, num_bytes: float) -
 
 
 def ahead_seconds(cluster: Cluster, rank: int, entry: Exchange) -> float:
-    """Of collectives inside a stage that travel beside its computation: asking for their messages,
-    and copying them into sockets."""
+    """Of collectives inside a stage that travel beside its computation: all that they take of it,
+    if that was measured, else asking for their messages, and copying them into sockets."""
     if cluster.type_of(rank).backend != "cpu" or entry.collective == "all_reduce":
         return 0.0
+    if entry.handling_seconds:
+        return entry.handling_seconds
     sent = sum(
         size / cluster.link(*edge).bytes_per_second for edge, size in entry.edges if edge[0] == rank
     )

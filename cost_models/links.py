@@ -20,6 +20,7 @@ __all__ = [
     "all_to_all_seconds",
     "group_link",
     "group_skew_seconds",
+    "handling_seconds",
     "reduce_scatter_seconds",
     "ring",
     "transfer_seconds",
@@ -67,6 +68,33 @@ def group_skew_seconds(cluster: Cluster, devices: Sequence[int]) -> float:
     """How long `devices` that have computed alike wait in a collective for the last of them."""
     rules = (cluster.rule(*edge) for edge in ring(cluster, devices))
     return max((rule.skew_seconds for rule in rules), default=0.0)
+
+
+@once_per_object
+def _handling_links(cluster: Cluster) -> dict[_Key, Link | None]:
+    """As `_ring_links`, of what collectives take of computation; `handling_seconds` fills it."""
+    return {}
+
+
+def handling_seconds(
+    cluster: Cluster, devices: Sequence[int], collective: str, num_bytes: float
+) -> float:
+    """What `collective`, of so many bytes as it travels in `..._seconds`, takes of the computation
+    of each of `devices` that goes on beside it; 0 where that was not measured."""
+    links = _handling_links(cluster)
+    key = collective, tuple(devices)
+    if key not in links:
+        rules = {cluster.rule(*edge) for edge in ring(cluster, devices)}
+        found = [dict(rule.handling).get(collective) for rule in rules]
+        known = [link for link in found if link is not None]
+        links[key] = None
+        if known and len(known) == len(found):
+            links[key] = Link(
+                max(link.latency_seconds for link in known),
+                min(link.bytes_per_second for link in known),
+            )
+    link, size = links[key], len(set(devices))
+    return 0.0 if link is None else (size - 1) * link.seconds(num_bytes / size)
 
 
 def _ring_seconds(

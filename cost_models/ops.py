@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..compiler.ir.cluster import PHASES, DeviceType
-from ..compiler.ir.graph import Graph, Node, Value, users
+from ..compiler.ir.graph import Graph, Node, Value, ValueKind, users
 from ..compiler.ir.memo import once_per_object
 from ..compiler.ir.ops import Category
 from .analysis import batch_values, weight_like_values
@@ -75,6 +75,7 @@ class _Pricing:
     weights: frozenset[int]
     num_terms: dict[int, int]  # users that return a gradient of a value
     network: Network | None
+    ahead: bool
 
     def num_bytes(self, value: Value) -> float:
         scale = self.batch_fraction if value.id in self.batched else 1.0
@@ -88,6 +89,7 @@ def price(
     batch_fraction: float = 1.0,
     network: Network | None = None,
     batched: frozenset[int] | None = None,
+    ahead: bool = False,
 ) -> tuple[NodeCost, ...]:
     """Predicted cost of every node of `graph`, in node order.
 
@@ -98,6 +100,8 @@ def price(
             grow with the batch are scaled.
         network: who meets in collectives; needed for a local graph that holds some.
         batched: those values, of a part of a graph that does not tell; None: `batch_values`.
+        ahead: of gathers of parameters and sums of their gradients, which travel beside computation
+            (`prefetch.py`), count what they take of that where it is known, as planners do.
     """
     carries = [_is_differentiable(graph, node) for node in graph.nodes]
     num_terms = {
@@ -111,6 +115,7 @@ def price(
         weights=weight_like_values(graph),
         num_terms=num_terms,
         network=network,
+        ahead=ahead,
     )
     costs = tuple(_node_cost(pricing, node) for node in graph.nodes)
     if device_type.corrections is None:
@@ -195,6 +200,7 @@ def _collective_cost(pricing: _Pricing, node: Node, differentiable: bool) -> Nod
         node,
         operand_bytes=pricing.num_bytes(operand),
         result_bytes=pricing.num_bytes(result),
+        ahead=pricing.ahead and operand.kind is ValueKind.PARAMETER,
     )
     if not differentiable:
         return NodeCost(forward, 0.0, 0.0)

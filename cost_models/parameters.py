@@ -41,6 +41,7 @@ class ParameterFigures:
         step_seconds: of gathering parameters, once a step; on CPUs also what sums and gathers take
             of the thread that computes.
         microbatch_seconds: of summing gradients, once a microbatch.
+        handling_seconds: what these sums take of computation on CPUs, likewise.
         early_bytes: of buffers in which backward sums the gradient, once a microbatch.
         scatter_bytes, reduce_bytes, gather_bytes: of its share of the buckets that sum gradients
             and gather parameters once a step, by kind.
@@ -52,6 +53,7 @@ class ParameterFigures:
     sum_seconds: float = 0.0
     step_seconds: float = 0.0
     microbatch_seconds: float = 0.0
+    handling_seconds: float = 0.0
     early_bytes: float = 0.0
     scatter_bytes: float = 0.0
     reduce_bytes: float = 0.0
@@ -89,7 +91,7 @@ def parameter_figures(
         return local_type(type, wanted, mesh, first).num_bytes  # a term is as large as the sum
 
     held, updated = size(layout.held), size(layout.state)
-    summed = step = microbatch = early = scatter = reduce = gather = 0.0
+    summed = step = microbatch = handling = early = scatter = reduce = gather = 0.0
 
     def on_host(axis: str, *collectives: str) -> float:
         return sum(network.host_seconds(axis, name, held) for name in collectives)
@@ -102,6 +104,7 @@ def parameter_figures(
         backend = network.backend(axis.name)
         if isinstance(gradient, Shard):
             microbatch += half
+            handling += network.handling_seconds(axis.name, "reduce_scatter", held)
             step += half + on_host(axis.name, "all_gather")
             early = updated + scatter_bytes(held, updated, axis.size, backend)
         elif isinstance(gradient, Partial) and isinstance(state, Shard):
@@ -126,6 +129,7 @@ def parameter_figures(
         sum_seconds=summed,
         step_seconds=step,
         microbatch_seconds=microbatch,
+        handling_seconds=handling,
         host_bytes=states + 2 * updated if away else 0,
         early_bytes=early,
         scatter_bytes=scatter,

@@ -48,11 +48,13 @@ class Meeting:
 
     Args:
         names: what is told of it, one after the other, and the share of each.
+        is_hidden: whether its ranks go on meanwhile.
     """
 
     exchange: Exchange
     names: Sequence[tuple[str, float]]
     is_sync: bool
+    is_hidden: bool
     reached: int = 0
     end: Event = field(default_factory=Event)
     host: dict[int, HostSeconds] = field(default_factory=dict)  # by rank

@@ -81,7 +81,7 @@ class Traffic:
         self._turns[rank, group, channel] += 1
         meetings = self._meetings[group, channel]
         if turn == len(meetings):
-            meetings.append(Meeting(entry, names, channel == "program"))
+            meetings.append(Meeting(entry, names, channel == "program", channel == "hidden"))
         meeting = meetings[turn]
         meeting.reached += 1
         if meeting.reached == len(group):
@@ -96,7 +96,13 @@ class Traffic:
         begin, entry = self._clock.now, meeting.exchange
         edges = tuple(edge for edge, _ in entry.edges)
         if edges:
-            flow = Flow(edges, entry.latency_seconds, entry.wire_seconds, entry.collective)
+            flow = Flow(
+                edges,
+                entry.latency_seconds,
+                entry.wire_seconds,
+                entry.collective,
+                is_handled=meeting.is_hidden and entry.handling_seconds > 0.0,
+            )
             yield from self._wires.carry(flow)
         for edge, size in entry.edges:
             self.link_bytes[edge] += size

@@ -30,12 +30,15 @@ class Flow:
         edges: (source, target) devices between which it travels at once.
         latency_seconds, wire_seconds: how long it takes alone.
         collective: which, as links name them; None: a message.
+        is_handled: whether all that it takes of computation is counted elsewhere: it slows none
+            down, and its latency passes beside it.
     """
 
     edges: tuple[tuple[int, int], ...]
     latency_seconds: float
     wire_seconds: float
     collective: str | None = None
+    is_handled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +68,17 @@ class Wires:
         self._load: dict[Hashable, float] = defaultdict(float)
         self._flows: dict[Hashable, dict[Work, _Places]] = defaultdict(dict)  # by place
         self._taken: dict[int, dict[Work, float]] = defaultdict(dict)  # by device
-        self._places: dict[tuple[tuple[tuple[int, int], ...], str | None], _Places] = {}
+        self._places: dict[Hashable, _Places] = {}
         self._computing: set[int] = set()  # devices
         self._slowed_by: dict[int, dict[Work, _Places]] = defaultdict(dict)  # flows, by device
 
     def carry(self, flow: Flow) -> Process:
         """Carry `flow` from now to its end."""
-        key = flow.edges, flow.collective
+        key = flow.edges, flow.collective, flow.is_handled
         if key not in self._places:
             self._places[key] = self._places_of(flow)
         places, seconds = self._places[key], flow.wire_seconds
-        if places.progress_share < 1.0:
+        if places.progress_share < 1.0 and not flow.is_handled:
             seconds += flow.latency_seconds
         else:
             yield self._clock.later(flow.latency_seconds)
@@ -148,7 +151,7 @@ class Wires:
                     self._capacity[place] = rule.streams
                     loads[place] = 1.0
         devices = tuple(sorted({device for edge in flow.edges for device in edge}))
-        return _Places(tuple(loads.items()), devices, share, kept)
+        return _Places(tuple(loads.items()), devices, 0.0 if flow.is_handled else share, kept)
 
     def _ports(self, edge: tuple[int, int]) -> Iterable[Hashable]:
         source, target = (self._cluster.devices[device] for device in edge)

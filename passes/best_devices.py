@@ -89,4 +89,5 @@ def _faster(rule: LinkRule, ratio: float) -> LinkRule:
         link=link(rule.link),
         collectives=tuple((name, link(entry)) for name, entry in rule.collectives),
         skew_seconds=rule.skew_seconds / ratio,
+        handling=tuple((name, link(entry)) for name, entry in rule.handling),
     )

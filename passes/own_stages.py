@@ -129,7 +129,14 @@ class OwnStage:
         graph, plan = self.column.context.graph, self.column.plan
         rerun = rerun_nodes(graph, plan.recomputed)
         costs = with_reruns(
-            price_once(graph, self.kind, batch_fraction=self._fraction, network=self.network), rerun
+            price_once(
+                graph,
+                self.kind,
+                batch_fraction=self._fraction,
+                network=self.network,
+                ahead=True,
+            ),
+            rerun,
         )
         forward, backward, per_step = (np.zeros(len(units) + 1) for _ in range(3))
         trains = plan.mode is Mode.TRAIN
@@ -174,7 +181,8 @@ class OwnStage:
             num_parameters=int(self.kind.backend == "cpu"),  # others update all in one go
         )
         exposed = Overlap.of(self.plan.cluster).exposed * found.sum_seconds
-        return found.microbatch_seconds, update + exposed + found.step_seconds
+        each = found.microbatch_seconds + found.handling_seconds
+        return each, update + exposed + found.step_seconds
 
     def _crossing_seconds(
         self,

@@ -30,7 +30,7 @@ def predict(plan: Plan, context: Context) -> Prediction:
     network = column.context.network
     costs = {
         kind.name: with_reruns(
-            price_once(graph, kind, batch_fraction=fraction, network=network), rerun
+            price_once(graph, kind, batch_fraction=fraction, network=network, ahead=True), rerun
         )
         for kind in kinds
     }

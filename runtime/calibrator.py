@@ -123,6 +123,10 @@ class Calibrator(Profiler):
         """See `LinkProbes.collective`."""
         return self._links.collective(name, ranks, sizes)
 
+    def time_handling(self, *, name: str, sizes: list[int]) -> list[tuple[int, float]]:
+        """See `LinkProbes.handling`."""
+        return self._links.handling(name, sizes)
+
     def time_overlap(self, *, sizes: list[int]) -> list[tuple[float, float, float, float]]:
         """See `LinkProbes.overlap`."""
         return self._links.overlap(sizes)

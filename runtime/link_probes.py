@@ -33,6 +33,8 @@ _LONGER, _LONGER_ON_HOST = (2.0,), (1.0, 3.0)  # than the transfer
 _BETWEEN_SECONDS = 10e-3  # of computing before a transfer, on CPUs: more than a tick of a scheduler
 _BETWEEN_ROUNDS = 30
 _BUCKETS = 8  # all-reduces under way at once
+_STARTED, _UNDER_WAY = 24, 8  # collectives among pieces of a computation, and at once
+_SHORTER = 10  # than the computation before a transfer is such a piece
 _TRIMMED = 0.1  # of the rounds at either end
 
 
@@ -261,6 +263,27 @@ class LinkProbes:
         self._synchronize()
         return computed - begin, time.perf_counter() - begin
 
+    def handling(self, name: str, sizes: Sequence[int]) -> list[tuple[int, float]]:
+        """(bytes, seconds) that one collective called `name` over all ranks takes of a computation.
+
+        One starts before each piece of it and is waited for when others have started, as in stages
+        that gather and sum beside what they compute. Alone it is timed in turns with that.
+        """
+        count = max(1, self._between // _SHORTER)
+        piece = functools.partial(_multiply, self._matrix(), count)
+        alone = functools.partial(_among, piece, None, self._finish)
+        found = []
+        for size in sizes:
+            num_bytes, start = self._starter(name, range(self._num_ranks), size)
+            beside = functools.partial(_among, piece, start, self._finish)
+            rows = []
+            for _ in range(max(1, self._num_rounds // 2)):  # each has many of them
+                before = self._computing()
+                rows.append([self._timed(before, list, each)[0] for each in (alone, beside)])
+            first, second = map(trimmed_mean, zip(*rows, strict=True))
+            found.append((num_bytes, max(second - first, 0.0) / _STARTED))
+        return found
+
     # -- how it is timed -----------------------------------------------------------------------
 
     def _together(self, once: Callable[[], None]) -> float:
@@ -348,6 +371,21 @@ class LinkProbes:
 def _multiply(matrix: Tensor, times: int) -> None:
     for _ in range(times):
         torch.mm(matrix, matrix)
+
+
+def _among(
+    compute: Callable[[], None],
+    start: Callable[[], Pending] | None,
+    finish: Callable[[Sequence[Pending]], None],
+) -> None:
+    """Pieces of a computation, before each of which `start` starts something."""
+    under_way: list[Pending] = []
+    for _ in range(_STARTED):
+        if start is not None:
+            finish(under_way[: -_UNDER_WAY + 1])
+            under_way = [*under_way[-_UNDER_WAY + 1 :], start()]
+        compute()
+    finish(under_way)
 
 
 def _all(starts: Sequence[Callable[[], Pending]]) -> list[Pending]:

@@ -18,6 +18,7 @@ from .types import DTYPE_NAMES, dtype_name
 
 __all__ = [
     "COLLECTIVES",
+    "HANDLED",
     "CURVES",
     "Cluster",
     "Device",
@@ -35,6 +36,9 @@ CURVES = ("matmul", "attention", "convolution", "memory")
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 """Collectives that a link may have figures of its own for."""
+
+HANDLED = ("all_gather", "reduce_scatter")
+"""Those that stages start ahead, or wait for late: what they take of computation is known apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +268,9 @@ class LinkRule:
         progress_share: of its speed, what a transfer keeps while a device at either end computes.
         skew_seconds: how much later than the mean the last of the ranks reaches a collective after
             they have computed alike.
+        handling: (one of `HANDLED`, link), where it was measured: what one ring step's bytes take
+            of the computation at either end beside which such a collective travels, asking for its
+            messages and what threads of CPUs that carry them do.
     """
 
     link: Link
@@ -275,6 +282,7 @@ class LinkRule:
     compute_share: float = 0.0
     progress_share: float = 1.0
     skew_seconds: float = 0.0
+    handling: tuple[tuple[str, Link], ...] = ()
 
     def matches(self, source: Device, target: Device) -> bool:
         if self.same_node is not None and self.same_node != (source.node == target.node):

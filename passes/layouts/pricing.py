@@ -132,6 +132,7 @@ class Pricer:
             batch_fraction=self.batch_fraction,
             network=self.network,
             batched=batched_values(part, self._rows, given),
+            ahead=True,
         )
 
     # -- nodes -------------------------------------------------------------------------------------

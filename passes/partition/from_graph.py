@@ -101,7 +101,10 @@ def _figures(statement: Statement, num_microbatches: int) -> _Figures:
         types=types,
         costs=tuple(
             with_reruns(
-                price_once(graph, entry, batch_fraction=fraction, network=statement.network), rerun
+                price_once(
+                    graph, entry, batch_fraction=fraction, network=statement.network, ahead=True
+                ),
+                rerun,
             )
             for entry in types
         ),
@@ -218,7 +221,7 @@ def _tensor(
     own = value.type.num_bytes
     optimizer = statement.optimizer
     static, updated, away = own, own if trained else 0, 0
-    summed = early = once = 0.0
+    summed = early = handling = once = 0.0
     if value.kind is ValueKind.INPUT:
         copies = num_microbatches if value.batch_dim is not None else 1
         static = figures.value_bytes[value.id] * copies
@@ -229,6 +232,7 @@ def _tensor(
         away = updated if part.is_offloaded else 0
         summed = part.sum_seconds
         early = part.microbatch_seconds
+        handling = part.handling_seconds
         once = part.step_seconds
     elif trained:
         static = 2 * own + math.ceil(own * optimizer.state_bytes_per_parameter_byte)
@@ -237,7 +241,7 @@ def _tensor(
     return Shared(
         name=value.origin,
         users=units,
-        forward_seconds=(0.0,) * len(figures.types),
+        forward_seconds=(handling,) * len(figures.types),
         static_bytes=static,
         update_bytes=updated - away if foreach else 0,
         update_peak_bytes=4 * updated,

@@ -60,6 +60,7 @@ def state(plan: Plan, context: Context) -> Statement:
         plan.cluster.types[0],
         batch_fraction=rows / batch_rows(graph),
         network=context.network,
+        ahead=True,
     )
     most = options.num_stages or len(plan.cluster.devices)
     fine = min(_FEW_UNITS, _UNITS_TIMES_STAGES // most)

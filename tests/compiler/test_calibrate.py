@@ -23,7 +23,7 @@ from cutset.compiler.calibration_text import calibration_file, figure_lines
 from cutset.compiler.cli import main
 from cutset.compiler.cli.calibrate import _say_if_busy
 from cutset.compiler.cli.console import Console
-from cutset.compiler.ir.cluster import COLLECTIVES, PHASES, DeviceType
+from cutset.compiler.ir.cluster import COLLECTIVES, HANDLED, PHASES, DeviceType
 from cutset.compiler.ir.errors import UsageError
 from cutset.compiler.ir.text import parse_program
 from cutset.compiler.ir.verify import verify_cluster
@@ -62,8 +62,11 @@ def test_two_workers_are_measured() -> None:
     assert 0.0 <= rule.compute_share <= 1.0 and 0.0 < rule.progress_share <= 1.0
     assert rule.compute_share * rule.progress_share < 1.0
     assert 0.0 <= rule.skew_seconds < 0.1
+    assert [name for name, _ in rule.handling] == list(HANDLED)
+    assert all(link.latency_seconds < 0.1 for _, link in rule.handling)
     titles = [title for title, _ in found.qualities]
-    assert titles == ["cpu-core", "links"] and len(found.qualities[1][1]) == 1 + len(COLLECTIVES)
+    measured = 1 + len(COLLECTIVES) + len(HANDLED)
+    assert titles == ["cpu-core", "links"] and len(found.qualities[1][1]) == measured
     assert {"messages", "all-reduce", "instructions"} <= set(said)
     for format in ("toml", "json"):
         assert parse_cluster(calibration_file(found, format=format), format=format) == cluster

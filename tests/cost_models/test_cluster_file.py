@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cutset.compiler.ir.cluster import (
     COLLECTIVES,
+    HANDLED,
     PHASES,
     Cluster,
     Device,
@@ -166,6 +167,7 @@ def _clusters(draw: st.DrawFn) -> Cluster:
         compute_share=draw(st.just(0.0) | st.floats(0.01, 0.99)),
         progress_share=draw(st.just(1.0) | st.floats(0.01, 0.99)),
         skew_seconds=draw(st.just(0.0) | _positive),
+        handling=tuple((name, link) for name in HANDLED if draw(st.booleans())),
     )
     return Cluster(draw(_names), types, devices, (inner, rule), draw(st.booleans()))
 
@@ -252,6 +254,7 @@ compute_share = 1.25
 progress_share = 0.5
 skew = "200 us"
 all_reduce = { latency = "90 us", bandwidth = "3 GB/s" }
+handling = { all_gather = { latency = "450 us", bandwidth = "1 GB/s" } }
 
 [[links]]
 latency = "100 us"
@@ -277,6 +280,7 @@ def test_what_calibration_writes() -> None:
     rule = cluster.rule(0, 1)
     assert (rule.streams, rule.compute_share) == (1.5, 1.25)
     assert (rule.progress_share, rule.skew_seconds) == (0.5, pytest.approx(2e-4))
+    assert rule.handling == (("all_gather", Link(pytest.approx(45e-5), 1e9)),)
     own = cluster.link(0, 1, "all_reduce")
     assert (own.latency_seconds, own.bytes_per_second) == (pytest.approx(90e-6), 3e9)
     assert cluster.link(0, 1, "all_gather") == cluster.link(0, 1) == rule.link
@@ -310,7 +314,9 @@ def test_what_calibration_writes() -> None:
         ('"3 GB/s"', '"0 GB/s"', "bandwidth = '0 GB/s' must be positive", 27, "calibrate"),
         ('latency = "90 us", ', "", "links.all_reduce.latency is missing", 27, "add it"),
         ('\n\n[[links]]\nlatency = "100 us"\nbandwidth = "2 GB/s"',
-         '\n\n[[links]]\nlatency = "100 us"\nbandwidth = "2 GiB"', "'2 GiB' is not a", 31, "GiB/s"),
+         '\n\n[[links]]\nlatency = "100 us"\nbandwidth = "2 GiB"', "'2 GiB' is not a", 32, "GiB/s"),
+        ("{ all_gather =", "{ all_to_all =", "unknown key 'all_to_all'", 28, "reduce_scatter"),
+        ('"450 us"', '"450 B"', "'450 B' is not a quantity", 28, "us"),
     ],
 )  # fmt: skip
 def test_mistakes_in_what_was_measured(

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from cutset.compiler.api import plan_model
-from cutset.compiler.ir.program import AllReduce, Await, BackwardWeight, Instruction, Program
-from cutset.cost_models import simulate
+from cutset.compiler.ir.cluster import HANDLED, Link
+from cutset.compiler.ir.program import (
+    AllReduce,
+    Await,
+    Backward,
+    BackwardWeight,
+    Forward,
+    Instruction,
+    Program,
+)
+from cutset.cost_models import preset, simulate
 from cutset.cost_models.links import all_reduce_seconds
 from cutset.cost_models.stage_prices import StagePrices
 
@@ -69,6 +79,32 @@ def test_sums_are_hidden_behind_the_backward_that_completes_them() -> None:
     assert exposed(late)[0] >= 0.7 * total
     assert planned.plan.prediction is not None
     assert abs(planned.plan.prediction.step_seconds / seconds - 1) <= 0.05
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_what_collectives_take_of_computation_is_in_simulation_and_formula(zero: int) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(8)))
+    batch = (torch.randn(1024, 256), torch.randn(1024, 256))
+    busy, formula, taken = [], [], []
+    for seconds in (1e-6, 1e-5):
+        where = preset("cpu-hosts")
+        own = tuple((name, Link(seconds, 1e10)) for name in HANDLED)
+        where = replace(where, links=tuple(replace(rule, handling=own) for rule in where.links))
+        planned = plan_model(
+            model, where, example_inputs=batch, loss_fn=F.mse_loss, mesh="data=4", zero=zero,
+            num_microbatches=1, check=False,
+        )  # fmt: skip
+        cluster, certificate = planned.plan.cluster, planned.plan.certificate
+        assert certificate is not None
+        found = simulate(planned.programs, cluster=cluster, optimizer=planned.plan.optimizer)
+        busy.append(found.ranks[0].busy_seconds)
+        formula.append(certificate.objective)
+        prices = StagePrices(planned.programs, cluster, {})
+        costs = [c for a in (Forward(0, 0), Backward(0, 0)) for c in prices.of(0, a)]
+        taken.append(sum(entry.handling_seconds for cost in costs for entry in cost.hidden))
+    assert taken[1] > taken[0] > 0.0
+    assert busy[1] - busy[0] == pytest.approx(taken[1] - taken[0], rel=0.01)
+    assert formula[1] - formula[0] == pytest.approx(taken[1] - taken[0], rel=0.2)
 
 
 def _sums_last(program: Program) -> tuple[Instruction, ...]:

@@ -122,6 +122,24 @@ def test_transfers_are_slower_beside_computation() -> None:
         assert done == [pytest.approx(expected)]
 
 
+def test_what_is_handled_takes_nothing_more_of_computation() -> None:
+    """Its latency of 1 s passes beside computation, its 4 s on the wire do so at half speed."""
+    rule = LinkRule(Link(1.0, 1.0), compute_share=0.5, progress_share=0.5)
+    taken: list[float] = []
+    clock = Clock()
+    wires = Wires(clock, cluster(rule), lambda device, share: taken.append(share))
+    done: list[float] = []
+
+    def carry() -> Process:
+        yield from wires.carry(Flow(((0, 1),), 1.0, 4.0, is_handled=True))
+        done.append(clock.now)
+
+    wires.computes(0, True)
+    clock.start(carry())
+    clock.run()
+    assert done == [pytest.approx(9.0)] and not any(taken)
+
+
 def test_work_goes_on_at_the_speed_it_has() -> None:
     """2 s of work: one at full speed, one at a quarter."""
     clock, work = Clock(), Work(2.0)

@@ -94,6 +94,8 @@ def test_right_clusters_pass() -> None:
         (lambda: linked(progress_share=0.0), "progress_share is 0.0"),
         (lambda: linked(progress_share=1.5), "progress_share is 1.5"),
         (lambda: linked(skew_seconds=-1e-3), "skew_seconds"),
+        (lambda: linked(handling=(("all_gather", Link(-1.0, 1e9)),)), "latency_seconds"),
+        (lambda: linked(handling=(("all_reduce", Link(0.0, 1e9)),)), "is not one of all_gather"),
         (lambda: linked(collectives=(("gather", Link(0.0, 1.0)),)), "'gather' is not one of"),
         (lambda: linked(collectives=(("all_reduce", Link(0.0, 0.0)),)), "bytes_per_second is 0.0"),
         (lambda: replace(cluster(2), links=(LinkRule(Link(-1.0, 1.0)),)), "latency_seconds is -1"),

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from cutset.compiler.ir.cluster import Cluster, Link, LinkRule
+from cutset.compiler.ir.cluster import HANDLED, Cluster, Link, LinkRule
 from cutset.compiler.ir.errors import InfeasibleError
 from cutset.compiler.ir.graph import Graph, Mode
 from cutset.compiler.ir.mesh import Mesh
@@ -92,6 +92,10 @@ def check_short(seed: int) -> None:
     assert holds(graph, machine, batch, options, plan.certificate)
 
 
+def _handled(seconds: float, rate: float) -> tuple[tuple[str, Link], ...]:
+    return tuple((name, Link(seconds, rate)) for name in HANDLED)
+
+
 def check_hindered(seed: int) -> None:
     draw, machine, graph, batch = drawn(seed, (2, 3))
     kept, latency = draw.choice((0.02, 0.3, 0.9)), machine.links[0].link.latency_seconds
@@ -101,8 +105,11 @@ def check_hindered(seed: int) -> None:
         compute_share=draw.choice((0.0, 0.4, 1.0)),
         skew_seconds=draw.choice((0.0, 1.0, 20.0)) * latency,
         collectives=(("all_reduce", Link(draw.choice((1.0, 30.0)) * latency, 1e9)),),
+        handling=draw.choice(((), _handled(1e-3, 1e12), _handled(latency, 1e9))),
     )
-    machine = replace(machine, links=(rule,))
+    backend = "cpu" if rule.handling else machine.types[0].backend
+    kinds = tuple(replace(kind, backend=backend) for kind in machine.types)
+    machine = replace(machine, links=(rule,), types=kinds)
     options = PlanOptions(recompute="none", offload="none")
     plan = plan_graph(graph, machine, batch_size=batch, options=options)
     assert holds(graph, machine, batch, options, plan.certificate)

@@ -74,3 +74,27 @@ def test_collectives_are_of_the_size_that_is_told(
     moved = {pair: sent // rounds for pair, sent in counted.sent.items()}
     for pair, size in expected:
         assert moved[pair] == pytest.approx(size, abs=32), pair  # ranks agree on numbers besides
+
+
+@pytest.mark.parametrize("name", ["all_gather", "reduce_scatter"])
+def test_collectives_among_pieces_of_a_computation(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_probes, "_BETWEEN_SECONDS", 1e-3)
+    sizes = [1 << 12, 1 << 14]
+    counted = Counted(monkeypatch)
+    rows = on_ranks(
+        2,
+        lambda end: (
+            lambda: LinkProbes(end, torch.device("cpu"), 10.0, on_host=True, num_rounds=6).handling(
+                name, sizes
+            )
+        ),
+    )
+    for found in rows:
+        assert [size for size, _ in found] == sizes
+        assert all(0.0 <= seconds < 1.0 for _, seconds in found)
+    each = 3 * link_probes._STARTED
+    for pair in ((0, 1), (1, 0)):
+        half = sum(sizes) // 2
+        assert counted.sent[pair] // each == pytest.approx(half, abs=64)

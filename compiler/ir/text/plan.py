@@ -85,7 +85,12 @@ _FEW_SHARES = {
     "progress_share": 1.0,
     "skew_seconds": 0.0,
 }  # of links, if not so
-_OF_FEW_LINKS: dict[str, Any] = {"collectives": (), "streams": None, **_FEW_SHARES}
+_OF_FEW_LINKS: dict[str, Any] = {
+    "collectives": (),
+    "streams": None,
+    "handling": (),
+    **_FEW_SHARES,
+}
 
 
 def print_plan(plan: Plan) -> str:
@@ -169,6 +174,8 @@ def print_cluster(cluster: Cluster) -> str:
         lines.append(f"  {_record(link, rule, skip=('link', *_OF_FEW_LINKS))}{rare}")
         for name, own in rule.collectives:
             lines.append(f"  {_record(f'collective {print_literal(name)}', own)}")
+        for name, own in rule.handling:
+            lines.append(f"  {_record(f'handling {print_literal(name)}', own)}")
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -317,10 +324,11 @@ def _read_links(scanner: Scanner) -> Iterator[LinkRule]:
                 share: dict[str, Any] = {name: _number(line)}
                 rule = replace(rule, **share)
         line.end()
-        own = read_all(
-            scanner, "collective", lambda line: (line.string(), _read_record(line, Link))
+        own, handling = (
+            tuple(read_all(scanner, head, lambda line: (line.string(), _read_record(line, Link))))
+            for head in ("collective", "handling")
         )
-        yield replace(rule, collectives=tuple(own))
+        yield replace(rule, collectives=own, handling=handling)
 
 
 def _read_stages(scanner: Scanner) -> Iterator[Stage]:

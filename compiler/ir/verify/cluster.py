@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from ..cluster import COLLECTIVES, CURVES, PHASES, Cluster, DeviceType, LinkRule, RateCurve
+from ..cluster import (
+    COLLECTIVES,
+    CURVES,
+    HANDLED,
+    PHASES,
+    Cluster,
+    DeviceType,
+    LinkRule,
+    RateCurve,
+)
 from ..corrections import Correction, Corrections
 from ..errors import CaptureError, ClusterError, VerificationError
 from ..memo import once_per_object
@@ -51,13 +60,14 @@ def _not_negative(name: str, figure: float, here: str) -> None:
 
 
 def _verify_rule(rule: LinkRule, here: str) -> None:
-    for link in (rule.link, *(own for _, own in rule.collectives)):
+    for link in (rule.link, *(own for _, own in (*rule.collectives, *rule.handling))):
         _positive("bytes_per_second", link.bytes_per_second, here)
         _not_negative("latency_seconds", link.latency_seconds, here)
-    names = [name for name, _ in rule.collectives]
-    for name in names:
-        check(name in COLLECTIVES, f"{name!r} is not one of {', '.join(COLLECTIVES)}", here)
-    check(first_repeated(names) is None, f"{first_repeated(names)} is there twice", here)
+    for links, known in ((rule.collectives, COLLECTIVES), (rule.handling, HANDLED)):
+        names = [name for name, _ in links]
+        for name in names:
+            check(name in known, f"{name!r} is not one of {', '.join(known)}", here)
+        check(first_repeated(names) is None, f"{first_repeated(names)} is there twice", here)
     if rule.streams is not None:
         _positive("streams", rule.streams, here)
     share = rule.compute_share
