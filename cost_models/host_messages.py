@@ -52,17 +52,18 @@ def send_seconds(cluster: Cluster, source: int, target: int, num_bytes: float) -
     return num_bytes / cluster.link(source, target).bytes_per_second
 
 
-def ahead_seconds(cluster: Cluster, rank: int, entry: Exchange) -> float:
-    """Of collectives inside a stage that travel beside its computation: all that they take of it,
-    if that was measured, else asking for their messages, and copying them into sockets."""
+def ahead_seconds(cluster: Cluster, rank: int, entry: Exchange) -> tuple[float, float]:
+    """Of collectives inside a stage that travel beside its computation: how much longer that takes,
+    and of that asking for their messages, and copying them into sockets, which is all that is known
+    where it was not measured."""
     if cluster.type_of(rank).backend != "cpu" or entry.collective == "all_reduce":
-        return 0.0
-    if entry.handling_seconds:
-        return entry.handling_seconds
+        return 0.0, 0.0
     sent = sum(
         size / cluster.link(*edge).bytes_per_second for edge, size in entry.edges if edge[0] == rank
     )
-    return asking_seconds(cluster, rank, entry) + sent
+    own = asking_seconds(cluster, rank, entry) + sent
+    whole = entry.handling_seconds or own
+    return whole, min(own, whole)
 
 
 def asking_seconds(cluster: Cluster, rank: int, entry: Exchange) -> float:

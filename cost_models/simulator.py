@@ -229,15 +229,22 @@ class _Run:
             case OptimizerStep():
                 yield from self._optimizer_step(rank, instruction)
 
-    def _work(self, rank: SimulatedRank, seconds: float) -> Process:
-        """Compute, at the speed that transfers and others on its cores leave."""
+    def _work(
+        self, rank: SimulatedRank, seconds: float, own_seconds: float | None = None
+    ) -> Process:
+        """Compute, at the speed that transfers and others on its cores leave.
+
+        Args:
+            own_seconds: of the thread that computes; None: all of them.
+        """
         if seconds > 0.0:
             begin = self.clock.now
             work = Work(seconds)
             self._computes(rank, work)
             yield work.end
             self._computes(rank, None)
-            rank.processor_seconds += seconds * self.cores.share(rank.index)
+            own = seconds if own_seconds is None else own_seconds
+            rank.processor_seconds += own * self.cores.share(rank.index)
             rank.busy.append((begin, self.clock.now))
 
     def _compute(self, rank: SimulatedRank, action: Computation) -> Process:
@@ -266,7 +273,7 @@ class _Run:
         for _ in range(pieces):
             for entry in piece.hidden:
                 beside.append(self._meet(rank, self._beside(rank, entry), name, "hidden"))
-                yield from self._work(rank, ahead_seconds(self.cluster, rank.index, entry))
+                yield from self._work(rank, *ahead_seconds(self.cluster, rank.index, entry))
             yield from self._work(rank, piece.compute_seconds)
             yield self.clock.later(_skew_seconds(piece))
             for entry in piece.exposed:

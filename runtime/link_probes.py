@@ -274,7 +274,7 @@ class LinkProbes:
         alone = functools.partial(_among, piece, None, self._finish)
         found = []
         for size in sizes:
-            num_bytes, start = self._starter(name, range(self._num_ranks), size)
+            num_bytes, start = self._starter(name, tuple(range(self._num_ranks)), size)
             beside = functools.partial(_among, piece, start, self._finish)
             rows = []
             for _ in range(max(1, self._num_rounds // 2)):  # each has many of them
