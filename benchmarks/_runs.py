@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -53,9 +54,8 @@ __all__ = [
     "Planners",
     "Workers",
     "add_options",
-    "make_ready",
+    "by_devices",
     "measure_memory",
-    "narrowed",
     "phase_seconds",
     "record_trace",
     "say",
@@ -139,40 +139,50 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_ready(
-    options: argparse.Namespace, backend: str, devices: int, output: Path
-) -> tuple[Cluster, int]:
-    """The cluster of a file, or of the devices of this machine, calibrated, which goes to `output`;
-    and how many plans to make at once: where blocks are measured, no two share a core.
+def by_devices(
+    cases: Iterable[Case], options: argparse.Namespace, backend: str
+) -> Iterator[tuple[list[Case], Workers, Planners]]:
+    """Cases on so many devices, with workers and planners for them: one number after the other.
 
-    This process and those that it starts keep to the processors asked for from now on.
+    Devices are those of the file asked for, or those of this machine, which are calibrated: figures
+    of two workers are not those of four. This process and those that it starts keep to the
+    processors asked for from now on. Where blocks are measured, no two plans share a core.
     """
     torch.set_num_threads(1)
     if backend == "cpu":
         os.sched_setaffinity(0, options.cores or separate_cores())
-    own = devices if options.profile != "off" else 1
-    jobs = options.jobs or max(1, len(os.sched_getaffinity(0)) // own - 1)
-    return _cluster(options.cluster, backend, devices, output), jobs
+    ordered = sorted(cases, key=lambda case: case.devices)
+    for count, group in itertools.groupby(ordered, key=lambda case: case.devices):
+        own = count if options.profile != "off" else 1
+        jobs = options.jobs or max(1, len(os.sched_getaffinity(0)) // own - 1)
+        cluster = _cluster(options.cluster, backend, count, options.json)
+        with (
+            Workers(cluster, options.cores) as workers,
+            Planners(cluster, options.profile, jobs) as planners,
+        ):
+            yield list(group), workers, planners
 
 
 def _cluster(file: str | None, backend: str, devices: int, output: Path) -> Cluster:
+    """The first `devices` of a file, or those of this machine; figures go beside `output`."""
     if file is not None:
-        return parse_devices(file)
+        whole = parse_devices(file)
+        if len(whole.devices) < devices:
+            sys.exit(f"{file} has {len(whole.devices)} devices, {devices} are asked for")
+        if len(whole.devices) > devices and any(kind.cores for kind in whole.types):
+            sys.exit(f"{file}: workers share cores: leave --cluster out, or calibrate {devices}")
+        return replace(whole, devices=whole.devices[:devices])
     found = calibrate(local_devices(f"{backend}:{devices}"), progress=say)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(calibration_file(found, format="toml"))
-    say(f"calibrated in {found.seconds:.0f} s: {output}")
+    path = output.with_name(f"cluster-{devices}.toml")
+    path.write_text(calibration_file(found, format="toml"))
+    say(f"calibrated in {found.seconds:.0f} s: {path}")
     return found.cluster
 
 
 def say(line: str) -> None:
     """Tell of progress."""
     print(line, file=sys.stderr, flush=True)
-
-
-def narrowed(cluster: Cluster, devices: int) -> Cluster:
-    """The first `devices` of a cluster."""
-    return replace(cluster, devices=cluster.devices[:devices])
 
 
 def plan_one(case: Case, cluster: Cluster, profile: str) -> Planned:
@@ -184,7 +194,7 @@ def plan_one(case: Case, cluster: Cluster, profile: str) -> Planned:
     try:
         planned = plan_model(
             work.model,
-            narrowed(cluster, case.devices),
+            cluster,
             example_inputs=work.args,
             example_kwargs=work.kwargs,
             loss_fn=work.loss_fn,

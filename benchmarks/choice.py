@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from _report import Pair, row_of, summary_of, table_of
-from _runs import Case, Planned, Planners, Workers, add_options, make_ready, say
+from _runs import Case, Planned, Workers, add_options, by_devices, say
 from _turns import run_in_turns
 from _workloads import ON_CPU
 
@@ -52,22 +52,17 @@ ZERO = (0, 1, 2, 3)
 def main() -> int:
     options = _parse()
     began = time.perf_counter()
-    count = max(devices for _, devices in options.cases)
-    cluster, jobs = make_ready(options, "cpu", count, options.json.with_name("cluster.toml"))
     cases = [
         Case(model, size, plan)
         for model, size in options.cases
         for plan in (CHOSEN, *(options.plans or _plans(size)))
     ]
     results, rows = [], []
-    with (
-        Workers(cluster, options.cores) as workers,
-        Planners(cluster, options.profile, jobs) as planners,
-    ):
-        for case, group in itertools.groupby(cases, key=_key):
+    for own, workers, planners in by_devices(cases, options, "cpu"):
+        for (model, size), group in itertools.groupby(own, key=_key):
             result, pairs = _compare(planners.plan(list(group)), workers, options)
-            say(f"{case[0]} on {case[1]}: {time.perf_counter() - began:.0f} s")
-            results.append({"model": case[0], "devices": case[1], **result})
+            say(f"{model} on {size}: {time.perf_counter() - began:.0f} s")
+            results.append({"model": model, "devices": size, **result})
             rows += [row_of(pair) for pair in pairs]
             _write(options.json, results, rows)
     print(table_of(rows))

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from _cores import stolen
 from _report import Pair, row_of, summary_of, table_of, write
-from _runs import VARIANTS, Case, Planners, Workers, add_options, make_ready, say
+from _runs import VARIANTS, Case, Workers, add_options, by_devices, say
 from _turns import run_in_turns
 from _workloads import ON_CPU, ON_CUDA
 
@@ -50,22 +50,12 @@ PLANS = {  # by number of devices: for every model, then for some in turn
 def main() -> int:
     options = _parse()
     began = time.perf_counter()
-    cluster, jobs = make_ready(
-        options,
-        options.backend,
-        max(options.devices),
-        options.json.with_name("cluster.toml"),
-    )
     pairs: list[Pair] = []
     loads = [os.getloadavg()[0]]
     before = stolen()
-    with (
-        Workers(cluster, options.cores) as workers,
-        Planners(cluster, options.profile, jobs) as planners,
-    ):
-        for cases in _groups(_cases(options), options.backend):
-            planned = planners.plan(cases)
-            group = [Pair(entry, error=entry.error) for entry in planned]
+    for cases, workers, planners in by_devices(_cases(options), options, options.backend):
+        for alike in _groups(cases, options.backend):
+            group = [Pair(entry, error=entry.error) for entry in planners.plan(alike)]
             pairs += group
             _measure([pair for pair in group if not pair.error], workers, options)
             rows = [row_of(pair) for pair in pairs if pair.peaks]
@@ -94,13 +84,11 @@ def _taken(before: tuple[float, float], after: tuple[float, float]) -> float:
 
 
 def _groups(cases: Sequence[Case], backend: str) -> Iterator[list[Case]]:
-    """Those that are planned, and then take turns: of one model on so many CPUs; on GPUs each
-    alone, as it fills them. What is measured for a plan is so measured shortly before its steps."""
+    """Those that are planned, and then take turns: of one model on CPUs; on GPUs each alone, as it fills them. What is measured for a plan is so measured shortly before its steps."""
     if backend == "cuda":
         yield from ([case] for case in cases)
         return
-    ordered = sorted(cases, key=lambda case: case.devices)
-    for _, group in itertools.groupby(ordered, key=lambda case: (case.model, case.devices)):
+    for _, group in itertools.groupby(cases, key=lambda case: case.model):
         yield list(group)
 
 

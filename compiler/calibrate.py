@@ -194,14 +194,13 @@ class _Measuring:
         cluster = replace(self._cluster, types=kinds)
         qualities = [(entry.kind.name, tuple(entry.qualities)) for entry in self._types]
         if len(cluster.devices) > 1:
-            rules, found = measured_links(
+            cluster, found = measured_links(
                 self._session,
                 cluster,
                 self._progress,
                 self._effort.link_bytes,
                 rounds=self._effort.rounds,
             )
-            cluster = replace(cluster, links=rules)
             qualities.append(("links", found))
         return Calibration(cluster, tuple(qualities), 0.0)
 

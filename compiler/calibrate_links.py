@@ -8,7 +8,8 @@ joined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -20,6 +21,7 @@ from ..cost_models.calibration import (
     collective_sample,
     fitted_link,
     overlap_shares,
+    rounded,
     seconds_of_all,
     skew_seconds,
     streams,
@@ -27,7 +29,7 @@ from ..cost_models.calibration import (
 from ..cost_models.fits import Quality, Sample
 from ..runtime.link_probes import trimmed_mean
 from ..runtime.session import Session
-from .ir.cluster import COLLECTIVES, HANDLED, Cluster, Link, LinkRule
+from .ir.cluster import COLLECTIVES, HANDLED, Cluster, DeviceType, Link, LinkRule
 from .ir.graph import Mode
 from .ir.program import AllReduce, Instruction, Program, Recv, Register, Send
 from .ir.text import print_program
@@ -51,8 +53,9 @@ def measured_links(
     sizes: Sequence[int],
     *,
     rounds: int,
-) -> tuple[tuple[LinkRule, ...], tuple[Quality, ...]]:
-    """Rules for all pairs of devices of `cluster`, and how well their figures fit.
+) -> tuple[Cluster, tuple[Quality, ...]]:
+    """`cluster` with rules for all pairs of its devices and what messages take of CPU workers, and
+    how well the figures fit.
 
     Args:
         sizes: of messages and collectives, in bytes.
@@ -75,9 +78,7 @@ class _Links:
         self._at_once = _AT_ONCE_ON_CUDA if alike else _AT_ONCE_BYTES
         self._qualities: list[Quality] = []
 
-    def run(
-        self, progress: Callable[[str], None]
-    ) -> tuple[tuple[LinkRule, ...], tuple[Quality, ...]]:
+    def run(self, progress: Callable[[str], None]) -> tuple[Cluster, tuple[Quality, ...]]:
         count = len(self._cluster.devices)
         groups = self._groups()
         every = sorted(
@@ -94,6 +95,7 @@ class _Links:
         ]
         self._call("prepare_links", programs)
         progress("messages")
+        types = tuple(self._asking()) if self._on_host else self._cluster.types
         rules = self._messages()
         for name in COLLECTIVES:
             progress(name.replace("_", "-"))
@@ -120,7 +122,7 @@ class _Links:
         ]
         if len(found) == 1:
             found = [replace(found[0], a="*", b="*", same_node=None)]
-        return tuple(found), tuple(self._qualities)
+        return replace(self._cluster, types=types, links=tuple(found)), tuple(self._qualities)
 
     def _call(self, method: str, arguments: Any = ()) -> list[Any]:
         return self._session.call(method, arguments, timeout_seconds=_TIMEOUT_SECONDS)
@@ -159,6 +161,17 @@ class _Links:
             pair = next(p for p in self._pairs()[first, second] if p[0] < p[1])
             table[first, second] = list(dict.fromkeys((pair, group)))
         return table
+
+    def _asking(self) -> Iterator[DeviceType]:
+        """The types of devices, with what a message takes of CPU workers."""
+        found = self._call("time_asking")
+        for kind in self._cluster.types:
+            if kind.backend == "cpu":
+                ranks = [d.index for d in self._cluster.devices if d.type == kind.name]
+                share = min(map(self._cluster.core_share, ranks))
+                seconds = statistics.median(found[rank] for rank in ranks) / share
+                kind = replace(kind, message_seconds=rounded(seconds))
+            yield kind
 
     def _messages(self) -> dict[_Class, LinkRule]:
         pairs = self._pairs()

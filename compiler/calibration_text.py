@@ -72,9 +72,11 @@ def _type_lines(cluster: Cluster, entry: DeviceType) -> Iterator[str]:
     memory = entry.curve("memory")
     cached = "" if memory is None else f", {memory.points[0][1] / _GIGA:.4g} from caches"
     yield f"  memory {entry.memory_bytes_per_second / _GIGA:.4g} GB/s{cached}"
+    asked = entry.message_seconds
+    message = f", asking for a message {seconds_text(asked)}" if asked else ""
     yield (
         f"  an operator {seconds_text(entry.overhead_seconds)}, an instruction "
-        f"{seconds_text(entry.instruction_seconds)}"
+        f"{seconds_text(entry.instruction_seconds)}{message}"
     )
 
 

@@ -57,6 +57,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "threads",
         "cores",
         "instruction",
+        "message",
         "memory_bandwidths",
         "matmul_rates",
         "attention_rates",

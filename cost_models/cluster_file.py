@@ -39,6 +39,7 @@ What `cutset calibrate` measures besides, all optional:
 
     [types.h100]
     instruction = "40 us"    # of the host, for one instruction of a program beside its kernels
+    message = "90 us"        # of a CPU worker, for asking for a message, beside that and its bytes
     matmul_rates = { f32 = [["1 MFLOP", "20 GFLOP/s"], ["1 GFLOP", "60 GFLOP/s"]] }
     attention_rates = { f32 = [["1 MFLOP", "9 GFLOP/s"]] }
     memory_bandwidths = [["64 KiB", "20 GB/s"], ["64 MiB", "8 GB/s"]]
@@ -220,23 +221,29 @@ def _device_type(name: str, body: object, source: Source) -> DeviceType:
         memory_bytes=whole_bytes(table, "memory", source, place),
         memory_bytes_per_second=quantity(table, "memory_bandwidth", BANDWIDTHS, source, place),
         flops_per_second=_rates(table, name, source),
-        overhead_seconds=(
-            quantity(table, "overhead", TIMES, source, place, allow_zero=True)
-            if "overhead" in table
-            else 0.0
-        ),
+        overhead_seconds=_seconds(table, "overhead", name, source),
         unsupported_ops=tuple(unsupported),
         host=_host(table, name, source),
         threads=_of_workers(table, "threads", name, source),
         cores=_of_workers(table, "cores", name, source),
-        instruction_seconds=(
-            quantity(table, "instruction", TIMES, source, place, allow_zero=True)
-            if "instruction" in table
-            else 0.0
-        ),
+        instruction_seconds=_seconds(table, "instruction", name, source),
+        message_seconds=_seconds(table, "message", name, source),
         curves=curves(table, name, source),
         op_costs=op_costs(table, name, source),
     )
+
+
+def _seconds(table: dict[str, object], key: str, name: str, source: Source) -> float:
+    """What `key` of type `name` says, nothing by default."""
+    if key not in table:
+        return 0.0
+    if key == "message" and table["backend"] != "cpu":
+        raise ClusterError(
+            f"device type {name!r} has message, but only CPU workers ask for messages themselves",
+            where=source.where(name, key),
+            ways_out=("leave the key out",),
+        )
+    return quantity(table, key, TIMES, source, (name,), allow_zero=True)
 
 
 def _of_workers(table: dict[str, object], key: str, name: str, source: Source) -> int | None:

@@ -71,6 +71,8 @@ def _render_type(entry: DeviceType) -> dict[str, object]:
         body["cores"] = entry.cores
     if entry.instruction_seconds:
         body["instruction"] = _with_unit(entry.instruction_seconds, TIMES)
+    if entry.message_seconds:
+        body["message"] = _with_unit(entry.message_seconds, TIMES)
     for kind in CURVES[:-1]:
         by_dtype = {c.dtype: _points(c.points, FLOPS) for c in entry.curves if c.kind == kind}
         if by_dtype:

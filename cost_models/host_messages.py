@@ -46,18 +46,23 @@ class HostSeconds:
 
 
 def send_seconds(cluster: Cluster, source: int, target: int, num_bytes: float) -> float:
-    """Of one message."""
-    if cluster.type_of(source).backend != "cpu":
+    """Of sending one message, beside its instruction."""
+    kind = cluster.type_of(source)
+    if kind.backend != "cpu":
         return 0.0
-    return num_bytes / cluster.link(source, target).bytes_per_second
+    return kind.message_seconds + num_bytes / cluster.link(source, target).bytes_per_second
 
 
 def ahead_seconds(cluster: Cluster, rank: int, entry: Exchange) -> tuple[float, float]:
     """Of collectives inside a stage that travel beside its computation: how much longer that takes,
-    and of that asking for their messages, and copying them into sockets, which is all that is known
-    where it was not measured."""
-    if cluster.type_of(rank).backend != "cpu" or entry.collective == "all_reduce":
+    and of that asking for them, and copying messages into sockets, which is all that is known where
+    it was not measured."""
+    kind = cluster.type_of(rank)
+    if kind.backend != "cpu":
         return 0.0, 0.0
+    if entry.collective == "all_reduce":
+        asking = kind.message_seconds * entry.count
+        return asking, asking
     sent = sum(
         size / cluster.link(*edge).bytes_per_second for edge, size in entry.edges if edge[0] == rank
     )
@@ -68,11 +73,15 @@ def ahead_seconds(cluster: Cluster, rank: int, entry: Exchange) -> tuple[float, 
 
 def asking_seconds(cluster: Cluster, rank: int, entry: Exchange) -> float:
     """Of asking for the messages of the collectives of `entry`, one to and one from each other
-    rank: an instruction each. Their latency is more, as threads wait for processors; no computation
-    waits for that.
+    rank; of all-reduces, for each. Their latency is more, as threads wait for processors; no
+    computation waits for that.
     """
+    kind = cluster.type_of(rank)
+    if entry.collective == "all_reduce":
+        return kind.message_seconds * entry.count
     messages = 2 * (len(set(entry.ranks)) - 1) * entry.count
-    return min(messages * cluster.type_of(rank).instruction_seconds, entry.latency_seconds)
+    each = kind.message_seconds or kind.instruction_seconds
+    return min(messages * each, entry.latency_seconds)
 
 
 def bucket_seconds(
@@ -104,7 +113,7 @@ def bucket_seconds(
     if collective == "all_reduce":
         in_place = num_tensors == 1
         copied = 0.0 if in_place else moving(2 * num_bytes)
-        return HostSeconds(before=copied, after=copied)
+        return HostSeconds(before=copied, sending=asking, after=copied)
     neighbour = next(other for other in ranks if other != rank)
     sent = others / cluster.link(rank, neighbour).bytes_per_second
     if collective == "reduce_scatter":

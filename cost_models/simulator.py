@@ -211,6 +211,7 @@ class _Run:
                     size = 2 * instruction.type.num_bytes
                     rank.memory.grow(instruction.register, size, now, name)
                 self.clock.happen(message.posted)
+                yield from self._work(rank, self.cluster.type_of(rank.index).message_seconds)
             case Free():
                 rank.freed.update(instruction.registers)
                 rank.drain(now)

@@ -29,6 +29,7 @@ def slowest_type(cluster: Cluster, devices: Sequence[int]) -> DeviceType:
         overhead_seconds=max(kind.overhead_seconds for kind in kinds),
         unsupported_ops=tuple(dict.fromkeys(op for kind in kinds for op in kind.unsupported_ops)),
         instruction_seconds=max(kind.instruction_seconds for kind in kinds),
+        message_seconds=max(kind.message_seconds for kind in kinds),
         curves=_slowest_curves(kinds),
         op_costs=_dearest_costs(kinds),
     )

@@ -107,6 +107,10 @@ class Calibrator(Profiler):
             num_rounds=num_rounds,
         )
 
+    def time_asking(self) -> float:
+        """See `LinkProbes.asking`."""
+        return self._links.asking()
+
     def time_messages_between(
         self, *, pairs: list[tuple[int, int]], sizes: list[int]
     ) -> dict[tuple[int, int], list[tuple[int, float]]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..compiler.ir.types import TensorType
+from .clock import busy_clock
 from .communicator import Communicator, Pending, Split
 
 __all__ = ["LinkProbes", "Rounds", "lower_quartile", "trimmed_mean"]
@@ -78,6 +79,20 @@ class LinkProbes:
         self._between = self._multiplications() if on_host else 0
 
     # -- messages ------------------------------------------------------------------------------
+
+    def asking(self) -> float:
+        """Seconds of this thread for asking for a short message, to be sent or received: after it
+        has computed, as caches then hold little of what it takes."""
+        message = self._bytes(_ANSWER_BYTES)
+        clock = busy_clock(self._device)
+        found = []
+        for _ in range(_BETWEEN_ROUNDS):
+            self._computing()()
+            begin = clock()
+            pending = self._exchange(message)
+            found.append((clock() - begin) / len(pending))
+            self._finish(pending)
+        return trimmed_mean(found)
 
     def messages(
         self, pairs: Sequence[tuple[int, int]], sizes: Sequence[int]

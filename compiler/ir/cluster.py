@@ -156,6 +156,9 @@ class DeviceType:
         cores: that all CPU workers of a node share; all that is said here of speed holds while all
             of them compute, and where fewer do, they are faster. None: enough for all of them.
         instruction_seconds: time of the host for one instruction of a program, beside its kernels.
+        message_seconds: of a CPU worker, for asking for a message to be sent or received, beside
+            its instruction and its bytes; 0: next to nothing, but for those of collectives, which
+            are no instructions: as much as one.
         curves: rates by the size of the work, where they are known; they go before the above.
         op_costs: of kinds of operators that were measured.
         corrections: of what the rates predict, by measurement.
@@ -172,6 +175,7 @@ class DeviceType:
     threads: int | None = None
     cores: int | None = None
     instruction_seconds: float = 0.0
+    message_seconds: float = 0.0
     curves: tuple[RateCurve, ...] = ()
     op_costs: tuple[OpCost, ...] = ()
     corrections: Corrections | None = None
@@ -215,6 +219,7 @@ class DeviceType:
             self,
             overhead_seconds=0.0,
             instruction_seconds=0.0,
+            message_seconds=0.0,
             curves=tuple(replace(curve, points=_at_best(curve.points)) for curve in self.curves),
             op_costs=tuple(replace(cost, points=_at_best(cost.points)) for cost in self.op_costs),
         )

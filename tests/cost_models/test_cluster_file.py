@@ -146,6 +146,7 @@ def _clusters(draw: st.DrawFn) -> Cluster:
             None,
             None,
             draw(st.just(0.0) | _positive),
+            0.0,
             draw(_curves()),
             draw(_op_costs),
         )
@@ -153,7 +154,8 @@ def _clusters(draw: st.DrawFn) -> Cluster:
     )
     if host is None:
         given = {name: draw(st.none() | st.integers(1, 256)) for name in ("threads", "cores")}
-        types = (*types[1:], replace(types[0], backend="cpu", **given))
+        message = draw(st.just(0.0) | _positive)
+        types = (*types[1:], replace(types[0], backend="cpu", message_seconds=message, **given))
     devices = tuple(
         Device(index, draw(st.sampled_from(names)), draw(st.sampled_from(["n0", "n1", "ñ 2"])))
         for index in range(draw(st.integers(1, 6)))
@@ -198,6 +200,8 @@ def test_parsing_undoes_printing(cluster: Cluster, suffix: str) -> None:
          None, "add it"),
         ('overhead = "5 us"', 'host = { pages = 4 }', "unknown key 'pages'", 7, "keys of a host"),
         ('overhead = "5 us"', "threads = 4", "has threads, but only CPU workers", 7, "leave"),
+        ('overhead = "5 us"', "cores = 4", "has cores, but only CPU workers", 7, "leave"),
+        ('overhead = "5 us"', 'message = "9 us"', "has message, but only CPU workers", 7, "leave"),
         ("count = 2", "count = 0", "count = 0", 13, "at least 1"),
         ("count = 2", "count = 100000000000", "too large", 13, "65536 devices in all"),
         ('backend = "cuda"', "backend = 3", "gpu.backend = 3 is not text", 4, "mend 'backend'"),

@@ -17,16 +17,19 @@ LATENCY = 0.5
 ASKING = 0.125
 
 
-def cluster(backend: str, count: int = 4) -> Cluster:
+def cluster(backend: str, count: int = 4, message: float = 0.0) -> Cluster:
     kind = DeviceType(
-        "one", backend, 1 << 30, MEMORY, (("f32", 1.0),), 0.0, instruction_seconds=ASKING
-    )
+        "one", backend, 1 << 30, MEMORY, (("f32", 1.0),), 0.0,
+        instruction_seconds=ASKING, message_seconds=message,
+    )  # fmt: skip
     devices = tuple(Device(index, "one", "here") for index in range(count))
     return Cluster("test", (kind,), devices, (LinkRule(Link(LATENCY, WIRE)),))
 
 
-def bucket(name: str, *, backend: str = "cpu", tensors: int = 2) -> HostSeconds:
-    where = cluster(backend)
+def bucket(
+    name: str, *, backend: str = "cpu", tensors: int = 2, message: float = 0.0
+) -> HostSeconds:
+    where = cluster(backend, message=message)
     entry = exchange(where, name, (0, 1, 2, 3), 80.0)
     return bucket_seconds(
         where,
@@ -97,3 +100,14 @@ def test_asking_for_messages_takes_no_longer_than_they_do() -> None:
     assert asking_seconds(where, 0, gather) == 6 * ASKING
     slow = replace(where, types=(replace(where.types[0], instruction_seconds=9.0),))
     assert asking_seconds(slow, 0, gather) == gather.latency_seconds == 3 * LATENCY
+
+
+def test_what_messages_take_is_known_where_it_was_measured() -> None:
+    """A third of a latency for each of six messages would be more than all of them take."""
+    where = cluster("cpu", message=0.2)
+    assert send_seconds(where, 0, 1, 8.0) == 0.2 + 8.0 / WIRE
+    gather, reduce = (exchange(where, n, (0, 1, 2, 3), 80.0) for n in ("all_gather", "all_reduce"))
+    assert asking_seconds(where, 0, gather) == pytest.approx(6 * 0.2)
+    assert asking_seconds(where, 0, reduce) == 0.2 and ahead_seconds(where, 0, reduce) == (0.2, 0.2)
+    found = bucket("all_reduce", message=0.2)
+    assert found == HostSeconds(160 / MEMORY, 0.2, 0.0, 160 / MEMORY)

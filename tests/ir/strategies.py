@@ -267,6 +267,7 @@ device_types = st.builds(
     st.none() | ids,
     st.none() | ids,
     finite,
+    finite,
     st.lists(st.builds(RateCurve, texts, texts, points), max_size=2).map(tuple),
     st.lists(st.builds(OpCost, texts, texts, finite, points), max_size=2).map(tuple),
     st.none() | corrections,

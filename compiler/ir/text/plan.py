@@ -29,10 +29,10 @@ Stages with meshes of their own have their layouts below them: `own mesh="data=2
 `layout`, `parameter` and `nodes`, and `}`.
 
 What few plans have is written where it is so: `objective throughput` at the end of the first line,
-`threads 4`, `cores 8` and `instruction_seconds 4e-05` at the end of a type's, `streams 1.5`,
-`compute_share 0.25`, `progress_share 0.5` and `skew_seconds 2e-4` at the end of a link's,
-`offloaded` at the end of a parameter's; after a type lines `host`, `curve`, `op_cost` and
-`correction`, after a link lines `collective`.
+`threads 4`, `cores 8`, `instruction_seconds 4e-05` and `message_seconds 1e-4` at the end of a
+type's, `streams 1.5`, `compute_share 0.25`, `progress_share 0.5` and `skew_seconds 2e-4` at the end
+of a link's, `offloaded` at the end of a parameter's; after a type lines `host`, `curve`, `op_cost`
+and `correction`, after a link lines `collective`.
 """
 
 from __future__ import annotations
@@ -76,10 +76,12 @@ _OF_FEW_TYPES: dict[str, Any] = {
     "threads": None,
     "cores": None,
     "instruction_seconds": 0.0,
+    "message_seconds": 0.0,
     "curves": (),
     "op_costs": (),
     "corrections": None,
 }
+_HOST_SECONDS = ("instruction_seconds", "message_seconds")
 _FEW_SHARES = {
     "compute_share": 0.0,
     "progress_share": 1.0,
@@ -146,8 +148,9 @@ def print_cluster(cluster: Cluster) -> str:
     for entry in cluster.types:
         rare = "" if entry.threads is None else f" threads {entry.threads}"
         rare += "" if entry.cores is None else f" cores {entry.cores}"
-        if entry.instruction_seconds:
-            rare += f" instruction_seconds {print_literal(entry.instruction_seconds)}"
+        for name in _HOST_SECONDS:
+            if seconds := getattr(entry, name):
+                rare += f" {name} {print_literal(seconds)}"
         lines.append(f"  {_record('type', entry, skip=_OF_FEW_TYPES)}{rare}")
         if entry.host is not None:
             link = _record("host", entry.host.link)
@@ -277,8 +280,10 @@ def _read_types(scanner: Scanner) -> Iterator[DeviceType]:
             entry = replace(entry, threads=line.integer())
         if line.accept("cores"):
             entry = replace(entry, cores=line.integer())
-        if line.accept("instruction_seconds"):
-            entry = replace(entry, instruction_seconds=_number(line))
+        for name in _HOST_SECONDS:
+            if line.accept(name):
+                given: dict[str, Any] = {name: _number(line)}
+                entry = replace(entry, **given)
         line.end()
         for host in read_all(scanner, "host", _read_host):
             entry = replace(entry, host=host)

@@ -100,6 +100,9 @@ def _verify_device_type(entry: DeviceType, here: str) -> None:
         check(entry.cores >= 1, f"it has {entry.cores} cores", here)
         check(entry.backend == "cpu", f"cores are of CPU workers, it is {entry.backend}", here)
     _not_negative("instruction_seconds", entry.instruction_seconds, here)
+    _not_negative("message_seconds", entry.message_seconds, here)
+    if entry.message_seconds:
+        check(entry.backend == "cpu", f"messages are CPU workers', it is {entry.backend}", here)
     for curve in entry.curves:
         _verify_curve(curve, here)
     twice = first_repeated((curve.kind, curve.dtype) for curve in entry.curves)
