@@ -84,7 +84,8 @@ def _taken(before: tuple[float, float], after: tuple[float, float]) -> float:
 
 
 def _groups(cases: Sequence[Case], backend: str) -> Iterator[list[Case]]:
-    """Those that are planned, and then take turns: of one model on CPUs; on GPUs each alone, as it fills them. What is measured for a plan is so measured shortly before its steps."""
+    """Those that are planned, and then take turns: of one model on CPUs; on GPUs each alone, as it
+    fills them. What is measured for a plan is so measured shortly before its steps."""
     if backend == "cuda":
         yield from ([case] for case in cases)
         return
