@@ -108,6 +108,7 @@ def test_what_messages_take_is_known_where_it_was_measured() -> None:
     assert send_seconds(where, 0, 1, 8.0) == 0.2 + 8.0 / WIRE
     gather, reduce = (exchange(where, n, (0, 1, 2, 3), 80.0) for n in ("all_gather", "all_reduce"))
     assert asking_seconds(where, 0, gather) == pytest.approx(6 * 0.2)
-    assert asking_seconds(where, 0, reduce) == 0.2 and ahead_seconds(where, 0, reduce) == (0.2, 0.2)
+    assert asking_seconds(where, 0, reduce) == 0.2
+    assert ahead_seconds(where, 0, reduce) == (0.2, 0.2)
     found = bucket("all_reduce", message=0.2)
     assert found == HostSeconds(160 / MEMORY, 0.2, 0.0, 160 / MEMORY)
