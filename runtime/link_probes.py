@@ -35,7 +35,8 @@ _BETWEEN_SECONDS = 10e-3  # of computing before a transfer, on CPUs: more than a
 _BETWEEN_ROUNDS = 30
 _BUCKETS = 8  # all-reduces under way at once
 _STARTED, _UNDER_WAY = 24, 8  # collectives among pieces of a computation, and at once
-_SHORTER = 10  # than the computation before a transfer is such a piece
+_ASKED = 4  # for in a row, as for the parameters of a layer, before each piece
+_SHORTER = 5  # than the computation before a transfer is such a piece
 _TRIMMED = 0.1  # of the rounds at either end
 
 
@@ -281,8 +282,9 @@ class LinkProbes:
     def handling(self, name: str, sizes: Sequence[int]) -> list[tuple[int, float]]:
         """(bytes, seconds) that one collective called `name` over all ranks takes of a computation.
 
-        One starts before each piece of it and is waited for when others have started, as in stages
-        that gather and sum beside what they compute. Alone it is timed in turns with that.
+        A few start before each piece of it and are waited for when others have started, as in
+        stages that gather and sum beside what they compute: in a row they take less of it than each
+        on its own. The pieces alone are timed in turns with that.
         """
         count = max(1, self._between // _SHORTER)
         piece = functools.partial(_multiply, self._matrix(), count)
@@ -393,13 +395,14 @@ def _among(
     start: Callable[[], Pending] | None,
     finish: Callable[[Sequence[Pending]], None],
 ) -> None:
-    """Pieces of a computation, before each of which `start` starts something."""
+    """Pieces of a computation; before each `start` starts a few things."""
     under_way: list[Pending] = []
-    for _ in range(_STARTED):
+    for number in range(_STARTED):
         if start is not None:
             finish(under_way[: -_UNDER_WAY + 1])
             under_way = [*under_way[-_UNDER_WAY + 1 :], start()]
-        compute()
+        if (number + 1) % _ASKED == 0:
+            compute()
     finish(under_way)
 
 
