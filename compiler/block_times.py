@@ -8,6 +8,8 @@ predicted to take by the rates, other ranks apart; an operator in several parts 
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -45,7 +47,9 @@ __all__ = [
     "Phases",
     "ProfileOptions",
     "Row",
+    "Runs",
     "cost_alone",
+    "slowest_phases",
 ]
 
 _TIMEOUT_SECONDS = 300.0
@@ -54,7 +58,9 @@ _LEAST_SHARE = 1e-3  # of the graph's time, for a part to be measured
 _MOST_COPIES = 16
 # of all copies: more than one worker has of the caches
 _WORKING_SET_BYTES, _ON_CUDA_BYTES = 32 << 20, 128 << 20
+_WINDOW_SECONDS = 0.03  # of computing, as between two meetings of ranks
 Phases = tuple[float, float, float]
+Runs = list[Phases]
 Row = Phases | str  # what one device took, or why it could not run the part
 
 
@@ -92,7 +98,12 @@ class Measurer(Protocol):
 
 
 class BlockWorkers:
-    """Workers on all devices of a local cluster, started when there is something to measure."""
+    """Workers on all devices of a local cluster, started when there is something to measure.
+
+    Ranks of a step wait for whichever is the slowest at the time, and on CPUs speeds come and go:
+    of devices of one type with cores of their own, that one counts, in every window as long as an
+    action. Those that share cores leave theirs to others when they are done: each counts alone.
+    """
 
     def __init__(self, cluster: Cluster, options: ProfileOptions) -> None:
         check_measurable(cluster)
@@ -121,10 +132,26 @@ class BlockWorkers:
             for device in self._cluster.devices
         ]
         try:
-            return self._session.call("time_block", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+            found = self._session.call("block_runs", arguments, timeout_seconds=_TIMEOUT_SECONDS)
         except WorkerLost as error:
             self._session = None
             return [error.cause.partition(";")[0]] * len(arguments)
+        return [self._row(found, device.index) for device in self._cluster.devices]
+
+    def _row(self, found: Sequence[Runs | str], index: int) -> Row:
+        """Of what the devices have told, the row of the one at `index`."""
+        runs, kind = found[index], self._cluster.type_of(index)
+        if isinstance(runs, str):
+            return runs
+        if kind.backend != "cpu":
+            first, second, third = map(statistics.median, zip(*runs, strict=True))
+            return first, second, third
+        alike = [
+            own
+            for own, device in zip(found, self._cluster.devices, strict=True)
+            if device.type == kind.name and not isinstance(own, str)
+        ]
+        return slowest_phases([runs] if self._cluster.core_share(index) < 1.0 else alike)
 
     def close(self) -> None:
         if self._session is not None:
@@ -137,6 +164,28 @@ def copies_of(part: Part, backend: str) -> int:
     size = sum(value.type.num_bytes for value in part.stage.graph.values)
     wanted = _ON_CUDA_BYTES if backend == "cuda" else _WORKING_SET_BYTES
     return max(1, min(_MOST_COPIES, -(-wanted // max(1, size))))
+
+
+def slowest_phases(devices: Sequence[Runs]) -> Phases:
+    """Mean seconds of the phases on whichever of the devices, which ran at the same time, was the
+    slowest in each window of `_WINDOW_SECONDS`.
+
+    >>> slowest_phases([[(0.1, 0.2, 0.0), (0.3, 0.2, 0.0)], [(0.2, 0.1, 0.0), (0.2, 0.2, 0.0)]])
+    (0.25, 0.2, 0.0)
+    """
+    count = min(map(len, devices))
+    whole = max(sum(map(sum, runs[:count])) for runs in devices)
+    size = min(count, max(1, math.ceil(_WINDOW_SECONDS * count / whole))) if whole else count
+    windows = [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def mean(phase: int) -> float:
+        """Of one phase, each window by the number of its runs."""
+        return (
+            sum(max(sum(runs[i][phase] for i in window) for runs in devices) for window in windows)
+            / count
+        )
+
+    return mean(0), mean(1), mean(2)
 
 
 class BlockTimes:

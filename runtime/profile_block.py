@@ -82,6 +82,7 @@ class BlockRun:
         self._sets = [_Set(stage, kernels, device) for _ in range(copies)]
         parts = [kernels.input_sources, *(part.sources for part in kernels.backward_weights)]
         self._read = [frozenset(sources) for sources in parts]
+        self._resting = 0.0
         self._slots = None
         if cuda_graphs and device.type == "cuda" and kernels.is_capturable:
             self._slots = GraphSlots(kernels, in_flight=copies)
@@ -89,6 +90,21 @@ class BlockRun:
     def typical_seconds(self) -> tuple[float, float, float]:
         """Of F, B and W of one copy: on CPUs the mean, as a step pays for every delay; on CUDA,
         where there are hardly any but those of measuring, the median."""
+        columns = zip(*self.runs(_ENOUGH_SECONDS), strict=True)
+        first, second, third = (
+            statistics.fmean(found) if self._on_host else statistics.median(found)
+            for found in columns
+        )
+        return first, second, third
+
+    def runs(self, seconds: float, *, resting: float = 0.0) -> list[tuple[float, float, float]]:
+        """Seconds of F, B and W of one copy, run by run.
+
+        Args:
+            seconds: of runs that count.
+            resting: how long a CPU worker rests after each phase, of the time that it took.
+        """
+        self._resting = resting if self._on_host else 0.0
         for _ in range(_WARM):
             self.seconds()
         began = time.perf_counter()
@@ -96,14 +112,9 @@ class BlockRun:
         while len(rows) < _MOST:
             rows.append(self.seconds())
             spent = time.perf_counter() - began
-            if (len(rows) >= _LEAST and spent > _ENOUGH_SECONDS) or spent > _LONG_SECONDS:
+            if (len(rows) >= _LEAST and spent > seconds) or spent > _LONG_SECONDS:
                 break
-        columns = zip(*rows, strict=True)
-        first, second, third = (
-            statistics.fmean(found) if self._on_host else statistics.median(found)
-            for found in columns
-        )
-        return first, second, third
+        return rows
 
     def seconds(self) -> tuple[float, float, float]:
         """One run."""
@@ -135,7 +146,10 @@ class BlockRun:
         begin = self._clock()
         for item in items:
             phase(item)
-        return (self._clock() - begin) / max(1, len(items))
+        seconds = self._clock() - begin
+        if self._resting:
+            time.sleep(self._resting * seconds)
+        return seconds / max(1, len(items))
 
     def _forward(self, own: _Set) -> None:
         arguments: list[Tensor | None] = [self._key, *own.arguments]

@@ -14,6 +14,8 @@ hold of each what they hold in the model.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +33,9 @@ __all__ = ["Profiler"]
 
 _MESSAGE_BYTES = (4 << 10, 4 << 20)
 _MESSAGES = 15
+_RUNNING_SECONDS = 0.3  # of a block
+_RESTING = 1 / 3  # of the time that a phase takes
+T = TypeVar("T")
 
 
 class Profiler:
@@ -81,11 +86,16 @@ class Profiler:
         medians = [statistics.median(column) for column in zip(*rows, strict=True)]
         return [*medians, statistics.pvariance(wholes) / statistics.mean(wholes)]
 
-    def time_block(
-        self, *, program: str, source: str, copies: int, compile: bool, cuda_graphs: bool
-    ) -> tuple[float, float, float] | str:
-        """Seconds of F, B and W of the one stage of `program`; where memory does not
-        suffice, what the allocator says.
+    def time_block(self, **block: Any) -> tuple[float, float, float] | str:
+        """Typical seconds of F, B and W of a block on a device that does nothing else; arguments
+        and errors as of `block_runs`."""
+        return self._measured(BlockRun.typical_seconds, **block)
+
+    def block_runs(self, **block: Any) -> list[tuple[float, float, float]] | str:
+        """Seconds of F, B and W of the one stage of a program, run by run, on a worker that rests
+        as ranks of a step do, which wait for each other: a processor that has rested is slower when
+        it goes on, on virtual machines by a tenth to a third. Where memory does not suffice, what
+        the allocator says.
 
         Args:
             program: text form.
@@ -93,6 +103,18 @@ class Profiler:
             copies: sets of tensors that it runs on in turn.
             compile, cuda_graphs: see `Rank.load`.
         """
+        return self._measured(lambda run: run.runs(_RUNNING_SECONDS, resting=_RESTING), **block)
+
+    def _measured(
+        self,
+        measure: Callable[[BlockRun], T],
+        *,
+        program: str,
+        source: str,
+        copies: int,
+        compile: bool,
+        cuda_graphs: bool,
+    ) -> T | str:
         parsed = parse_program(program)
         (stage,) = parsed.stages
         functions = stage_functions(source, f"<cutset profile of rank {self._rank}>")
@@ -106,7 +128,7 @@ class Profiler:
         self._communicator.barrier(label="the start of measuring")
         if run is None:
             return reason
-        found, reason = if_it_fits(run.typical_seconds, self._device)
+        found, reason = if_it_fits(lambda: measure(run), self._device)
         return reason if found is None else found
 
     def time_instructions(self, *, program: str, source: str) -> float:
