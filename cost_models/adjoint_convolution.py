@@ -29,22 +29,25 @@ def _convolution_workspaces(c: NodeContext, image: int, weight: int) -> tuple[fl
     """Forward, image gradient, weight gradient.
 
     Float64 and tiny images are unfolded into columns, kernel size times as large. Others are
-    reordered, with weights and results, into blocks of 16 channels, unless the kernel is 1 x 1.
+    reordered, with weights and results, into blocks of 16 channels; with kernels of 1 x 1 from some
+    size on, which is another on each processor, so they always count.
     """
     read, weights, made = c.sizes[image], c.sizes[weight], c.out_bytes
     kernel = math.prod(c.value(weight).type.shape[2:])
     itemsize = c.value(image).type.dtype.itemsize
     stride = positional(c.node, 3)
     strided = isinstance(stride, tuple) and any(step != 1 for step in stride)
-    if kernel == 1 and not strided and itemsize >= 4:
+    pointwise = kernel == 1 and not strided
+    if pointwise and (itemsize == 8 or (c.backend != "cpu" and itemsize == 4)):
         return 0.0, weights, 2 * weights
-    if c.backend == "cpu" and (itemsize == 8 or _is_tiny(c, image, weight)):
+    if c.backend == "cpu" and not pointwise and (itemsize == 8 or _is_tiny(c, image, weight)):
         return _column_workspaces(c, image, weight)
     blocks_in, blocks_out = (_blocks(c, index) for index in (image, c.node.outputs[0]))
     inner, outer, kernels = read * blocks_in, made * blocks_out, weights * blocks_in * blocks_out
     narrow = 8 * kernels + inner if itemsize == 2 else 0.0
     back_image = max(inner + outer + kernels - read, inner, 2 * read if strided else 0.0)
-    if c.value(image).type.shape[1] < 8:  # images of few channels are read as they are
+    few = c.value(image).type.shape[1] < 8
+    if few and not pointwise:  # such images are read as they are
         return max(outer, 2 * weights) + narrow, back_image + narrow, outer + 2 * weights + narrow
     return (
         max(inner + outer + kernels - made, outer, 2 * made if is_transposed(c.node) else 0.0),

@@ -111,13 +111,14 @@ def _convolution(
     groups: int = 1,
     transposed: bool = False,
     size: int = 16,
+    rows: int = 4,
 ) -> Maker:
     shape = (channels, filters) if transposed else (filters, channels // groups)
 
     def make(c: Case) -> Value:
         return c.op(
             "convolution.default",
-            c.x("x", (4, channels, size, size)), c.w("w", (*shape, kernel, kernel)),
+            c.x("x", (rows, channels, size, size)), c.w("w", (*shape, kernel, kernel)),
             c.w("b", (filters,)), [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], groups,
         )  # fmt: skip
 
@@ -244,6 +245,8 @@ CASES: dict[str, Maker] = {
     # convolution and pooling
     "conv 3x3": _convolution(16, 16, 3, padding=1),
     "conv 1x1": _convolution(16, 32, 1),
+    "conv 1x1 large": _convolution(48, 24, 1, size=48, rows=16),
+    "conv 1x1 of few channels": _convolution(3, 24, 1, size=48, rows=16),
     "conv depthwise": _convolution(32, 32, 3, padding=1, groups=32),
     "conv transposed": _convolution(16, 8, 2, stride=2, transposed=True),
     "conv strided": _convolution(16, 32, 3, stride=2, padding=1),
@@ -282,5 +285,5 @@ CASES: dict[str, Maker] = {
 LOOSE = frozenset(
     ("atan2", "clamp", "div", "erf", "einsum", "l1_loss", "logsumexp", "matmul weight", "norm")
     + ("prod", "scatter_add", "std", "var", "conv transposed", "conv patches", "conv depthwise")
-    + ("conv odd channels", "max", "amax")
+    + ("conv 1x1", "conv odd channels", "max", "amax")
 )
