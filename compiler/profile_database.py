@@ -27,7 +27,7 @@ __all__ = ["BlockKey", "Measurement", "ProfileDatabase", "Record"]
 
 _FORMAT = "cutset profile"
 FORMAT_VERSION = 3
-METHOD_VERSION = 5
+METHOD_VERSION = 6
 """Of how blocks are made and measured, by kernels of this cutset: others do not compare."""
 
 _ABANDONED_SECONDS = 3600.0  # so old a temporary file has no writer any more

@@ -10,6 +10,7 @@ import torch
 from cutset.compiler.codegen.python import stage_source
 from cutset.compiler.ir.graph import Mode, OutputKind, ValueKind
 from cutset.compiler.ir.program import StageProgram
+from cutset.runtime import profile_block
 from cutset.runtime.profile_block import BlockRun, block_kernels
 from cutset.runtime.rank import stage_functions
 from cutset.runtime.stand_in import filled
@@ -74,6 +75,19 @@ def test_weights_accumulate_in_each_copy_as_in_a_step() -> None:
 def test_inference_has_a_forward_alone(shared: bool) -> None:
     forward, first, second = run_of(layer(Mode.INFER, shared=shared)).typical_seconds()
     assert forward > 0.0 == first == second
+
+
+def test_workers_rest_for_a_part_of_what_each_phase_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(layer(Mode.TRAIN, shared=False))
+    rested: list[float] = []
+    monkeypatch.setattr(profile_block.time, "sleep", rested.append)
+    rows = run.runs(0.0, resting=0.5)
+    assert len(rows) == profile_block._LEAST
+    wanted = [0.5 * seconds * len(run._sets) for row in rows for seconds in row]
+    assert rested[-len(wanted) :] == pytest.approx(wanted)
+    rested.clear()
+    run.runs(0.0)
+    assert not rested
 
 
 def test_made_up_tensors_are_legal() -> None:
